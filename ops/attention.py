@@ -1,0 +1,191 @@
+"""Grouped-query attention: one readable form, and cuDNN's fused kernel where that applies.
+
+Vaswani et al. (2017), https://arxiv.org/abs/1706.03762, with the heads grouped after Ainslie et al.
+(2023), https://arxiv.org/abs/2305.13245: query head n reads key/value head n // G. Scores may be
+capped (Gemma 2, https://arxiv.org/abs/2408.00118), and each head may have a sink: one more logit
+in the denominator that has no value (gpt-oss, https://arxiv.org/abs/2508.10925).
+
+The readable form ('reference') holds all scores, B N T S float32 numbers, forward and for the
+backward pass. cuDNN holds none of them, on NVIDIA GPUs, for causal and windowed self-attention in
+bfloat16 or float16. A window saves neither work nor memory in the reference.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from ops import axes
+from ops.masks import AttentionMask
+
+Implementation = Literal['auto', 'reference', 'cudnn']
+
+# Far below any score, and finite: with infinity, a row that sees no key would give NaN.
+_MASKED = -1e30
+
+
+def attention(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  mask: AttentionMask,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  sinks_N: jax.Array | None = None,
+  impl: Implementation = 'auto',
+) -> jax.Array:
+  """Averages the values that each query sees, by the softmax of scale * <query, key>.
+
+  A score s becomes softcap * tanh(s / softcap) before it is masked; `sinks_N` is not capped. A
+  query that sees no key gives zeros, and zero gradients. `impl` is 'reference' for the readable
+  form, 'cudnn' to insist on the kernel, and 'auto' for what `pick` names on the platform that the
+  program is lowered for. Returns [B, T, N, H] in the dtype of q.
+
+  Raises:
+    ValueError: shapes that do not fit, or 'cudnn' where it does not apply (the message says why).
+  """
+  _check(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
+  reference = functools.partial(_reference, scale=scale, softcap=softcap)
+  fused = functools.partial(_cudnn, window=mask.window, scale=scale)
+  if impl == 'reference':
+    return reference(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
+  if impl not in ('auto', 'cudnn'):
+    raise ValueError(f"impl {impl!r} is not one of 'auto', 'reference', 'cudnn'")
+  obstacle = cudnn_obstacle(q_BTNH, k_BSKH, mask, softcap=softcap, sinks_N=sinks_N)
+  if impl == 'cudnn':
+    if obstacle:
+      raise ValueError(f"{obstacle}; use impl='auto' or 'reference'")
+    return fused(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
+  if obstacle:
+    return reference(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
+  # The branches must save the same things for the backward pass, so what one saves the other pads
+  # with zeros: checkpointed, the reference saves its arguments, and cuDNN need not pad the scores.
+  default = jax.checkpoint(reference)
+  return jax.lax.platform_dependent(
+    q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, cuda=fused, default=default
+  )
+
+
+def pick(
+  q_BTNH: jax.ShapeDtypeStruct,
+  k_BSKH: jax.ShapeDtypeStruct,
+  mask: AttentionMask,
+  *,
+  platform: str,
+  softcap: float | None = None,
+  sinks_N: jax.ShapeDtypeStruct | None = None,
+) -> Implementation:
+  """Names what `impl='auto'` becomes on 'cpu', 'gpu' ('cuda') or 'tpu': 'cudnn' or 'reference'.
+
+  Only shapes and dtypes are looked at, so arrays will do too. `cudnn_obstacle` gives the reason.
+  """
+  if platform not in ('gpu', 'cuda'):
+    return 'reference'
+  obstacle = cudnn_obstacle(q_BTNH, k_BSKH, mask, softcap=softcap, sinks_N=sinks_N)
+  return 'reference' if obstacle else 'cudnn'
+
+
+def cudnn_obstacle(q_BTNH, k_BSKH, mask, *, softcap=None, sinks_N=None) -> str | None:
+  """Says in words why cuDNN cannot take this attention, or None if it can."""
+  width = q_BTNH.shape[-1]
+  if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16) or k_BSKH.dtype != q_BTNH.dtype:
+    return f'cuDNN takes bfloat16 or float16, not {q_BTNH.dtype} with {k_BSKH.dtype}'
+  if not mask.contiguous:
+    return 'cuDNN takes whole sequences from position 0 on, not arbitrary positions or segments'
+  if softcap is not None:
+    return f'cuDNN has no soft cap (asked for: {softcap})'
+  if sinks_N is not None:
+    return 'cuDNN has no sinks'
+  if width > 256 or width % 8:
+    return f'cuDNN takes head widths up to 256 that divide by 8, not {width}'
+  return _library_obstacle(q_BTNH.shape, k_BSKH.shape, jnp.dtype(q_BTNH.dtype))
+
+
+@functools.cache
+def _library_obstacle(q_shape, k_shape, dtype):
+  """What JAX itself objects to: cuDNN not installed, too old, or too old a GPU for the width.
+
+  JAX checks these while it traces, and more with gradients than without. As
+  `lax.platform_dependent` traces for every platform, without asking first a program that is only
+  meant for a CPU would fail on a machine without cuDNN.
+  """
+  q, k = jax.ShapeDtypeStruct(q_shape, dtype), jax.ShapeDtypeStruct(k_shape, dtype)
+  fn = lambda q, k: _cudnn(q, k, k, None, None, window=None, scale=1.0)
+  try:
+    jax.eval_shape(lambda *arrays: jax.vjp(fn, *arrays)[0], q, k)
+  except (RuntimeError, NotImplementedError) as error:
+    return str(error).rstrip('.')
+  return None
+
+
+def _check(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N):
+  sizes = axes.check(
+    'BTNH,BSKH,BSKH,BT,BS,N',
+    *(q_BTNH, k_BSKH, v_BSKH, mask.q_positions_BT, mask.k_positions_BS, sinks_N),
+  )
+  if sizes['N'] % sizes['K']:
+    raise ValueError(f'{sizes["N"]} query heads do not divide into {sizes["K"]} key/value heads')
+  if mask.contiguous and sizes['T'] != sizes['S']:
+    raise ValueError(f'a contiguous mask needs T = S, not {sizes["T"]} and {sizes["S"]}')
+
+
+def _reference(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, *, scale, softcap):
+  # Of a dozen forms on XLA:CPU (float32, N=9, K=3, H=64, 2 cores), this one was among the best
+  # at T=S=512, 1.5 to 2 times faster than mapping over G or dividing before the product with V
+  # (4 times with gradients), and within the noise of the best at T=1, S=1024. Only queries are
+  # moved by hand; the products write BKGT, so scores are not moved; and the division touches S/H
+  # times fewer numbers. XLA still copies K and V to have their heads in front: the forms that
+  # avoid it (one block-diagonal product, sums of elementwise products) were no faster at T=1.
+  q_BKGTH = rearrange(q_BTNH, 'B T (K G) H -> B K G T H', K=k_BSKH.shape[2])
+  scores_BKGTS = scale * jnp.einsum(
+    'BKGTH,BSKH->BKGTS', q_BKGTH, k_BSKH, preferred_element_type=jnp.float32
+  )
+  if softcap is not None:
+    scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
+  scores_BKGTS = jnp.where(mask.dense()[:, None, None], scores_BKGTS, _MASKED)
+  weights_BKGTS, total_BKGT1 = _exponentials(scores_BKGTS, sinks_N)
+  out_BKGTH = jnp.einsum(
+    'BKGTS,BSKH->BKGTH',
+    weights_BKGTS.astype(v_BSKH.dtype),
+    v_BSKH,
+    preferred_element_type=jnp.float32,
+  )
+  out_BKGTH = (out_BKGTH / total_BKGT1).astype(q_BTNH.dtype)
+  return rearrange(out_BKGTH, 'B K G T H -> B T (K G) H')
+
+
+def _exponentials(scores_BKGTS, sinks_N):
+  """The softmax over S as numerators and a denominator (1 where there is nothing to see)."""
+  # The peak of a row without keys lies above _MASKED, so that its numerators are exactly zero.
+  peak = jnp.max(scores_BKGTS, axis=-1, keepdims=True, initial=_MASKED / 2)
+  if sinks_N is not None:
+    kv_heads = scores_BKGTS.shape[1]
+    sinks = rearrange(sinks_N.astype(jnp.float32), '(K G) -> 1 K G 1 1', K=kv_heads)
+    peak = jnp.maximum(peak, sinks)
+  peak = jax.lax.stop_gradient(peak)  # it cancels
+  weights_BKGTS = jnp.exp(scores_BKGTS - peak)
+  total = jnp.sum(weights_BKGTS, axis=-1, keepdims=True)
+  if sinks_N is not None:
+    total = total + jnp.exp(sinks - peak)
+  return weights_BKGTS, jnp.where(total == 0, 1.0, total)
+
+
+def _cudnn(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, *, window, scale):
+  del mask, sinks_N  # `cudnn_obstacle` has seen that causality and the window are all there is
+  length = q_BTNH.shape[1]
+  # JAX 0.10 refuses gradients of odd lengths. One more position at the end, which no query before
+  # it can see, makes the length even.
+  filled = [jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH)]
+  # JAX counts the keys before the query; the causal flag must be set, or the future leaks in.
+  local_window_size = None if window is None else (window - 1, 0)
+  out_BTNH = jax.nn.dot_product_attention(
+    *filled,
+    scale=scale,
+    is_causal=True,
+    local_window_size=local_window_size,
+    implementation='cudnn',
+  )
+  return out_BTNH[:, :length]

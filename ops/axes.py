@@ -1,0 +1,57 @@
+"""One letter an axis, everywhere: in names (`q_BTNH`), in einsum strings and in checks.
+
+After Noam Shazeer, "Shape Suffixes" (2024). `check` costs nothing under jit, for shapes are static.
+"""
+
+ALPHABET = {
+  'B': 'batch',
+  'T': 'query length',
+  'S': 'key length',
+  'D': 'model width',
+  'F': 'feed-forward width',
+  'N': 'query heads',
+  'K': 'key/value heads',
+  'G': 'query heads a key/value head',
+  'H': 'head width',
+  'V': 'vocabulary',
+  'L': 'layers',
+  'E': 'experts',
+  'C': 'expert capacity',
+  'R': 'adapter rank',
+  'I': 'matrix input',
+  'O': 'matrix output',
+  'J': 'scale groups along the input',
+  'P': 'cache pages',
+}
+
+
+def check(spec: str, *arrays) -> dict[str, int]:
+  """Binds the letters of `spec` to the sizes of `arrays` and returns them.
+
+  `spec` has one comma-separated part an array: letters, after an optional `...` that stands for any
+  leading axes. `None` may stand in for an array that is absent.
+
+  Raises:
+    ValueError: the ranks or sizes disagree; the message names the axis.
+  """
+  parts = spec.split(',')
+  if len(parts) != len(arrays):
+    raise ValueError(f'{spec} describes {len(parts)} arrays, but {len(arrays)} were given')
+  sizes = {}
+  for part, array in zip(parts, arrays):
+    if array is not None:
+      _bind(part, tuple(array.shape), sizes)
+  return sizes
+
+
+def _bind(part, shape, sizes):
+  letters = part.removeprefix('...')
+  trailing = shape[len(shape) - len(letters) :] if letters else ()
+  open_ended = part.startswith('...')
+  if len(trailing) != len(letters) or (not open_ended and len(shape) != len(letters)):
+    raise ValueError(f'{part} has {len(letters)} axes, but the array has the shape {shape}')
+  for letter, size in zip(letters, trailing):
+    if letter not in ALPHABET:
+      raise ValueError(f'{letter!r} in {part} is no axis letter; ops/axes.py lists them')
+    if sizes.setdefault(letter, size) != size:
+      raise ValueError(f'axis {letter} of {part}{shape} is {size}, but was {sizes[letter]}')

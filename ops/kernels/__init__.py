@@ -1,0 +1,1 @@
+"""Fast twins of the ops, one folder a platform."""

@@ -1,0 +1,93 @@
+"""Native products for the CPU: C++ behind `jax.ffi`, on XLA's own threads.
+
+`pip install -e .` compiles them where there is a compiler. Loading them runs a self-test for each
+instruction set that the machine has, and picks the best one that passes; one that computes wrongly
+is never used. Without the library, or with LISSOM_NATIVE=0 in the environment, `available()` is
+False, `why_not()` gives the reason, and all products go through XLA.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import importlib.machinery
+import platform
+
+import jax
+
+TARGET = 'lissom_product'
+_MODULE = '_native'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Library:
+  """What was found: the usable instruction sets by number, best first, or the reason for none."""
+
+  instruction_sets: dict[str, int]
+  selected: str | None
+  refused: dict[str, str]  # instruction set -> what it computed wrongly
+  why_not: str
+
+
+def available() -> bool:
+  """Whether products can run natively."""
+  return load().selected is not None
+
+
+def why_not() -> str:
+  """The reason why they cannot, or nothing."""
+  return load().why_not
+
+
+def instruction_sets() -> list[str]:
+  """The usable ones on this machine, the best first; products use the first."""
+  return list(load().instruction_sets)
+
+
+@functools.cache
+def load() -> Library:
+  """Loads, tests and registers the library, once a process."""
+  path = _find()
+  if path is None:
+    return _absent('the native library is not built; `pip install -e .` builds it with a compiler')
+  try:
+    library = ctypes.CDLL(path)
+  except OSError as error:
+    return _absent(f'the native library does not load: {error}')
+  for name in ('lissom_name', 'lissom_self_test'):
+    getattr(library, name).restype = ctypes.c_char_p
+  if library.lissom_disabled():
+    return _absent('LISSOM_NATIVE=0 is set')
+  usable, refused = _test(library)
+  if not usable:
+    return _absent(f'the native products are wrong on this machine: {refused}', refused)
+  best = next(iter(usable))
+  library.lissom_select(usable[best])
+  jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.lissom_product), platform='cpu')
+  return Library(instruction_sets=usable, selected=best, refused=refused, why_not='')
+
+
+def _find() -> str | None:
+  spec = importlib.machinery.PathFinder.find_spec(_MODULE, __path__)
+  return None if spec is None else spec.origin
+
+
+def _test(library) -> tuple[dict[str, int], dict[str, str]]:
+  usable, refused = {}, {}
+  for i in range(library.lissom_instruction_sets()):
+    name = library.lissom_name(i).decode()
+    if library.lissom_supported(i):
+      wrong = library.lissom_self_test(i)
+      if wrong is None:
+        usable[name] = i
+      else:
+        refused[name] = wrong.decode()
+  return usable, refused
+
+
+def _absent(reason: str, refused: dict[str, str] | None = None) -> Library:
+  return Library(
+    instruction_sets={},
+    selected=None,
+    refused=refused or {},
+    why_not=f'{reason} ({platform.machine()})',
+  )

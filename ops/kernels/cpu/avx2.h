@@ -1,0 +1,98 @@
+// AVX2, and the place where AVX-VNNI differs from it: the dot product of bytes.
+//
+// Four vectors of 8 cover a tile, and 16 registers hold two rows of sums. Included by avx2.cc and
+// avxvnni.cc within their targets; LISSOM_VNNI says which of them it is.
+
+namespace lissom {
+namespace {
+
+struct Avx2 {
+  static constexpr int kLanes = 8, kVectors = 4, kRows = 2;
+  using Bytes = __m256i;
+  using Int = __m256i;
+  using Float = __m256;
+
+  static inline Bytes load(const uint8_t* p) { return whole(p); }
+  static inline Bytes low(Bytes c) { return _mm256_and_si256(c, _mm256_set1_epi8(15)); }
+  static inline Bytes high(Bytes c) { return low(_mm256_srli_epi16(c, 4)); }
+  static inline Bytes lookup(const uint8_t* table, Bytes c) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(quarter(table)), c);
+  }
+
+  static inline Int set_int(int32_t x) { return _mm256_set1_epi32(x); }
+  static inline Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
+
+#if LISSOM_VNNI
+  static inline Int dot(Int sum, Bytes c, int32_t x) {
+    return _mm256_dpbusd_avx_epi32(sum, c, _mm256_set1_epi32(x));
+  }
+  static inline Int dot_nibbles(Int sum, Bytes c, int32_t x) { return dot(sum, c, x); }
+#else
+  // vpmaddubsw saturates for large bytes, so even and odd ones are multiplied as 16-bit numbers.
+  static inline Int dot(Int sum, Bytes c, int32_t x) {
+    const __m256i four = _mm256_set1_epi32(x);
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8);
+    const __m256i odd = _mm256_srai_epi16(four, 8);
+    const __m256i c_even = _mm256_and_si256(c, _mm256_set1_epi16(255));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(c_even, even));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_srli_epi16(c, 8), odd));
+  }
+  static inline Int dot_nibbles(Int sum, Bytes c, int32_t x) {
+    const __m256i pairs = _mm256_maddubs_epi16(c, _mm256_set1_epi32(x));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+#endif
+
+  static inline Int load_zeros(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static inline Int subtract_product(Int sum, Int zero, int32_t x) {
+    return _mm256_sub_epi32(sum, _mm256_mullo_epi32(zero, _mm256_set1_epi32(x)));
+  }
+  static inline Float to_float(Int x) { return _mm256_cvtepi32_ps(x); }
+
+  static inline Float set_float(float x) { return _mm256_set1_ps(x); }
+  static inline Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static inline Float negate(Float a) { return _mm256_sub_ps(_mm256_setzero_ps(), a); }
+  static inline Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static inline Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static inline Float load_float(const float* p) { return _mm256_loadu_ps(p); }
+  static inline void store_float(float* p, Float x) { _mm256_storeu_ps(p, x); }
+
+  static inline Float load_bf16(const uint16_t* p) {
+    return even_bf16(_mm256_cvtepu16_epi32(quarter(p)));
+  }
+  static inline Float even_bf16(Bytes x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
+  static inline Float odd_bf16(Bytes x) {
+    return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(-65536)));
+  }
+  static inline Float load_f16(const uint8_t* p) { return _mm256_cvtph_ps(quarter(p)); }
+  static inline Float load_fp8(const uint8_t* p) {
+    // As float16 with the exponent's bias off by 8; the conversion knows subnormal numbers.
+    const __m128i x = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m128i sign = _mm_slli_epi16(_mm_srli_epi16(x, 7), 15);
+    const __m128i rest = _mm_srli_epi16(_mm_slli_epi16(x, 9), 2);
+    return multiply(_mm256_cvtph_ps(_mm_or_si128(sign, rest)), set_float(256));
+  }
+  static inline Float byte_to_float(Bytes x, int i) {
+    const __m256i c = _mm256_and_si256(_mm256_srli_epi32(x, 8 * i), _mm256_set1_epi32(255));
+    return _mm256_cvtepi32_ps(c);
+  }
+  static inline Float lookup_float(const float* table, Bytes x, int shift) {
+    const __m256i c = _mm256_srli_epi32(x, shift);
+    const Float lower = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), c);
+    const Float upper = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), c);
+    return _mm256_blendv_ps(lower, upper, _mm256_castsi256_ps(_mm256_slli_epi32(c, 28)));
+  }
+
+ private:
+  static inline __m256i whole(const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  }
+  static inline __m128i quarter(const void* p) {
+    return _mm_loadu_si128(static_cast<const __m128i*>(p));
+  }
+};
+
+}  // namespace
+}  // namespace lissom

@@ -1,0 +1,98 @@
+// AVX512-BF16: dot products of bf16 pairs, for bf16 weights and bf16 activations.
+//
+// float32 activations do not come here. Split into two bf16 terms they would cost as many
+// instructions as widened weights and FMA, and lose 8 bits of mantissa; see product.h.
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+#include <string.h>
+
+#include <utility>
+
+#include "target.h"
+#include "types.h"
+
+LISSOM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+
+namespace lissom {
+namespace {
+
+inline __m512bh as_bf16(__m512i x) {
+  __m512bh y;
+  memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+}  // namespace
+}  // namespace lissom
+
+#include "drive.h"
+
+namespace lissom {
+namespace {
+
+template <int R>
+void half_tile(const Weights& w, const Rows& x, int64_t row, int64_t tile, float* y) {
+  constexpr int kChains = R == 1 ? 2 : 1;
+  const int64_t padded = w.padded_inputs();
+  const uint8_t* p = w.values + tile * w.tile_bytes();
+  const uint16_t* in = x.halves + row * padded;
+  const uint16_t* const last = in + padded;
+  __m512 sum[kChains * R * 2];
+  each<kChains * R * 2>([&](int i) LISSOM_INLINE { sum[i] = _mm512_setzero_ps(); });
+  const auto step = [&](int c) LISSOM_INLINE {
+    const __m512bh left = as_bf16(_mm512_loadu_si512(p));
+    const __m512bh right = as_bf16(_mm512_loadu_si512(p + 64));
+    __builtin_prefetch(p + kAhead);
+    __builtin_prefetch(p + kAhead + 64);
+    each<R>([&](int r) LISSOM_INLINE {
+      int32_t pair;
+      memcpy(&pair, in + r * padded, 4);
+      const __m512bh two = as_bf16(_mm512_set1_epi32(pair));
+      const int i = (c * R + r) * 2;
+      sum[i] = _mm512_dpbf16_ps(sum[i], left, two);
+      sum[i + 1] = _mm512_dpbf16_ps(sum[i + 1], right, two);
+    });
+    p += 128;
+    in += 2;
+  };
+  while (in + 2 < last) {
+    step(0);
+    step(kChains - 1);
+  }
+  if (in < last) step(0);
+  each<R * 2>([&](int i) LISSOM_INLINE {
+    const __m512 s = kChains == 2 ? _mm512_add_ps(sum[i], sum[(kChains - 1) * R * 2 + i]) : sum[i];
+    _mm512_storeu_ps(y + i * 16, s);
+  });
+}
+
+void half(const Weights& w, const Rows& x, Output out, Range rows, Range range) {
+  static constexpr Tiles tiles = {{half_tile<1>, half_tile<2>, half_tile<3>, half_tile<4>,
+                                   half_tile<5>, half_tile<6>, half_tile<7>, half_tile<8>}};
+  walk(tiles, 8, w, x, out, rows, range);
+}
+
+bool supported() {
+  return __builtin_cpu_supports("avx512bf16") && kAvx512.supported();
+}
+
+void integer_512(const Weights& w, const Rows& x, Output out, Range rows, Range range) {
+  kAvx512.integer(w, x, out, rows, range);
+}
+
+void floating_512(const Weights& w, const Rows& x, Output out, Range rows, Range range) {
+  kAvx512.floating(w, x, out, rows, range);
+}
+
+}  // namespace
+
+extern const Kernels kAvx512Bf16 = {"avx512_bf16", supported,    quantize,
+                                    integer_512,   floating_512, half};
+
+}  // namespace lissom
+
+LISSOM_TARGET_END
+
+#endif  // __x86_64__

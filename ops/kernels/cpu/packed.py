@@ -1,0 +1,233 @@
+"""Weights laid out for the native products of the CPU, made once when a model is loaded.
+
+`pack` turns a weight into a `PackedTensor` of the same numbers. Its `matmul` reads the packed bytes
+once, from the first to the last, and never widens them in memory; on another platform, or without
+the library, it multiplies by `dense()`.
+
+Activations are rounded to int8 on the fly by default ('int8'), a scale for each block of up to 64
+inputs (`block_size`), and summed in int32: off by at most sum(|w|) * amax / 254 a block. 'float'
+keeps them as they are. Half-precision and fp8 weights always take float activations: bf16 weights
+are widened to float32 in registers, as exact as a float32 product, and multiplied by bf16
+activations in pairs where the CPU has AVX512-BF16.
+
+The layout is described in types.h. In short: tiles of 32 outputs, within a tile steps of 4 inputs
+(8 and 4 bits), 2 (bf16) or 1 (f16, fp8), what is missing filled with zeros.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ops.kernels import cpu
+from ops.linear import Matrix, Weight, array, dense, weight_type
+from ops.lora import LoraTensor
+from ops.quantized import FORMATS, NF4_CODEBOOK, QuantizedTensor
+
+Activations = Literal['int8', 'float']
+
+TILE = 32  # outputs
+FORMAT_NUMBERS = {'int8': 0, 'int4': 1, 'nf4': 2, 'bfloat16': 3, 'float16': 4, 'fp8_e4m3': 5}
+STEPS = {'int8': 4, 'int4': 4, 'nf4': 4, 'bfloat16': 2, 'float16': 1, 'fp8_e4m3': 1}
+GROUP_MULTIPLE = 16  # activations are quantized in blocks of at least this many inputs
+NO_SCALES = np.zeros((0,), np.float32)
+NO_ZEROS = np.zeros((0,), np.uint8)
+
+
+@weight_type
+@dataclasses.dataclass(frozen=True)
+class PackedTensor(Weight):
+  """A matrix (I, O) as the native products read it.
+
+  values: [tiles, steps, ...]: uint8 [.., 32, 4] for 8-bit codes (signed ones with 128 added), uint8
+    [.., 16, 4] for 4-bit codes (output o low, o + 16 high), bfloat16 [.., 32, 2], float16 or
+    float8_e4m3fn [.., 32, 1].
+  scales: bfloat16 or float32 [tiles, J, 32]; None for half precision.
+  zeros: uint8 [tiles, J, 32] for an asymmetric format, whose codes are unsigned already, else None.
+  """
+
+  values: jax.Array = array('OI__')
+  scales: jax.Array | None = array('_JO')
+  zeros: jax.Array | None = array('_JO')
+  format: str
+  inputs: int
+  outputs: int
+  activations: Activations
+  dtype: jnp.dtype
+
+  @property
+  def shape(self):
+    return (*self.values.shape[:-4], self.inputs, self.outputs)
+
+  @property
+  def groups(self) -> int:
+    return 1 if self.scales is None else self.scales.shape[-2]
+
+  def dense(self):
+    values_IO = _from_tiles(self._codes(), self.outputs)[: self.inputs]
+    if self.scales is None:
+      return values_IO.astype(self.dtype)
+    values_IO = values_IO.astype(jnp.float32)
+    if self.zeros is not None:
+      values_IO = values_IO - self._spread(self.zeros)
+    return (values_IO * self._spread(self.scales)).astype(self.dtype)
+
+  def matmul(self, x):
+    return product(x, self)
+
+  def kernel(self, platform):
+    if platform != 'cpu' or not cpu.available():
+      return None
+    return f'native, {cpu.load().selected}, {self.format} by {self.activations} activations'
+
+  def map_values(self, fn):
+    raise ValueError(
+      'a matrix that is packed for the CPU cannot be pruned, cast or quantized; pack it last'
+    )
+
+  def _codes(self):
+    """Values before scaling as [tiles, steps, 32, inputs a step]."""
+    values = self.values
+    if self.format == 'int8':
+      return values if self.zeros is not None else values.astype(jnp.int32) - 128
+    if self.format not in ('int4', 'nf4'):
+      return values
+    codes = jnp.concatenate([values & 15, values >> 4], axis=-2)
+    if self.format == 'nf4':
+      return jnp.asarray(NF4_CODEBOOK, jnp.float32)[codes]
+    return codes if self.zeros is not None else codes.astype(jnp.int32) - 8
+
+  def _spread(self, groups):
+    groups_JO = groups.transpose(1, 0, 2).reshape(self.groups, -1)[:, : self.outputs]
+    return jnp.repeat(groups_JO.astype(jnp.float32), self.inputs // self.groups, axis=0)
+
+
+def pack(w: Matrix, activations: Activations = 'int8') -> Matrix:
+  """Lays out a weight for the native products, or returns it as it is where there is none for it.
+
+  There are products for half-precision arrays, for int8, int4, NF4 and fp8 (groups of a multiple
+  of 16 inputs, or whole columns), and for these under a low-rank correction.
+  """
+  if not cpu.available():
+    return w
+  if isinstance(w, LoraTensor):
+    return dataclasses.replace(w, base=pack(w.base, activations))
+  return encode(w, activations) if can_pack(w) else w
+
+
+def can_pack(w: Matrix) -> bool:
+  """Whether there is a layout for this weight."""
+  if len(w.shape) != 2:
+    return False
+  if isinstance(w, QuantizedTensor):
+    return w.group_size == w.inputs or w.group_size % GROUP_MULTIPLE == 0
+  return not isinstance(w, Weight) and w.dtype in (jnp.bfloat16, jnp.float16)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def encode(w: Matrix, activations: Activations = 'int8') -> PackedTensor:
+  """The packed form of a weight that `can_pack` accepts, whether or not there is a library."""
+  inputs, outputs = w.shape
+  if not isinstance(w, QuantizedTensor):
+    name = str(w.dtype)
+    values = _to_tiles(w, STEPS[name])
+    return PackedTensor(values, None, None, name, inputs, outputs, 'float', w.dtype)
+  signed = w.zeros is None
+  codes_IO, zeros = w.values, w.zeros
+  if w.format == 'int8':
+    codes_IO = _offset(codes_IO) if signed else codes_IO.astype(jnp.uint8)
+  if FORMATS[w.format].bits == 4:
+    codes_IO = _nibbles(w)
+  values = _to_tiles(codes_IO, STEPS[w.format])
+  if FORMATS[w.format].bits == 4:
+    values = values[:, :, : TILE // 2] | values[:, :, TILE // 2 :] << 4
+  scales = _to_groups(dense(w.scales))
+  zeros = None if signed else _to_groups(zeros)
+  form = activations if FORMATS[w.format].bits == 4 or w.format == 'int8' else 'float'
+  return PackedTensor(values, scales, zeros, w.format, inputs, outputs, form, w.dtype)
+
+
+def product(
+  x: jax.Array, w: PackedTensor, *, instruction_set: str | None = None, threads: int = 0
+) -> jax.Array:
+  """Multiplies x[..., I] by a packed weight: [..., O] in the dtype of x.
+
+  `instruction_set` and `threads` are for tests: None and 0 take the best set and all threads.
+
+  Raises ValueError for an instruction set that is not usable on this machine.
+  """
+  usable = cpu.load().instruction_sets
+  if instruction_set is not None and instruction_set not in usable:
+    raise ValueError(f'{instruction_set!r} is not one of {", ".join(usable) or "none at all"}')
+  if not usable:
+    return jnp.matmul(x, w.dense().astype(x.dtype))
+  number = -1 if instruction_set is None else usable[instruction_set]
+  return _product(number, threads, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(instruction_set, threads, x, w):
+  native = functools.partial(_native, instruction_set, threads)
+  through_xla = lambda x, w: jnp.matmul(x, w.dense().astype(x.dtype))
+  return jax.lax.platform_dependent(x, w, cpu=native, default=through_xla)
+
+
+def _forward(instruction_set, threads, x, w):
+  return _product(instruction_set, threads, x, w), w
+
+
+def _backward(instruction_set, threads, w, y_bar):
+  return jnp.matmul(y_bar, w.dense().astype(y_bar.dtype).T), None
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _native(instruction_set, threads, x, w):
+  dtype = x.dtype if x.dtype in (jnp.float32, jnp.bfloat16) else jnp.dtype(jnp.float32)
+  rows = math.prod(x.shape[:-1])
+  call = jax.ffi.ffi_call(
+    cpu.TARGET, jax.ShapeDtypeStruct((rows, w.outputs), dtype), vmap_method='sequential'
+  )
+  y = call(
+    x.reshape(rows, w.inputs).astype(dtype),
+    w.values,
+    NO_SCALES if w.scales is None else w.scales,
+    NO_ZEROS if w.zeros is None else w.zeros,
+    format=np.int64(FORMAT_NUMBERS[w.format]),
+    groups=np.int64(w.groups),
+    inputs=np.int64(w.inputs),
+    instruction_set=np.int64(instruction_set),
+    outputs=np.int64(w.outputs),
+    quantize=np.int64(w.activations == 'int8'),
+    threads=np.int64(threads),
+  )
+  return y.reshape(*x.shape[:-1], w.outputs).astype(x.dtype)
+
+
+def _offset(codes_IO):
+  return jax.lax.bitcast_convert_type(codes_IO, jnp.uint8) ^ 0x80
+
+
+def _nibbles(w: QuantizedTensor):
+  both = jnp.stack([w.values & 15, w.values >> 4], axis=1)
+  return both.reshape(-1, both.shape[-1])[: w.inputs]
+
+
+def _to_tiles(a_IO, step: int):
+  inputs, outputs = a_IO.shape
+  filled = jnp.pad(a_IO, ((0, -inputs % step), (0, -outputs % TILE)))
+  return filled.reshape(-1, step, filled.shape[1] // TILE, TILE).transpose(2, 0, 3, 1)
+
+
+def _from_tiles(tiles, outputs: int):
+  return tiles.transpose(1, 3, 0, 2).reshape(-1, tiles.shape[0] * TILE)[:, :outputs]
+
+
+def _to_groups(a_JO):
+  filled = jnp.pad(a_JO, ((0, 0), (0, -a_JO.shape[1] % TILE)))
+  return filled.reshape(a_JO.shape[0], -1, TILE).transpose(1, 0, 2)

@@ -1,0 +1,155 @@
+// Checks a call's buffers, prepares the rows, and shares the tiles out among threads.
+
+#include "product_call.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+
+namespace lissom {
+namespace {
+
+// Below this a second thread costs more than it saves: some microseconds of memory traffic, and of
+// arithmetic.
+constexpr int64_t kBytesAlone = 128 << 10;
+constexpr int64_t kProductsAlone = 1 << 18;
+constexpr int64_t kPartsPerThread = 4;  // a thread that comes late finds less to do
+
+// Grows, and is kept for the next call from this thread.
+class Scratch {
+ public:
+  ~Scratch() { free(data_); }
+  uint8_t* reserve(size_t bytes) {
+    if (bytes > size_) {
+      free(data_);
+      size_ = (bytes + 4095) / 4096 * 4096;
+      data_ = static_cast<uint8_t*>(aligned_alloc(64, size_));
+      if (data_ == nullptr) size_ = 0;
+    }
+    return data_;
+  }
+
+ private:
+  uint8_t* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+thread_local Scratch scratch;
+
+int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// The activations in one of their three forms, laid out in scratch memory where they must be.
+struct Prepared {
+  enum Kind { kCodes, kFloats, kHalves } kind;
+  Rows rows = {};
+  float* floats = nullptr;  // f32 with w.inputs (kCodes) or padded_inputs() numbers a row
+  uint16_t* halves = nullptr;
+  int8_t* codes = nullptr;
+  float* scales = nullptr;
+  int32_t* sums = nullptr;
+};
+
+bool lay_out(const Call& call, Prepared* p) {
+  const Weights& w = call.weights;
+  const int64_t m = call.rows, padded = w.padded_inputs(), blocks = w.blocks();
+  const bool ragged = padded != w.inputs;
+  p->rows.count = m;
+  if (p->kind == Prepared::kHalves) {
+    p->rows.halves = static_cast<const uint16_t*>(call.x);
+    if (ragged) {
+      p->halves = reinterpret_cast<uint16_t*>(scratch.reserve(m * padded * 2));
+      p->rows.halves = p->halves;
+      return p->halves != nullptr;
+    }
+    return true;
+  }
+  const bool codes = p->kind == Prepared::kCodes;
+  const bool copy = call.x_bf16 || (ragged && !codes);
+  const int64_t width = codes ? w.inputs : padded;
+  const int64_t float_bytes = copy ? aligned(m * width * 4) : 0;
+  const int64_t code_bytes = codes ? aligned(m * padded) + 2 * aligned(m * blocks * 4) : 0;
+  uint8_t* memory = nullptr;
+  if (float_bytes + code_bytes > 0) {
+    memory = scratch.reserve(float_bytes + code_bytes);
+    if (memory == nullptr) return false;
+  }
+  if (copy) p->floats = reinterpret_cast<float*>(memory);
+  p->rows.floats = copy ? p->floats : static_cast<const float*>(call.x);
+  if (codes) {
+    p->codes = reinterpret_cast<int8_t*>(memory + float_bytes);
+    p->scales = reinterpret_cast<float*>(memory + float_bytes + aligned(m * padded));
+    p->sums = reinterpret_cast<int32_t*>(reinterpret_cast<uint8_t*>(p->scales) +
+                                         aligned(m * blocks * 4));
+    p->rows.codes = p->codes;
+    p->rows.scales = p->scales;
+    p->rows.sums = p->sums;
+  }
+  return true;
+}
+
+// Copies, widens and quantizes some of the rows.
+void fill(const Call& call, const Prepared& p, int64_t begin, int64_t end) {
+  const Weights& w = call.weights;
+  const int64_t padded = w.padded_inputs(), blocks = w.blocks();
+  const int64_t width = p.kind == Prepared::kCodes ? w.inputs : padded;
+  for (int64_t r = begin; r < end; ++r) {
+    const uint16_t* half = static_cast<const uint16_t*>(call.x) + r * w.inputs;
+    if (p.halves != nullptr) {
+      memcpy(p.halves + r * padded, half, w.inputs * 2);
+      memset(p.halves + r * padded + w.inputs, 0, (padded - w.inputs) * 2);
+    }
+    if (p.floats != nullptr) {
+      float* to = p.floats + r * width;
+      if (call.x_bf16) {
+        for (int64_t k = 0; k < w.inputs; ++k) to[k] = from_bf16(half[k]);
+      } else {
+        memcpy(to, static_cast<const float*>(call.x) + r * w.inputs, w.inputs * 4);
+      }
+      std::fill(to + w.inputs, to + width, 0.0f);
+    }
+  }
+  if (p.codes != nullptr) {
+    call.kernels->quantize(w, p.rows.floats + begin * w.inputs, end - begin,
+                           p.codes + begin * padded, p.scales + begin * blocks,
+                           p.sums + begin * blocks);
+  }
+}
+
+}  // namespace
+
+bool multiply(const Call& call, Workers& workers) {
+  const Weights& w = call.weights;
+  if (call.rows == 0 || w.outputs == 0) return true;
+  Prepared p;
+  const bool half = w.format == kBf16 && call.x_bf16 && call.kernels->half != nullptr;
+  p.kind = call.quantize ? Prepared::kCodes : half ? Prepared::kHalves : Prepared::kFloats;
+  if (!lay_out(call, &p)) return false;
+
+  const int64_t tiles = w.tiles(), m = call.rows;
+  const bool alone =
+      tiles * w.tile_bytes() < kBytesAlone && m * w.inputs * w.outputs < kProductsAlone;
+  const int64_t threads = alone ? 1 : workers.count();
+  const bool fills = p.codes != nullptr || p.floats != nullptr || p.halves != nullptr;
+  if (fills && (threads == 1 || m * w.inputs < kProductsAlone / 4)) {
+    fill(call, p, 0, m);
+  } else if (fills) {
+    const int64_t parts = std::min(m, threads * kPartsPerThread);
+    workers.run(parts, [&](int64_t i) { fill(call, p, m * i / parts, m * (i + 1) / parts); });
+  }
+
+  const auto kernel = p.kind == Prepared::kCodes    ? call.kernels->integer
+                      : p.kind == Prepared::kHalves ? call.kernels->half
+                                                    : call.kernels->floating;
+  const int64_t row_parts = tiles >= threads * 2 ? 1 : (m + kRowChunk - 1) / kRowChunk;
+  const int64_t tile_parts = std::min(tiles, threads == 1 ? 1 : threads * kPartsPerThread);
+  workers.run(row_parts * tile_parts, threads, [&](int64_t i) {
+    const int64_t r = i / tile_parts, t = i % tile_parts;
+    const Range rows = {m * r / row_parts, m * (r + 1) / row_parts};
+    const Range range = {tiles * t / tile_parts, tiles * (t + 1) / tile_parts};
+    kernel(w, p.rows, call.out, rows, range);
+  });
+  return true;
+}
+
+}  // namespace lissom

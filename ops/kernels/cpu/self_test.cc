@@ -1,0 +1,152 @@
+#include "self_test.h"
+
+#include <math.h>
+#include <string.h>
+
+#include <vector>
+
+#include "product_call.h"
+
+namespace lissom {
+namespace {
+
+constexpr double kNf4Exact[16] = {
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0};
+// Relative to the sum of the terms' sizes: float32 sums of some hundred terms.
+constexpr double kRounding = 1e-5, kBf16Rounding = 1.0 / 256;
+// The bytes that stand for NF4's values in the integer product are off by so much times the scale,
+// which is below 2 here.
+constexpr double kNf4Rounding = 0.004 * 2;
+
+struct Random {
+  uint32_t state;
+  uint32_t next() { return (state = state * 1664525u + 1013904223u) >> 8; }
+};
+
+double ieee(uint32_t bits, int exponent_bits, int mantissa_bits) {
+  const int top = (1 << exponent_bits) - 1, bias = top >> 1;
+  const int exponent = static_cast<int>(bits >> mantissa_bits) & top;
+  const int mantissa = static_cast<int>(bits & ((1u << mantissa_bits) - 1));
+  const double size = exponent == 0 ? ldexp(mantissa, 1 - bias - mantissa_bits)
+                                    : ldexp(mantissa + (1 << mantissa_bits),
+                                            exponent - bias - mantissa_bits);
+  return bits >> (exponent_bits + mantissa_bits) & 1 ? -size : size;
+}
+
+// The number that the packed weight holds for input i and output o.
+double weight_at(const Weights& w, int64_t i, int64_t o) {
+  const int64_t lane = o % kTile, step = w.step();
+  const uint8_t* tile = w.values + o / kTile * w.tile_bytes();
+  const int64_t group = w.groups == 1 ? 0 : i / w.group();
+  const int64_t at = (o / kTile * w.groups + group) * kTile + lane;
+  const double zero = w.zeros ? w.zeros[at] : w.format == kInt8 ? 128 : 8;
+  const int64_t place = (i / step * kTile + lane) * step + i % step;
+  uint16_t two = 0;
+  if (w.format == kBf16 || w.format == kF16) memcpy(&two, tile + 2 * place, 2);
+  if (w.format == kBf16) return from_bf16(two);
+  if (w.format == kF16) return ieee(two, 5, 10);
+  const double scale = w.scales_are_f32 ? static_cast<const float*>(w.scales)[at]
+                                        : from_bf16(static_cast<const uint16_t*>(w.scales)[at]);
+  if (w.format == kInt8) return scale * (tile[place] - zero);
+  if (w.format == kFp8) return scale * ieee(tile[place], 4, 3);
+  const uint8_t both = tile[(i / 4 * 16 + lane % 16) * 4 + i % 4];
+  const int code = lane < 16 ? both & 15 : both >> 4;
+  return scale * (w.format == kNf4 ? kNf4Exact[code] : code - zero);
+}
+
+struct Case {
+  Weights w = {};
+  std::vector<uint8_t> values, zeros;
+  std::vector<uint16_t> scales;
+  std::vector<float> x;
+};
+
+Case make(Format format, bool with_zeros, Shape shape) {
+  Case c;
+  c.w.format = format;
+  c.w.inputs = shape.inputs;
+  c.w.outputs = shape.outputs;
+  c.w.groups = shape.groups;
+  Random random = {static_cast<uint32_t>(format + shape.inputs)};
+  c.values.resize(c.w.tiles() * c.w.tile_bytes());
+  for (size_t i = 0; i < c.values.size(); ++i) {
+    c.values[i] = static_cast<uint8_t>(random.next());
+    if (format == kFp8) c.values[i] &= 0xf7;               // no NaN
+    if ((format == kF16 || format == kBf16) && i % 2) c.values[i] = (c.values[i] & 0x80) | 0x3c;
+  }
+  c.scales.resize(c.w.tiles() * c.w.groups * kTile);
+  for (uint16_t& scale : c.scales) scale = static_cast<uint16_t>(0x3f00 + random.next() % 256);
+  c.zeros.resize(c.scales.size());
+  const uint32_t zeros = format == kInt8 ? 256 : 16;
+  for (uint8_t& zero : c.zeros) zero = static_cast<uint8_t>(random.next() % zeros);
+  // Integers that every block's scale is 1 for: quantized without error, and bf16 holds them too.
+  c.x.resize(shape.rows * shape.inputs);
+  for (size_t i = 0; i < c.x.size(); ++i) {
+    c.x[i] = static_cast<float>(static_cast<int>(random.next() % 255) - 127);
+    if (i % shape.inputs % 16 == 0) c.x[i] = 127;
+  }
+  c.w.values = c.values.data();
+  c.w.scales = format == kBf16 || format == kF16 ? nullptr : c.scales.data();
+  c.w.zeros = with_zeros ? c.zeros.data() : nullptr;
+  return c;
+}
+
+bool near(const Case& c, Shape shape, const std::vector<float>& y, double relative,
+          double absolute) {
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    for (int64_t o = 0; o < shape.outputs; ++o) {
+      double sum = 0, bound = 1e-30;
+      for (int64_t i = 0; i < shape.inputs; ++i) {
+        const double term = c.x[r * shape.inputs + i] * weight_at(c.w, i, o);
+        sum += term;
+        bound += relative * fabs(term) + absolute * fabs(c.x[r * shape.inputs + i]);
+      }
+      if (!(fabs(y[r * shape.outputs + o] - sum) <= bound)) return false;
+    }
+  }
+  return true;
+}
+
+bool run(const Kernels& kernels, const Case& c, Shape shape, bool quantize, bool bf16) {
+  std::vector<float> y(shape.rows * shape.outputs);
+  std::vector<uint16_t> x16(c.x.size()), y16(y.size());
+  for (size_t i = 0; i < x16.size(); ++i) x16[i] = to_bf16(c.x[i]);
+  const void* x = bf16 ? static_cast<const void*>(x16.data()) : c.x.data();
+  void* out = bf16 ? static_cast<void*>(y16.data()) : y.data();
+  const Call call = {&kernels, c.w, x, bf16, shape.rows, quantize, {out, bf16}};
+  Workers alone(nullptr, 1);
+  if (!multiply(call, alone)) return false;
+  if (bf16) for (size_t i = 0; i < y.size(); ++i) y[i] = from_bf16(y16[i]);
+  return near(c, shape, y, bf16 ? kBf16Rounding : kRounding,
+              quantize && c.w.format == kNf4 ? kNf4Rounding : 0);
+}
+
+}  // namespace
+
+const char* self_test(const Kernels& kernels, Shape shape) {
+  static const char* const names[kFormats] = {"int8", "int4", "nf4", "bf16", "f16", "fp8"};
+  for (int format = 0; format < kFormats; ++format) {
+    for (const bool zeros : {false, true}) {
+      if (zeros && format > kInt4) continue;
+      const Case c = make(static_cast<Format>(format), zeros, shape);
+      for (const bool quantize : {false, true}) {
+        if (quantize && format > kNf4) continue;
+        for (const bool bf16 : {false, true})
+          if (!run(kernels, c, shape, quantize, bf16)) return names[format];
+      }
+    }
+  }
+  return nullptr;
+}
+
+const char* self_test(const Kernels& kernels) {
+  for (const Shape shape : {Shape{3, 96, 40, 3}, Shape{1, 70, 5, 1}}) {
+    if (const char* wrong = self_test(kernels, shape)) return wrong;
+  }
+  return nullptr;
+}
+
+}  // namespace lissom

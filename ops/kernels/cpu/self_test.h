@@ -1,0 +1,20 @@
+// Small products against the plainest arithmetic, from the packed bytes up.
+
+#ifndef LISSOM_SELF_TEST_H_
+#define LISSOM_SELF_TEST_H_
+
+#include "types.h"
+
+namespace lissom {
+
+struct Shape {
+  int64_t rows, inputs, outputs, groups;
+};
+
+// Every format, with float and with quantized activations. Null, or what went wrong in words.
+const char* self_test(const Kernels& kernels);
+const char* self_test(const Kernels& kernels, Shape shape);
+
+}  // namespace lissom
+
+#endif  // LISSOM_SELF_TEST_H_

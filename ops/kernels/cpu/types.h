@@ -1,0 +1,109 @@
+// What a product needs to know: the packed weight, the rows it meets, and where results go.
+//
+// The packed layout. Outputs are cut into tiles of 32, the last one filled up with zeros, and a
+// tile is one contiguous stretch that a thread reads from its first byte to its last, so the
+// hardware's prefetchers see a few long streams. Within a tile inputs come in steps:
+//
+//   int8        4 inputs a step   [32 outputs][4 inputs] bytes: 4 products a lane of vpdpbusd
+//   int4, nf4   4 inputs a step   [16 outputs][4 inputs] bytes: output o low, o + 16 high
+//   bf16        2 inputs a step   [32 outputs][2 inputs]: 2 products a lane of vdpbf16ps
+//   f16, fp8    1 input a step    [32 outputs]
+//
+// Inputs are filled up with zeros to whole steps. Codes are unsigned, int8 ones with 128 added, as
+// vpdpbusd wants them. Scales (and zero points) lie beside them as [tile][group][32].
+
+#ifndef LISSOM_TYPES_H_
+#define LISSOM_TYPES_H_
+
+#include <stdint.h>
+
+namespace lissom {
+
+constexpr int kTile = 32;        // outputs
+constexpr int kRowChunk = 64;    // rows that meet a tile's weights before the next tile's turn
+constexpr int kMaxRows = 8;      // rows that any instruction set keeps in registers
+
+enum Format { kInt8, kInt4, kNf4, kBf16, kF16, kFp8, kFormats };
+
+struct Weights {
+  Format format;
+  const uint8_t* values;
+  const void* scales;    // bf16 or f32; null for bf16 and f16 values
+  bool scales_are_f32;
+  const uint8_t* zeros;  // null for a symmetric format
+  int64_t inputs, outputs, groups;
+
+  int64_t step() const { return format <= kNf4 ? 4 : format == kBf16 ? 2 : 1; }
+  int64_t padded_inputs() const { return (inputs + step() - 1) / step() * step(); }
+  int64_t tiles() const { return (outputs + kTile - 1) / kTile; }
+  int64_t group() const { return groups > 1 ? inputs / groups : padded_inputs(); }
+
+  int64_t tile_bytes() const {
+    const int64_t bits = format == kInt4 || format == kNf4 ? 4
+                         : format == kBf16 || format == kF16 ? 16 : 8;
+    return padded_inputs() * kTile * bits / 8;
+  }
+
+  // Activations that share a scale: at most 64, and never across two groups of the weight.
+  int64_t block() const {
+    if (groups == 1 || group() % 64 == 0) return 64;
+    return group() % 32 == 0 ? 32 : 16;
+  }
+
+  int64_t blocks() const { return (padded_inputs() + block() - 1) / block(); }
+};
+
+// The left side, row by row, with padded_inputs() numbers a row. Either `codes`, or `floats`, or
+// `halves` is set. x = codes * scales, and sums are those of the codes of a block.
+struct Rows {
+  int64_t count;
+  const int8_t* codes;
+  const float* scales;
+  const int32_t* sums;
+  const float* floats;
+  const uint16_t* halves;  // bf16
+};
+
+struct Output {
+  void* y;  // [rows, outputs]
+  bool bf16;
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+// One instruction set. Null where it has no such kernel.
+struct Kernels {
+  const char* name;
+  bool (*supported)();
+  void (*quantize)(const Weights&, const float* x, int64_t rows, int8_t* codes, float* scales,
+                   int32_t* sums);
+  void (*integer)(const Weights&, const Rows&, Output, Range rows, Range tiles);
+  void (*floating)(const Weights&, const Rows&, Output, Range rows, Range tiles);
+  void (*half)(const Weights&, const Rows&, Output, Range rows, Range tiles);  // bf16 by bf16
+};
+
+extern const Kernels kPortable;
+#if defined(__x86_64__)
+extern const Kernels kAvx2, kAvxVnni, kAvx512, kAvx512Bf16;
+#endif
+
+inline float from_bf16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float x;
+  __builtin_memcpy(&x, &wide, 4);
+  return x;
+}
+
+// Rounds to nearest, half to even; NaN stays NaN.
+inline uint16_t to_bf16(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+}  // namespace lissom
+
+#endif  // LISSOM_TYPES_H_

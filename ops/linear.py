@@ -1,0 +1,123 @@
+"""The only matrix product of the models, and what a weight must offer to take part in it.
+
+Every linear layer calls `matmul(x, w)`. `w` is a `jax.Array` or a `Weight`: a frozen dataclass,
+registered as a pytree, that stands for an array of shape (I, O) and stores it in its own way. What
+it costs and how it multiplies is the type's own business, so a compressed model is the same model
+with other weight types in its tree.
+
+A new weight type is a subclass under `@weight_type`; each of its arrays says which axes it has in
+the alphabet of `ops.axes`, in terms of the weight's own I and O (and J for the groups along I).
+That is all that saving, sharding and the contract tests need to know of it.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+WEIGHT_TYPES: dict[str, type['Weight']] = {}
+
+
+class Weight(abc.ABC):
+  """A matrix of logical shape (..., I, O), stored as some arrays.
+
+  Leading axes (experts) come from mapping over the pytree: `jax.vmap(quantize)(w_EIO)`.
+  """
+
+  dtype: jnp.dtype  # of `dense()`; a field or a property
+
+  @property
+  @abc.abstractmethod
+  def shape(self) -> tuple[int, ...]:
+    """The shape as if it were dense, (..., I, O)."""
+
+  @abc.abstractmethod
+  def dense(self) -> jax.Array:
+    """What it stands for, as one array; the oracle of every test."""
+
+  @abc.abstractmethod
+  def map_values(self, fn: Callable[[jax.Array], 'Matrix']) -> 'Weight':
+    """The same type with `fn` applied to the matrix of values inside it.
+
+    This is how compressions nest: quantizing the values of an N:M-sparse matrix, for one.
+    Raises ValueError where the values are codes that no function of numbers can be applied to.
+    """
+
+  def matmul(self, x: jax.Array) -> jax.Array:
+    """Multiplies x[..., I] by the weight: [..., O] in the dtype of x."""
+    return matmul(x, self.dense())
+
+  def kernel(self, platform: str) -> str | None:
+    """Names what makes `matmul` fast on 'cpu', 'gpu' or 'tpu', or None if nothing does."""
+    return None
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes really stored: values, scales, zeros, indices."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+Matrix = jax.Array | Weight
+
+
+def array(axes: str) -> Any:
+  """A dataclass field that holds an array (or a nested Weight), or None.
+
+  `axes` has one letter an axis; '_' is an axis that is never sharded.
+  """
+  return dataclasses.field(metadata={'axes': axes})
+
+
+def weight_type(cls):
+  """Registers a frozen dataclass as a weight type: fields made by `array` are its leaves."""
+  fields = dataclasses.fields(cls)
+  data = [f.name for f in fields if 'axes' in f.metadata]
+  meta = [f.name for f in fields if 'axes' not in f.metadata]
+  jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
+  WEIGHT_TYPES[cls.__name__] = cls
+  return cls
+
+
+def matmul(x: jax.Array, w: Matrix) -> jax.Array:
+  """Multiplies x[..., I] by w[I, O] and returns [..., O] in the dtype of x."""
+  if x.shape[-1] != w.shape[-2]:
+    raise ValueError(f'x has {x.shape[-1]} inputs, but the weight takes {w.shape[-2]}')
+  if isinstance(w, Weight):
+    return w.matmul(x)
+  return jnp.matmul(x, w.astype(x.dtype))
+
+
+def grouped_matmul(x_TI: jax.Array, w: Matrix, group_sizes_E: jax.Array) -> jax.Array:
+  """Multiplies consecutive groups of rows, each by its own expert.
+
+  Row t belongs to expert e where e is the first with sum(group_sizes[:e + 1]) > t. `w` has the
+  shape (E, I, O). Rows past the last group give zeros. Returns [T, O] in the dtype of x.
+  """
+  return jax.lax.ragged_dot(x_TI, dense(w).astype(x_TI.dtype), group_sizes_E.astype(jnp.int32))
+
+
+def dense(w: Matrix) -> jax.Array:
+  """The array that `w` stands for; leading axes are mapped over."""
+  if not isinstance(w, Weight):
+    return w
+  fn = lambda v: v.dense()
+  for _ in range(len(w.shape) - 2):
+    fn = jax.vmap(fn)
+  return fn(w)
+
+
+def kernel(w: Matrix, platform: str) -> str | None:
+  """Names what makes products with `w` fast on 'cpu', 'gpu' or 'tpu', or None if nothing does."""
+  if isinstance(w, Weight):
+    return w.kernel(platform)
+  # XLA:CPU widens half-precision weights before it multiplies.
+  half_on_cpu = platform == 'cpu' and w.dtype.itemsize < 4
+  return None if half_on_cpu else f'XLA, {w.dtype}'
+
+
+def map_values(fn: Callable[[jax.Array], Matrix], w: Matrix) -> Matrix:
+  """Applies `fn` to an array, or to the values inside a `Weight`."""
+  return w.map_values(fn) if isinstance(w, Weight) else fn(w)

@@ -1,0 +1,270 @@
+"""The native products against numpy: every format, instruction set, shape and number of rows."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ops import linear, lora, quantized
+from ops.kernels import cpu
+from ops.kernels.cpu import packed
+
+native = pytest.mark.skipif(not cpu.available(), reason=cpu.why_not() or 'available')
+instruction_sets = pytest.mark.parametrize('name', cpu.instruction_sets() or [None])
+
+# Relative to the sum of the sizes of the terms.
+FLOAT32 = 1e-6  # sums of some hundred terms, in another order
+BFLOAT16 = 2**-8  # of the result
+NF4_BYTES = 0.004  # of a group's largest weight: the bytes that stand for NF4's values
+
+ROWS = [1, 2, 3, 7, 16, 17, 64, 200]
+
+
+def _quantize(format, **options):
+  return lambda w_IO: quantized.quantize(w_IO, format, **options)
+
+
+def _cast(dtype):
+  return lambda w_IO: w_IO.astype(dtype)
+
+
+FORMATS = {
+  'int8': _quantize('int8'),
+  'int8 g32': _quantize('int8', group_size=32),
+  'int8 asymmetric': _quantize('int8', group_size=64, symmetric=False),
+  'int4 g16': _quantize('int4', group_size=16),
+  'int4 g32': _quantize('int4', group_size=32),
+  'int4 g64': _quantize('int4', group_size=64),
+  'int4 g192': _quantize('int4', group_size=192),
+  'int4 column': _quantize('int4', group_size=-1),
+  'int4 asymmetric': _quantize('int4', group_size=64, symmetric=False),
+  'nf4': _quantize('nf4', group_size=64),
+  'nf4 double': _quantize('nf4', group_size=64, double=True),
+  'fp8': _quantize('fp8_e4m3'),
+  'bf16': _cast(jnp.bfloat16),
+  'f16': _cast(jnp.float16),
+}
+WHOLE_COLUMN = ['int8', 'int4 column', 'fp8', 'bf16', 'f16']  # any number of inputs
+formats = pytest.mark.parametrize('format', FORMATS)
+
+
+def _weight(format, inputs=192, outputs=70, seed=0):
+  draw = np.random.default_rng([seed, inputs, outputs]).normal(size=(inputs, outputs))
+  return FORMATS[format](jnp.asarray(draw, jnp.float32))
+
+
+def _rows(count, inputs=192, dtype=jnp.float32):
+  return jnp.asarray(np.random.default_rng(count).normal(size=(count, inputs)), dtype)
+
+
+def _float64(a):
+  return np.asarray(jnp.asarray(a, jnp.float32), np.float64)
+
+
+def _check(y, x, w, p):
+  """Compares with dense() in float64, within the rounding that the packed weight states."""
+  x64, w64 = _float64(x), _float64(linear.dense(w))
+  bound = FLOAT32 * np.abs(x64) @ np.abs(w64)
+  if p.activations == 'int8':
+    bound += _activation_bound(x64, p) @ np.abs(w64)
+    if p.format == 'nf4':
+      bound += NF4_BYTES * np.abs(x64) @ _largest(w64, p.groups)
+  if x.dtype == jnp.bfloat16:
+    bound += BFLOAT16 * (np.abs(x64 @ w64) + bound)
+  assert y.dtype == x.dtype
+  excess = np.abs(_float64(y) - x64 @ w64) - bound
+  assert excess.max() <= 0
+
+
+def _block(p):
+  size = 64 if p.groups == 1 else p.inputs // p.groups
+  return next(block for block in (64, 32, 16) if size % block == 0)
+
+
+def _activation_bound(x64, p):
+  """Half a step of each activation's block."""
+  block = _block(p)
+  filled = np.pad(np.abs(x64), ((0, 0), (0, -p.inputs % block)))
+  amax = filled.reshape(len(x64), -1, block).max(-1)
+  return np.repeat(amax, block, axis=1)[:, : p.inputs] / 254 * (1 + 1e-5)
+
+
+def _largest(w64, groups):
+  grouped = np.abs(w64).reshape(groups, -1, w64.shape[1])
+  return np.repeat(grouped.max(1), grouped.shape[1], axis=0)
+
+
+@formats
+@pytest.mark.parametrize('shape', [(192, 70), (192, 32), (384, 1)])
+def test_packing_keeps_every_number(format, shape):
+  w = _weight(format, *shape)
+  for activations in ('int8', 'float'):
+    p = packed.encode(w, activations)
+    assert tuple(p.shape) == shape and p.dtype == w.dtype
+    # Under jit, second-level scales are multiplied and added in one rounding.
+    rtol = 2e-7 if format == 'nf4 double' else 0
+    np.testing.assert_allclose(_float64(p.dense()), _float64(linear.dense(w)), rtol=rtol, atol=rtol)
+
+
+@native
+@instruction_sets
+@formats
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_products_are_those_of_the_dense_form(format, name, dtype):
+  w = _weight(format)
+  for activations in ('int8', 'float'):
+    p = packed.encode(w, activations)
+    for rows in (1, 3):
+      x = _rows(rows, dtype=dtype)
+      _check(packed.product(x, p, instruction_set=name), x, w, p)
+
+
+@native
+@instruction_sets
+@pytest.mark.parametrize('format', ['int8', 'int4 asymmetric', 'bf16'])
+@pytest.mark.parametrize('rows', ROWS)
+def test_any_number_of_rows(format, rows, name):
+  w = _weight(format)
+  p = packed.encode(w)
+  x = _rows(rows)
+  _check(packed.product(x, p, instruction_set=name), x, w, p)
+
+
+@native
+@instruction_sets
+@pytest.mark.parametrize('format', WHOLE_COLUMN)
+@pytest.mark.parametrize('shape', [(1, 1), (7, 5), (65, 33), (130, 31), (259, 100)])
+def test_odd_shapes(format, shape, name):
+  w = _weight(format, *shape)
+  for dtype in (jnp.float32, jnp.bfloat16):
+    for activations in ('int8', 'float'):
+      p = packed.encode(w, activations)
+      x = _rows(3, shape[0], dtype)
+      _check(packed.product(x, p, instruction_set=name), x, w, p)
+
+
+@native
+@pytest.mark.parametrize('threads', [1, 2, 3, 8])
+@pytest.mark.parametrize('rows', [1, 200])
+def test_the_number_of_threads_changes_no_bit(threads, rows):
+  x, p = _rows(rows, 576), packed.encode(_weight('int4 g64', 576, 1000))
+  alone = packed.product(x, p, threads=1)
+  for _ in range(5):
+    np.testing.assert_array_equal(packed.product(x, p, threads=threads), alone)
+
+
+@native
+@instruction_sets
+@pytest.mark.parametrize('format', ['int8', 'int8 asymmetric', 'int4 g32', 'int4 asymmetric'])
+def test_sums_of_integers_are_exact(format, name):
+  # With 127 in every block activations are their own codes; with scales of 1 all is integers.
+  w = _weight(format)
+  ones = jnp.ones(w.scales.shape, jnp.bfloat16)
+  w = quantized.QuantizedTensor(w.values, ones, w.zeros, w.format, w.inputs, w.dtype)
+  x = np.random.default_rng(0).integers(-127, 128, (5, w.inputs))
+  x[:, ::16] = 127
+  zeros = 0 if w.zeros is None else np.repeat(np.asarray(w.zeros, int), w.group_size, axis=0)
+  expected = x @ (np.asarray(w.codes(), int) - zeros)
+  y = packed.product(jnp.asarray(x, jnp.float32), packed.encode(w), instruction_set=name)
+  np.testing.assert_array_equal(np.asarray(y, np.int64), expected)
+
+
+@native
+@instruction_sets
+def test_activations_are_rounded_as_stated(name):
+  w = _weight('int4 g32')
+  p = packed.encode(w)
+  x = np.asarray(_rows(4))
+  blocks = x.reshape(4, -1, 32)
+  amax = np.abs(blocks).max(-1, keepdims=True)
+  codes = np.rint(blocks * (np.float32(127) / amax))
+  rounded = (codes.astype(np.float64) * (amax / np.float32(127))).reshape(x.shape)
+  y = packed.product(jnp.asarray(x), p, instruction_set=name)
+  dense = _float64(w.dense())
+  np.testing.assert_array_less(
+    np.abs(y - rounded @ dense), FLOAT32 * np.abs(rounded) @ np.abs(dense)
+  )
+
+
+@native
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_so(bad):
+  p = packed.encode(_weight('int8'))
+  x = _rows(2).at[1, 5].set(bad)
+  y = packed.product(x, p)
+  assert np.all(np.isfinite(y[0])) and not np.any(np.isfinite(y[1]))
+
+
+@native
+def test_no_rows_and_leading_axes():
+  p = packed.encode(_weight('int8'))
+  assert linear.matmul(jnp.zeros((0, 192)), p).shape == (0, 70)
+  x = _rows(6)
+  folded = linear.matmul(x.reshape(2, 3, 192), p)
+  np.testing.assert_array_equal(folded.reshape(6, 70), linear.matmul(x, p))
+  np.testing.assert_array_equal(linear.matmul(x[0], p), linear.matmul(x[:1], p)[0])
+
+
+@native
+def test_gradients_and_batches_go_through():
+  w = _weight('int8')
+  p = packed.encode(w, 'float')
+  x = _rows(3)
+  gradient = jax.grad(lambda x: linear.matmul(x, p).sum())(x)
+  expected = np.broadcast_to(_float64(w.dense()).sum(1), x.shape)
+  np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-4)
+  y = jax.vmap(linear.matmul, (0, None))(x[:, None], p)
+  np.testing.assert_allclose(y[:, 0], linear.matmul(x, p), rtol=1e-6, atol=1e-5)
+
+
+@native
+def test_what_is_packed_and_what_stays():
+  w = _weight('int4 g32')
+  assert isinstance(packed.pack(w), packed.PackedTensor)
+  assert packed.pack(packed.pack(w)).activations == 'int8'
+  assert isinstance(packed.pack(_weight('bf16')), packed.PackedTensor)
+  plain = jnp.zeros((4, 4))
+  assert packed.pack(plain) is plain
+  adapted = lora.attach(w, 2, alpha=2.0, key=jax.random.key(0))
+  assert isinstance(packed.pack(adapted).base, packed.PackedTensor)
+  experts = jax.vmap(FORMATS['int8'])(jnp.ones((2, 16, 8)))
+  assert packed.pack(experts) is experts
+
+
+@native
+def test_the_kernel_names_its_instruction_set():
+  name = linear.kernel(packed.encode(_weight('int4 g32')), 'cpu')
+  assert cpu.instruction_sets()[0] in name and 'int4' in name
+  with pytest.raises(ValueError, match='mmx'):
+    packed.product(_rows(1), packed.encode(_weight('int8')), instruction_set='mmx')
+
+
+def test_the_table_of_nf4_is_that_of_the_format():
+  source = packed.__file__.replace('packed.py', 'product.h')
+  with open(source, encoding='utf-8') as file:
+    text = file.read()
+  assert all(f'{value!r}f' in text for value in quantized.NF4_CODEBOOK)
+
+
+WITHOUT = """
+import jax.numpy as jnp
+from ops import linear, quantized
+from ops.kernels import cpu
+from ops.kernels.cpu import packed
+w = quantized.quantize(jnp.arange(12.0).reshape(4, 3), 'int8')
+assert not cpu.available() and 'LISSOM_NATIVE' in cpu.why_not(), cpu.why_not()
+assert packed.pack(w) is w
+p = packed.encode(w)
+assert linear.kernel(p, 'cpu') is None
+assert jnp.allclose(linear.matmul(jnp.ones((2, 4)), p), jnp.ones((2, 4)) @ w.dense(), rtol=1e-5)
+"""
+
+
+@native
+def test_the_environment_turns_it_off():
+  environment = {**os.environ, 'LISSOM_NATIVE': '0'}
+  subprocess.run([sys.executable, '-c', WITHOUT], env=environment, check=True)

@@ -1,0 +1,98 @@
+"""Products with plain arrays against float64 numpy, and the dispatch to weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ops import linear, quantized
+
+# Sums of 16 terms of order 1.
+FLOAT32 = 1e-5
+BFLOAT16 = 2**-6  # of the largest term: 8 bits of mantissa for x, w and the result
+
+
+def _exact(x, w):
+  return np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+
+
+@pytest.mark.parametrize('shape', [(16,), (3, 16), (2, 3, 16)])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_products_keep_leading_axes_and_the_dtype_of_x(rng, shape, dtype):
+  x, w_IO = jnp.asarray(rng.normal(size=shape), dtype), jnp.asarray(rng.normal(size=(16, 6)))
+  y = linear.matmul(x, w_IO)
+  assert y.shape == (*shape[:-1], 6) and y.dtype == dtype
+  expected = _exact(x, w_IO)
+  tolerance = FLOAT32 if dtype == jnp.float32 else BFLOAT16 * np.abs(expected).max()
+  np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=FLOAT32, atol=tolerance)
+
+
+def test_inputs_that_do_not_fit_are_named():
+  with pytest.raises(ValueError, match='x has 5 inputs, but the weight takes 4'):
+    linear.matmul(jnp.zeros((2, 5)), jnp.zeros((4, 3)))
+  with pytest.raises(ValueError, match='x has 5 inputs, but the weight takes 4'):
+    linear.matmul(jnp.zeros((2, 5)), quantized.quantize(jnp.ones((4, 3)), 'int8'))
+
+
+def test_each_group_of_rows_meets_its_own_expert(rng):
+  sizes_E = [2, 0, 3, 1]
+  x_TI, w_EIO = rng.normal(size=(8, 5)), rng.normal(size=(4, 5, 3))
+  y_TO = linear.grouped_matmul(
+    jnp.asarray(x_TI, jnp.float32), jnp.asarray(w_EIO, jnp.float32), jnp.asarray(sizes_E)
+  )
+  expected, start = np.zeros((8, 3)), 0
+  for w_IO, size in zip(w_EIO, sizes_E):
+    expected[start : start + size] = x_TI[start : start + size] @ w_IO
+    start += size
+  np.testing.assert_allclose(y_TO, expected, atol=FLOAT32)
+  assert not np.any(y_TO[6:])  # rows past the last group
+
+
+def test_map_values_and_dense_pass_plain_arrays(rng):
+  w_IO = jnp.asarray(rng.normal(size=(4, 3)))
+  assert linear.dense(w_IO) is w_IO
+  np.testing.assert_array_equal(linear.map_values(lambda w: 2 * w, w_IO), 2 * w_IO)
+
+
+def test_kernels_are_named_for_what_is_fast():
+  assert linear.kernel(jnp.zeros((2, 2)), 'cpu') == 'XLA, float32'
+  assert linear.kernel(jnp.zeros((2, 2), jnp.bfloat16), 'cpu') is None
+  assert linear.kernel(jnp.zeros((2, 2), jnp.bfloat16), 'gpu') == 'XLA, bfloat16'
+  w_IO = jnp.ones((32, 2))
+  assert 'fused' in linear.kernel(quantized.quantize(w_IO, 'int8'), 'gpu')
+  assert linear.kernel(quantized.quantize(w_IO, 'int8', group_size=16), 'gpu') is None
+  assert linear.kernel(quantized.quantize(w_IO, 'int8'), 'cpu') is None
+
+
+def test_registering_a_type_makes_its_arrays_leaves(monkeypatch):
+  monkeypatch.setattr(linear, 'WEIGHT_TYPES', {})
+
+  @linear.weight_type
+  @dataclasses.dataclass(frozen=True)
+  class Scaled(linear.Weight):
+    """factor * values."""
+
+    values: jax.Array = linear.array('IO')
+    factor: float
+
+    @property
+    def shape(self):
+      return self.values.shape
+
+    @property
+    def dtype(self):
+      return self.values.dtype
+
+    def dense(self):
+      return self.factor * self.values
+
+    def map_values(self, fn):
+      return dataclasses.replace(self, values=fn(self.values))
+
+  w = Scaled(jnp.ones((4, 3)), 2.0)
+  assert list(linear.WEIGHT_TYPES.values()) == [Scaled]
+  assert [leaf.shape for leaf in jax.tree.leaves(w)] == [(4, 3)] and w.nbytes == 48
+  # The product that a type does not define is that of its dense form.
+  np.testing.assert_allclose(linear.matmul(jnp.ones((1, 4)), w), np.full((1, 3), 8.0))

@@ -1,0 +1,116 @@
+"""Adapters against float64 numpy, over plain and quantized bases."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ops import linear, lora, quantized, sparse
+from ops.lora import LoraTensor
+
+FLOAT32 = 1e-5  # sums of 16 terms of order 1
+BFLOAT16 = 2**-6  # of the largest value; 8 bits of mantissa
+FINITE_DIFFERENCE = 1e-6  # of float64 central differences of a quadratic, relative
+
+
+def _adapter(rng, base=None, *, scale=0.5):
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  return LoraTensor(draw(16, 6) if base is None else base, draw(16, 3), draw(3, 6), scale)
+
+
+def _exact(w):
+  a, b = (np.asarray(m, np.float64) for m in (w.a_IR, w.b_RO))
+  return np.asarray(linear.dense(w.base), np.float64) + w.scale * a @ b
+
+
+BASES = {
+  'float32': lambda w: w,
+  'nf4': jax.jit(lambda w: quantized.quantize(w, 'nf4', group_size=8, double=True)),
+  'int8': jax.jit(lambda w: quantized.quantize(w, 'int8')),
+  '2:4': jax.jit(lambda w: sparse.compress(w, sparse.n_of_m_mask(jnp.abs(w), 2, 4), 2, 4)),
+}
+dense = jax.jit(linear.dense)
+matmul = jax.jit(linear.matmul)
+
+
+@pytest.mark.parametrize('base', BASES)
+def test_base_plus_low_rank(rng, base):
+  w = _adapter(rng, BASES[base](jnp.asarray(rng.normal(size=(16, 6)), jnp.float32)))
+  x = rng.normal(size=(2, 4, 16)).astype(np.float32)
+  np.testing.assert_allclose(dense(w), _exact(w), atol=FLOAT32)
+  np.testing.assert_allclose(w.delta(), _exact(w) - dense(w.base), atol=FLOAT32)
+  np.testing.assert_allclose(matmul(jnp.asarray(x), w), x @ _exact(w), atol=10 * FLOAT32)
+  np.testing.assert_allclose(lora.merge(w), _exact(w), atol=FLOAT32)
+  assert lora.merge(w).dtype == w.base.dtype == w.dtype
+
+
+def test_bfloat16_bases_merge_in_float32(rng):
+  w = _adapter(rng, jnp.asarray(rng.normal(size=(16, 6)), jnp.bfloat16))
+  np.testing.assert_array_equal(lora.merge(w), _exact(w).astype(np.float32).astype(jnp.bfloat16))
+  x = jnp.asarray(rng.normal(size=(4, 16)), jnp.bfloat16)
+  y = matmul(x, w)
+  expected = np.asarray(x, np.float64) @ _exact(w)
+  assert y.dtype == jnp.bfloat16
+  np.testing.assert_allclose(
+    y.astype(jnp.float32), expected, atol=BFLOAT16 * np.abs(expected).max()
+  )
+
+
+@pytest.mark.parametrize('base', BASES)
+def test_an_adapter_starts_as_the_function_of_its_base(rng, base):
+  base = BASES[base](jnp.asarray(rng.normal(size=(16, 6)), jnp.float32))
+  w = lora.attach(base, 4, alpha=8.0, key=jax.random.key(1))
+  x = jnp.asarray(rng.normal(size=(5, 16)), jnp.float32)
+  np.testing.assert_array_equal(matmul(x, w), matmul(x, base))
+  np.testing.assert_array_equal(dense(w), dense(base))
+  assert w.scale == 2.0 and w.a_IR.shape == (16, 4) and w.b_RO.shape == (4, 6)
+  # Uniform in +-1/sqrt(I), as torch's kaiming_uniform_(a=sqrt(5)) draws it.
+  assert np.abs(w.a_IR).max() <= 0.25 and np.std(w.a_IR) == pytest.approx(0.25 / 3**0.5, rel=0.2)
+
+
+def test_the_key_decides_the_draw():
+  attach = lambda seed: lora.attach(jnp.ones((8, 8)), 2, alpha=1.0, key=jax.random.key(seed)).a_IR
+  np.testing.assert_array_equal(attach(1), attach(1))
+  assert np.any(attach(1) != attach(2))
+
+
+@pytest.mark.parametrize('base', ['float32', 'nf4'])
+def test_gradients_of_the_factors_are_finite_differences(rng, base):
+  w = _adapter(rng, BASES[base](jnp.asarray(rng.normal(size=(16, 6)), jnp.float32)))
+  x, target = rng.normal(size=(4, 16)), rng.normal(size=(4, 6))
+
+  def loss(factors):
+    y = matmul(jnp.asarray(x, jnp.float32), LoraTensor(w.base, *factors, w.scale))
+    return 0.5 * jnp.sum((y - jnp.asarray(target, jnp.float32)) ** 2)
+
+  base_IO = np.asarray(dense(w.base), np.float64)
+  exact_loss = lambda a, b: 0.5 * np.sum((x @ (base_IO + w.scale * a @ b) - target) ** 2)
+  a, b = np.asarray(w.a_IR, np.float64), np.asarray(w.b_RO, np.float64)
+  gradients = jax.jit(jax.grad(loss))((w.a_IR, w.b_RO))
+  for i, actual in enumerate(gradients):
+    numeric = np.zeros(actual.shape)
+    for index in np.ndindex(actual.shape):
+      ends = []
+      for step in (1e-4, -1e-4):
+        factors = [a.copy(), b.copy()]
+        factors[i][index] += step
+        ends.append(exact_loss(*factors))
+      numeric[index] = (ends[0] - ends[1]) / 2e-4
+    scale = np.abs(numeric).max()
+    np.testing.assert_allclose(actual, numeric, atol=scale * (FLOAT32 + FINITE_DIFFERENCE))
+    assert scale > 0
+
+
+def test_map_values_changes_the_base_alone(rng):
+  w = _adapter(rng)
+  small = w.map_values(lambda base: quantized.quantize(base, 'int8'))
+  assert isinstance(small.base, quantized.QuantizedTensor)
+  assert small.a_IR is w.a_IR and small.b_RO is w.b_RO and small.scale == w.scale
+  with pytest.raises(ValueError, match='already quantized'):
+    small.map_values(jnp.negative)
+
+
+def test_bad_ranks_are_named():
+  for rank in (0, 7, -1):
+    with pytest.raises(ValueError, match=f'between 1 and 6, not {rank}'):
+      lora.attach(jnp.ones((16, 6)), rank, alpha=1.0, key=jax.random.key(0))

@@ -1,0 +1,76 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ops import masks
+from ops.masks import AttentionMask
+
+
+def picture(mask, row=0):
+  return [''.join('.X'[int(seen)] for seen in line) for line in np.asarray(mask.dense())[row]]
+
+
+def ints(*rows):
+  return jnp.asarray(rows, jnp.int32)
+
+
+def test_causal():
+  assert picture(masks.causal(2, 4), row=1) == ['X...', 'XX..', 'XXX.', 'XXXX']
+
+
+def test_a_window_counts_the_query_itself():
+  assert picture(masks.causal(1, 5, window=2)) == ['X....', 'XX...', '.XX..', '..XX.', '...XX']
+  assert picture(masks.causal(1, 3, window=1)) == ['X..', '.X.', '..X']
+
+
+def test_a_window_longer_than_the_text_hides_nothing():
+  assert picture(masks.causal(1, 3, window=9)) == picture(masks.causal(1, 3))
+
+
+def test_packed_documents_see_themselves_alone():
+  mask = masks.packed(ints([0, 1, 0, 1, 2]), ints([4, 4, 2, 2, 2]))
+  assert picture(mask) == ['X....', 'XX...', '..X..', '..XX.', '..XXX']
+
+
+def test_packed_documents_with_a_window():
+  mask = masks.packed(ints([0, 1, 0, 1, 2]), ints([1, 1, 2, 2, 2]), window=2)
+  assert picture(mask) == ['X....', 'XX...', '..X..', '..XX.', '...XX']
+
+
+def test_late_queries_over_a_cache():
+  mask = masks.over_cache(ints([3, 4], [1, 2]), 6, window=3)
+  assert picture(mask, row=0) == ['.XXX..', '..XXX.']
+  assert picture(mask, row=1) == ['XX....', 'XXX...']
+
+
+def test_keys_in_any_order_as_in_a_ring_buffer():
+  mask = AttentionMask(ints([6]), ints([4, 5, 6, 3]), window=3)
+  assert picture(mask) == ['XXX.']
+
+
+def test_only_causal_is_contiguous():
+  assert masks.causal(1, 3).contiguous
+  assert not masks.over_cache(ints([0, 1, 2]), 3).contiguous
+  assert not masks.packed(ints([0, 1, 2]), ints([0, 0, 0])).contiguous
+
+
+def test_is_a_pytree_whose_window_is_static():
+  mask = masks.causal(1, 4, window=2)
+  assert len(jax.tree.leaves(mask)) == 2
+  traced = jax.jit(lambda m: (m.dense(), m.window + 0))(mask)
+  np.testing.assert_array_equal(traced[0], mask.dense())
+  back = jax.tree.unflatten(jax.tree.structure(mask), jax.tree.leaves(mask))
+  assert (back.window, back.contiguous, back.q_segments_BT) == (2, True, None)
+
+
+def test_a_mask_that_makes_no_sense_is_refused():
+  positions = ints([0, 1])
+  with pytest.raises(ValueError, match='both have segments'):
+    AttentionMask(positions, positions, positions)
+  with pytest.raises(ValueError, match='not contiguous'):
+    AttentionMask(positions, positions, positions, positions, contiguous=True)
+  with pytest.raises(ValueError, match='not 0'):
+    masks.causal(1, 2, window=0)
+  with pytest.raises(ValueError, match='axis S'):
+    AttentionMask(positions, positions, positions, ints([0, 1, 2])).dense()

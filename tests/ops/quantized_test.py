@@ -1,0 +1,316 @@
+"""Every format against a plain float64 numpy implementation, and brute force over all codes."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from ops import quantized
+from ops.quantized import FORMATS, NF4_CODEBOOK, quantize
+
+# float32 quotients against float64 ones: codes may differ only where both are as good as equal.
+TIE = 1e-5  # of a step
+FLOAT32 = 1e-6
+INTEGERS = ('int8', 'int4')
+FIXED = [('nf4', True), ('fp8_e4m3', True)]
+FORMS = [(name, symmetric) for name in INTEGERS for symmetric in (True, False)] + FIXED
+jitted = jax.jit(quantize, static_argnames=('format', 'group_size', 'symmetric', 'double'))
+encode = jax.jit(quantized.encode, static_argnums=3)
+DOUBLES = [(*form, False) for form in FORMS] + [('nf4', True, True), ('int4', False, True)]
+GROUPS = [-1, 32, 64, 128]
+
+
+def _grid(name, zeros_JO=None):
+  """The values of all codes before the scale: [codes] or, with zeros, [codes, J, O]."""
+  if name == 'nf4':
+    return np.asarray(NF4_CODEBOOK)
+  if name == 'fp8_e4m3':
+    every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    return np.unique(every[np.isfinite(every)])
+  bits = FORMATS[name].bits
+  if zeros_JO is None:
+    return np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=np.float64)
+  return np.arange(2**bits, dtype=np.float64)[:, None, None] - zeros_JO[None]
+
+
+def _scales(w_JgO, name, symmetric):
+  """Scales rounded to bfloat16, and zero points, in float64."""
+  bits = FORMATS[name].bits
+  if symmetric:
+    top = {'int8': 127.5, 'int4': 7.5, 'nf4': 1.0, 'fp8_e4m3': 448.0}[name]
+    scale, low = np.abs(w_JgO).max(1) / top, None
+  else:
+    low, high = np.minimum(w_JgO.min(1), 0), np.maximum(w_JgO.max(1), 0)
+    scale = (high - low) / (2**bits - 1)
+  scale = np.maximum(scale, 1e-30).astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
+  return scale, None if symmetric else np.clip(np.rint(-low / scale), 0, 2**bits - 1)
+
+
+def _nearest(w_IO, name, symmetric, group):
+  """The nearest values of the grid, by trying all of them: float64 (scales, zeros, dense)."""
+  w_JgO = np.asarray(w_IO, np.float64).reshape(-1, group, w_IO.shape[1])
+  scale, zeros = _scales(w_JgO, name, symmetric)
+  grid = _grid(name, zeros)
+  grid = np.broadcast_to(
+    grid.reshape(len(grid), *(grid.shape[1:] or (1, 1))), (len(grid), *scale.shape)
+  )
+  values = grid * scale[None]
+  choice = np.abs(w_JgO[:, :, None] - values.transpose(1, 0, 2)[:, None]).argmin(2)
+  dense = np.take_along_axis(values.transpose(1, 0, 2), choice, 1)
+  return scale, zeros, dense.reshape(w_IO.shape)
+
+
+@pytest.mark.parametrize('group', GROUPS)
+@pytest.mark.parametrize(('name', 'symmetric'), FORMS)
+def test_every_weight_becomes_the_nearest_value(rng, name, symmetric, group):
+  w_IO = rng.normal(size=(128, 5)).astype(np.float32) + (0.0 if symmetric else 0.3)
+  q = jitted(jnp.asarray(w_IO), name, group_size=group, symmetric=symmetric)
+  size = 128 if group == -1 else group
+  scale, zeros, expected = _nearest(w_IO, name, symmetric, size)
+  assert q.group_size == size and q.shape == (128, 5) and q.dtype == jnp.float32
+  assert q.scales.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(np.asarray(q.scales, np.float64), scale)
+  if zeros is not None:
+    np.testing.assert_array_equal(q.zeros, zeros)
+  dense = np.asarray(q.dense(), np.float64)
+  distance = lambda values: np.abs(values - w_IO)
+  step = np.repeat(scale, size, 0)
+  # At a tie the two neighbours are equally near.
+  np.testing.assert_array_less(distance(dense), distance(expected) + TIE * step)
+  same = np.isclose(dense, expected, rtol=FLOAT32, atol=FLOAT32 * step)
+  assert same.mean() > 0.99
+
+
+@pytest.mark.parametrize('name', INTEGERS)
+def test_symmetric_codes_are_rounded_half_to_even_and_clipped(name):
+  half = 2 ** (FORMATS[name].bits - 1)
+  top = half - 0.5  # a scale of exactly 1
+  w_IO = np.asarray([[top], [-top], [0.5], [1.5], [2.5], [-0.5], [-1.5], [3.49]], np.float32)
+  q = quantize(jnp.asarray(w_IO), name, group_size=-1)
+  assert q.scales.tolist() == [[1.0]]
+  assert q.codes()[:, 0].tolist() == [half - 1, -half, 0, 2, 2, 0, -2, 3]
+
+
+def test_int4_bytes_hold_two_rows_the_earlier_low():
+  w_IO = jnp.asarray([[7.5], [-7.5], [1.0]])
+  symmetric = quantize(w_IO, 'int4', group_size=-1)
+  assert symmetric.values.tolist() == [[0x0F], [0x09]]  # stored with 8 added
+  nf4 = quantize(jnp.asarray([[1.0], [-1.0], [0.0]]), 'nf4', group_size=-1)
+  assert nf4.values.tolist() == [[0x0F], [0x07]]
+  asymmetric = quantize(
+    jnp.asarray([[-5.0], [10.0], [0.0]]), 'int4', group_size=-1, symmetric=False
+  )
+  assert asymmetric.values.tolist() == [[0xF0], [0x05]] and asymmetric.zeros.tolist() == [[5]]
+
+
+@pytest.mark.parametrize('group', [-1, 32])
+@pytest.mark.parametrize('name', INTEGERS)
+def test_codes_are_those_of_torch(rng, name, group):
+  w_IO = rng.normal(size=(64, 6)).astype(np.float32)
+  q = jitted(jnp.asarray(w_IO), name, group_size=group, symmetric=False)
+  bits, size = FORMATS[name].bits, q.group_size
+  dense_IO, scales_JO, zeros_JO = (np.asarray(a) for a in (q.dense(), q.scales, q.zeros))
+  for j, o in np.ndindex(q.scales.shape):
+    column = torch.from_numpy(w_IO[j * size : (j + 1) * size, o].copy())
+    scale, zero = float(scales_JO[j, o]), int(zeros_JO[j, o])
+    fake = torch.fake_quantize_per_tensor_affine(column, scale, zero, 0, 2**bits - 1)
+    actual = dense_IO[j * size : (j + 1) * size, o]
+    np.testing.assert_allclose(actual, fake, rtol=FLOAT32, atol=FLOAT32)
+
+
+def test_fp8_codes_are_the_rounding_of_ml_dtypes_and_torch(rng):
+  w_IO = (rng.normal(size=(256, 3)) * 10.0 ** rng.uniform(-4, 0, (256, 3))).astype(np.float32)
+  q = quantize(jnp.asarray(w_IO), 'fp8_e4m3')
+  scaled = w_IO / np.asarray(q.scales, np.float32)
+  clipped = np.clip(scaled, -448, 448)
+  np.testing.assert_array_equal(
+    np.asarray(q.values).view(np.uint8), clipped.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+  )
+  theirs = torch.from_numpy(clipped).to(torch.float8_e4m3fn).view(torch.uint8)
+  np.testing.assert_array_equal(np.asarray(q.values).view(np.uint8), theirs)
+
+
+def test_no_choice_of_codes_is_better_given_the_scale(rng):
+  w_IO = rng.normal(size=(3, 1)).astype(np.float32)
+  for name, symmetric in [('int4', True), ('int4', False), ('nf4', True)]:
+    q = quantize(jnp.asarray(w_IO), name, group_size=-1, symmetric=symmetric)
+    zeros = None if symmetric else np.asarray(q.zeros, np.float64)
+    grid = _grid(name, zeros).reshape(-1) * float(q.scales[0, 0])
+    best = min(np.sum((w_IO[:, 0] - c) ** 2) for c in itertools.product(grid, repeat=3))
+    error = np.sum((np.asarray(q.dense(), np.float64) - w_IO) ** 2)
+    assert error <= best * (1 + TIE)
+
+
+@pytest.mark.parametrize(('name', 'symmetric', 'double'), DOUBLES)
+def test_zero_stays_exactly_zero(rng, name, symmetric, double):
+  w_IO = rng.normal(size=(64, 7)) * (rng.random((64, 7)) < 0.5) + 0.0
+  w_IO[:, 2] = 0  # a whole column
+  w_IO[:, 3] = np.abs(w_IO[:, 3])  # one that has one sign
+  w_IO[:, 4] = -np.abs(w_IO[:, 4])
+  q = jitted(jnp.asarray(w_IO), name, group_size=32, symmetric=symmetric, double=double)
+  assert not np.any(np.asarray(q.dense())[w_IO == 0])
+  product = np.asarray(q.matmul(jnp.eye(64)))
+  assert not np.any(product[w_IO == 0])
+
+
+def _edge_cases(rng):
+  w_IO = rng.normal(size=(64, 4))
+  outlier = w_IO.copy()
+  outlier[11, 2] = 1e4
+  return {
+    'all zero': np.zeros((64, 4)),
+    'a zero group': np.where(np.arange(64)[:, None] < 32, 0, w_IO),
+    'constant columns': np.broadcast_to([[1.0, -1.0, 1e-3, 0.0]], (64, 4)),
+    'one outlier': outlier,
+    'tiny': w_IO * 1e-20,
+    'huge': w_IO * 1e20,
+    'tiny beside huge': w_IO * [[1e-20, 1e20, 1.0, 1e-35]],
+    'positive': np.abs(w_IO) + 1,
+    'negative': -np.abs(w_IO) - 1,
+  }
+
+
+# Half of the widest gap between neighbours of the grid, in scales, and what rounding the scale to
+# the 8 bits of bfloat16 adds at the end of an integer range. The last gap of fp8 is 32, up to 448.
+# Of an asymmetric format the zero point is rounded as well.
+HALF_STEP = {'int8': 1.0, 'int4': 0.53, 'nf4': 0.16, 'fp8_e4m3': 17.0}
+ASYMMETRIC = 1.5
+
+
+@pytest.mark.parametrize(('name', 'symmetric'), FORMS)
+def test_no_weight_moves_further_than_a_step(rng, name, symmetric):
+  bound = HALF_STEP[name] if symmetric else ASYMMETRIC
+  for case, w_IO in _edge_cases(rng).items():
+    q = jitted(jnp.asarray(w_IO, jnp.float32), name, group_size=32, symmetric=symmetric)
+    dense = np.asarray(q.dense(), np.float64)
+    assert np.isfinite(dense).all()
+    step = np.repeat(np.asarray(q.scales, np.float64), 32, 0)
+    moved = np.abs(dense - w_IO.astype(np.float32))
+    np.testing.assert_array_less(moved, bound * step * (1 + TIE), err_msg=case)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _dense_and_product(w_CIO, name, group, symmetric, double):
+  def run(w_IO):
+    q = quantize(w_IO, name, group_size=group, symmetric=symmetric, double=double)
+    return q.dense(), q.matmul(jnp.full((1, 64), 1e-3))
+
+  return jax.vmap(run)(w_CIO)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(('name', 'symmetric', 'double'), DOUBLES)
+def test_nothing_becomes_nan(rng, name, symmetric, double, dtype):
+  w_CIO = np.stack(list(_edge_cases(rng).values()))
+  if dtype == jnp.float16:
+    w_CIO = np.clip(w_CIO, -2e4, 2e4)  # it would be infinite before it is quantized
+  for group in (-1, 32):
+    dense, product = _dense_and_product(jnp.asarray(w_CIO, dtype), name, group, symmetric, double)
+    assert dense.dtype == dtype
+    assert np.isfinite(np.asarray(dense, np.float32)).all()
+    assert np.isfinite(np.asarray(product)).all()
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(('name', 'symmetric'), FORMS)
+def test_half_precision_weights_have_the_codes_of_their_float32_values(rng, name, symmetric, dtype):
+  w_IO = jnp.asarray(rng.normal(size=(64, 4)), dtype)
+  half = jitted(w_IO, name, group_size=32, symmetric=symmetric)
+  full = jitted(w_IO.astype(jnp.float32), name, group_size=32, symmetric=symmetric)
+  np.testing.assert_array_equal(half.values, full.values)
+  np.testing.assert_array_equal(half.scales, full.scales)
+  np.testing.assert_array_equal(half.dense(), full.dense().astype(dtype))
+
+
+def _vs_bf16(name, **options):
+  w = jax.eval_shape(
+    lambda w_IO: quantize(w_IO, name, **options), jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
+  )
+  nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(w))
+  return nbytes / (2 * 256 * 256)
+
+
+def test_bytes_are_as_few_as_promised():
+  assert _vs_bf16('int8') <= 0.51
+  assert _vs_bf16('fp8_e4m3') <= 0.51
+  assert _vs_bf16('int4', group_size=128) <= 0.27
+  assert _vs_bf16('nf4', double=True) <= 0.26
+  assert _vs_bf16('nf4') > _vs_bf16('nf4', double=True)
+
+
+@pytest.mark.parametrize('outputs', [1, 255, 256, 257, 700])
+def test_double_quantized_scales_are_half_a_step_away_at_most(rng, outputs):
+  scales_JO = rng.uniform(0.1, 2.0, (3, outputs)).astype(np.float32)
+  q = quantized.quantize_scales(jnp.asarray(scales_JO))
+  offset = scales_JO.astype(np.float64).mean()
+  blocks = -(-outputs // 256)
+  width = -(-outputs // blocks)
+  assert q.scales.shape == (3, blocks) and width <= 256
+  for j in range(3):
+    for b in range(blocks):
+      part = slice(b * width, (b + 1) * width)
+      step = np.abs(scales_JO[j, part] - offset).max() / 127
+      error = np.abs(np.asarray(q.dense())[j, part] - scales_JO[j, part])
+      assert error.max() <= step * (0.5 + TIE * 127) + FLOAT32
+
+
+def test_double_quantized_scales_are_accounted_for_in_the_codes(rng):
+  w_IO = rng.normal(size=(64, 6)).astype(np.float32) * rng.uniform(0.2, 2, (1, 6))
+  q = quantize(jnp.asarray(w_IO, jnp.float32), 'nf4', group_size=32, double=True)
+  step = np.repeat(np.asarray(q.scales.dense(), np.float64), 32, 0)
+  values = step[..., None] * np.asarray(NF4_CODEBOOK)
+  best = np.abs(values - w_IO[..., None]).min(-1)
+  error = np.abs(np.asarray(q.dense(), np.float64) - w_IO)
+  np.testing.assert_array_less(error, best + TIE * np.abs(step))
+
+
+@pytest.mark.parametrize('rows', [3, 17])
+@pytest.mark.parametrize('name', ['int4', 'nf4'])
+def test_an_odd_number_of_inputs(rng, name, rows):
+  w_IO = rng.normal(size=(rows, 3)).astype(np.float32)
+  q = jitted(jnp.asarray(w_IO), name)
+  assert q.values.shape == ((rows + 1) // 2, 3) and q.shape == (rows, 3)
+  np.testing.assert_allclose(q.dense(), _nearest(w_IO, name, True, rows)[2], rtol=1e-5, atol=1e-6)
+
+
+def test_the_usual_group_or_the_largest_half_of_it_that_divides():
+  resolve = quantized.resolve_group
+  assert resolve('int8', 256, None) == 256 and resolve('nf4', 256, None) == 64
+  assert [resolve('int4', n, None) for n in (256, 192, 96, 48, 40)] == [128, 64, 32, 16, 40]
+  assert resolve('int4', 256, -1) == 256 and resolve('int8', 256, 32) == 32
+
+
+def test_codes_already_rounded_are_kept(rng):
+  w_IO = jnp.asarray(rng.normal(size=(64, 4)), jnp.float32)
+  for name, symmetric in FORMS:
+    q = jitted(w_IO, name, group_size=32, symmetric=symmetric)
+    again = encode(q.dense(), q.scales, q.zeros, name)
+    np.testing.assert_array_equal(again.values, q.values)
+
+
+def test_what_a_format_lacks_is_named():
+  w_IO = jnp.ones((64, 2))
+  with pytest.raises(ValueError, match="'int3' is not one of int8, int4, nf4, fp8_e4m3"):
+    quantize(w_IO, 'int3')
+  with pytest.raises(ValueError, match='group size of 48 does not divide 64 inputs'):
+    quantize(w_IO, 'int4', group_size=48)
+  for group in (0, -2, 128):
+    with pytest.raises(ValueError, match=f'group size of {group} does not divide 64'):
+      quantize(w_IO, 'int8', group_size=group)
+  for name in ('nf4', 'fp8_e4m3'):
+    with pytest.raises(ValueError, match=f'{name} has no asymmetric form'):
+      quantize(w_IO, name, symmetric=False)
+  with pytest.raises(ValueError, match='IO has 2 axes'):
+    quantize(jnp.ones((2, 64, 2)), 'int8')
+  with pytest.raises(ValueError, match='already quantized'):
+    quantize(w_IO, 'int8').map_values(jnp.negative)
+
+
+def test_options_are_checked_while_tracing():
+  with pytest.raises(ValueError, match='does not divide'):
+    jax.eval_shape(lambda w: quantize(w, 'int4', group_size=48), jnp.ones((64, 2)))

@@ -1,0 +1,256 @@
+"""One contract for all weight types: what the models, files, meshes and recipes rely on."""
+
+import functools
+import json
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from model import native, sharding
+from ops import linear, lora, quantized, sparse
+from ops.kernels.cpu import packed
+from ops.linear import WEIGHT_TYPES, Weight
+
+INPUTS, OUTPUTS = 64, 32
+# Sums of 64 products of order 1 in float32, and with 8 bits of mantissa.
+TOLERANCE = {'float32': 2e-5, 'bfloat16': 2**-6}
+
+
+def _quantized(name, **options):
+  return lambda w_IO: quantized.quantize(w_IO, name, **options)
+
+
+def _sparse(n, m, fn=None):
+  def make(w_IO):
+    w = sparse.compress(w_IO, sparse.n_of_m_mask(jnp.abs(w_IO), n, m), n, m)
+    return w if fn is None else w.map_values(fn)
+
+  return make
+
+
+def _lora(fn):
+  def make(w_IO):
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape) / 8
+    return lora.LoraTensor(fn(w_IO), draw(1, INPUTS, 4), draw(2, 4, OUTPUTS), 0.5)
+
+  return make
+
+
+EXAMPLES = {
+  'int8': _quantized('int8'),
+  'int8 asymmetric groups': _quantized('int8', group_size=32, symmetric=False),
+  'int4': _quantized('int4', group_size=16),
+  'nf4 double': _quantized('nf4', double=True),
+  'fp8': _quantized('fp8_e4m3'),
+  'scales': lambda w_IO: quantized.quantize_scales(jnp.abs(w_IO)),
+  '2:4': _sparse(2, 4),
+  '8:16': _sparse(8, 16),
+  '2:4 of int8': _sparse(2, 4, _quantized('int8')),
+  'packed': lambda w_IO: packed.encode(_quantized('int4', group_size=16)(w_IO), 'float'),
+  'lora': _lora(lambda w_IO: w_IO),
+  'lora over nf4': _lora(_quantized('nf4', double=True)),
+  'lora over 2:4 of int4': _lora(_sparse(2, 4, _quantized('int4', group_size=16))),
+}
+examples = pytest.mark.parametrize('name', EXAMPLES)
+
+
+def _matrix(name, *lead, seed=0):
+  rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+  return jnp.asarray(rng.normal(size=(*lead, INPUTS, OUTPUTS)) / 8, jnp.float32)
+
+
+@functools.cache
+def _make(name):
+  return jax.jit(EXAMPLES[name])
+
+
+@functools.cache
+def weight(name) -> Weight:
+  return _make(name)(_matrix(name))
+
+
+to_dense = jax.jit(lambda w: w.dense())
+matmul = jax.jit(linear.matmul)
+
+
+@functools.cache
+def dense(name):
+  """What the example stands for, in float64."""
+  return np.asarray(to_dense(weight(name)), np.float64)
+
+
+def _inputs(*lead, dtype=jnp.float32):
+  return jnp.asarray(np.random.default_rng(1).normal(size=(*lead, INPUTS)), dtype)
+
+
+def _assert_near(actual, expected, dtype='float32'):
+  actual = np.asarray(jnp.asarray(actual, jnp.float32), np.float64)
+  atol = TOLERANCE[dtype] * max(1.0, np.abs(expected).max())
+  np.testing.assert_allclose(actual, expected, atol=atol, rtol=0)
+
+
+def _assert_same(actual, expected):
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+    assert a.dtype == b.dtype and a.shape == b.shape
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def _types(w):
+  own = {type(w).__name__} if isinstance(w, Weight) else set()
+  inner = [v for v in vars(w).values() if isinstance(v, Weight)] if own else []
+  return own.union(*map(_types, inner))
+
+
+def test_every_registered_type_has_an_example():
+  shapes = jax.ShapeDtypeStruct((INPUTS, OUTPUTS), jnp.float32)
+  seen = set().union(*(_types(jax.eval_shape(make, shapes)) for make in EXAMPLES.values()))
+  ours = {name for name, cls in WEIGHT_TYPES.items() if cls.__module__.startswith('ops.')}
+  assert seen == ours, 'add an example to EXAMPLES for each registered type'
+
+
+@examples
+def test_it_stands_for_a_matrix(name):
+  w = weight(name)
+  assert isinstance(w, Weight)
+  assert tuple(w.shape) == (INPUTS, OUTPUTS) and w.dtype == jnp.float32
+  assert to_dense(w).shape == w.shape and to_dense(w).dtype == w.dtype
+  half = jax.eval_shape(_make(name), jax.ShapeDtypeStruct((INPUTS, OUTPUTS), jnp.bfloat16))
+  assert half.dtype == jax.eval_shape(lambda w: w.dense(), half).dtype
+
+
+@examples
+def test_making_it_twice_gives_the_same_bits(name):
+  _assert_same(_make(name)(_matrix(name)), weight(name))
+  assert np.abs(dense(name) - np.asarray(_matrix(name))).max() > 0  # an example that compresses
+
+
+@examples
+def test_the_product_with_the_identity_is_the_dense_form(name):
+  _assert_near(matmul(jnp.eye(INPUTS), weight(name)), dense(name))
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('lead', [(), (5,), (2, 3)])
+@examples
+def test_products_are_those_of_the_dense_form(name, lead, dtype):
+  x = _inputs(*lead, dtype=dtype)
+  y = matmul(x, weight(name))
+  assert y.shape == (*lead, OUTPUTS) and y.dtype == dtype
+  _assert_near(y, np.asarray(x, np.float64) @ dense(name), dtype)
+
+
+@examples
+def test_new_values_do_not_compile_again(name):
+  traces = []
+
+  @jax.jit
+  def run(x, w):
+    traces.append(1)
+    return linear.matmul(x, w)
+
+  x, other = _inputs(3), _make(name)(_matrix(name, seed=1))
+  run(x, weight(name))
+  _assert_near(run(x, other), np.asarray(x, np.float64) @ np.asarray(to_dense(other), np.float64))
+  assert len(traces) == 1
+
+
+@examples
+def test_experts_are_a_leading_axis(name):
+  w_EIO, sizes_E = _matrix(name, 3), [2, 0, 3]
+  x_TI, x_ETI = _inputs(6), _inputs(3, 2)
+
+  @jax.jit
+  def run(w_EIO):
+    w = jax.vmap(EXAMPLES[name])(w_EIO)
+    assert tuple(w.shape) == (3, INPUTS, OUTPUTS)
+    grouped = linear.grouped_matmul(x_TI, w, jnp.asarray(sizes_E))
+    return linear.dense(w), grouped, jax.vmap(linear.matmul)(x_ETI, w)
+
+  dense_EIO, y_TO, y_ETO = run(w_EIO)
+  experts = [np.asarray(to_dense(_make(name)(w_IO)), np.float64) for w_IO in w_EIO]
+  _assert_near(dense_EIO, np.stack(experts))
+  expert_of_row = np.repeat(np.arange(3), sizes_E)
+  rows = [np.asarray(x, np.float64) @ experts[e] for x, e in zip(x_TI, expert_of_row)]
+  _assert_near(y_TO, np.stack([*rows, np.zeros(OUTPUTS)]))
+  _assert_near(y_ETO, np.asarray(x_ETI, np.float64) @ np.stack(experts))
+
+
+@examples
+def test_the_gradient_of_the_input_is_that_of_the_dense_product(name):
+  x, y_bar = _inputs(4), np.random.default_rng(2).normal(size=(4, OUTPUTS))
+  loss = lambda x, w: jnp.sum(linear.matmul(x, w) * jnp.asarray(y_bar, jnp.float32))
+  _assert_near(jax.jit(jax.grad(loss))(x, weight(name)), y_bar @ dense(name).T)
+
+
+@examples
+def test_bytes_are_those_of_the_leaves(name):
+  leaves = jax.tree.leaves(weight(name))
+  assert weight(name).nbytes == sum(a.size * a.dtype.itemsize for a in leaves) > 0
+
+
+@examples
+def test_it_is_a_pytree_and_a_parameter(name):
+  leaves, treedef = jax.tree.flatten(weight(name))
+  assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+  _assert_same(jax.tree.unflatten(treedef, leaves), weight(name))
+  assert hash(treedef) == hash(jax.tree.structure(weight(name)))  # the key of jit's cache
+  _assert_same(nnx.Param(weight(name)).get_value(), weight(name))
+
+
+@examples
+def test_it_is_described_and_built_again_bit_by_bit(name):
+  module = nnx.Module()
+  module.weight = nnx.Param(weight(name))
+  arrays, layout = native.flatten(module)
+  layout = json.loads(json.dumps(layout))
+  assert sorted(arrays) == sorted(native.names(layout['weight'], 'weight'))
+  built = native.build(layout['weight'], 'weight', arrays.__getitem__)
+  assert type(built) is type(weight(name))
+  _assert_same(built, weight(name))
+
+
+@pytest.mark.parametrize('mesh_shape', [(2, 2, 2), (1, 1, 8)])
+@examples
+def test_sharded_it_multiplies_the_same(name, mesh_shape):
+  data, fsdp, model = mesh_shape
+  mesh = sharding.make_mesh(data=data, fsdp=fsdp, model=model)
+  places = sharding.weight_shardings(mesh, weight(name), ('D', 'F'))
+  placed = jax.device_put(weight(name), places)
+  assert jax.tree.map(lambda a: a.sharding, placed) == places
+  assert any(not a.sharding.is_fully_replicated for a in jax.tree.leaves(placed))
+  _assert_same(jax.device_get(placed), jax.device_get(weight(name)))
+  x = jax.device_put(_inputs(8), sharding.batch_sharding(mesh))
+  y = matmul(x, placed)
+  assert len(y.sharding.device_set) == 8
+  _assert_near(y, np.asarray(x, np.float64) @ dense(name))
+
+
+@examples
+def test_values_are_mapped_or_the_refusal_says_why(name):
+  w = weight(name)
+  try:
+    doubled = w.map_values(lambda values: 2 * values)
+  except ValueError as error:
+    assert 'quantized' in str(error)
+    return
+  assert type(doubled) is type(w) and doubled.shape == w.shape
+  correction = w.delta() if isinstance(w, lora.LoraTensor) else jnp.zeros(w.shape)
+  _assert_near(to_dense(doubled), 2 * dense(name) - np.asarray(correction))
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu'])
+@examples
+def test_a_kernel_has_a_name_or_there_is_none(name, platform):
+  found = linear.kernel(weight(name), platform)
+  assert found is None or (isinstance(found, str) and found)
+
+
+@examples
+def test_inputs_that_do_not_fit_are_refused(name):
+  with pytest.raises(ValueError, match='x has 5 inputs, but the weight takes 64'):
+    linear.matmul(jnp.zeros((2, 5)), weight(name))
