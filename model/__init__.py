@@ -1,0 +1,1 @@
+"""What a network is, and what can be done to one: training, compression, inference, evaluation."""

@@ -1,0 +1,186 @@
+"""Recipes: what to do to a model, as a strict list of steps.
+
+  name: wanda-2of4-int8
+  description: 2:4 sparsity by Wanda, the kept values in int8
+  steps:
+    - wanda: {n: 2, m: 4}
+    - round_to_nearest: {format: int8}
+      only: ["layers.*.ffn.*"]
+
+Every key and the type of every value are checked against the technique's own dataclass; nothing is
+ignored. A recipe's name is that of its folder too, so it consists of letters, digits and .-_+
+"""
+
+import dataclasses
+import fnmatch
+import pathlib
+import re
+import types
+import typing
+from typing import Any
+
+import yaml
+
+from model.compress import registry
+
+NAME = r'[A-Za-z0-9_+][A-Za-z0-9_.+-]*'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+  """One technique with its options, on the layers that match a pattern of `only`."""
+
+  technique: str
+  spec: Any
+  only: tuple[str, ...] = ('*',)
+
+  def matches(self, layer: str) -> bool:
+    return any(fnmatch.fnmatchcase(layer, pattern) for pattern in self.only)
+
+  @property
+  def row(self) -> registry.Technique:
+    return registry.lookup(self.technique)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+  """Steps in order. `head` has them compress the head too, where the model has its own."""
+
+  name: str
+  steps: tuple[Step, ...]
+  description: str = ''
+  head: bool = False
+
+  def to_dict(self) -> dict:
+    """The recipe as plain values, in the shape that `parse` reads."""
+    steps = []
+    for step in self.steps:
+      entry = {step.technique: dataclasses.asdict(step.spec)}
+      if step.only != ('*',):
+        entry['only'] = list(step.only)
+      steps.append(entry)
+    result = {'name': self.name, 'description': self.description, 'steps': steps}
+    return {**result, 'head': True} if self.head else result
+
+
+def parse(data: Any, source: str = 'recipe') -> Recipe:
+  """Builds a recipe from the values of a YAML file.
+
+  Raises ValueError naming `source`, the place and the nearest valid names.
+  """
+  _check_mapping(data, f'{source}: a recipe')
+  _check_keys(data, ('name', 'description', 'steps', 'head'), source)
+  if not isinstance(data.get('name'), str) or not re.fullmatch(NAME, data['name']):
+    raise ValueError(
+      f'{source}: a recipe needs a name of letters, digits and .-_+, not {data.get("name")!r}'
+    )
+  if not isinstance(data.get('description', ''), str):
+    raise ValueError(f'{source}: description is a text, not {data["description"]!r}')
+  if not isinstance(data.get('steps'), list) or not data['steps']:
+    raise ValueError(f'{source}: a recipe needs a list of steps')
+  steps = tuple(_parse_step(s, f'{source}, step {i + 1}') for i, s in enumerate(data['steps']))
+  head = data.get('head', False)
+  if not isinstance(head, bool):
+    raise ValueError(f'{source}: head is true or false, not {head!r}')
+  return Recipe(name=data['name'], steps=steps, description=data.get('description', ''), head=head)
+
+
+def _parse_step(entry, place):
+  _check_mapping(entry, f'{place}: a step')
+  names = [key for key in entry if key != 'only']
+  if len(names) != 1:
+    raise ValueError(f'{place}: a step has one technique (and perhaps only), not {list(entry)}')
+  try:
+    row = registry.lookup(str(names[0]))
+  except ValueError as error:
+    raise ValueError(f'{place}: {error}') from None
+  only = entry.get('only', ['*'])
+  if not isinstance(only, list) or not all(isinstance(p, str) for p in only) or not only:
+    raise ValueError(f'{place}: only is a list of layer patterns, not {only!r}')
+  return Step(technique=row.name, spec=_parse_spec(row, entry[names[0]], place), only=tuple(only))
+
+
+def _parse_spec(row, options, place):
+  options = {} if options is None else options
+  _check_mapping(options, f'{place}: the options of {row.name}')
+  _check_keys(options, [f.name for f in dataclasses.fields(row.spec)], f'{place}, {row.name}')
+  hints = typing.get_type_hints(row.spec)
+  for key, value in options.items():
+    if not _fits(value, hints[key]):
+      raise ValueError(f'{place}, {row.name}: {key} is {_words(hints[key])}, not {value!r}')
+  try:
+    return row.spec(**options)
+  except (ValueError, TypeError) as error:
+    raise ValueError(f'{place}, {row.name}: {error}') from None
+
+
+def _fits(value, hint) -> bool:
+  """Whether a value of YAML has the type of a field: whole numbers are floats, truth is neither."""
+  if typing.get_origin(hint) is typing.Literal:
+    return value in typing.get_args(hint)
+  if typing.get_origin(hint) in (typing.Union, types.UnionType):
+    return any(_fits(value, one) for one in typing.get_args(hint))
+  if hint in (int, float):
+    return isinstance(value, (int, hint)) and not isinstance(value, bool)
+  return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _words(hint) -> str:
+  if typing.get_origin(hint) is typing.Literal:
+    return ' or '.join(map(str, typing.get_args(hint)))
+  return getattr(hint, '__name__', str(hint)) if isinstance(hint, type) else str(hint)
+
+
+def _check_mapping(value, what):
+  if not isinstance(value, dict):
+    raise ValueError(f'{what} is a mapping, not {value!r}')
+
+
+def _check_keys(data, known, place):
+  for key in data:
+    if key not in known:
+      raise ValueError(f'{place}: unknown key {key!r}{registry.nearest(str(key), known)}')
+
+
+class _Loader(yaml.SafeLoader):
+  """YAML of plain values, in which a key that is given twice is an error."""
+
+  def flatten_mapping(self, node):
+    # Every mapping passes here before it is built, and Python's dict would keep the last value.
+    keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+      raise yaml.YAMLError(f'{twice[0]} is given twice in one mapping{node.start_mark}')
+    super().flatten_mapping(node)
+
+
+def load(path: str | pathlib.Path) -> Recipe:
+  """Reads a YAML file. Raises ValueError if it is not a recipe."""
+  path = pathlib.Path(path)
+  try:
+    data = yaml.load(path.read_bytes().decode(), _Loader)
+  except (UnicodeDecodeError, yaml.YAMLError) as error:
+    raise ValueError(f'{path} is not valid YAML: {error}') from None
+  return parse(data, str(path))
+
+
+def resolve(name: str, folder: pathlib.Path) -> Recipe:
+  """Finds a recipe: a path to a YAML file, a file of `folder`, or a technique with its defaults.
+
+  Raises ValueError with the nearest names if there is none.
+  """
+  if name.endswith(('.yaml', '.yml')):
+    if not pathlib.Path(name).is_file():
+      raise ValueError(f'there is no recipe file {name}')
+    return load(name)
+  if (folder / f'{name}.yaml').is_file():
+    return load(folder / f'{name}.yaml')
+  if name in registry.TECHNIQUES:
+    return parse({'name': name, 'steps': [{name: {}}]}, f'recipe {name}')
+  known = [*names(folder), *registry.TECHNIQUES]
+  raise ValueError(f'unknown recipe {name!r}{registry.nearest(name, known)}')
+
+
+def names(folder: pathlib.Path) -> list[str]:
+  """The recipes in a folder."""
+  return sorted(path.stem for path in folder.glob('*.yaml'))

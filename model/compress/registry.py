@@ -1,0 +1,150 @@
+"""The techniques: one function and one row each.
+
+A technique is a function from (weight, statistics, spec) to a weight. Its row names it, the frozen
+dataclass of its options, the calibration statistics that it reads and the paper it comes from. The
+row alone makes it a recipe step, a row of the contract tests, of the report and of the README.
+
+A pruning technique differs from another in its score alone, so it is one function too:
+
+  @pruning_score('wanda', statistics=('input_norm',), paper='Sun et al. 2023, https://...')
+  def wanda(w_IO, statistics):
+    return sparse.wanda_score(w_IO, statistics['input_norm'])
+"""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from ops import sparse
+from ops.linear import Matrix, Weight
+
+Statistics = Mapping[str, Any]
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=('weight', 'events'), meta_fields=()
+)
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """A weight, with what the ledger should know: {event: count}, written down where not zero."""
+
+  weight: Matrix
+  events: dict[str, Any]
+
+
+Function = Callable[[Matrix, Statistics, Any], 'Matrix | Outcome']
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Technique:
+  """A row of the registry.
+
+  scope: 'linears' runs it on the matrices of the blocks, 'parameters' on every floating parameter.
+  """
+
+  name: str
+  function: Function
+  spec: type
+  statistics: tuple[str, ...]
+  paper: str
+  scope: Literal['linears', 'parameters'] = 'linears'
+
+  def __call__(self, w: Matrix, statistics: Statistics, spec: Any) -> Outcome:
+    """Compresses one weight. Traceable: `spec` is static, decisions depend on shapes alone."""
+    result = self.function(w, {name: statistics[name] for name in self.statistics}, spec)
+    return result if isinstance(result, Outcome) else Outcome(result, {})
+
+  @property
+  def summary(self) -> str:
+    """The first line of the function's docstring."""
+    return (self.function.__doc__ or '').strip().split('\n')[0]
+
+
+TECHNIQUES: dict[str, Technique] = {}
+
+
+def technique(name: str, *, spec: type, paper: str, statistics=(), scope='linears'):
+  """Registers a function as a technique. Raises ValueError if the name is taken."""
+
+  def register(function: Function) -> Function:
+    if name in TECHNIQUES:
+      raise ValueError(f'the technique {name!r} is registered already')
+    TECHNIQUES[name] = Technique(
+      name=name,
+      function=function,
+      spec=spec,
+      statistics=tuple(statistics),
+      paper=paper,
+      scope=scope,
+    )
+    return function
+
+  return register
+
+
+def lookup(name: str) -> Technique:
+  """Finds a technique. Raises ValueError with the nearest names if there is none."""
+  if name in TECHNIQUES:
+    return TECHNIQUES[name]
+  raise ValueError(f'unknown technique {name!r}{nearest(name, TECHNIQUES)}')
+
+
+def nearest(name: str, known) -> str:
+  """'; did you mean ...?' with the nearest of the known names, or all of them."""
+  close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+  if close:
+    return f'; did you mean {" or ".join(close)}?'
+  return f'; there are {", ".join(sorted(known))}'
+
+
+DEFAULT_SPARSITY = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruneSpec:
+  """Which weights go: a share of them (`sparsity`), or all but n of every m consecutive inputs.
+
+  Half of them if nothing is said. `per_output` compares the inputs of one output, else the whole
+  matrix is one pool.
+  """
+
+  sparsity: float | None = None
+  n: int | None = None
+  m: int | None = None
+  per_output: bool = True
+
+  def __post_init__(self):
+    if (self.n is None) != (self.m is None):
+      raise ValueError(f'N:M pruning needs both n and m, not n={self.n}, m={self.m}')
+    if self.sparsity is not None and self.n is not None:
+      raise ValueError('pruning takes either a sparsity, such as 0.5, or n and m, such as 2 and 4')
+    if self.n is not None:
+      sparse.check_n_of_m(self.m, self.n, self.m)
+    if self.sparsity is not None and not 0 <= self.sparsity < 1:
+      raise ValueError(f'a sparsity is at least 0 and below 1, not {self.sparsity}')
+
+
+def pruning_score(name: str, *, paper: str, statistics=(), spec: type = PruneSpec):
+  """Registers a score, (w_IO, statistics) -> score_IO, as a pruning technique: high is kept."""
+
+  def register(score):
+    @functools.wraps(score)
+    def prune(w, stats, options):
+      if isinstance(w, Weight):
+        raise ValueError(f'{name} prunes plain matrices, not a {type(w).__name__}; prune first')
+      score_IO, n, m = score(w, stats), options.n, options.m
+      if n is not None:
+        return sparse.compress(w, sparse.n_of_m_mask(score_IO, n, m), n, m)
+      share = DEFAULT_SPARSITY if options.sparsity is None else options.sparsity
+      mask_IO = sparse.unstructured_mask(score_IO, share, per_output=options.per_output)
+      return jnp.where(mask_IO, w, 0)
+
+    technique(name, spec=spec, paper=paper, statistics=statistics)(prune)
+    return score
+
+  return register

@@ -1,0 +1,96 @@
+"""Techniques that need no solver: casting, rounding to nearest, and pruning by a score."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from model.compress.registry import Outcome, pruning_score, technique
+from ops import quantized, sparse
+from ops.linear import map_values
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CastSpec:
+  """The dtype to store floating numbers in."""
+
+  dtype: Literal['bfloat16', 'float16', 'float32'] = 'bfloat16'
+
+  def __post_init__(self):
+    if self.dtype not in ('bfloat16', 'float16', 'float32'):
+      raise ValueError(f'cast knows bfloat16, float16 and float32, not {self.dtype!r}')
+
+
+@technique(
+  'cast',
+  spec=CastSpec,
+  paper='Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740',
+  scope='parameters',
+)
+def cast(w, statistics, spec):
+  """Store every parameter in another floating type."""
+  del statistics
+  overflow = []
+
+  def narrow(values):
+    result = values.astype(spec.dtype)
+    overflow.append(jnp.sum(jnp.isinf(result) & ~jnp.isinf(values)))
+    return result
+
+  return Outcome(map_values(narrow, w), {'weights past the range of the type': sum(overflow)})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizeSpec:
+  """A storage format of ops/quantized.py. `group_size`: see `quantized.resolve_group`."""
+
+  format: quantized.FormatName = 'int8'
+  group_size: int | None = None
+  symmetric: bool = True
+  double: bool = False
+
+  def __post_init__(self):
+    quantized.check_options(self.format, 1, -1, self.symmetric)
+    if self.group_size is not None and self.group_size < 1 and self.group_size != -1:
+      raise ValueError(f'a group size is positive, or -1 for a whole column, not {self.group_size}')
+
+
+@technique(
+  'round_to_nearest',
+  spec=QuantizeSpec,
+  paper='Krishnamoorthi 2018, https://arxiv.org/abs/1806.08342',
+)
+def round_to_nearest(w, statistics, spec):
+  """Round every weight to the nearest value of a low-bit format."""
+  del statistics
+  events = {}
+
+  def quantize(values):
+    usual = quantized.FORMATS[spec.format].default_group
+    group = quantized.resolve_group(spec.format, values.shape[0], spec.group_size)
+    if spec.group_size is None and usual not in (None, group):
+      events[f'group size, for {usual} does not divide {values.shape[0]} inputs'] = group
+    return quantized.quantize(values, **dataclasses.asdict(spec))
+
+  return Outcome(map_values(quantize, w), events)
+
+
+@pruning_score(
+  'magnitude',
+  paper='Han et al. 2015, https://arxiv.org/abs/1506.02626',
+)
+def magnitude(w_IO: jax.Array, statistics) -> jax.Array:
+  """Drop the smallest weights."""
+  del statistics
+  return sparse.magnitude_score(w_IO)
+
+
+@pruning_score(
+  'wanda',
+  statistics=('input_norm',),
+  paper='Sun et al. 2023, https://arxiv.org/abs/2306.11695',
+)
+def wanda(w_IO: jax.Array, statistics) -> jax.Array:
+  """Drop the weights whose size times the norm of their input is smallest."""
+  return sparse.wanda_score(w_IO, statistics['input_norm'])

@@ -1,0 +1,183 @@
+"""Texts to train, calibrate and measure on, split by what they say and not by where they lie.
+
+A document's part follows from the SHA-256 of its content, so copies of a document share a part, and
+a part stays the same when other documents come or go. The fingerprint goes into every record that
+was measured on the corpus. Without a text of the user's, the corpus is the source of the Python
+standard library that runs the program: no network, and about 28 MB.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import pathlib
+import sysconfig
+from collections.abc import Iterable, Iterator
+
+TRAIN_PERCENT, CALIBRATION_PERCENT = 90, 5  # the rest is held out
+SUFFIXES = ('.txt', '.md', '.py', '.jsonl')
+LARGEST_BLOCK = 8192  # characters of a block, where one text is cut up
+SMALLEST_BLOCK = 64
+# Installed packages, frozen copies of old grammars and fixtures that are not real modules.
+SKIPPED_FOLDERS = frozenset({'site-packages', 'dist-packages', 'lib2to3', 'idle_test'})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Corpus:
+  """Documents in three disjoint parts, each in the order of its source."""
+
+  train: tuple[str, ...] = dataclasses.field(repr=False)
+  calibration: tuple[str, ...] = dataclasses.field(repr=False)
+  held_out: tuple[str, ...] = dataclasses.field(repr=False)
+  fingerprint: str  # SHA-256 over the documents of all parts and their split
+  source: str  # where the texts come from, for people
+
+  def __post_init__(self):
+    empty = [name for name in ('train', 'calibration', 'held_out') if not getattr(self, name)]
+    if empty:
+      raise ValueError(f'{self.source}: no text in {" and ".join(empty)}; give more text')
+
+
+def load(path: str | pathlib.Path | None = None) -> Corpus:
+  """Reads a text file, or a folder of `SUFFIXES` files; with no path the standard library.
+
+  A file of any other name is read as text. A `.jsonl` file has one document a line, in the field
+  "text"; every other file is one document. Fewer than three documents are cut into blocks at blank
+  lines (or else line ends, spaces, anywhere), so that every part has some. Empty documents and
+  repeats are dropped.
+
+  Raises:
+    ValueError: the path is missing or holds no text, or a file is not UTF-8 or not valid JSON.
+  """
+  if path is None:
+    return standard_library()
+  path = pathlib.Path(path)
+  documents = _unique(text for file in _files(path) for text in _read(file))
+  if not documents:
+    raise ValueError(f'{path}: all of its texts are empty')
+  if len(documents) < 3:
+    documents = _unique(block for text in documents for block in blocks(text))
+  if len(documents) < 3:
+    raise ValueError(f'{path}: too little text to be split into three parts; give more')
+  return split(documents, source=str(path))
+
+
+def standard_library() -> Corpus:
+  """The `.py` files of the running Python's standard library, its tests included.
+
+  Some distributions ship Python without its tests; there it is about 700 files and 12 MB.
+  """
+  folder = pathlib.Path(sysconfig.get_path('stdlib'))
+  texts = []
+  for file in sorted(folder.rglob('*.py')):
+    if SKIPPED_FOLDERS.isdisjoint(file.relative_to(folder).parts) and file.is_file():
+      try:
+        texts.append(file.read_bytes().decode())
+      except UnicodeDecodeError:
+        continue  # test data about other encodings
+  version = sysconfig.get_python_version()
+  return split(_unique(texts), source=f'the standard library of Python {version}')
+
+
+def split(documents: Iterable[str], *, source: str) -> Corpus:
+  """Splits documents by the SHA-256 of their content.
+
+  Where that would leave a part empty, the documents are put in the order of their hashes and that
+  order is cut, so that three documents suffice.
+  """
+  keyed = [(hashlib.sha256(text.encode()).digest(), text) for text in documents]
+  parts = [_part(int.from_bytes(digest[:8], 'big') % 100) for digest, _ in keyed]
+  if len(set(parts)) < 3:
+    parts = _parts_by_rank([digest for digest, _ in keyed])
+  texts, fingerprint = collections.defaultdict(list), hashlib.sha256()
+  for part, (digest, text) in zip(parts, keyed):
+    texts[part].append(text)
+    fingerprint.update(part.encode() + digest)
+  return Corpus(
+    train=tuple(texts['train']),
+    calibration=tuple(texts['calibration']),
+    held_out=tuple(texts['held_out']),
+    fingerprint=fingerprint.hexdigest(),
+    source=source,
+  )
+
+
+def blocks(text: str) -> list[str]:
+  """Cuts a text into consecutive blocks that join to it again.
+
+  A block ends at a blank line if one is near, or else at the end of a line, at a space, or
+  anywhere. There are about a hundred, or more of them in a long text.
+  """
+  size = min(LARGEST_BLOCK, max(SMALLEST_BLOCK, len(text) // 100))
+  found, start = [], 0
+  while start < len(text):
+    stop = _cut(text, start + size, start + 2 * size)
+    found.append(text[start:stop])
+    start = stop
+  return found
+
+
+def _cut(text: str, low: int, high: int) -> int:
+  if low >= len(text):
+    return len(text)
+  for separator in ('\n\n', '\n', ' '):
+    at = text.find(separator, low, high)
+    if at >= 0:
+      return at + len(separator)
+  return low
+
+
+def _part(percentile: int) -> str:
+  if percentile < TRAIN_PERCENT:
+    return 'train'
+  return 'calibration' if percentile < TRAIN_PERCENT + CALIBRATION_PERCENT else 'held_out'
+
+
+def _parts_by_rank(digests: list[bytes]) -> list[str]:
+  order = sorted(range(len(digests)), key=digests.__getitem__)
+  parts = ['train'] * len(digests)
+  each = max(1, len(digests) * CALIBRATION_PERCENT // 100)
+  for i in order[:each]:
+    parts[i] = 'calibration'
+  for i in order[each : 2 * each]:
+    parts[i] = 'held_out'
+  return parts
+
+
+def _unique(texts: Iterable[str]) -> list[str]:
+  return list(dict.fromkeys(text for text in texts if text.strip()))
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+  if path.is_file():
+    return [path]
+  if not path.is_dir():
+    raise ValueError(f'{path}: no such file or folder')
+  files = sorted(f for f in path.rglob('*') if f.suffix in SUFFIXES and f.is_file())
+  if not files:
+    raise ValueError(f'{path}: the folder holds no {", ".join(SUFFIXES)} files')
+  return files
+
+
+def _read(file: pathlib.Path) -> Iterator[str]:
+  try:
+    text = file.read_bytes().decode()
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{file}: not UTF-8 ({error.reason} at byte {error.start})') from error
+  if file.suffix != '.jsonl':
+    yield text
+    return
+  for number, line in enumerate(text.split('\n'), 1):
+    if line.strip():
+      yield _text_field(line, f'{file}, line {number}')
+
+
+def _text_field(line: str, where: str) -> str:
+  try:
+    record = json.loads(line)
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{where}: not JSON ({error})') from error
+  text = record.get('text') if isinstance(record, dict) else None
+  if not isinstance(text, str):
+    raise ValueError(f'{where}: expected an object with a string field "text"')
+  return text

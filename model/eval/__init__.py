@@ -1,0 +1,1 @@
+"""Measuring: time, cost, records, the choice among recipes, and the report."""

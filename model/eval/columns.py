@@ -1,0 +1,166 @@
+"""The columns of the comparison: which metric each shows, how it reads, and what it means."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+from model.eval import select
+from model.eval.records import Record
+
+DASH = '–'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Column:
+  """One column of both tables: what it is called, how its number reads, and what it means."""
+
+  metric: str
+  title: str  # for a page
+  short: tuple[str, str]  # for a terminal: the two lines of its heading
+  show: Callable[[float], str]
+  meaning: str
+  bar: bool = False  # a small bar in the cell
+  bar_from: float = 0.0  # the value of an empty bar
+
+
+def change(ratio: float) -> str:
+  """A ratio as a change in per cent, or as a factor from 2 on."""
+  return f'{ratio - 1:+.2%}' if ratio < 2 else f'×{ratio:,.4g}'
+
+
+def _rate(value: float) -> str:
+  return f'{value:,.0f}' if value >= 100 else f'{value:.1f}'
+
+
+def _size(value: float) -> str:
+  return f'{value / select.MEGABYTE:,.2f}' if value < 1e9 else f'{value / select.MEGABYTE:,.0f}'
+
+
+COLUMNS = (
+  Column(
+    metric='ppl',
+    title='perplexity',
+    short=('', 'perplexity'),
+    show=lambda v: f'{v:,.2f}' if v < 1e5 else f'{v:.2e}',
+    meaning='exp of the mean negative log likelihood a token, on held-out text; lower is better.',
+  ),
+  Column(
+    metric='ppl_ratio',
+    title='perplexity vs base',
+    short=('ppl', 'vs base'),
+    show=change,
+    meaning="Perplexity against the base's: +1% is one per cent worse; from twice on, a factor.",
+    bar=True,
+    bar_from=1.0,
+  ),
+  Column(
+    metric='kl_to_base',
+    title='KL, nats',
+    short=('KL', 'nats'),
+    show=lambda v: f'{v:.4f}',
+    meaning='KL divergence from the base, in nats a token: how far the predictions moved.',
+  ),
+  Column(
+    metric='flip_rate',
+    title='flips, %',
+    short=('flips', '%'),
+    show=lambda v: f'{100 * v:.2f}',
+    meaning='Flip rate: the share of tokens whose most likely prediction differs from the base.',
+  ),
+  Column(
+    metric='linear_bytes',
+    title='linear, MB',
+    short=('linear', 'MB'),
+    show=_size,
+    meaning='Stored size of the linear layers’ weights, scales and indices included.',
+    bar=True,
+  ),
+  Column(
+    metric='linear_bytes_vs_bf16',
+    title='÷ bf16',
+    short=('of', 'bf16'),
+    show=lambda v: f'{v:.3f}',
+    meaning='The same size as a share of the same weights in bfloat16.',
+  ),
+  Column(
+    metric='bits_per_weight',
+    title='bits a weight',
+    short=('bits', 'weight'),
+    show=lambda v: f'{v:.2f}',
+    meaning='Stored bits for each element of the linear layers.',
+  ),
+  Column(
+    metric='prefill_tokens_per_s',
+    title='prefill, tok/s',
+    short=('prefill', 'tok/s'),
+    show=_rate,
+    meaning='Prompt tokens processed a second.',
+    bar=True,
+  ),
+  Column(
+    metric='prefill_speedup',
+    title='prefill speed-up',
+    short=('vs', 'base'),
+    show=lambda v: f'{v:.2f}×',
+    meaning='Speed of the prefill against the base, timed in the same rounds; above 1 is faster.',
+  ),
+  Column(
+    metric='decode_tokens_per_s',
+    title='decode, tok/s',
+    short=('decode', 'tok/s'),
+    show=_rate,
+    meaning='New tokens generated a second.',
+    bar=True,
+  ),
+  Column(
+    metric='decode_speedup',
+    title='decode speed-up',
+    short=('vs', 'base'),
+    show=lambda v: f'{v:.2f}×',
+    meaning='Speed of decoding against the base, timed in the same rounds; above 1 is faster.',
+  ),
+)
+
+
+def value(record: Record, column: Column, records: Sequence[Record]) -> float | None:
+  """The number in this column, or None where it was not measured."""
+  if column.metric == 'ppl_ratio':
+    return select.ppl_ratio(record, records)
+  return record.value(column.metric)
+
+
+def text(number: float | None, column: Column) -> str:
+  """A number as it reads in this column; an en dash where there is none."""
+  if number is None:
+    return DASH
+  return column.show(number) if math.isfinite(number) else non_finite(number)
+
+
+def bar_percent(number: float | None, column: Column, numbers: Sequence[float | None]) -> float:
+  """The length of a cell's bar in per cent of the longest in the column; 0 for no bar."""
+  finite = [n - column.bar_from for n in numbers if n is not None and math.isfinite(n)]
+  longest = max(finite, default=0.0)
+  if not column.bar or longest <= 0 or number is None or not math.isfinite(number):
+    return 0.0
+  return round(100 * max(0.0, number - column.bar_from) / longest, 1)
+
+
+def spread(record: Record, column: Column) -> str:
+  """The spread of the column's metric in words, or nothing."""
+  metric = record.metrics.get(column.metric)
+  if metric is None or metric.spread is None or not math.isfinite(metric.spread):
+    return ''
+  return f'interquartile range {column.show(metric.spread)}, n = {metric.n:,}'
+
+
+def plain(number: float) -> str:
+  """Any number, of any metric, to five digits or whole."""
+  if not math.isfinite(number):
+    return non_finite(number)
+  if abs(number) < 1e15 and (number == int(number) or abs(number) >= 1e4):
+    return f'{number:,.0f}'
+  return f'{number:.5g}'
+
+
+def non_finite(number: float) -> str:
+  return 'NaN' if math.isnan(number) else ('∞' if number > 0 else '−∞')

@@ -1,0 +1,199 @@
+"""What a model costs by arithmetic alone: parameters, FLOPs a token, bytes stored and bytes read.
+
+A product of x[I] with w[I, O] counts 2 I O FLOPs, whatever the weight's format: zeros that are
+multiplied count. Attention counts its two products over the keys that a query may see, so a causal
+prefill of T tokens counts (T + 1) / 2 keys a query, about half of the dense square, and a window
+counts only the keys inside it. Norms, rotations, softmax and activations are left out: they are
+below 1 % of a model of any size. After Kaplan et al., "Scaling Laws for Neural Language Models"
+(2020, https://arxiv.org/abs/2001.08361), section 2.1, which leaves the embedding lookup out, too.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from model.config import LayerConfig, ModelConfig
+from model.eval.records import Metric
+from ops.linear import Matrix
+
+EMBEDDING = 'embedding.table'
+LOOKED_UP = (EMBEDDING, 'positions.table')  # one row a token is read, not the table
+VOCABULARY = (*LOOKED_UP, 'head.weight', 'head.bias')
+BF16_BYTES = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parameters:
+  """Parameter counts as papers and model cards give them; a tied head counts once."""
+
+  total: int
+  non_embedding: int  # without embedding, learned positions and head
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flops:
+  """FLOPs a token, apart: matrices of the layers, attention over the keys, and the head."""
+
+  linear: float
+  attention: float
+  head: float
+
+  @property
+  def total(self) -> float:
+    return self.linear + self.attention + self.head
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Storage:
+  """What some matrices take: logical elements, and bytes really stored."""
+
+  elements: int
+  nbytes: int
+
+  @property
+  def vs_bf16(self) -> float:
+    return self.nbytes / (self.elements * BF16_BYTES)
+
+  @property
+  def bits_per_weight(self) -> float:
+    return 8 * self.nbytes / self.elements
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Path -> logical shape of every parameter of the dense model."""
+  v, d = config.vocab_size, config.width
+  shapes = {EMBEDDING: (v, d)}
+  if config.rope is None:
+    shapes['positions.table'] = (config.max_positions, d)
+  for l, layer in enumerate(config.layers):
+    shapes |= {f'layers.{l}.{path}': shape for path, shape in _layer_shapes(config, layer).items()}
+  shapes |= _norm_shapes('final_norm', config)
+  if not config.tied:
+    shapes |= _linear_shapes('head', d, v, config.head_bias)
+  return shapes
+
+
+def parameters(config: ModelConfig) -> Parameters:
+  """Counts the parameters of the dense model."""
+  sizes = {path: math.prod(shape) for path, shape in parameter_shapes(config).items()}
+  vocabulary = sum(sizes.get(path, 0) for path in VOCABULARY)
+  total = sum(sizes.values())
+  return Parameters(total=total, non_embedding=total - vocabulary)
+
+
+def prefill_flops_per_token(config: ModelConfig, length: int) -> Flops:
+  """FLOPs a token, averaged over a causal prefill of `length` tokens; the head runs on each."""
+  _positive('the prefill length', length)
+  return _flops(config, lambda layer: _mean_keys(length, layer.window))
+
+
+def decode_flops_per_token(config: ModelConfig, context: int) -> Flops:
+  """FLOPs of the token at position `context` - 1: it sees `context` keys, its own included."""
+  _positive('the context', context)
+  return _flops(config, lambda layer: min(context, layer.window or context))
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype=jnp.bfloat16) -> int:
+  """Bytes by which a dense key/value cache grows a token, all layers together."""
+  return sum(_kv_bytes(layer, dtype) for layer in config.layers)
+
+
+def kv_cache_bytes(config: ModelConfig, context: int, dtype=jnp.bfloat16) -> int:
+  """Bytes of the keys and values that a token sees at this context; a window bounds them."""
+  _positive('the context', context)
+  return sum(
+    _kv_bytes(layer, dtype) * min(context, layer.window or context) for layer in config.layers
+  )
+
+
+def decode_bytes_per_token(
+  config: ModelConfig, weights: Mapping[str, Matrix], context: int, cache_dtype=jnp.bfloat16
+) -> int:
+  """Bytes that one decode step of one sequence must read: every weight as stored, and the cache.
+
+  `weights` has every parameter of the model under its path. Of a table that is looked up, one row
+  is read; a tied embedding is read whole, for it is also the head.
+  """
+  read = kv_cache_bytes(config, context, cache_dtype)
+  for path, w in weights.items():
+    lookup = path in LOOKED_UP and not (path == EMBEDDING and config.tied)
+    read += w.nbytes // w.shape[0] if lookup else w.nbytes
+  return read
+
+
+def storage(weights: Mapping[str, Matrix]) -> Storage:
+  """Elements and stored bytes of these matrices, scales and indices included."""
+  if not weights:
+    raise ValueError('there are no weights to measure')
+  return Storage(
+    elements=sum(math.prod(w.shape) for w in weights.values()),
+    nbytes=sum(w.nbytes for w in weights.values()),
+  )
+
+
+def storage_metrics(
+  linears: Mapping[str, Matrix], weights: Mapping[str, Matrix]
+) -> dict[str, Metric]:
+  """The record's metrics of size: of the `linears` (path -> matrix), and of all `weights`."""
+  linear = storage(linears)
+  return {
+    'linear_bytes': Metric(linear.nbytes, 'byte', len(linears)),
+    'linear_bytes_vs_bf16': Metric(linear.vs_bf16, '1', len(linears)),
+    'bits_per_weight': Metric(linear.bits_per_weight, 'bit', len(linears)),
+    'stored_bytes': Metric(storage(weights).nbytes, 'byte', len(weights)),
+  }
+
+
+def _layer_shapes(config: ModelConfig, layer: LayerConfig) -> dict[str, tuple[int, ...]]:
+  d, h, f = config.width, layer.head_width, layer.ffn_width
+  queries, keys = layer.query_heads * h, layer.kv_heads * h
+  shapes = _norm_shapes('attention_norm', config)
+  shapes |= _linear_shapes('attention.query', d, queries, layer.qkv_bias)
+  shapes |= _linear_shapes('attention.key', d, keys, layer.qkv_bias)
+  shapes |= _linear_shapes('attention.value', d, keys, layer.qkv_bias)
+  shapes |= _linear_shapes('attention.output', queries, d, layer.output_bias)
+  if layer.qk_norm:
+    shapes |= {f'attention.{side}_norm.scale': (h,) for side in ('query', 'key')}
+  if layer.post_norms:
+    shapes |= _norm_shapes('attention_post_norm', config)
+    shapes |= _norm_shapes('ffn_post_norm', config)
+  shapes |= _norm_shapes('ffn_norm', config)
+  for name in ('gate', 'up') if layer.gated else ('up',):
+    shapes |= _linear_shapes(f'ffn.{name}', d, f, layer.mlp_bias)
+  return shapes | _linear_shapes('ffn.down', f, d, layer.mlp_bias)
+
+
+def _norm_shapes(path: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  fields = ('scale', 'bias') if config.norm == 'layer' else ('scale',)
+  return {f'{path}.{field}': (config.width,) for field in fields}
+
+
+def _linear_shapes(path: str, i: int, o: int, bias: bool) -> dict[str, tuple[int, ...]]:
+  return {f'{path}.weight': (i, o)} | ({f'{path}.bias': (o,)} if bias else {})
+
+
+def _flops(config: ModelConfig, keys_of) -> Flops:
+  matrices = sum(
+    math.prod(shape)
+    for path, shape in parameter_shapes(config).items()
+    if path.startswith('layers.') and path.endswith('.weight')
+  )
+  attention = sum(4 * l.query_heads * l.head_width * keys_of(l) for l in config.layers)
+  return Flops(linear=2 * matrices, attention=attention, head=2 * config.width * config.vocab_size)
+
+
+def _mean_keys(length: int, window: int | None) -> float:
+  """The mean over t = 1..length of min(t, window)."""
+  w = min(window or length, length)
+  return (w * (w + 1) / 2 + (length - w) * w) / length
+
+
+def _kv_bytes(layer: LayerConfig, dtype) -> int:
+  return 2 * layer.kv_heads * layer.head_width * jnp.dtype(dtype).itemsize
+
+
+def _positive(what: str, value: int) -> None:
+  if value < 1:
+    raise ValueError(f'{what} must be at least 1, not {value}')

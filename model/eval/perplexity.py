@@ -1,0 +1,172 @@
+"""Perplexity, bits per byte, and how far a model has moved from its base.
+
+Protocol: the text is tokenized once and cut into consecutive windows of `seq_len` tokens (the last,
+shorter one is dropped), with no BOS added; in each window every token but the first is predicted.
+ppl = exp(sum NLL / tokens). Bits per byte = sum NLL / ln 2 / bytes of the predicted tokens' text.
+KL(base || model) in nats a token and the share of tokens whose most likely prediction differs from
+the base's are measured on the same windows. Sums are in float64; float32 products are float32 on
+GPU and TPU as well, where they are rounded further by default.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from model.transformer import Transformer
+from ops import losses
+
+TOKENS_A_BATCH = 4096
+CHUNK = 512  # tokens whose logits exist at once
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Windows:
+  """Evaluation text: tokens_NT int32 [windows, seq_len], and the bytes of the predicted tokens."""
+
+  tokens_NT: np.ndarray
+  predicted_bytes: int
+
+  @property
+  def seq_len(self) -> int:
+    return self.tokens_NT.shape[1]
+
+  @property
+  def predicted(self) -> int:
+    return self.tokens_NT.shape[0] * (self.seq_len - 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quality:
+  """Sums over all predicted tokens. KL and flips are None where there was no base."""
+
+  nll_sum: float
+  tokens: int
+  predicted_bytes: int
+  seq_len: int
+  kl_sum: float | None = None
+  flips: int | None = None
+
+  @property
+  def ppl(self) -> float:
+    mean = self.nll_sum / self.tokens
+    return math.exp(mean) if mean < 700 else math.inf
+
+  @property
+  def bits_per_byte(self) -> float:
+    return self.nll_sum / math.log(2) / self.predicted_bytes
+
+  @property
+  def kl_to_base(self) -> float | None:
+    return None if self.kl_sum is None else self.kl_sum / self.tokens
+
+  @property
+  def flip_rate(self) -> float | None:
+    return None if self.flips is None else self.flips / self.tokens
+
+
+def windows(tokens_N, ends_N, seq_len: int, max_windows: int | None = None) -> Windows:
+  """Cuts a tokenized text into windows.
+
+  `ends_N`: the UTF-8 bytes of the text up to the end of each token.
+  Raises ValueError if the text is shorter than one window.
+  """
+  if seq_len < 2:
+    raise ValueError(f'a window needs at least 2 tokens to predict one, not {seq_len}')
+  count = len(tokens_N) // seq_len
+  if count == 0:
+    raise ValueError(
+      f'the text has {len(tokens_N)} tokens, fewer than one window of {seq_len}; '
+      'give a longer text or a smaller seq_len'
+    )
+  count = min(count, max_windows or count)
+  tokens_NT = np.asarray(tokens_N[: count * seq_len], np.int32).reshape(count, seq_len)
+  ends_NT = np.asarray(ends_N[: count * seq_len]).reshape(count, seq_len)
+  return Windows(tokens_NT=tokens_NT, predicted_bytes=int((ends_NT[:, -1] - ends_NT[:, 0]).sum()))
+
+
+def evaluate(
+  model: Transformer,
+  text: Windows,
+  *,
+  base: Transformer | None = None,
+  progress: Callable[[list], Iterator] = iter,
+) -> Quality:
+  """Measures a model on the windows, and against `base` if there is one.
+
+  Raises ValueError if a window is longer than the positions that a model has learned.
+  """
+  for one in (model, base):
+    if one is not None:
+      check(one, text)
+  batch = max(1, TOKENS_A_BATCH // text.seq_len)
+  starts = list(range(0, len(text.tokens_NT), batch))
+  totals = np.zeros(3)
+  for start in progress(starts):
+    tokens_BT = text.tokens_NT[start : start + batch]
+    with jax.default_matmul_precision('highest'):
+      sums = _window_sums(model, base, tokens_BT)
+    totals += np.asarray(jax.device_get(sums), np.float64).sum((1, 2))
+  return Quality(
+    nll_sum=float(totals[0]),
+    tokens=text.predicted,
+    predicted_bytes=text.predicted_bytes,
+    seq_len=text.seq_len,
+    kl_sum=None if base is None else float(totals[1]),
+    flips=None if base is None else round(totals[2]),
+  )
+
+
+def check(model: Transformer, text: Windows) -> None:
+  """Raises ValueError if a window is longer than the positions that the model has learned."""
+  if model.positions is not None and text.seq_len > model.config.max_positions:
+    raise ValueError(
+      f'windows of {text.seq_len} tokens are longer than the {model.config.max_positions} learned '
+      'positions; use a smaller seq_len'
+    )
+
+
+def _window_sums(model, base, tokens_BT):
+  graphdef, state = nnx.split(model)
+  if base is None:
+    return _sums(graphdef, None, state, None, tokens_BT, None)
+  base_graphdef, base_state = nnx.split(base)
+  base_x_BTD = _hidden(base_graphdef, base_state, tokens_BT)
+  return _sums(graphdef, base_graphdef, state, base_state, tokens_BT, base_x_BTD)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(graphdef, state, tokens_BT):
+  return nnx.merge(graphdef, state).hidden(tokens_BT)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sums(graphdef, base_graphdef, state, base_state, tokens_BT, base_x_BTD):
+  """Per token [3, chunks, CHUNK]: NLL, KL to the base, top-1 changed (0 without a base)."""
+  model = nnx.merge(graphdef, state)
+  base = None if base_graphdef is None else nnx.merge(base_graphdef, base_state)
+  flat = lambda x: x[:, :-1].reshape(-1, x.shape[-1])
+  x_TD, labels_T = flat(model.hidden(tokens_BT)[0]), tokens_BT[:, 1:].reshape(-1)
+  base_x_TD = x_TD if base is None else flat(base_x_BTD)
+
+  def measure(chunk):
+    x_CD, base_x_CD, labels_C = chunk
+    logits_CV = model.logits(x_CD)
+    base_logits_CV = logits_CV if base is None else base.logits(base_x_CD)
+    nll_C = -jnp.take_along_axis(jax.nn.log_softmax(logits_CV), labels_C[:, None], 1)[:, 0]
+    kl_C = losses.kl_divergence(base_logits_CV, logits_CV)
+    flips_C = (logits_CV.argmax(-1) != base_logits_CV.argmax(-1)).astype(jnp.float32)
+    return jnp.stack([nll_C, kl_C, flips_C])
+
+  count = labels_T.shape[0]
+  padding = -count % CHUNK
+  pad = lambda a: jnp.pad(a, ((0, padding),) + ((0, 0),) * (a.ndim - 1))
+  chunks = [pad(a).reshape(-1, CHUNK, *a.shape[1:]) for a in (x_TD, base_x_TD, labels_T)]
+  sums = jax.lax.map(measure, tuple(chunks))
+  kept = (jnp.arange(count + padding) < count).reshape(-1, 1, CHUNK)
+  return jnp.where(kept, sums, 0).transpose(1, 0, 2)

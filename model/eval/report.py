@@ -1,0 +1,180 @@
+"""The comparison of recipes for people: a terminal table, pareto.png, and report.html.
+
+Everything is drawn from records alone. A metric that a record lacks is an en dash; a metric that no
+column knows is listed below the table with its unit. The page is one file: it asks the network for
+nothing, escapes every string, and can be read without JavaScript.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from model.eval import columns, figures, select
+from model.eval.columns import COLUMNS, DASH
+from model.eval.records import BASE, Record, replacing
+
+NO_KERNEL = 'no kernel'
+TERMINAL_WIDTH = 120
+MIN_RECIPE_WIDTH, MAX_RECIPE_WIDTH = 10, 32
+DEFAULT_BUDGET = select.Budget(max_ppl_ratio=1.05)
+
+PROTOCOL = (
+  'Perplexity: the text is tokenized once and cut into consecutive windows of seq_len tokens; the '
+  'last, shorter one is dropped and no BOS is added. In each window every token but the first is '
+  'predicted; perplexity = exp(sum of NLL / count).',
+  'KL divergence and flip rate compare with the base on the same windows.',
+  'Time: at least 3 warm-up calls, then at least 5 rounds in which all programs take turns; '
+  'medians with interquartile ranges, and ratios to the base within each round.',
+  'Bytes: what is really stored, scales and indices included. 1 MB is 1,000,000 bytes.',
+  'Zeros that are multiplied save no time: what has no kernel here says so, and no speed-up is '
+  'expected of it.',
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Page:
+  """What the page tells besides the records."""
+
+  title: str = 'Compression report'
+  choice: select.Choice | None = None  # None: the smallest recipe within 5 % of the perplexity
+  use: Mapping[str, str] = dataclasses.field(default_factory=dict)  # recipe -> command to run it
+  protocol: tuple[str, ...] = PROTOCOL
+
+
+def table(records: Sequence[Record]) -> str:
+  """A plain-text table of at most 120 columns; a long recipe name takes several lines."""
+  body = [
+    [*(columns.text(columns.value(r, c, records), c) for c in COLUMNS), _mark(r)] for r in records
+  ]
+  lines = [[c.short[0] for c in COLUMNS] + [''], [c.short[1] for c in COLUMNS] + [''], *body]
+  widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS) + 1)]
+  names = [_printable(r.recipe) for r in records]
+  room = TERMINAL_WIDTH - sum(widths) - len(widths)
+  width = max(MIN_RECIPE_WIDTH, min(MAX_RECIPE_WIDTH, room, max(map(len, names), default=0)))
+  gap = '  ' if room - width >= len(widths) else ' '
+  wrapped = [['']] + [textwrap.wrap(name, width) or [''] for name in ['recipe', *names]]
+  rows = [_aligned(n, width, line, widths, gap) for n, line in zip(wrapped, lines, strict=True)]
+  rows.insert(2, '-' * max(len(part) for row in rows for part in row.split('\n')))
+  return '\n'.join(rows) + '\n'
+
+
+def html(records: Sequence[Record], page: Page | None = None) -> str:
+  """The page as one string."""
+  page = page or Page()
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  choice = page.choice or select.choose(records, DEFAULT_BUDGET)
+  return environment.get_template('report.html.jinja').render(
+    page=page,
+    choice=choice,
+    cards=_cards(choice.record or choice.nearest, records),
+    columns=COLUMNS,
+    rows=_rows(records),
+    plain=columns.plain,
+    chart=figures.svg(records),
+    styles=figures.STYLES,
+    labels=(figures.X_LABEL, figures.Y_LABEL),
+    ledger=[(r.recipe, event) for r in records for event in r.ledger],
+    environments=_environments(records),
+  )
+
+
+def write(
+  records: Sequence[Record], folder: str | os.PathLike, page: Page | None = None
+) -> tuple[pathlib.Path, pathlib.Path]:
+  """Writes report.html and pareto.png into the folder and returns their paths."""
+  if not records:
+    raise ValueError('there are no records to report')
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  page_path, figure_path = folder / 'report.html', folder / 'pareto.png'
+  figures.write_png(records, figure_path)
+  with replacing(page_path) as partial:
+    partial.write_text(html(records, page), encoding='utf-8')
+  return page_path, figure_path
+
+
+def _rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+  """What the template needs for each line of the table and for the details below it."""
+  numbers = {c.metric: [columns.value(r, c, records) for r in records] for c in COLUMNS}
+  rows = []
+  for i, record in enumerate(records):
+    cells = [_cell(record, c, numbers[c.metric][i], numbers[c.metric]) for c in COLUMNS]
+    metrics = [(name, columns.plain(m.value), m) for name, m in sorted(record.metrics.items())]
+    rows.append({'record': record, 'is_base': record.recipe == BASE, 'cells': cells})
+    rows[-1]['metrics'] = metrics
+  return rows
+
+
+def _cell(record: Record, column: columns.Column, number, numbers) -> dict[str, Any]:
+  return {
+    'text': columns.text(number, column),
+    'sort': number if number is not None and math.isfinite(number) else '',
+    'bar': columns.bar_percent(number, column, numbers),
+    'spread': columns.spread(record, column),
+  }
+
+
+def _cards(record: Record | None, records: Sequence[Record]) -> list[tuple[str, str]]:
+  """The three numbers under the headline: (number, what it is)."""
+  if record is None:
+    return []
+  base = next((r.value(select.BYTES) for r in records if r.recipe == BASE), None)
+  size, ratio = record.value(select.BYTES), select.ppl_ratio(record, records)
+  speed = record.value('decode_speedup')
+  cards = [
+    (f'{base / size:.2f}×' if base and size else DASH, 'smaller than the base'),
+    (columns.change(ratio) if ratio is not None else DASH, 'perplexity against the base'),
+    (f'{speed:.2f}×' if speed is not None else DASH, 'decoding speed against the base'),
+  ]
+  if record.without_kernel:
+    cards[2] = (cards[2][0], 'decoding speed: no kernel here, no speed-up expected')
+  return cards
+
+
+def _environments(records: Sequence[Record]) -> list[tuple[list[str], list[tuple[str, str]]]]:
+  """Each distinct environment as (recipes measured there, its facts); dates do not distinguish."""
+  groups: dict[tuple, list[str]] = {}
+  for record in records:
+    facts = tuple((k, v) for k, v in _flat(record.environment) if k != 'date_utc')
+    groups.setdefault(facts, []).append(record.recipe)
+  dates = sorted(str(r.environment['date_utc']) for r in records if 'date_utc' in r.environment)
+  when = [('date_utc', f'{dates[0]} to {dates[-1]}')] if dates else []
+  return [(recipes, [*facts, *when]) for facts, recipes in groups.items()]
+
+
+def _flat(data: Mapping, prefix: str = '') -> list[tuple[str, str]]:
+  pairs = []
+  for key, value in data.items():
+    if isinstance(value, Mapping):
+      pairs += _flat(value, f'{prefix}{key}.')
+    else:
+      pairs.append((f'{prefix}{key}', DASH if value is None else str(value)))
+  return pairs
+
+
+def _mark(record: Record) -> str:
+  return NO_KERNEL if record.without_kernel else ''
+
+
+def _printable(text: str) -> str:
+  """Without control characters, which a terminal would obey."""
+  return ''.join(c if c.isprintable() else '?' for c in text)
+
+
+def _aligned(names, name_width: int, line, widths, gap: str) -> str:
+  """One row; all parts of the name but the first stand on lines of their own."""
+  *numbers, mark = line
+  cells = [names[0].ljust(name_width), *(n.rjust(w) for n, w in zip(numbers, widths)), mark]
+  return '\n'.join([gap.join(cells).rstrip(), *names[1:]])

@@ -1,0 +1,153 @@
+"""Time, measured the same way for everything: interleaved rounds, medians, interquartile ranges.
+
+Two programs are compared within a round, moments apart, so that a machine that grows slower (heat,
+neighbours) slows both; the reported ratio is the median of the rounds' ratios, not the ratio of
+medians. The order turns by one each round, so that nobody always runs on another's warm cache.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.eval.records import Metric
+
+MIN_WARMUP = 3
+MIN_ROUNDS = 5
+CPU_BUFFER_BYTES = 2**28
+ACCELERATOR_BUFFER_BYTES = 2**32  # a launch costs some 50 us: little against 2 ms of copying
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+  """The samples of one callable, one a round, and its speed-ups over the base's in each round."""
+
+  samples_s: tuple[float, ...]
+  speedups: tuple[float, ...]  # seconds of the base / seconds of this: above 1 is faster
+
+  @property
+  def median_s(self) -> float:
+    return float(np.median(self.samples_s))
+
+  @property
+  def iqr_s(self) -> float:
+    return interquartile_range(self.samples_s)
+
+  @property
+  def speedup(self) -> Metric:
+    """The median of the rounds' speed-ups, with its interquartile range."""
+    return summarize(self.speedups, '1')
+
+  def rate(self, amount: float, unit: str) -> Metric:
+    """Amount a second, for callables that do `amount` of something (tokens, bytes) a call."""
+    return summarize([amount / sample for sample in self.samples_s], unit)
+
+
+def time_interleaved(
+  calls: Mapping[str, Callable[[], Any]],
+  *,
+  base: str | None = None,
+  warmup: int = MIN_WARMUP,
+  rounds: int = MIN_ROUNDS,
+) -> dict[str, Timing]:
+  """Times every callable once a round, and waits for what it returns.
+
+  Args:
+    calls: name -> callable without arguments; its result is any pytree of arrays.
+    base: the name whose time the speed-ups refer to; None: the first.
+    warmup: untimed calls of each before the first round, at least 3.
+    rounds: timed calls of each, at least 5.
+
+  Raises:
+    ValueError: nothing to time, an unknown base, or too few calls.
+  """
+  names = list(calls)
+  base = names[0] if base is None and names else base
+  _check(names, base, warmup, rounds)
+  for _ in range(warmup):
+    for call in calls.values():
+      jax.block_until_ready(call())
+  samples = {name: [] for name in names}
+  for r in range(rounds):
+    turn = r % len(names)
+    for name in names[turn:] + names[:turn]:
+      samples[name].append(_seconds(calls[name]))
+  return {
+    name: Timing(
+      samples_s=tuple(samples[name]),
+      speedups=tuple(b / s for b, s in zip(samples[base], samples[name], strict=True)),
+    )
+    for name in names
+  }
+
+
+def summarize(samples: Sequence[float], unit: str) -> Metric:
+  """The median of the samples with their interquartile range."""
+  return Metric(float(np.median(samples)), unit, len(samples), interquartile_range(samples))
+
+
+def interquartile_range(samples: Sequence[float]) -> float:
+  low, high = np.percentile(samples, [25, 75])
+  return float(high - low)
+
+
+def copy_bandwidth(device: jax.Device | None = None, *, buffer_bytes: int | None = None) -> Metric:
+  """Bytes a second that `device` reads and writes, together, when it adds 1 to a long array.
+
+  The array is past the last-level cache and is updated in place: fresh output pages would be
+  measured otherwise. It is the yardstick for the bytes a second of decoding.
+  """
+  device = device or jax.devices()[0]
+  buffer_bytes = buffer_bytes or _past_the_cache(device)
+  increment = jax.jit(lambda x: x + 1, donate_argnums=0)
+  size = max(1, buffer_bytes // 4)
+  with jax.default_device(device):
+    x = jax.block_until_ready(jnp.zeros(size, jnp.int32))
+  for _ in range(MIN_WARMUP):
+    x = jax.block_until_ready(increment(x))
+  samples = []
+  for _ in range(7):
+    start = time.perf_counter()
+    x = jax.block_until_ready(increment(x))
+    samples.append(2 * 4 * size / (time.perf_counter() - start))
+  return summarize(samples, 'byte/s')
+
+
+def _seconds(call) -> float:
+  start = time.perf_counter()
+  jax.block_until_ready(call())
+  return time.perf_counter() - start
+
+
+def _check(names, base, warmup, rounds):
+  if not names:
+    raise ValueError('there is nothing to time: pass at least one callable')
+  if base not in names:
+    raise ValueError(f'the base {base!r} is not one of {", ".join(names)}')
+  if warmup < MIN_WARMUP or rounds < MIN_ROUNDS:
+    raise ValueError(
+      f'the protocol asks for at least {MIN_WARMUP} warm-up calls and {MIN_ROUNDS} rounds, '
+      f'not {warmup} and {rounds}'
+    )
+
+
+def _past_the_cache(device: jax.Device) -> int:
+  if device.platform == 'cpu':
+    return min(max(CPU_BUFFER_BYTES, 4 * _last_level_cache_bytes()), 4 * CPU_BUFFER_BYTES)
+  limit = (device.memory_stats() or {}).get('bytes_limit', 2**33)
+  return min(ACCELERATOR_BUFFER_BYTES, limit // 8)
+
+
+def _last_level_cache_bytes() -> int:
+  """The largest cache that the first core shares, as Linux tells it; 0 where it does not."""
+  sizes = [0]
+  for path in pathlib.Path('/sys/devices/system/cpu/cpu0/cache').glob('index*/size'):
+    text = path.read_text().strip()
+    unit = {'K': 2**10, 'M': 2**20}.get(text[-1:], 1)
+    sizes.append(int(text.rstrip('KM')) * unit)
+  return max(sizes)

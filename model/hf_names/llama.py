@@ -1,0 +1,178 @@
+"""Llama and Mistral, and what the families of their build share: names, widths, rope.
+
+transformers: models/llama, models/mistral (5.23).
+"""
+
+import dataclasses
+
+from model.config import LayerConfig, ModelConfig
+from model.hf_names import fields, rope
+from model.hf_names.family import TRANSPOSE, Family, Row
+
+ROWS = (
+  Row('model.embed_tokens', ('embedding',)),
+  Row('model.layers.{l}.input_layernorm', ('layers.{l}.attention_norm',)),
+  Row('model.layers.{l}.self_attn.q_proj', ('layers.{l}.attention.query',), TRANSPOSE),
+  Row('model.layers.{l}.self_attn.k_proj', ('layers.{l}.attention.key',), TRANSPOSE),
+  Row('model.layers.{l}.self_attn.v_proj', ('layers.{l}.attention.value',), TRANSPOSE),
+  Row('model.layers.{l}.self_attn.o_proj', ('layers.{l}.attention.output',), TRANSPOSE),
+  Row('model.layers.{l}.post_attention_layernorm', ('layers.{l}.ffn_norm',)),
+  Row('model.layers.{l}.mlp.gate_proj', ('layers.{l}.ffn.gate',), TRANSPOSE),
+  Row('model.layers.{l}.mlp.up_proj', ('layers.{l}.ffn.up',), TRANSPOSE),
+  Row('model.layers.{l}.mlp.down_proj', ('layers.{l}.ffn.down',), TRANSPOSE),
+  Row('model.norm', ('final_norm',)),
+  Row('lm_head', ('head',), TRANSPOSE),
+)
+IGNORED = (r'\.rotary_emb\.inv_freq$',)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Defaults:
+  """What transformers assumes where config.json is silent."""
+
+  vocab_size: int = 32000
+  width: int = 4096
+  ffn_width: int = 11008
+  layers: int = 32
+  heads: int = 32
+  kv_heads: int | None = None  # None: as many as query heads
+  head_width: int | None = None  # None: width / heads
+  max_positions: int = 2048
+  eps: float = 1e-6
+  tied: bool = False
+  bos: int | None = 1
+  eos: int | None = 2
+  activation_key: str = 'hidden_act'
+  activation: str = 'silu'
+
+
+def decoder(
+  hf: dict, family: str, defaults: Defaults, layers: tuple[LayerConfig, ...], **traits
+) -> ModelConfig:
+  """The config of a model with RMS norms and rotary embeddings."""
+  max_positions = fields.size(hf, 'max_position_embeddings', defaults.max_positions)
+  return ModelConfig(
+    family=family,
+    vocab_size=fields.size(hf, 'vocab_size', defaults.vocab_size),
+    width=fields.size(hf, 'hidden_size', defaults.width),
+    layers=layers,
+    max_positions=max_positions,
+    norm='rms',
+    norm_eps=fields.number(hf, 'rms_norm_eps', defaults.eps),
+    tied=fields.flag(hf, 'tie_word_embeddings', defaults.tied),
+    **fields.tokens(hf, defaults.bos, defaults.eos),
+    **{'rope': rope.from_hf(hf, max_positions), **traits},
+  )
+
+
+def blocks(hf: dict, defaults: Defaults, **traits) -> tuple[LayerConfig, ...]:
+  """The layers, all alike; `traits` are fields of LayerConfig."""
+  width = fields.size(hf, 'hidden_size', defaults.width)
+  heads = fields.size(hf, 'num_attention_heads', defaults.heads)
+  head_width = fields.size_or_null(hf, 'head_dim', defaults.head_width)
+  if head_width is None and width % heads:
+    raise ValueError(
+      f'hidden_size {width} in config.json is no multiple of num_attention_heads {heads}'
+    )
+  layer = LayerConfig(
+    query_heads=heads,
+    kv_heads=fields.size_or_null(hf, 'num_key_value_heads', defaults.kv_heads) or heads,
+    head_width=head_width or width // heads,
+    ffn_width=fields.size(hf, 'intermediate_size', defaults.ffn_width),
+    activation=fields.activation(hf, defaults.activation_key, defaults.activation),
+    **traits,
+  )
+  return (layer,) * fields.size(hf, 'num_hidden_layers', defaults.layers)
+
+
+def windowed(layers: tuple[LayerConfig, ...], windows: list[int | None]) -> tuple[LayerConfig, ...]:
+  return tuple(dataclasses.replace(layer, window=window) for layer, window in zip(layers, windows))
+
+
+def decoder_to_hf(config: ModelConfig, activation_key: str = 'hidden_act') -> dict:
+  """The keys that `decoder` and `blocks` read, but for those of the rope."""
+  layer = config.layers[0]
+  return {
+    'vocab_size': config.vocab_size,
+    'hidden_size': config.width,
+    'intermediate_size': layer.ffn_width,
+    'num_hidden_layers': len(config.layers),
+    'num_attention_heads': layer.query_heads,
+    'num_key_value_heads': layer.kv_heads,
+    'head_dim': layer.head_width,
+    activation_key: fields.activation_name(layer.activation),
+    'max_position_embeddings': config.max_positions,
+    'rms_norm_eps': config.norm_eps,
+    'tie_word_embeddings': config.tied,
+  }
+
+
+def require_divisible(config: ModelConfig) -> None:
+  """Raises ValueError where transformers refuses the number of heads, whatever their width."""
+  heads = config.layers[0].query_heads
+  if config.width % heads:
+    raise ValueError(
+      f'transformers reads a {config.family} only where hidden_size ({config.width}) is a multiple '
+      f'of num_attention_heads ({heads})'
+    )
+
+
+def only_whole_heads(hf: dict) -> None:
+  """Raises ValueError for a partial rotary factor, which these families do not have."""
+  for place in (hf, rope.parameters(hf)):
+    fields.refuse(place, 'partial_rotary_factor', 1, None)
+
+
+LLAMA_DEFAULTS = Defaults()
+MISTRAL_DEFAULTS = Defaults(ffn_width=14336, kv_heads=8, max_positions=4096 * 32)
+
+
+def _llama_from_hf(hf):
+  only_whole_heads(hf)
+  biased = fields.flag(hf, 'attention_bias', False)
+  mlp_bias = fields.flag(hf, 'mlp_bias', False)
+  layers = blocks(hf, LLAMA_DEFAULTS, qkv_bias=biased, output_bias=biased, mlp_bias=mlp_bias)
+  return decoder(hf, 'llama', LLAMA_DEFAULTS, layers)
+
+
+def _llama_to_hf(config):
+  require_divisible(config)
+  layer = config.layers[0]
+  biases = {'attention_bias': layer.qkv_bias, 'mlp_bias': layer.mlp_bias}
+  return {**decoder_to_hf(config), **rope.to_hf(config.rope), **biases}
+
+
+def _mistral_from_hf(hf):
+  only_whole_heads(hf)
+  layers = blocks(hf, MISTRAL_DEFAULTS)
+  window = fields.size_or_null(hf, 'sliding_window', 4096)
+  windows = fields.windows(hf, [window is not None] * len(layers), window)
+  if len(set(windows)) > 1 or windows[0] != window:
+    # transformers gives all layers the window; whoever wrote layer_types meant another model.
+    raise ValueError(
+      'layer_types in config.json contradicts sliding_window: a mistral has one kind'
+    )
+  return decoder(hf, 'mistral', MISTRAL_DEFAULTS, windowed(layers, windows))
+
+
+def _mistral_to_hf(config):
+  window = {'sliding_window': config.layers[0].window}
+  return {**decoder_to_hf(config), **rope.to_hf(config.rope), **window}
+
+
+LLAMA = Family(
+  model_type='llama',
+  architecture='LlamaForCausalLM',
+  prefix='model.',
+  rows=ROWS,
+  ignored=IGNORED,
+  config_from_hf=_llama_from_hf,
+  config_to_hf=_llama_to_hf,
+)
+MISTRAL = dataclasses.replace(
+  LLAMA,
+  model_type='mistral',
+  architecture='MistralForCausalLM',
+  config_from_hf=_mistral_from_hf,
+  config_to_hf=_mistral_to_hf,
+)

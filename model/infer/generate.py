@@ -1,0 +1,187 @@
+"""Batched generation: one compiled prefill, then compiled decode steps over a donated cache.
+
+Rows of a batch may have different lengths. They are padded on the right; slot s of the cache holds
+position s of its row, and a query sees no slot past its own position, so a row gives the same
+tokens in any batch as alone. Lengths are rounded up to buckets, so few shapes are ever compiled.
+
+The parameters travel as a flat tuple of leaves: walking a module in Python at each token would cost
+more than many a token's computation.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from model import kv_cache
+from model.infer.prepare import prepare
+from model.transformer import Transformer
+from ops import sampling
+from ops.sampling import SamplingConfig
+
+PROMPT_BUCKET = 32
+CACHE_BUCKET = 128
+GREEDY = SamplingConfig()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Structure:
+  """A model without its leaves: one object a structure, for jit hashes it at each step."""
+
+  graphdef: nnx.GraphDef
+  treedef: jax.tree_util.PyTreeDef
+
+
+_structure = functools.cache(Structure)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A model ready to run: its structure and its leaves."""
+
+  static: Structure
+  leaves: tuple[jax.Array, ...]
+
+  @classmethod
+  def of(cls, model: Transformer) -> 'Program':
+    graphdef, state = nnx.split(model)
+    leaves, treedef = jax.tree.flatten(state)
+    return cls(_structure(graphdef, treedef), tuple(leaves))
+
+  def prefill(self, tokens_BT, lengths_B, cache):
+    """Runs the prompts: (logits_BV after each row's last token, cache). Donates the cache."""
+    return _prefill(self.static, self.leaves, tokens_BT, lengths_B, cache)
+
+  def decode(self, tokens_B, positions_B, cache, key, config: SamplingConfig):
+    """Runs one token a row and samples the next: (tokens_B, positions_B, cache, key).
+
+    Everything that changes stays on the device; the cache is donated.
+    """
+    return _decode(self.static, config, self.leaves, tokens_B, positions_B, cache, key)
+
+
+def _merge(static, leaves) -> Transformer:
+  return nnx.merge(static.graphdef, jax.tree.unflatten(static.treedef, leaves))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _prefill(static, leaves, tokens_BT, lengths_B, cache):
+  model = _merge(static, leaves)
+  # Padding stays at the last position of its row, so that a row knows its own length.
+  positions_BT = jnp.minimum(jnp.arange(tokens_BT.shape[1])[None], lengths_B[:, None] - 1)
+  x_BTD, cache = model.hidden(tokens_BT, positions_BT=positions_BT, cache=cache)
+  x_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+  return model.logits(x_BD), cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4, 5, 6))
+def _decode(static, config, leaves, tokens_B, positions_B, cache, key):
+  model = _merge(static, leaves)
+  x_BTD, cache = model.hidden(tokens_B[:, None], positions_BT=positions_B[:, None], cache=cache)
+  key, now = jax.random.split(key)
+  tokens_B = sampling.sample(model.logits(x_BTD[:, 0]), config, key=now)
+  return tokens_B, positions_B + 1, cache, key
+
+
+def lower_prefill(program: Program, tokens_BT, lengths_B, cache) -> jax.stages.Lowered:
+  """The prefill, lowered; compiled, it is called without the program's static part."""
+  return _prefill.lower(program.static, program.leaves, tokens_BT, lengths_B, cache)
+
+
+def lower_decode(program: Program, tokens_B, positions_B, cache, key) -> jax.stages.Lowered:
+  """The greedy decode step, lowered; compiled, it is called without the static parts."""
+  return _decode.lower(program.static, GREEDY, program.leaves, tokens_B, positions_B, cache, key)
+
+
+def generate(
+  model: Transformer,
+  prompts: Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int,
+  sampling_config: SamplingConfig = GREEDY,
+  seed: int = 0,
+  on_tokens: Callable[[np.ndarray], None] | None = None,
+) -> list[list[int]]:
+  """Continues each prompt until an end token of the config or `max_new_tokens`.
+
+  `on_tokens` receives each step's tokens, int32 [B], to stream them. Returns the new tokens of each
+  prompt, the end token left out. The weights are packed for the platform first; where the same
+  model continues many prompts, pass what `prepare` returns, which is not packed again.
+
+  Raises:
+    ValueError: an empty prompt, a token outside the vocabulary, or more positions than the model
+      has learned.
+  """
+  _check(model, prompts, max_new_tokens)
+  if max_new_tokens == 0:
+    return [[] for _ in prompts]
+  program, key = Program.of(prepare(model)), jax.random.key(seed)
+  tokens_BT, lengths_B = pad(prompts)
+  needed = max(tokens_BT.shape[1], int(lengths_B.max()) + max_new_tokens)
+  cache = kv_cache.init(model.config, len(prompts), _bucket(needed, CACHE_BUCKET), model.dtype)
+  logits_BV, cache = program.prefill(tokens_BT, lengths_B, cache)
+  key, now = jax.random.split(key)
+  tokens_B = _sample(sampling_config, logits_BV, now)
+  positions_B, steps = jnp.asarray(lengths_B), []
+  ended_B = np.zeros(len(prompts), bool)
+  while True:
+    # The step's tokens are read before the next step is enqueued, which donates their buffer.
+    steps.append(np.asarray(tokens_B))
+    ended_B |= np.isin(steps[-1], model.config.eos_ids)
+    if on_tokens is not None:
+      on_tokens(steps[-1])
+    if len(steps) == max_new_tokens or ended_B.all():
+      return _cut(np.stack(steps, 1), model.config.eos_ids)
+    tokens_B, positions_B, cache, key = program.decode(
+      tokens_B, positions_B, cache, key, sampling_config
+    )
+
+
+_sample = functools.partial(jax.jit, static_argnums=0)(
+  lambda config, logits_BV, key: sampling.sample(logits_BV, config, key=key)
+)
+
+
+def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+  """Prompts padded on the right to a bucket: (tokens_BT int32, lengths_B int32)."""
+  lengths_B = np.asarray([len(prompt) for prompt in prompts], np.int32)
+  tokens_BT = np.zeros((len(prompts), _bucket(int(lengths_B.max()), PROMPT_BUCKET)), np.int32)
+  for row, prompt in zip(tokens_BT, prompts):
+    row[: len(prompt)] = prompt
+  return tokens_BT, lengths_B
+
+
+def _bucket(length: int, step: int) -> int:
+  # Multiples up to eight steps, then powers of two: at most half a bucket is wasted.
+  if length <= 8 * step:
+    return -(-length // step) * step
+  return 1 << (length - 1).bit_length()
+
+
+def _cut(tokens_BT, eos_ids) -> list[list[int]]:
+  rows = []
+  for row in tokens_BT:
+    ends = np.flatnonzero(np.isin(row, eos_ids))
+    rows.append(row[: ends[0] if len(ends) else len(row)].tolist())
+  return rows
+
+
+def _check(model, prompts, max_new_tokens):
+  if not prompts or any(len(prompt) == 0 for prompt in prompts):
+    raise ValueError('a prompt has at least one token')
+  if max_new_tokens < 0:
+    raise ValueError(f'the number of new tokens cannot be negative, as {max_new_tokens} is')
+  vocabulary = model.config.vocab_size
+  for prompt in prompts:
+    bad = [token for token in prompt if not 0 <= token < vocabulary]
+    if bad:
+      raise ValueError(f'token {bad[0]} is outside the vocabulary of {vocabulary}')
+  longest = max(map(len, prompts)) + max_new_tokens
+  if model.positions is not None and longest > model.config.max_positions:
+    raise ValueError(
+      f'{longest} positions are needed, but the model has learned {model.config.max_positions}'
+    )

@@ -1,0 +1,158 @@
+"""The parts of a decoder block, as NNX modules.
+
+Every matrix is the `weight` of a `Linear`, stored (I, O), and is multiplied by `ops.linear.matmul`
+alone, so any `Weight` can take its place. `axes` names the two axes of a matrix by the letters of
+`ops.axes`; `model.sharding` turns them into mesh axes. All axes of a layer come from its arrays.
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from model.config import LayerConfig, ModelConfig
+from model.kv_cache import KVCache
+from ops import norms, rope
+from ops.attention import attention
+from ops.linear import matmul
+from ops.masks import AttentionMask
+
+ACTIVATIONS = {
+  'silu': jax.nn.silu,
+  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
+  'relu': jax.nn.relu,
+}
+INIT_STDDEV = 0.02
+
+
+class Linear(nnx.Module):
+  """x[..., I] @ weight[I, O] (+ bias[O])."""
+
+  def __init__(self, shape, *, axes: tuple[str, str], bias: bool, rngs, dtype, stddev=INIT_STDDEV):
+    self.weight = nnx.Param(stddev * jax.random.normal(rngs.params(), shape, dtype))
+    self.bias = nnx.Param(jnp.zeros(shape[-1], dtype)) if bias else None
+    self.axes = axes
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = matmul(x, self.weight.get_value())
+    if self.bias is None:
+      return y
+    bias_O = self.bias.get_value().astype(y.dtype)
+    return y + jnp.broadcast_to(bias_O, y.shape)
+
+
+class Norm(nnx.Module):
+  """RMS or layer norm over the last axis, with the traits of the model's family."""
+
+  def __init__(self, width: int, config: ModelConfig, *, dtype, kind: str | None = None):
+    self.kind = kind or config.norm
+    self.eps, self.offset = config.norm_eps, config.norm_offset
+    self.scale = nnx.Param(jnp.full(width, 1 - self.offset, dtype))
+    self.bias = nnx.Param(jnp.zeros(width, dtype)) if self.kind == 'layer' else None
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    if self.bias is None:
+      return norms.rms_norm(x, self.scale.get_value(), eps=self.eps, offset=self.offset)
+    return norms.layer_norm(x, self.scale.get_value(), self.bias.get_value(), eps=self.eps)
+
+
+class Table(nnx.Module):
+  """A table of vectors looked up by index: token or position embeddings."""
+
+  def __init__(self, rows: int, width: int, *, axes: tuple[str, str], rngs, dtype):
+    self.table = nnx.Param(INIT_STDDEV * jax.random.normal(rngs.params(), (rows, width), dtype))
+    self.axes = axes
+
+  def __call__(self, index: jax.Array) -> jax.Array:
+    return self.table.get_value()[index]
+
+
+class Attention(nnx.Module):
+  """Multi-head attention with grouped key/value heads and an optional key/value cache."""
+
+  def __init__(self, config: ModelConfig, layer: LayerConfig, *, rngs, dtype):
+    self.layer = layer
+    width, queries = config.width, layer.query_heads * layer.head_width
+    keys = layer.kv_heads * layer.head_width
+    make = lambda shape, axes, bias, **kw: Linear(
+      shape, axes=axes, bias=bias, rngs=rngs, dtype=dtype, **kw
+    )
+    self.query = make((width, queries), ('D', 'N'), layer.qkv_bias)
+    self.key = make((width, keys), ('D', 'K'), layer.qkv_bias)
+    self.value = make((width, keys), ('D', 'K'), layer.qkv_bias)
+    self.output = make(
+      (queries, width), ('N', 'D'), layer.output_bias, stddev=_residual_stddev(config)
+    )
+    norm = lambda: Norm(layer.head_width, config, dtype=dtype, kind='rms')
+    self.query_norm = norm() if layer.qk_norm else None
+    self.key_norm = norm() if layer.qk_norm else None
+
+  def __call__(
+    self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None, starts_B=None
+  ):
+    """Returns (y_BTD, cache). `angles` is (cos, sin) or None; cached at `starts_B`."""
+    heads = lambda x: rearrange(x, 'b t (n h) -> b t n h', h=self.layer.head_width)
+    q_BTNH, k_BTKH = heads(self.query(x_BTD)), heads(self.key(x_BTD))
+    v_BTKH = heads(self.value(x_BTD))
+    if self.query_norm is not None:
+      q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+    if angles is not None:
+      q_BTNH, k_BTKH = rope.rotate(q_BTNH, *angles), rope.rotate(k_BTKH, *angles)
+    if cache is not None:
+      cache = cache.write(k_BTKH, v_BTKH, starts_B)
+      k_BTKH, v_BTKH = cache.read(x_BTD.dtype)
+    scale = self.layer.query_scale or self.layer.head_width**-0.5
+    softcap = self.layer.attention_softcap
+    y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, scale=scale, softcap=softcap)
+    return self.output(rearrange(y_BTNH, 'b t n h -> b t (n h)')), cache
+
+
+class FeedForward(nnx.Module):
+  """down(act(gate(x)) * up(x)), or down(act(up(x))) where the family has no gate."""
+
+  def __init__(self, config: ModelConfig, layer: LayerConfig, *, rngs, dtype):
+    self.activation = layer.activation
+    make = lambda shape, axes, **kw: Linear(
+      shape, axes=axes, bias=layer.mlp_bias, rngs=rngs, dtype=dtype, **kw
+    )
+    wide = (config.width, layer.ffn_width)
+    self.gate = make(wide, ('D', 'F')) if layer.gated else None
+    self.up = make(wide, ('D', 'F'))
+    self.down = make(wide[::-1], ('F', 'D'), stddev=_residual_stddev(config))
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    act = ACTIVATIONS[self.activation]
+    if self.gate is None:
+      return self.down(act(self.up(x_BTD)))
+    return self.down(act(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class Block(nnx.Module):
+  """One decoder layer: attention and feed-forward with residual connections."""
+
+  def __init__(self, config: ModelConfig, layer: LayerConfig, *, rngs, dtype):
+    self.layer = layer
+    norm = lambda: Norm(config.width, config, dtype=dtype)
+    self.attention_norm = norm()
+    self.attention = Attention(config, layer, rngs=rngs, dtype=dtype)
+    self.attention_post_norm = norm() if layer.post_norms else None
+    self.ffn_norm = norm()
+    self.ffn = FeedForward(config, layer, rngs=rngs, dtype=dtype)
+    self.ffn_post_norm = norm() if layer.post_norms else None
+
+  def __call__(
+    self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None, starts_B=None
+  ):
+    """Returns (x_BTD, cache)."""
+    post = lambda norm, y: y if norm is None else norm(y)
+    y_BTD, cache = self.attention(self.attention_norm(x_BTD), angles, mask, cache, starts_B)
+    attended_BTD = x_BTD + post(self.attention_post_norm, y_BTD)
+    source_BTD = x_BTD if self.layer.parallel else attended_BTD
+    z_BTD = self.ffn(self.ffn_norm(source_BTD))
+    return attended_BTD + post(self.ffn_post_norm, z_BTD), cache
+
+
+def _residual_stddev(config: ModelConfig) -> float:
+  # GPT-2's initialisation: the variance of the residual stream stays constant with depth.
+  return INIT_STDDEV / (2 * len(config.layers)) ** 0.5

@@ -1,0 +1,196 @@
+"""Named architectures, with the parameter counts that their authors published.
+
+The numbers come from the models' own config files. The `tiny-*` shapes have each family's traits at
+a size for tests; their counts are those of the same shapes in Hugging Face transformers.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable
+
+from model.config import LayerConfig, ModelConfig
+from ops.rope import RopeConfig
+
+# A tied head counts once.
+PARAMETERS = {
+  'gemma-2-2b': 2_614_341_888,
+  'gpt2': 124_439_808,
+  'llama-2-7b': 6_738_415_616,
+  'llama-3.1-8b': 8_030_261_248,
+  'mistral-7b-v0.1': 7_241_732_096,
+  'phi-3-mini': 3_821_079_552,
+  'pythia-70m': 70_426_624,
+  'qwen3-0.6b': 596_049_920,
+  'smollm2-135m': 134_515_008,
+  'tinyllama-1.1b': 1_100_048_384,
+  'tiny-gemma2': 102_976,
+  'tiny-gpt2': 124_672,
+  'tiny-llama': 116_032,
+  'tiny-mistral': 116_032,
+  'tiny-neox': 132_864,
+  'tiny-phi3': 124_224,
+  'tiny-qwen3': 99_712,
+}
+
+
+def preset(name: str) -> ModelConfig:
+  """The config of a named architecture.
+
+  Raises:
+    ValueError: there is no such name; the message lists the nearest.
+  """
+  if name not in _BUILDERS:
+    near = difflib.get_close_matches(name.lower(), _BUILDERS, n=3, cutoff=0.4)
+    hint = f'did you mean {" or ".join(near)}?' if near else f'the presets: {", ".join(names())}'
+    raise ValueError(f'there is no preset {name!r}; {hint}')
+  return _BUILDERS[name]()
+
+
+def names() -> list[str]:
+  """The names that `preset` knows, sorted."""
+  return sorted(_BUILDERS)
+
+
+def _same(count: int, **fields) -> tuple[LayerConfig, ...]:
+  return (LayerConfig(**fields),) * count
+
+
+def _heads(query: int, kv: int, width: int, ffn: int) -> dict[str, int]:
+  return {'query_heads': query, 'kv_heads': kv, 'head_width': width, 'ffn_width': ffn}
+
+
+def _llama(depth: int, heads: dict[str, int], window: int | None = None, **fields) -> ModelConfig:
+  defaults = {'family': 'llama', 'bos_id': 1, 'eos_ids': (2,)}
+  return ModelConfig(layers=_same(depth, window=window, **heads), **(defaults | fields))
+
+
+_BIASES = {'qkv_bias': True, 'output_bias': True, 'mlp_bias': True}
+
+
+def _gpt2(depth: int, heads: dict[str, int], **fields) -> ModelConfig:
+  layers = _same(depth, activation='gelu_tanh', gated=False, **heads, **_BIASES)
+  return ModelConfig(family='gpt2', layers=layers, norm='layer', rope=None, tied=True, **fields)
+
+
+def _neox(depth: int, heads: dict[str, int], **fields) -> ModelConfig:
+  rotation = {'rotary_width': heads['head_width'] // 4}
+  layers = _same(
+    depth, activation='gelu', gated=False, parallel=True, **rotation, **heads, **_BIASES
+  )
+  return ModelConfig(
+    family='gpt_neox', layers=layers, norm='layer', bos_id=0, eos_ids=(0,), **fields
+  )
+
+
+def _qwen3(depth: int, heads: dict[str, int], **fields) -> ModelConfig:
+  layers = _same(depth, qk_norm=True, **heads)
+  rope = RopeConfig(theta=1e6)
+  return ModelConfig(family='qwen3', layers=layers, norm_eps=1e-6, rope=rope, tied=True, **fields)
+
+
+def _gemma2(depth: int, heads: dict[str, int], window: int, **fields) -> ModelConfig:
+  layer = LayerConfig(
+    activation='gelu_tanh',
+    post_norms=True,
+    attention_softcap=50.0,
+    query_scale=heads['head_width'] ** -0.5,
+    **heads,
+  )
+  local = dataclasses.replace(layer, window=window)
+  return ModelConfig(
+    family='gemma2',
+    layers=tuple(layer if l % 2 else local for l in range(depth)),
+    norm_eps=1e-6,
+    norm_offset=1.0,
+    tied=True,
+    embedding_scale=math.sqrt(fields['width']),
+    logit_softcap=30.0,
+    bos_id=2,
+    eos_ids=(1,),
+    **fields,
+  )
+
+
+_LLAMA3_ROPE = RopeConfig(theta=5e5, kind='llama3', factor=8.0, original_max_positions=8192)
+_TINY = {'vocab_size': 256, 'width': 64, 'max_positions': 128}
+
+_BUILDERS: dict[str, Callable[[], ModelConfig]] = {
+  'gemma-2-2b': lambda: _gemma2(
+    26, _heads(8, 4, 256, 9216), 4096, vocab_size=256_000, width=2304, max_positions=8192
+  ),
+  'gpt2': lambda: _gpt2(
+    12,
+    _heads(12, 12, 64, 3072),
+    vocab_size=50_257,
+    width=768,
+    max_positions=1024,
+    bos_id=50_256,
+    eos_ids=(50_256,),
+  ),
+  'llama-2-7b': lambda: _llama(
+    32, _heads(32, 32, 128, 11_008), vocab_size=32_000, width=4096, max_positions=4096
+  ),
+  'llama-3.1-8b': lambda: _llama(
+    32,
+    _heads(32, 8, 128, 14_336),
+    vocab_size=128_256,
+    width=4096,
+    max_positions=131_072,
+    rope=_LLAMA3_ROPE,
+    bos_id=128_000,
+    eos_ids=(128_001,),
+  ),
+  'mistral-7b-v0.1': lambda: _llama(
+    32,
+    _heads(32, 8, 128, 14_336),
+    4096,
+    family='mistral',
+    vocab_size=32_000,
+    width=4096,
+    max_positions=32_768,
+  ),
+  'phi-3-mini': lambda: _llama(
+    32,
+    _heads(32, 32, 96, 8192),
+    2047,
+    family='phi3',
+    vocab_size=32_064,
+    width=3072,
+    max_positions=4096,
+    eos_ids=(32_000,),
+  ),
+  'pythia-70m': lambda: _neox(
+    6, _heads(8, 8, 64, 2048), vocab_size=50_304, width=512, max_positions=2048
+  ),
+  'qwen3-0.6b': lambda: _qwen3(
+    28,
+    _heads(16, 8, 128, 3072),
+    vocab_size=151_936,
+    width=1024,
+    max_positions=40_960,
+    bos_id=151_643,
+    eos_ids=(151_645,),
+  ),
+  'smollm2-135m': lambda: _llama(
+    30,
+    _heads(9, 3, 64, 1536),
+    vocab_size=49_152,
+    width=576,
+    max_positions=8192,
+    tied=True,
+    rope=RopeConfig(theta=1e5),
+    bos_id=0,
+    eos_ids=(0,),
+  ),
+  'tinyllama-1.1b': lambda: _llama(
+    22, _heads(32, 4, 64, 5632), vocab_size=32_000, width=2048, max_positions=2048
+  ),
+  'tiny-gemma2': lambda: _gemma2(2, _heads(4, 2, 16, 160), 32, **_TINY),
+  'tiny-gpt2': lambda: _gpt2(2, _heads(4, 4, 16, 256), **_TINY),
+  'tiny-llama': lambda: _llama(2, _heads(4, 2, 16, 152), **_TINY),
+  'tiny-mistral': lambda: _llama(2, _heads(4, 2, 16, 152), 32, family='mistral', **_TINY),
+  'tiny-neox': lambda: _neox(2, _heads(4, 4, 16, 256), **_TINY),
+  'tiny-phi3': lambda: _llama(2, _heads(4, 4, 16, 152), 64, family='phi3', **_TINY),
+  'tiny-qwen3': lambda: _qwen3(2, _heads(4, 2, 16, 152), **_TINY),
+}

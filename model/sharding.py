@@ -1,0 +1,100 @@
+"""Where arrays live: one table from axis letters to mesh axes. Models never name mesh axes.
+
+A matrix names its two axes (`Linear.axes`), a weight type the axes of its arrays in terms of the
+matrix's I and O; the table does the rest. GSPMD propagates from there, so the same jitted functions
+run on one device or many. A mesh axis that does not divide an array's axis leaves it replicated.
+
+Axes of the mesh: `data` splits the batch, `fsdp` batch and parameters, `model` heads, feed-forward
+and vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from model.layers import Linear, Table
+from ops.linear import Matrix, Weight
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+  'B': ('data', 'fsdp'),
+  'T': None,
+  'D': 'fsdp',
+  'F': 'model',
+  'N': 'model',
+  'K': 'model',
+  'V': 'model',
+  '_': None,
+}
+
+
+def make_mesh(*, data: int = 1, fsdp: int = 1, model: int = 1, devices=None) -> Mesh:
+  """Lays devices out as a mesh. Raises ValueError if there are too few."""
+  devices = jax.devices() if devices is None else devices
+  needed = data * fsdp * model
+  if needed > len(devices):
+    raise ValueError(f'a {data} x {fsdp} x {model} mesh needs {needed} devices, not {len(devices)}')
+  return jax.make_mesh(
+    (data, fsdp, model),
+    ('data', 'fsdp', 'model'),
+    devices=devices[:needed],
+    axis_types=(AxisType.Auto,) * 3,
+  )
+
+
+def sharding(mesh: Mesh, letters: str | tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+  """The sharding of one array with these axes."""
+  spec = []
+  for letter, size in zip(letters, shape, strict=True):
+    axis = RULES[letter]
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    ways = 1
+    for name in names:
+      ways *= mesh.shape[name]
+    spec.append(axis if ways > 1 and size % ways == 0 else None)
+  return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def weight_shardings(mesh: Mesh, w: Matrix, axes: tuple[str, str]):
+  """The shardings of a matrix: one, or a weight of the same type with one for each array."""
+  if not isinstance(w, Weight):
+    return sharding(mesh, axes, w.shape)
+  letters = {'I': axes[0], 'J': axes[0], 'O': axes[1], 'R': '_', '_': '_'}
+  changes = {}
+  for field in dataclasses.fields(w):
+    value = getattr(w, field.name)
+    if 'axes' in field.metadata and value is not None:
+      own = tuple(letters[letter] for letter in field.metadata['axes'])
+      changes[field.name] = weight_shardings(mesh, value, own)
+  return dataclasses.replace(w, **changes)
+
+
+def shard(model: nnx.Module, mesh: Mesh) -> None:
+  """Moves every parameter of a model to its place on the mesh."""
+  for param, places in shardings_of(model, mesh):
+    param.set_value(jax.device_put(param.get_value(), places))
+
+
+def shardings_of(model: nnx.Module, mesh: Mesh) -> Iterator[tuple[nnx.Param, Any]]:
+  """Each parameter with the shardings of its arrays."""
+  for _, module in nnx.iter_modules(model):
+    for value in vars(module).values():
+      if isinstance(value, nnx.Param):
+        yield value, _param_shardings(mesh, module, value)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The sharding of token batches [B, T]."""
+  return NamedSharding(mesh, PartitionSpec(RULES['B']))
+
+
+def _param_shardings(mesh, module, param):
+  w = param.get_value()
+  if isinstance(module, Linear | Table) and len(w.shape) == 2:
+    return weight_shardings(mesh, w, module.axes)
+  if isinstance(module, Linear):
+    return sharding(mesh, module.axes[-1:], w.shape)
+  return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,160 @@
+"""Documents packed into rows of equal length, as a pure function of the seed and the step.
+
+Documents are tokenized once, joined with an end-of-text token after each, and cut into rows of T+1
+tokens that overlap by one: T inputs and T labels, so that every token of a document but its first
+is a label exactly once an epoch. Segments and positions start again at each document, so attention
+never crosses from one to the next. There is no iterator to save: a run that resumes at step n asks
+for batch n.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from model.tokenizer import Tokenizer
+
+NO_LABEL = -1
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['tokens_BT', 'labels_BT', 'segments_BT', 'positions_BT'],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """Rows of packed documents, all int32.
+
+  A label is the token that follows in the same document, or NO_LABEL where none does. Segments
+  count the documents of a row from 1; padding is segment 0. Positions count from the start of the
+  document, or of the row for a document that began in an earlier one.
+  """
+
+  tokens_BT: jax.Array | np.ndarray
+  labels_BT: jax.Array | np.ndarray
+  segments_BT: jax.Array | np.ndarray
+  positions_BT: jax.Array | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PackedDataset:
+  """A stream of documents and how to cut it; `batch(step)` is all there is to it."""
+
+  stream: np.ndarray = dataclasses.field(repr=False)  # tokens of all documents, int32
+  starts: np.ndarray = dataclasses.field(repr=False)  # where each document starts in it, int64
+  seq_len: int
+  batch_size: int
+  seed: int = 0
+
+  def __post_init__(self):
+    if self.seq_len < 1 or self.batch_size < 1:
+      raise ValueError(
+        f'rows and batches hold at least one; got seq_len {self.seq_len}, '
+        f'batch_size {self.batch_size}'
+      )
+    if not len(self.starts) or len(self.stream) < 2:
+      raise ValueError('there is no text to train on: all documents are empty')
+
+  @classmethod
+  def from_ids(
+    cls, documents: Iterable[Sequence[int]], *, eos_id: int, **settings
+  ) -> 'PackedDataset':
+    """Joins tokenized documents, each with `eos_id` after it; empty ones are dropped."""
+    parts = [
+      np.append(np.asarray(ids, np.int32), np.int32(eos_id)) for ids in documents if len(ids)
+    ]
+    ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+    stream = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+    return cls(stream=stream, starts=np.append(np.int64(0), ends)[:-1], **settings)
+
+  @classmethod
+  def from_texts(cls, texts: Sequence[str], tokenizer: Tokenizer, **settings) -> 'PackedDataset':
+    """Tokenizes texts and packs them; `settings` are `seq_len`, `batch_size` and `seed`."""
+    if not tokenizer.eos_ids:
+      raise ValueError('packing documents needs a tokenizer with an eos token')
+    ids = tokenizer.encode_many(texts)
+    return cls.from_ids(ids, eos_id=tokenizer.eos_ids[0], **settings)
+
+  @property
+  def rows(self) -> int:
+    """How many rows an epoch has; the last is padded."""
+    return -(-(len(self.stream) - 1) // self.seq_len)
+
+  @property
+  def fingerprint(self) -> str:
+    """SHA-256 of everything that decides what `batch` returns."""
+    settings = f'{self.seq_len},{self.batch_size},{self.seed}'
+    digest = hashlib.sha256(settings.encode())
+    digest.update(np.ascontiguousarray(self.stream, '<i4'))
+    digest.update(np.ascontiguousarray(self.starts, '<i8'))
+    return digest.hexdigest()
+
+  def batch(self, step: int) -> Batch:
+    """The rows of update `step`: each epoch visits all rows once, in an order of its own."""
+    first = step * self.batch_size
+    indices = [self._row_index(first + i) for i in range(self.batch_size)]
+    return self._gather(np.asarray(indices))
+
+  def sequential(self) -> Iterator[Batch]:
+    """Every row once, in order, for measuring; rows that fill up the last batch have no labels."""
+    for first in range(0, self.rows, self.batch_size):
+      indices = first + np.arange(self.batch_size)
+      batch = self._gather(np.minimum(indices, self.rows - 1))
+      real_B1 = (indices < self.rows)[:, None]
+      yield dataclasses.replace(batch, labels_BT=np.where(real_B1, batch.labels_BT, NO_LABEL))
+
+  def _row_index(self, visit):
+    epoch, position = divmod(visit, self.rows)
+    return _permutation(self.seed, epoch, self.rows)[position]
+
+  def _gather(self, rows):
+    rows = [pack_row(self.stream, self.starts, row * self.seq_len, self.seq_len) for row in rows]
+    return Batch(*(np.stack(arrays) for arrays in zip(*rows)))
+
+
+def pack_row(
+  stream: np.ndarray, starts: np.ndarray, at: int, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+  """Cuts one row out of the stream: tokens, labels, segments, positions, each [length] int32.
+
+  Past the end of the stream the row is filled up with its last token, in segment 0, without labels.
+  """
+  index = np.arange(at, at + length + 1)
+  real = index < len(stream)
+  tokens = stream[np.minimum(index, len(stream) - 1)]
+  documents = np.where(real, np.searchsorted(starts, index, side='right'), 0)
+  same_document = (documents[1:] == documents[:-1]) & real[1:]
+  labels = np.where(same_document, tokens[1:], NO_LABEL)
+  segments = np.where(real, documents - documents[0] + 1, 0)[:-1]
+  begins = np.flatnonzero(np.diff(segments, prepend=-1))
+  runs = np.diff(begins, append=length)
+  positions = np.arange(length) - np.repeat(begins, runs)
+  return tuple(a.astype(np.int32) for a in (tokens[:-1], labels, segments, positions))
+
+
+def excerpts(texts: Sequence[str], characters: int, *, seed: int = 0) -> list[str]:
+  """Takes a passage of equal length from each text, about `characters` in all.
+
+  A short run learns more from a little of every text than from all of a few, and need not tokenize
+  the rest. A passage starts at a random line; texts shorter than it are kept whole, and all are
+  where `characters` suffice.
+  """
+  if sum(map(len, texts)) <= characters:
+    return list(texts)
+  share = max(1, characters // max(1, len(texts)))
+  random = np.random.default_rng(seed)
+  passages = []
+  for text in texts:
+    start = int(random.integers(max(1, len(text) - share + 1)))
+    start = text.rfind('\n', 0, start) + 1
+    passages.append(text[start : start + share])
+  return passages
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
+  return np.random.default_rng([seed, epoch]).permutation(rows)

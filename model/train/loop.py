@@ -1,0 +1,185 @@
+"""Trains a model and can be killed at any time: `fit` again, and it ends bit for bit the same.
+
+What an update does depends on the state and the step alone (`PackedDataset.batch` is a function of
+the step), so the state after some update is all that has to be saved. This holds on the same
+devices; another number of them adds up in another order.
+"""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import time
+from typing import Any
+
+import jax
+import tqdm
+from flax import nnx
+
+from model import config as model_config
+from model.train import optimizer as optimizer_lib
+from model.train import step as step_lib
+from model.train.data import PackedDataset
+from model.train.optimizer import OptimizerConfig
+from model.train.run_folder import RunFolder
+from model.train.step import StepConfig
+from model.transformer import Transformer
+
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitConfig:
+  """A training run: its optimizer, its compiled step, and how often it can be resumed from."""
+
+  optimizer: OptimizerConfig
+  step: StepConfig = StepConfig()
+  checkpoint_every: int = 500  # updates; the last one is always saved
+
+  def __post_init__(self):
+    if self.checkpoint_every < 1:
+      raise ValueError(f'checkpoint_every must be at least 1, not {self.checkpoint_every}')
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+  """The trained model, with float32 weights, and one record an update.
+
+  A record has `step` (updates completed), `loss` (mean nats a label), `tokens` (labels),
+  `grad_norm` and `learning_rate`.
+  """
+
+  model: Transformer
+  records: tuple[Record, ...]
+
+
+def fit(
+  model: Transformer,
+  dataset: PackedDataset,
+  config: FitConfig,
+  *,
+  folder: str | pathlib.Path | None = None,
+  batch_sharding: jax.sharding.Sharding | None = None,
+  progress: bool = True,
+) -> FitResult:
+  """Trains a copy of `model` for `config.optimizer.steps` updates; the model itself stays as it is.
+
+  With a folder, the run is saved there and goes on from where an earlier call stopped.
+  `batch_sharding` is where batches are put; parameters stay where the caller has put them.
+
+  Raises:
+    ValueError: the batch does not divide into micro-batches, the vocabulary is too small for the
+      tokens, or the folder holds another run.
+    FloatingPointError: the loss or the gradient is not finite; the folder keeps earlier states.
+  """
+  _check(model, dataset, config)
+  optimizer = optimizer_lib.make(config.optimizer)
+  graphdef, state = step_lib.init(model, optimizer)
+  with contextlib.ExitStack() as stack:
+    run, records = None, []
+    if folder is not None:
+      run = stack.enter_context(RunFolder(folder, _identity(model, dataset, config)))
+      state, records = run.restore(state)
+    compiled = step_lib.make_step(graphdef, optimizer, state, config.step)
+    bar = stack.enter_context(_bar(config, len(records), progress))
+    loop = _Loop(config=config, run=run, bar=bar, records=records)
+    for n in range(int(state.step), config.optimizer.steps):
+      batch = jax.device_put(dataset.batch(n), batch_sharding)
+      state, metrics = compiled(state, batch)
+      loop.after_update(n + 1, state, metrics)
+  return FitResult(nnx.merge(graphdef, state.params), tuple(loop.records))
+
+
+def mean_nll(model: Transformer, dataset: PackedDataset, config: StepConfig | None = None) -> float:
+  """Measures the mean negative log likelihood over all labels of a data set, in nats."""
+  config = config or StepConfig()
+  graphdef, params = nnx.split(model)
+  nll_sum = jax.jit(lambda params, batch: step_lib.nll_sum(graphdef, params, batch, config))
+  total, count = 0.0, 0
+  for batch in dataset.sequential():
+    total += float(nll_sum(params, batch))
+    count += int((batch.labels_BT >= 0).sum())
+  return total / count
+
+
+class _Loop:
+  """What happens after each update: a record, now and then a checkpoint, and the progress bar.
+
+  A record is written when the next update is already on its way, so the device never waits for it.
+  """
+
+  def __init__(self, *, config: FitConfig, run: RunFolder | None, bar, records: list[Record]):
+    self.records = records
+    self._config, self._run, self._bar = config, run, bar
+    self._rate = optimizer_lib.schedule(config.optimizer)
+    self._pending = None
+    self._tokens, self._start_s = 0, None
+
+  def after_update(self, step: int, state: step_lib.TrainState, metrics: step_lib.Metrics) -> None:
+    self._flush()
+    self._pending = (step, metrics)
+    last = step == self._config.optimizer.steps
+    if last or step % self._config.checkpoint_every == 0:
+      self._flush()  # no checkpoint before the records that lead to it, or of a broken state
+      if self._run is not None:
+        self._run.save(step, state)
+
+  def _flush(self):
+    if self._pending is None:
+      return
+    step, metrics = self._pending
+    self._pending = None
+    values = {name: value.item() for name, value in metrics.items()}
+    record = {'step': step, **values, 'learning_rate': float(self._rate(step - 1))}
+    if not (math.isfinite(record['loss']) and math.isfinite(record['grad_norm'])):
+      raise FloatingPointError(
+        f'update {step} has the loss {record["loss"]} and the gradient norm '
+        f'{record["grad_norm"]}; try a lower learning rate or a longer warm-up'
+      )
+    self.records.append(record)
+    if self._run is not None:
+      self._run.append(record)
+    self._show(record)
+
+  def _show(self, record):
+    words = f'loss {record["loss"]:.3f}'
+    if self._start_s is None:
+      self._start_s = time.perf_counter()  # the first update is mostly compilation
+    else:
+      self._tokens += record['tokens']
+      words += f', {self._tokens / (time.perf_counter() - self._start_s):.0f} tokens/s'
+    self._bar.set_postfix_str(words, refresh=False)
+    self._bar.update()
+
+
+def _bar(config: FitConfig, done: int, progress: bool) -> tqdm.tqdm:
+  return tqdm.tqdm(
+    total=config.optimizer.steps, initial=done, unit='update', disable=not progress, mininterval=1.0
+  )
+
+
+def _check(model: Transformer, dataset: PackedDataset, config: FitConfig) -> None:
+  if dataset.batch_size % config.step.accumulation:
+    raise ValueError(
+      f'a batch of {dataset.batch_size} rows does not divide into '
+      f'{config.step.accumulation} micro-batches'
+    )
+  highest = int(dataset.stream.max())
+  if highest >= model.config.vocab_size:
+    raise ValueError(
+      f'the data has token ids up to {highest}, but the model has a vocabulary of '
+      f'{model.config.vocab_size}'
+    )
+  if model.config.rope is None and dataset.seq_len > model.config.max_positions:
+    raise ValueError(
+      f'rows of {dataset.seq_len} tokens, but the model has {model.config.max_positions} positions'
+    )
+
+
+def _identity(model: Transformer, dataset: PackedDataset, config: FitConfig) -> Record:
+  return {
+    'optimizer': dataclasses.asdict(config.optimizer),
+    'step': dataclasses.asdict(config.step),
+    'data': dataset.fingerprint,
+    'model': model_config.to_json(model.config),
+  }

@@ -1,0 +1,170 @@
+"""One decoder-only transformer for every model family, configured layer by layer.
+
+  model(tokens_BT) -> logits_BTV
+
+A compressed model is this same class with other weight types in its parameters. Hot paths split it
+once and jit the pure function: `graphdef, state = nnx.split(model)`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from model.config import ModelConfig
+from model.kv_cache import KVCache
+from model.layers import Block, Linear, Norm, Table
+from ops import axes, rope
+from ops.linear import Matrix
+from ops.masks import AttentionMask
+
+Cache = tuple[KVCache, ...]
+
+
+class Transformer(nnx.Module):
+  """Token and position embeddings, blocks, a final norm and a head.
+
+  `dtype` is that of the activations, and of freshly initialised parameters. Parameters keep the
+  dtype they are stored in and are cast where they are used.
+  """
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    self.config, self.dtype = config, jnp.dtype(dtype)
+    make = {'rngs': rngs, 'dtype': dtype}
+    self.embedding = Table(config.vocab_size, config.width, axes=('V', 'D'), **make)
+    learned = config.rope is None
+    self.positions = (
+      Table(config.max_positions, config.width, axes=('T', 'D'), **make) if learned else None
+    )
+    self.layers = nnx.List([Block(config, layer, **make) for layer in config.layers])
+    self.final_norm = Norm(config.width, config, dtype=dtype)
+    shape = (config.width, config.vocab_size)
+    self.head = (
+      None if config.tied else Linear(shape, axes=('D', 'V'), bias=config.head_bias, **make)
+    )
+
+  def __call__(self, tokens_BT, *, positions_BT=None, segments_BT=None) -> jax.Array:
+    """Predicts the next token at every position: logits_BTV, float32.
+
+    `segments_BT` separates packed documents: a token attends to its own segment alone.
+    """
+    x_BTD, _ = self.hidden(tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT)
+    return self.logits(x_BTD)
+
+  def hidden(
+    self, tokens_BT, *, positions_BT=None, segments_BT=None, cache: Cache | None = None
+  ) -> tuple[jax.Array, Cache | None]:
+    """Returns the normalised last hidden states x_BTD, and the cache with these tokens in it.
+
+    With a cache, `positions_BT` is required: row b is written from slot positions_BT[b, 0] on, and
+    a token sees every cached token at or before its position.
+    """
+    x_BTD = self.embed(tokens_BT, positions_BT)
+    context = Context.of(self.config, tokens_BT, positions_BT, segments_BT, cache)
+    caches = []
+    for i, block in enumerate(self.layers):
+      x_BTD, layer_cache = context.run(block, x_BTD, cache and cache[i])
+      caches.append(layer_cache)
+    return self.final_norm(x_BTD), cache and tuple(caches)
+
+  def embed(self, tokens_BT, positions_BT=None) -> jax.Array:
+    """Looks up token (and learned position) embeddings: x_BTD in the model's dtype."""
+    sizes = axes.check('BT,BT', tokens_BT, positions_BT)
+    x_BTD = self.embedding(tokens_BT).astype(self.dtype)
+    if self.config.embedding_scale != 1.0:
+      x_BTD = x_BTD * jnp.asarray(self.config.embedding_scale, self.dtype)
+    if self.positions is not None:
+      if positions_BT is None:
+        positions_BT = _arange(sizes['B'], sizes['T'])
+      x_BTD = x_BTD + self.positions(positions_BT).astype(self.dtype)
+    return x_BTD
+
+  def logits(self, x: jax.Array) -> jax.Array:
+    """Turns normalised hidden states [..., D] into float32 logits [..., V]."""
+    if self.head is None:
+      y = jnp.matmul(x, self.embedding.table.get_value().astype(x.dtype).T)
+    else:
+      y = self.head(x)
+    y = y.astype(jnp.float32)
+    cap = self.config.logit_softcap
+    return y if cap is None else cap * jnp.tanh(y / cap)
+
+
+class Context:
+  """What all blocks of one forward pass share: positions, rotary angles and masks.
+
+  Built once a pass by `of`; layers with the same window or rotary width share mask and angles.
+  """
+
+  def __init__(self, config: ModelConfig, mask: AttentionMask, starts_B):
+    self.config, self.mask, self.starts_B = config, mask, starts_B
+    self.angles = {}
+
+  @classmethod
+  def of(cls, config, tokens_BT, positions_BT=None, segments_BT=None, cache=None) -> 'Context':
+    batch, length = tokens_BT.shape
+    contiguous = positions_BT is None and segments_BT is None and cache is None
+    if positions_BT is None:
+      if cache is not None:
+        raise ValueError('a forward pass with a cache needs positions_BT')
+      positions_BT = _arange(batch, length)
+    if cache is not None:
+      if segments_BT is not None:
+        raise ValueError('a cache row holds one document; segments_BT cannot be cached')
+      k_positions_BS = _arange(batch, cache[0].capacity)
+      return cls(config, AttentionMask(positions_BT, k_positions_BS), positions_BT[:, 0])
+    mask = AttentionMask(
+      positions_BT,
+      positions_BT,
+      q_segments_BT=segments_BT,
+      k_segments_BS=segments_BT,
+      contiguous=contiguous,
+    )
+    return cls(config, mask, None)
+
+  def run(self, block: Block, x_BTD, cache: KVCache | None = None):
+    """Applies one block: (x_BTD, cache)."""
+    mask = dataclasses.replace(self.mask, window=block.layer.window)
+    return block(x_BTD, self._angles(block), mask, cache, self.starts_B)
+
+  def _angles(self, block):
+    if self.config.rope is None:
+      return None
+    width = block.layer.rotary_width or block.layer.head_width
+    if width not in self.angles:
+      self.angles[width] = rope.cos_sin(self.mask.q_positions_BT, self.config.rope, width)
+    return self.angles[width]
+
+
+def _arange(batch: int, length: int) -> jax.Array:
+  return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+
+
+def abstract(config: ModelConfig, dtype=jnp.float32) -> Transformer:
+  """The model with `jax.ShapeDtypeStruct`s for parameters: something to load into."""
+  return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+
+def parameters(model: nnx.Module) -> dict[str, nnx.Param]:
+  """Every parameter by its dotted path, such as 'layers.0.attention.query.weight'."""
+  return {
+    '.'.join(map(str, (*path, name))): value
+    for path, module in nnx.iter_modules(model)
+    for name, value in vars(module).items()
+    if isinstance(value, nnx.Param)
+  }
+
+
+def linears(model: nnx.Module) -> dict[str, Linear]:
+  """Every linear layer by its dotted path, such as 'layers.0.attention.query'."""
+  return {
+    '.'.join(map(str, path)): module
+    for path, module in nnx.iter_modules(model)
+    if isinstance(module, Linear)
+  }
+
+
+def matrices(model: nnx.Module) -> dict[str, Matrix]:
+  """The weight of every linear layer, the head's included, by the layer's dotted path."""
+  return {path: linear.weight.get_value() for path, linear in linears(model).items()}

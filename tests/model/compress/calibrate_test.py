@@ -1,0 +1,172 @@
+"""Streamed calibration equals a whole forward pass in transformers, one block at a time."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from model.compress import calibrate, pipeline, recipe, registry, statistics
+
+NAMES = tuple(statistics.STATISTICS)
+# Two float32 forward passes that add in different orders.
+TOLERANCE = 2e-4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoSpec:
+  """No options."""
+
+
+@pytest.fixture
+def probe(monkeypatch):
+  """A technique that puts the norms of a layer's inputs in the place of its weights."""
+  monkeypatch.setattr(registry, 'TECHNIQUES', dict(registry.TECHNIQUES))
+
+  @registry.technique('probe', spec=NoSpec, statistics=('input_norm',), paper='')
+  def probe(w, statistics, spec):
+    return jnp.broadcast_to(statistics['input_norm'][:, None], w.shape)
+
+
+def _recipe(*steps):
+  return recipe.parse({'name': 'x', 'steps': list(steps)})
+
+
+def _weight(model, path):
+  return pipeline.matrices(model)[path]
+
+
+def test_statistics_equal_those_of_hooks_in_transformers(tiny, tokens_NT, torch_inputs):
+  model = tiny()
+  stream = calibrate.Stream(model, calibrate.batches(tokens_NT, 4))
+  inputs = torch_inputs(model, tokens_NT)
+  for i, block in enumerate(model.layers):
+    measured = stream.observe(block, NAMES)
+    stream.advance(block)
+    assert len(measured) == 7
+    for name, found in measured.items():
+      x_TI = inputs[f'layers.{i}.{name}'].astype(np.float64)
+      expected = np.sqrt((x_TI**2).sum(0)), x_TI.T @ x_TI / len(x_TI), np.abs(x_TI).max(0)
+      for statistic, value in zip(NAMES, expected):
+        np.testing.assert_allclose(
+          found[statistic], value, TOLERANCE, TOLERANCE, err_msg=f'{i} {name} {statistic}'
+        )
+
+
+@pytest.mark.parametrize('batch_size', [1, 4])
+def test_batches_do_not_matter(tiny, tokens_NT, batch_size):
+  model = tiny(layers=1)
+  whole = calibrate.Stream(model, calibrate.batches(tokens_NT, 6))
+  cut = calibrate.Stream(model, calibrate.batches(tokens_NT, batch_size))
+  assert sum(len(tokens_BT) for tokens_BT, _ in cut.batches) == len(tokens_NT)
+  found, expected = (one.observe(model.layers[0], NAMES) for one in (cut, whole))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), found, expected)
+
+
+@pytest.mark.parametrize(
+  'first', [{'wanda': {'sparsity': 0.6}}, {'round_to_nearest': {'format': 'int4'}}]
+)
+def test_a_block_is_calibrated_on_what_the_compressed_ones_put_out(
+  tiny, tokens_NT, torch_inputs, probe, first
+):
+  model = tiny()
+  one = _recipe({**first, 'only': ['layers.0.*']}, {'probe': {}, 'only': ['layers.1.*']})
+  compressed, _ = pipeline.compress(model, one, tokens_NT)
+  half_done, _ = pipeline.compress(model, _recipe({**first, 'only': ['layers.0.*']}), tokens_NT)
+  before, after = torch_inputs(model, tokens_NT), torch_inputs(half_done, tokens_NT)
+  for path, x_TI in after.items():
+    if path.startswith('layers.1.'):
+      expected_I = np.sqrt((x_TI.astype(np.float64) ** 2).sum(0))
+      np.testing.assert_allclose(_weight(compressed, path)[:, 0], expected_I, TOLERANCE, TOLERANCE)
+      stale_I = np.sqrt((before[path].astype(np.float64) ** 2).sum(0))
+      assert np.abs(expected_I / stale_I - 1).max() > 100 * TOLERANCE  # so it was a test
+
+
+def test_a_step_is_calibrated_on_what_the_steps_before_left(tiny, tokens_NT, torch_inputs, probe):
+  model = tiny(layers=1)
+  steps = [{'magnitude': {'sparsity': 0.7}, 'only': ['*.up', '*.gate', '*.value']}]
+  compressed, _ = pipeline.compress(
+    model, _recipe(*steps, {'probe': {}, 'only': ['*.down']}), tokens_NT
+  )
+  inputs = torch_inputs(pipeline.compress(model, _recipe(*steps))[0], tokens_NT)
+  expected_I = np.sqrt((inputs['layers.0.ffn.down'].astype(np.float64) ** 2).sum(0))
+  found_I = _weight(compressed, 'layers.0.ffn.down')[:, 0]
+  np.testing.assert_allclose(found_I, expected_I, TOLERANCE, TOLERANCE)
+
+
+def test_the_first_block_sees_the_embedding_as_compressed(tiny, tokens_NT, probe):
+  model = tiny(layers=1)
+  one = _recipe({'cast': {}}, {'probe': {}, 'only': ['*.query']})
+  table_VD = model.embedding.table.get_value()
+  model.embedding.table.set_value(table_VD + 3)  # where bfloat16 is coarse
+  compressed, _ = pipeline.compress(model, one, tokens_NT)
+  x_TD = np.asarray((table_VD + 3).astype(jnp.bfloat16).astype(jnp.float32))[tokens_NT.reshape(-1)]
+  normed_TD = x_TD / np.sqrt((x_TD**2).mean(1, keepdims=True) + model.config.norm_eps)
+  expected_D = np.sqrt((normed_TD.astype(np.float64) ** 2).sum(0))
+  found_D = _weight(compressed, 'layers.0.attention.query')[:, 0]
+  np.testing.assert_allclose(np.asarray(found_D, np.float32), expected_D, rtol=1e-5)
+
+
+def test_nan_is_named_by_layer(tiny, tokens_NT):
+  model = tiny()
+  weight = model.layers[1].ffn.up.weight
+  weight.set_value(weight.get_value().at[0, 0].set(jnp.nan))
+  with pytest.raises(ValueError, match=r'inputs of layers\.1\.ffn\.down are not finite'):
+    pipeline.compress(model, _recipe({'wanda': {}}), tokens_NT)
+
+
+def _held_bytes(stream):
+  return sum(x_BTD.nbytes for _, x_BTD in stream.batches)
+
+
+def test_memory_does_not_grow_with_depth(tiny, tokens_NT, monkeypatch):
+  """Statistics and hidden states, told from weights by their shapes, at every block's end."""
+  monkeypatch.setattr(registry, 'TECHNIQUES', dict(registry.TECHNIQUES))
+
+  @registry.technique('probe', spec=NoSpec, statistics=NAMES, paper='')
+  def probe(w, statistics, spec):
+    return w * jnp.trace(statistics['input_covariance'])
+
+  def live_bytes():
+    weights = {(48, 64), (48, 32), (64, 48), (48, 80), (80, 48), (61, 48), (48, 61), (48,)}
+    return sum(a.nbytes for a in jax.live_arrays() if a.ndim and a.shape not in weights)
+
+  def peak(layers):
+    model, found = tiny(layers=layers), []
+    start = live_bytes()
+
+    def progress(parts):
+      for part in parts:
+        yield part
+        found.append(live_bytes() - start)
+
+    pipeline.compress(model, _recipe({'probe': {}}), tokens_NT, progress=progress)
+    assert len(found) == layers + 3
+    return max(found)
+
+  assert peak(6) == peak(2)
+
+
+def test_a_stream_holds_one_set_of_hidden_states(tiny, tokens_NT):
+  model = tiny(layers=3)
+  stream = calibrate.Stream(model, calibrate.batches(tokens_NT, 4))
+  assert _held_bytes(stream) == tokens_NT.size * model.config.width * 4
+  for block in model.layers:
+    stream.advance(block)
+    assert _held_bytes(stream) == tokens_NT.size * model.config.width * 4
+  expected_BTD = model.final_norm(jnp.concatenate([x for _, x in stream.batches]))
+  graphdef, state = nnx.split(model)
+  hidden_BTD, _ = jax.jit(lambda state, t: nnx.merge(graphdef, state).hidden(t))(state, tokens_NT)
+  np.testing.assert_allclose(expected_BTD, hidden_BTD, TOLERANCE, TOLERANCE)
+
+
+def test_half_precision_activations_stay_so(tiny, tokens_NT):
+  half = tiny(layers=1)
+  half.dtype = jnp.dtype(jnp.bfloat16)  # of the activations
+  stream = calibrate.Stream(half, calibrate.batches(tokens_NT, 4))
+  measured = stream.observe(half.layers[0], ('input_norm',))
+  stream.advance(half.layers[0])
+  assert all(x_BTD.dtype == jnp.bfloat16 for _, x_BTD in stream.batches)
+  assert all(m['input_norm'].dtype == jnp.float32 for m in measured.values())

@@ -1,0 +1,127 @@
+"""Every row of the registry is complete, and wrong rows and names are refused."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from model.compress import registry, statistics, techniques
+from model.compress.registry import Outcome, PruneSpec, Technique
+from ops import quantized, sparse
+
+ROWS = list(registry.TECHNIQUES.values())
+
+
+@pytest.mark.parametrize('row', ROWS, ids=lambda row: row.name)
+def test_a_row_says_all_that_recipes_and_reports_need(row: Technique):
+  assert re.fullmatch(r'[a-z][a-z0-9_]*', row.name)
+  assert re.search(r'\b(19|20)\d\d, https://\S+\.\S+$', row.paper)
+  assert row.summary.endswith('.')
+  assert 10 < len(row.summary) < 100
+  assert dataclasses.is_dataclass(row.spec)
+  assert row.spec() == row.spec()
+  assert hash(row.spec()) == hash(row.spec())  # a static argument of jit
+  assert set(row.statistics) <= set(statistics.STATISTICS)
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    setattr(row.spec(), dataclasses.fields(row.spec)[0].name, None)
+
+
+def test_a_name_is_taken_once():
+  with pytest.raises(ValueError, match="'magnitude' is registered already"):
+    registry.pruning_score('magnitude', paper='')(lambda w_IO, statistics: w_IO)
+
+
+@pytest.mark.parametrize(
+  'name, message',
+  [
+    ('wandaa', 'did you mean wanda?'),
+    ('round', 'there are cast, magnitude|did you mean'),
+    ('zzzzzzzz', 'there are cast, magnitude, round_to_nearest, wanda'),
+    ('', 'there are'),
+  ],
+)
+def test_an_unknown_name_comes_with_the_nearest(name, message):
+  with pytest.raises(ValueError, match=message):
+    registry.lookup(name)
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'n': 2}, 'needs both n and m'),
+    ({'m': 4}, 'needs both n and m'),
+    ({'n': 4, 'm': 4}, '0 < N < M <= 16, not 4:4'),
+    ({'n': 0, 'm': 4}, 'not 0:4'),
+    ({'n': 2, 'm': 32}, 'not 2:32'),
+    ({'sparsity': 0.5, 'n': 2, 'm': 4}, 'either a sparsity'),
+    ({'sparsity': 1.0}, 'below 1, not 1.0'),
+    ({'sparsity': -0.1}, 'not -0.1'),
+    ({'sparsity': float('nan')}, 'not nan'),
+  ],
+)
+def test_prune_spec_refuses(options, message):
+  with pytest.raises(ValueError, match=message):
+    PruneSpec(**options)
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'format': 'int3'}, "'int3' is not one of int8, int4, nf4, fp8_e4m3"),
+    ({'format': 'nf4', 'symmetric': False}, 'nf4 has no asymmetric form'),
+    ({'group_size': 0}, 'a group size is positive, or -1'),
+    ({'group_size': -2}, 'a group size is positive, or -1'),
+  ],
+)
+def test_quantize_spec_refuses(options, message):
+  with pytest.raises(ValueError, match=message):
+    techniques.QuantizeSpec(**options)
+
+
+def test_cast_spec_refuses():
+  with pytest.raises(ValueError, match="not 'int8'"):
+    techniques.CastSpec(dtype='int8')
+
+
+def test_a_technique_gets_its_own_statistics_alone():
+  row = Technique(
+    name='probe',
+    function=lambda w, statistics, spec: Outcome(w, dict.fromkeys(statistics, 1)),
+    spec=PruneSpec,
+    statistics=('input_norm',),
+    paper='',
+  )
+  outcome = row(jnp.ones((2, 2)), {'input_norm': 1, 'input_absmax': 2}, PruneSpec())
+  assert outcome.events == {'input_norm': 1}
+
+
+def test_half_of_each_output_goes_if_nothing_is_said(rng):
+  w_IO = jnp.asarray(rng.standard_normal((10, 7)), jnp.float32)
+  pruned_IO = registry.lookup('magnitude')(w_IO, {}, PruneSpec()).weight
+  assert ((pruned_IO == 0).sum(0) == 5).all()
+  pool_IO = registry.lookup('magnitude')(w_IO, {}, PruneSpec(per_output=False)).weight
+  assert int((pool_IO == 0).sum()) == 35
+  assert not ((pool_IO == 0).sum(0) == 5).all()
+
+
+def test_pruning_what_is_quantized_is_refused():
+  with pytest.raises(ValueError, match='prunes plain matrices, not a QuantizedTensor; prune first'):
+    weight = quantized.quantize(jnp.ones((32, 4)), 'int8')
+    registry.lookup('magnitude')(weight, {}, PruneSpec())
+
+
+def test_cast_counts_what_overflows():
+  w_IO = jnp.asarray([[1e5, 1.0], [-7e4, jnp.inf]], jnp.float32)
+  outcome = registry.lookup('cast')(w_IO, {}, techniques.CastSpec(dtype='float16'))
+  assert outcome.weight.dtype == jnp.float16
+  assert int(outcome.events['weights past the range of the type']) == 2
+
+
+def test_cast_reaches_the_values_of_a_sparse_matrix():
+  w_IO = jax.random.normal(jax.random.key(0), (8, 3))
+  stored = sparse.compress(w_IO, sparse.n_of_m_mask(jnp.abs(w_IO), 2, 4), 2, 4)
+  weight = registry.lookup('cast')(stored, {}, techniques.CastSpec()).weight
+  assert isinstance(weight, sparse.SparseTensor)
+  assert weight.values.dtype == jnp.bfloat16

@@ -1,0 +1,117 @@
+"""The split of texts, against what hashlib says of each document."""
+
+import hashlib
+import json
+import sysconfig
+
+import pytest
+
+from model import corpus
+
+
+def _bucket(text):
+  value = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) % 100
+  return 'train' if value < 90 else 'calibration' if value < 95 else 'held_out'
+
+
+def _parts(loaded):
+  return {
+    'train': loaded.train,
+    'calibration': loaded.calibration,
+    'held_out': loaded.held_out,
+  }
+
+
+def test_standard_library_is_split_by_content_hash_and_repeatable():
+  loaded = corpus.load()
+  parts = _parts(loaded)
+  for name, texts in parts.items():
+    assert texts and all(_bucket(text) == name for text in texts)
+  texts = [text for part in parts.values() for text in part]
+  assert len(set(texts)) == len(texts) > 500
+  assert 0.8 < len(loaded.train) / len(texts) < 0.97
+  assert corpus.load().fingerprint == loaded.fingerprint
+  assert sysconfig.get_python_version() in loaded.source
+
+
+def test_folder_reads_every_kind_and_drops_empties_and_repeats(tmp_path):
+  (tmp_path / 'deep').mkdir()
+  (tmp_path / 'a.txt').write_text('plain é')
+  (tmp_path / 'deep' / 'b.md').write_text('# mark')
+  (tmp_path / 'c.py').write_text('x = 1\n')
+  (tmp_path / 'copy.py').write_text('x = 1\n')
+  (tmp_path / 'empty.txt').write_text(' \n')
+  (tmp_path / 'ignored.bin').write_bytes(b'\xff')
+  records = [{'text': 'one\u2028line', 'id': 1}, {'text': 'two'}]
+  lines = '\n'.join(json.dumps(r, ensure_ascii=False) for r in records) + '\n\n'
+  (tmp_path / 'd.jsonl').write_text(lines)
+  loaded = corpus.load(tmp_path)
+  texts = sorted(text for part in _parts(loaded).values() for text in part)
+  assert texts == sorted(['plain é', '# mark', 'x = 1\n', 'one\u2028line', 'two'])
+  assert loaded.source == str(tmp_path)
+
+
+def test_parts_do_not_move_when_documents_come(tmp_path):
+  documents = [f'document {i}' for i in range(400)]
+  few = corpus.split(documents[:300], source='few')
+  many = corpus.split(documents, source='many')
+  for name, texts in _parts(few).items():
+    assert set(texts) <= set(_parts(many)[name])
+  assert few.fingerprint != many.fingerprint
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    '\n\n'.join(f'Paragraph {i} has some words in it, {i * i}.' for i in range(40)),
+    '\n'.join(f'line {i}' for i in range(60)),
+    ' '.join(f'word{i}' for i in range(90)),
+    ''.join(map(str, range(120))),
+  ],
+  ids=['paragraphs', 'lines', 'words', 'unbroken'],
+)
+def test_a_single_file_gives_three_parts_and_loses_nothing(tmp_path, text):
+  file = tmp_path / 'book.text'
+  file.write_text(text)
+  loaded = corpus.load(file)
+  found = [block for part in _parts(loaded).values() for block in part]
+  assert sorted(found) == sorted(corpus.blocks(text))
+  assert ''.join(corpus.blocks(text)) == text
+
+
+def test_blocks_end_at_paragraphs_and_there_are_enough():
+  text = '\n\n'.join('word ' * 20 for _ in range(2000))
+  found = corpus.blocks(text)
+  assert 60 < len(found) <= 110
+  assert all(block.endswith('\n\n') for block in found[:-1])
+
+
+def test_three_documents_are_enough():
+  loaded = corpus.split(['a', 'b', 'c'], source='three')
+  ranked = sorted('abc', key=lambda t: hashlib.sha256(t.encode()).digest())
+  assert (loaded.calibration, loaded.held_out, loaded.train) == tuple((t,) for t in ranked)
+
+
+@pytest.mark.parametrize(
+  'name, data, match',
+  [
+    ('missing', None, 'no such file or folder'),
+    ('a.txt', b'', 'all of its texts are empty'),
+    ('a.txt', b'too short', 'too little text'),
+    ('a.txt', b'fine \xff', 'not UTF-8 .* at byte 5'),
+    ('a.jsonl', b'{"text": "a"}\n{"text": ', 'line 2: not JSON'),
+    ('a.jsonl', b'{"body": "a"}\n', 'line 1: expected an object with a string field "text"'),
+    ('a.jsonl', b'["a"]\n', 'line 1: expected an object'),
+  ],
+)
+def test_bad_text_is_named(tmp_path, name, data, match):
+  if data is not None:
+    (tmp_path / name).write_bytes(data)
+  with pytest.raises(ValueError, match=match) as error:
+    corpus.load(tmp_path / name)
+  assert str(tmp_path / name) in str(error.value)
+
+
+def test_a_folder_without_texts_is_named(tmp_path):
+  with pytest.raises(ValueError, match=r'holds no \.txt, \.md, \.py, \.jsonl files'):
+    corpus.load(tmp_path)

@@ -1,0 +1,221 @@
+"""The config mappings and name tables, without any weights."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import transformers
+
+from model import hf_names, presets
+from model.config import ModelConfig
+from model.hf_names import rope
+from model.hf_names.family import INTERLEAVED, PLAIN, TRANSPOSE
+from ops.rope import RopeConfig
+
+CONFIG_CLASSES = {
+  'llama': transformers.LlamaConfig,
+  'mistral': transformers.MistralConfig,
+  'qwen2': transformers.Qwen2Config,
+  'qwen3': transformers.Qwen3Config,
+  'gemma2': transformers.Gemma2Config,
+  'phi3': transformers.Phi3Config,
+  'gpt2': transformers.GPT2Config,
+  'gpt_neox': transformers.GPTNeoXConfig,
+}
+LLAMA3 = {
+  'factor': 8.0,
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 8192,
+}
+
+
+def test_every_family_is_compared_with_its_class():
+  assert CONFIG_CLASSES.keys() == hf_names.FAMILIES.keys()
+
+
+@pytest.mark.parametrize('family', CONFIG_CLASSES)
+def test_absent_keys_take_the_defaults_of_transformers(family):
+  full = CONFIG_CLASSES[family]().to_dict()
+  assert hf_names.config_from_hf({'model_type': family}) == hf_names.config_from_hf(full)
+
+
+@pytest.mark.parametrize('family', CONFIG_CLASSES)
+def test_transformers_understands_what_is_written(family):
+  config = hf_names.config_from_hf({'model_type': family})
+  written = hf_names.config_to_hf(config)
+  theirs = CONFIG_CLASSES[family].from_dict(dict(written))
+  assert hf_names.config_from_hf(theirs.to_dict()) == config
+  defaults = CONFIG_CLASSES[family]()
+  assert theirs.architectures == [hf_names.FAMILIES[family].architecture]
+  for key, value in written.items():
+    if key not in ('architectures', 'model_type', 'pad_token_id', 'rope_scaling', 'rope_theta'):
+      default = getattr(defaults, key, value)
+      if not isinstance(default, dict) and key not in ('max_window_layers', 'sliding_window'):
+        assert default in (value, None), key
+
+
+@pytest.mark.parametrize('name', presets.names())
+def test_presets_survive_config_json(name):
+  config = presets.preset(name)
+  again = hf_names.config_from_hf(hf_names.config_to_hf(config))
+  assert hf_names.config_to_hf(again) == hf_names.config_to_hf(config)
+  assert again.layers[0].kv_heads == config.layers[0].kv_heads and again.rope == config.rope
+
+
+@pytest.mark.parametrize(
+  'keys',
+  [
+    {'rope_theta': 5e5, 'rope_scaling': {'type': 'llama3', **LLAMA3}},
+    {'rope_theta': 5e5, 'rope_scaling': {'rope_type': 'llama3', **LLAMA3}},
+    {'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 5e5, **LLAMA3}},
+    {
+      'rope_theta': 5e5,
+      'rope_scaling': None,
+      'rope_parameters': {'rope_type': 'llama3', **LLAMA3},
+    },
+  ],
+)
+def test_both_spellings_of_rope_mean_the_same(keys):
+  config = hf_names.config_from_hf({'model_type': 'llama', **keys})
+  assert config.rope == RopeConfig(
+    theta=5e5,
+    kind='llama3',
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_positions=8192,
+  )
+
+
+def test_pythia_keys_of_older_versions():
+  hf = {'model_type': 'gpt_neox', 'rotary_pct': 0.5, 'rotary_emb_base': 5000}
+  config = hf_names.config_from_hf(
+    {**hf, 'hidden_size': 64, 'num_attention_heads': 4, 'num_hidden_layers': 1}
+  )
+  assert config.rope.theta == 5000.0 and config.layers[0].rotary_width == 8
+
+
+def test_yarn_without_an_original_length_uses_the_maximum():
+  scaling = {'type': 'yarn', 'factor': 4.0}
+  hf = {'model_type': 'qwen2', 'max_position_embeddings': 512, 'rope_scaling': scaling}
+  assert hf_names.config_from_hf(hf).rope.original_max_positions == 512
+
+
+@pytest.mark.parametrize(
+  ('family', 'keys', 'message'),
+  [
+    ('phi3', {'rope_scaling': {'type': 'longrope'}}, "'longrope'.*supported: default$"),
+    ('llama', {'rope_scaling': {'type': 'su'}}, "'su'.*supported: default, linear, dynamic"),
+    ('llama', {'rope_scaling': {'type': 'linear'}}, "'linear' in config.json lacks factor"),
+    ('llama', {'rope_scaling': {'type': 'yarn'}}, "'yarn' in config.json lacks factor"),
+    ('llama', {'rope_scaling': {'type': 'llama3', 'factor': 2}}, 'lacks low_freq_factor, high'),
+    ('llama', {'rope_parameters': {'full_attention': {}}}, 'one dictionary for all layers'),
+    ('llama', {'partial_rotary_factor': 0.5}, 'partial_rotary_factor = 0.5'),
+    ('phi3', {'partial_rotary_factor': 0.01}, 'rotates 0 dimensions'),
+    ('llama', {'hidden_act': 'xielu'}, "hidden_act = 'xielu'.*supported: silu"),
+    ('llama', {'hidden_size': '64'}, "hidden_size in config.json must be an integer, not '64'"),
+    ('llama', {'hidden_size': True}, 'hidden_size .* must be an integer'),
+    ('llama', {'num_attention_heads': 0}, 'num_attention_heads .* at least 1'),
+    ('llama', {'num_attention_heads': 33}, 'no multiple of num_attention_heads 33'),
+    ('llama', {'num_key_value_heads': 5}, '32 query heads do not divide into 5'),
+    ('llama', {'tie_word_embeddings': None}, 'tie_word_embeddings .* true or false'),
+    ('llama', {'eos_token_id': ['</s>']}, "'</s>' is not"),
+    ('llama', {'quantization_config': {'quant_method': 'gptq'}}, r'\(gptq\).*already quantized'),
+    ('mistral', {'layer_types': ['full_attention'] * 32}, 'contradicts sliding_window'),
+    ('qwen2', {'layer_types': ['sliding_attention'] * 32}, 'no sliding_window is set'),
+    ('qwen2', {'layer_types': ['linear_attention'] * 32}, 'supported: full_attention, sliding'),
+    ('qwen3', {'layer_types': ['full_attention']}, '1 entries, but there are 32 layers'),
+    ('gemma2', {'use_bidirectional_attention': True}, 'use_bidirectional_attention = True'),
+    ('gpt2', {'add_cross_attention': True}, 'add_cross_attention = True'),
+    ('gpt2', {'n_head': 11}, 'n_embd 768 .* no multiple of n_head 11'),
+    ('lama', {}, r"'lama' is not supported; supported: gemma2, .*did you mean llama"),
+    ('mixtral', {}, 'did you mean mistral'),
+  ],
+)
+def test_what_cannot_be_computed_is_named(family, keys, message):
+  with pytest.raises(ValueError, match=message):
+    hf_names.config_from_hf({'model_type': family, **keys})
+
+
+def test_a_config_without_model_type_is_refused():
+  with pytest.raises(ValueError, match='no model_type; supported: gemma2'):
+    hf_names.config_from_hf({})
+
+
+def _config(family, **changes) -> ModelConfig:
+  sizes = {'vocab_size': 99, 'num_hidden_layers': 3, 'n_layer': 3}
+  return hf_names.config_from_hf({'model_type': family, **sizes}).replace(**changes)
+
+
+def _with_layer(family, index, **changes) -> ModelConfig:
+  config = _config(family)
+  layers = list(config.layers)
+  layers[index] = dataclasses.replace(layers[index], **changes)
+  return config.replace(layers=tuple(layers))
+
+
+@pytest.mark.parametrize(
+  ('config', 'message'),
+  [
+    (_with_layer('llama', 1, ffn_width=32), r'layers 1: ffn_width = 32 \(it would be 11008\)'),
+    (_with_layer('llama', 0, ffn_width=32), r'layers 1, 2: ffn_width = 11008'),
+    (_with_layer('llama', 2, window=5), 'layers 2: window = 5'),
+    (_with_layer('mistral', 2, window=None), 'layers 2: window = None'),
+    (_with_layer('gpt_neox', 1, parallel=False), 'layers 1: parallel'),
+    (_with_layer('gpt2', 1, query_scale=0.3), 'layers 1: query_scale = 0.3'),
+    (_with_layer('gemma2', 0, query_scale=0.3), 'query_scale'),
+    (_config('llama', norm='layer'), r"norm = 'layer' \(it would be 'rms'\)"),
+    (_config('llama', logit_softcap=3.0), r'logit_softcap = 3.0'),
+    (_config('llama', head_bias=True), 'head_bias'),
+    (_config('llama', rope=None), 'no way to say learned positions'),
+    (_config('llama', rope=RopeConfig(kind='ntk', factor=2.0)), "the rope kind 'ntk'"),
+    (_config('phi3', rope=RopeConfig(kind='linear', factor=2.0)), "rope type 'linear'"),
+    (_config('llama', width=4008), 'transformers reads a llama only where hidden_size'),
+    (_config('gemma2', embedding_scale=2.0), 'embedding_scale = 2.0'),
+  ],
+)
+def test_what_config_json_cannot_say_is_named(config, message):
+  with pytest.raises(ValueError, match=message):
+    hf_names.config_to_hf(config)
+
+
+def test_values_equal_to_their_defaults_are_no_difference():
+  for changes in ({'query_scale': 128**-0.5}, {'rotary_width': 128}):
+    hf_names.config_to_hf(_with_layer('llama', 1, **changes))
+
+
+@pytest.mark.parametrize('head_width', [16, 24, 80, 96, 100, 128])
+def test_rotary_widths_survive_their_fraction(head_width):
+  for width in range(2, head_width, 2):
+    fraction = rope.rotary_fraction(head_width, width)
+    assert int(head_width * fraction) == width == rope.rotary_width(head_width, fraction)
+  assert rope.rotary_width(head_width, rope.rotary_fraction(head_width, None)) is None
+
+
+def test_parameters_without_a_name_are_listed():
+  with pytest.raises(
+    ValueError, match=r'llama checkpoint has no names for 1 .*attention_post_norm'
+  ):
+    shapes = {'layers.0.attention_post_norm.scale': (4,)}
+    hf_names.entries(hf_names.find('llama'), _config('llama'), shapes)
+
+
+@pytest.mark.parametrize('codec', [PLAIN, TRANSPOSE])
+def test_fused_parts_lie_one_after_the_other(codec, rng):
+  parts = [rng.normal(size=(5, n)) for n in (4, 2, 2)]
+  joined = codec.join(parts, heads=2)
+  expected = np.concatenate(parts, 1)
+  np.testing.assert_array_equal(joined, expected.T if codec.transpose else expected)
+  assert codec.shape([p.shape for p in parts]) == joined.shape
+  for part, back in zip(parts, codec.split(joined, [p.shape for p in parts], heads=2)):
+    np.testing.assert_array_equal(part, back)
+
+
+def test_interleaved_parts_alternate_head_by_head():
+  # Two heads of width two: q0 q0 k0 k0 v0 v0 q1 q1 k1 k1 v1 v1.
+  query, key, value = (np.arange(4) + 10 * part for part in (1, 2, 3))
+  joined = INTERLEAVED.join([query, key, value], heads=2)
+  assert joined.tolist() == [10, 11, 20, 21, 30, 31, 12, 13, 22, 23, 32, 33]
+  back = INTERLEAVED.split(joined, [(4,)] * 3, heads=2)
+  np.testing.assert_array_equal(back, [query, key, value])

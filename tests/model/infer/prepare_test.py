@@ -1,0 +1,59 @@
+"""Preparing a model packs its matrices, changes no prediction beyond rounding, and happens once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from model.config import LayerConfig, ModelConfig
+from model.infer.prepare import prepare
+from model.transformer import Transformer, linears, matrices
+from ops import quantized
+from ops.kernels import cpu
+from ops.kernels.cpu.packed import PackedTensor
+
+LAYER = LayerConfig(query_heads=2, kv_heads=1, head_width=16, ffn_width=64)
+CONFIG = ModelConfig(family='llama', vocab_size=71, width=32, layers=(LAYER,) * 2, max_positions=64)
+FLOAT32 = 1e-5
+# Activations are rounded to 127 steps of the largest of a block, in seven products a layer.
+INT8_ACTIVATIONS = 0.02
+
+native = pytest.mark.skipif(not cpu.available(), reason=cpu.why_not() or 'available')
+
+
+def _model(fn):
+  model = Transformer(CONFIG, rngs=nnx.Rngs(0))
+  for linear in linears(model).values():
+    linear.weight.set_value(fn(linear.weight.get_value()))
+  return model
+
+
+def _logits(model):
+  return np.asarray(model(jnp.arange(12, dtype=jnp.int32)[None]))
+
+
+@native
+@pytest.mark.parametrize('format', ['int8', 'int4', 'bfloat16'])
+@pytest.mark.parametrize('activations', ['int8', 'float'])
+def test_predictions_stay_and_the_model_does_too(format, activations):
+  model = _model(
+    lambda w: w.astype(format) if format == 'bfloat16' else quantized.quantize(w, format)
+  )
+  before = {path: type(w) for path, w in matrices(model).items()}
+  fast = prepare(model, activations=activations)
+  assert all(isinstance(w, PackedTensor) for w in matrices(fast).values())
+  assert {path: type(w) for path, w in matrices(model).items()} == before
+  expected = _logits(model)
+  rounded = activations == 'int8' and format != 'bfloat16'
+  tolerance = (INT8_ACTIVATIONS if rounded else FLOAT32) * np.abs(expected).max()
+  np.testing.assert_allclose(_logits(fast), expected, atol=tolerance, rtol=0)
+  assert prepare(fast) is fast
+
+
+def test_plain_float32_and_other_platforms_stay(monkeypatch):
+  model = _model(lambda w: w)
+  assert prepare(model) is model
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  compressed = _model(lambda w: quantized.quantize(w, 'int8'))
+  assert prepare(compressed) is compressed

@@ -1,0 +1,101 @@
+"""Published counts, and the same architectures counted by Hugging Face on the meta device."""
+
+import pytest
+import torch
+import transformers
+
+from model import presets
+from model.config import from_json, to_json
+from model.eval import cost
+
+MODEL_CLASSES = {
+  'gemma2': (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+  'gpt2': (transformers.GPT2Config, transformers.GPT2LMHeadModel),
+  'gpt_neox': (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM),
+  'llama': (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+  'mistral': (transformers.MistralConfig, transformers.MistralForCausalLM),
+  'phi3': (transformers.Phi3Config, transformers.Phi3ForCausalLM),
+  'qwen3': (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+}
+
+
+def _hugging_face_shape(config):
+  layer = config.layers[0]
+  if config.family == 'gpt2':
+    return {
+      'n_positions': config.max_positions,
+      'n_embd': config.width,
+      'n_layer': len(config.layers),
+      'n_head': layer.query_heads,
+      'n_inner': layer.ffn_width,
+    }
+  shape = {
+    'hidden_size': config.width,
+    'num_hidden_layers': len(config.layers),
+    'num_attention_heads': layer.query_heads,
+    'intermediate_size': layer.ffn_width,
+    'max_position_embeddings': config.max_positions,
+  }
+  if config.family != 'gpt_neox':
+    shape['num_key_value_heads'] = layer.kv_heads
+  if config.family not in ('gpt_neox', 'phi3'):
+    shape['head_dim'] = layer.head_width
+  return shape
+
+
+def _hugging_face_count(config):
+  config_class, model_class = MODEL_CLASSES[config.family]
+  tokens = {'pad_token_id': None, 'bos_token_id': None, 'eos_token_id': None}
+  shape = _hugging_face_shape(config)
+  with torch.device('meta'):
+    model = model_class(
+      config_class(vocab_size=config.vocab_size, tie_word_embeddings=config.tied, **tokens, **shape)
+    )
+  return sum(p.numel() for p in model.parameters())  # shared parameters once
+
+
+def test_no_preset_is_missing_from_the_table_of_published_counts():
+  assert sorted(presets.PARAMETERS) == presets.names()
+
+
+@pytest.mark.parametrize('name', presets.names())
+def test_the_published_count_is_met(name):
+  assert cost.parameters(presets.preset(name)).total == presets.PARAMETERS[name]
+
+
+@pytest.mark.parametrize('name', presets.names())
+def test_hugging_face_counts_the_same(name):
+  assert _hugging_face_count(presets.preset(name)) == presets.PARAMETERS[name]
+
+
+def test_pythia_publishes_its_non_embedding_count_too():
+  assert cost.parameters(presets.preset('pythia-70m')).non_embedding == 18_915_328
+
+
+@pytest.mark.parametrize('name', presets.names())
+def test_presets_survive_json(name):
+  config = presets.preset(name)
+  assert from_json(to_json(config)) == config
+
+
+def test_traits_of_the_families():
+  gemma, pythia = presets.preset('gemma-2-2b'), presets.preset('pythia-70m')
+  assert [layer.window for layer in gemma.layers[:4]] == [4096, None, 4096, None]
+  assert gemma.layers[0].query_scale == 1 / 16 and gemma.embedding_scale == 48.0
+  assert pythia.layers[0].rotary_width == 16 and pythia.layers[0].parallel
+  assert presets.preset('llama-3.1-8b').rope.factor == 8.0
+  assert presets.preset('gpt2').rope is None
+
+
+@pytest.mark.parametrize(
+  ('wrong', 'near'), [('llama3.1-8b', 'llama-3.1-8b'), ('GPT-2', 'gpt2'), ('qwen3', 'qwen3-0.6b')]
+)
+def test_an_unknown_name_lists_the_nearest(wrong, near):
+  with pytest.raises(ValueError, match='did you mean') as error:
+    presets.preset(wrong)
+  assert near in str(error.value)
+
+
+def test_a_name_near_nothing_lists_them_all():
+  with pytest.raises(ValueError, match='tinyllama'):
+    presets.preset('????')

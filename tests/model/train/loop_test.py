@@ -1,0 +1,211 @@
+"""Whole runs: they learn, and a killed one ends bit for bit like one that was not."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from model.config import LayerConfig, ModelConfig
+from model.train import loop
+from model.train import optimizer as optimizer_lib
+from model.train import step as step_lib
+from model.train.data import PackedDataset
+from model.train.loop import FitConfig
+from model.train.optimizer import OptimizerConfig
+from model.train.run_folder import RunFolder
+from model.train.step import StepConfig
+from model.transformer import Transformer
+
+VOCABULARY = 12
+STEPS, CHECKPOINT_EVERY, KILLED_AT = 8, 3, 5
+
+
+def _model(seed=0):
+  layer = LayerConfig(query_heads=2, kv_heads=2, head_width=8, ffn_width=32)
+  config = ModelConfig(
+    family='llama', vocab_size=VOCABULARY, width=16, layers=(layer,), max_positions=64
+  )
+  return Transformer(config, rngs=nnx.Rngs(seed))
+
+
+def _dataset(batch_size=4, seed=0):
+  documents = [[(start + i) % 10 for i in range(30)] for start in range(10)]
+  return PackedDataset.from_ids(documents, eos_id=11, seq_len=16, batch_size=batch_size, seed=seed)
+
+
+def _config(steps=STEPS, rate=0.01, **step):
+  optimizer = OptimizerConfig(steps=steps, learning_rate=rate, warmup_steps=2)
+  return FitConfig(optimizer=optimizer, step=StepConfig(**step), checkpoint_every=CHECKPOINT_EVERY)
+
+
+def _fit(folder=None, *, dataset=None, config=None, model=None):
+  return loop.fit(
+    model or _model(), dataset or _dataset(), config or _config(), folder=folder, progress=False
+  )
+
+
+class _Killed(Exception):
+  pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _DyingDataset(PackedDataset):
+  """Raises when it is asked for batch `at`."""
+
+  at: int
+
+  def batch(self, step):
+    if step == self.at:
+      raise _Killed
+    return super().batch(step)
+
+
+def _kill(folder, at=KILLED_AT):
+  whole = _dataset()
+  fields = {f.name: getattr(whole, f.name) for f in dataclasses.fields(whole)}
+  with pytest.raises(_Killed):
+    _fit(folder, dataset=_DyingDataset(**fields, at=at))
+
+
+@pytest.fixture(scope='module')
+def whole_folder(tmp_path_factory):
+  return tmp_path_factory.mktemp('whole')
+
+
+@pytest.fixture(scope='module')
+def whole(whole_folder):
+  """A run that nothing interrupts."""
+  return _fit(whole_folder)
+
+
+def _weights(result):
+  return [np.asarray(x) for x in jax.tree.leaves(nnx.split(result.model)[1])]
+
+
+def _same(a, b):
+  return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_loss_falls_on_a_learnable_text_and_the_model_stays_as_it_was():
+  model = _model()
+  before = [np.asarray(x) for x in jax.tree.leaves(nnx.split(model)[1])]
+  result = _fit(config=_config(steps=60, rate=0.03), model=model)
+  losses = [record['loss'] for record in result.records]
+  assert losses[0] == pytest.approx(math.log(VOCABULARY), abs=0.1)
+  assert losses[-1] < 0.3
+  assert loop.mean_nll(result.model, _dataset()) < 0.3
+  assert _same(before, [np.asarray(x) for x in jax.tree.leaves(nnx.split(model)[1])])
+
+
+def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(tmp_path, whole, whole_folder):
+  _kill(tmp_path)
+  half = (tmp_path / 'loss.jsonl').read_text().splitlines()
+  assert CHECKPOINT_EVERY < len(half) < STEPS
+  resumed = _fit(tmp_path)
+  assert resumed.records == whole.records and len(whole.records) == STEPS
+  assert _same(_weights(resumed), _weights(whole))
+  files = [(folder / 'loss.jsonl').read_bytes() for folder in (tmp_path, whole_folder)]
+  assert files[0] == files[1]
+
+
+def test_saving_changes_nothing(whole):
+  assert _same(_weights(_fit()), _weights(whole))
+
+
+def test_resuming_with_weights_alone_is_not_the_same(tmp_path, whole):
+  _kill(tmp_path)
+  config, dataset = _config(), _dataset()
+  optimizer = optimizer_lib.make(config.optimizer)
+  graphdef, fresh = step_lib.init(_model(), optimizer)
+  with RunFolder(tmp_path, loop._identity(_model(), dataset, config)) as run:
+    saved, records = run.restore(fresh)
+  assert int(saved.step) == len(records) == CHECKPOINT_EVERY
+  step = step_lib.make_step(graphdef, optimizer, saved, config.step)
+  weights_only = dataclasses.replace(fresh, params=jax.tree.map(lambda x: x.copy(), saved.params))
+  assert not _same(_run_on(step, weights_only), _weights(whole))
+  assert _same(_run_on(step, saved), _weights(whole))
+
+
+def _run_on(step, state):
+  for n in range(CHECKPOINT_EVERY, STEPS):
+    state, _ = step(state, _dataset().batch(n))
+  return [np.asarray(x) for x in jax.tree.leaves(state.params)]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, whole):
+  _kill(tmp_path, at=2)
+  (tmp_path / 'loss.jsonl').write_text('{"step": 1, "lo')  # half a line
+  assert _fit(tmp_path).records == whole.records
+
+
+def test_a_finished_run_is_only_read(whole, whole_folder):
+  again = _fit(whole_folder, model=_model(seed=1))
+  assert again.records == whole.records and _same(_weights(again), _weights(whole))
+  steps = sorted(int(p.name) for p in (whole_folder / 'checkpoints').iterdir() if p.name.isdigit())
+  assert steps == [6, 8]
+
+
+def test_records_say_what_happened(whole, whole_folder):
+  lines = [json.loads(line) for line in (whole_folder / 'loss.jsonl').read_text().splitlines()]
+  assert lines == list(whole.records)
+  assert [record['step'] for record in lines] == list(range(1, STEPS + 1))
+  for n, record in enumerate(lines):
+    assert record['tokens'] == int((_dataset().batch(n).labels_BT >= 0).sum())
+    rate = optimizer_lib.schedule(_config().optimizer)(n)
+    assert record['learning_rate'] == pytest.approx(float(rate))
+
+
+def test_mean_nll_is_the_mean_over_labels():
+  model, dataset = _model(), _dataset(batch_size=5)
+  total, count = 0.0, 0
+  for batch in dataset.sequential():
+    logits = model(batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    for row, column in np.argwhere(batch.labels_BT >= 0):
+      total -= log_p[row, column, batch.labels_BT[row, column]]
+      count += 1
+  assert count == 10 * 30  # every token but the first of each document, its end included
+  assert loop.mean_nll(model, dataset) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_another_run_s_folder_is_refused_and_the_difference_named(whole, whole_folder):
+  with pytest.raises(ValueError, match=r'optimizer\.learning_rate \(0\.01 there, 0\.02 here\)'):
+    _fit(whole_folder, config=_config(rate=0.02))
+  with pytest.raises(ValueError, match=r'differs in data'):
+    _fit(whole_folder, dataset=_dataset(seed=1))
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+  (tmp_path / 'thesis.tex').write_text('precious')
+  with pytest.raises(ValueError, match='not a training run'):
+    _fit(tmp_path)
+
+
+def test_a_diverging_run_stops_and_keeps_its_last_good_state(tmp_path):
+  config = _config(rate=1e30)
+  with pytest.raises(FloatingPointError, match='lower learning rate'):
+    _fit(tmp_path, config=config)
+  assert not [p for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()]
+
+
+@pytest.mark.parametrize(
+  'make, match',
+  [
+    (lambda: _fit(config=_config(accumulation=3)), 'batch of 4 rows does not divide into 3'),
+    (
+      lambda: _fit(dataset=PackedDataset.from_ids([[40]], eos_id=11, seq_len=4, batch_size=1)),
+      'ids up to 40, but the model has a vocabulary of 12',
+    ),
+    (
+      lambda: FitConfig(optimizer=OptimizerConfig(steps=1, learning_rate=1.0), checkpoint_every=0),
+      'checkpoint_every must be at least 1',
+    ),
+  ],
+)
+def test_bad_settings_are_named(make, match):
+  with pytest.raises(ValueError, match=match):
+    make()

@@ -1,0 +1,173 @@
+"""The compiled update against a plain gradient of whole logits, and against itself cut up."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from model.config import LayerConfig, ModelConfig
+from model.train import step as step_lib
+from model.train.data import PackedDataset
+from model.train.step import StepConfig
+from model.transformer import Transformer
+
+# Float32 sums in another order, relative to gradients of about 0.1.
+TOLERANCE = {'rtol': 1e-4, 'atol': 1e-6}
+BFLOAT16_LOSS = 2e-2  # 8 bits of mantissa over two layers, in nats
+
+
+def _model(vocab_size=32, tied=False):
+  layer = LayerConfig(query_heads=2, kv_heads=1, head_width=8, ffn_width=24)
+  config = ModelConfig(
+    family='llama',
+    vocab_size=vocab_size,
+    width=16,
+    layers=(layer,) * 2,
+    max_positions=64,
+    tied=tied,
+  )
+  return Transformer(config, rngs=nnx.Rngs(0))
+
+
+def _batch(rng, rows=8, length=12):
+  """Packed documents, with label counts that differ a lot from row to row."""
+  documents = [rng.integers(1, 32, rng.integers(1, 20)) for _ in range(40)]
+  dataset = PackedDataset.from_ids(documents, eos_id=0, seq_len=length, batch_size=rows)
+  batch = dataset.batch(0)
+  labels = batch.labels_BT.copy()
+  for row in range(rows):
+    labels[row, : row * length // rows] = -1
+  return jax.tree.map(jnp.asarray, dataclasses.replace(batch, labels_BT=labels))
+
+
+def _updated(model, batch, config, optimizer=None, updates=1):
+  optimizer = optimizer or optax.sgd(1.0)
+  graphdef, state = step_lib.init(model, optimizer)
+  step = step_lib.make_step(graphdef, optimizer, state, config)
+  for _ in range(updates):
+    state, metrics = step(state, batch)
+  return state, metrics
+
+
+def _assert_close(got, want):
+  for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, err_msg=jax.tree_util.keystr(path), **TOLERANCE)
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_gradient_equals_that_of_whole_logits(rng, tied):
+  model, batch = _model(tied=tied), _batch(rng)
+  graphdef, params = nnx.split(model)
+
+  def mean_loss(params):
+    logits = nnx.merge(graphdef, params)(
+      batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT
+    )
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch.labels_BT, 0))
+    real = batch.labels_BT >= 0
+    return jnp.sum(jnp.where(real, nll, 0.0)) / jnp.sum(real)
+
+  loss, gradient = jax.jit(jax.value_and_grad(mean_loss))(params)
+  state, metrics = _updated(model, batch, StepConfig(loss_chunk=16))
+  _assert_close(jax.tree.map(jnp.subtract, params, state.params), gradient)
+  assert metrics['loss'] == pytest.approx(float(loss), rel=1e-5)
+  assert metrics['grad_norm'] == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-4)
+  assert int(metrics['tokens']) == int(jnp.sum(batch.labels_BT >= 0))
+  assert int(state.step) == 1
+
+
+@pytest.mark.parametrize('n', [2, 4, 8])
+def test_accumulation_equals_one_big_batch(rng, n):
+  model, batch = _model(), _batch(rng)
+  counts = np.asarray(jnp.sum(batch.labels_BT >= 0, axis=1))
+  assert len(set(counts)) > 4  # a mean of means would be another number
+  whole, whole_metrics = _updated(model, batch, StepConfig())
+  parts, parts_metrics = _updated(model, batch, StepConfig(accumulation=n))
+  _assert_close(parts.params, whole.params)
+  for name in whole_metrics:
+    assert float(parts_metrics[name]) == pytest.approx(float(whole_metrics[name]), rel=1e-5)
+
+
+def test_packed_documents_score_as_they_do_alone(rng):
+  model = _model()
+  documents = [rng.integers(1, 32, size) for size in (3, 5, 4, 7)]
+  together = PackedDataset.from_ids(documents, eos_id=0, seq_len=30, batch_size=1)
+  alone = [PackedDataset.from_ids([d], eos_id=0, seq_len=30, batch_size=1) for d in documents]
+  graphdef, params = nnx.split(model)
+  nll = lambda dataset: float(step_lib.nll_sum(graphdef, params, dataset.batch(0), StepConfig()))
+  assert nll(together) == pytest.approx(sum(map(nll, alone)), rel=1e-5)
+
+
+def test_mixed_precision_keeps_float32_masters(rng):
+  model, batch = _model(), _batch(rng)
+  rate = 1e-5  # lost against weights near 1 in bfloat16, kept in float32
+  state, metrics = _updated(
+    model, batch, StepConfig(compute_dtype='bfloat16'), optax.sgd(rate), updates=3
+  )
+  exact, exact_metrics = _updated(model, batch, StepConfig(), optax.sgd(rate), updates=3)
+  before = nnx.split(model)[1]
+  assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype('float32')}
+  assert float(metrics['loss']) != float(exact_metrics['loss'])
+  assert float(metrics['loss']) == pytest.approx(float(exact_metrics['loss']), abs=BFLOAT16_LOSS)
+  scale = lambda params: np.asarray(jax.tree.leaves(params['final_norm'])[0])
+  moved, want = scale(state.params) - scale(before), scale(exact.params) - scale(before)
+  assert np.abs(want).max() > 0 and np.corrcoef(moved, want)[0, 1] > 0.9
+
+
+def test_init_copies_and_the_step_donates(rng):
+  model = _model()
+  optimizer = optax.adam(1e-3)
+  graphdef, state = step_lib.init(model, optimizer)
+  step = step_lib.make_step(graphdef, optimizer, state, StepConfig())
+  new, _ = step(state, _batch(rng))
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(nnx.split(model)[1]))
+  step(new, _batch(rng))
+  assert step._cache_size() == 1
+
+
+def test_sharded_parameters_and_batches_give_the_same_update(rng):
+  batch = _batch(rng)
+  config = StepConfig(accumulation=2)
+  optimizer = optax.adam(1e-2)
+  want, _ = _updated(_model(), batch, config, optimizer, updates=2)
+  mesh = jax.make_mesh((4, 2), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+  def place(leaf):
+    spec = PartitionSpec(None, 'model') if leaf.ndim == 2 else PartitionSpec()
+    return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+  graphdef, params = nnx.split(_model())
+  model = nnx.merge(graphdef, jax.tree.map(place, params))
+  graphdef, state = step_lib.init(model, optimizer)
+  placed = jax.tree.map(lambda x: x.sharding, state)
+  step = step_lib.make_step(graphdef, optimizer, state, config)
+  batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec('data')))
+  for _ in range(2):
+    state, _ = step(state, batch)
+  assert jax.tree.map(lambda x: x.sharding, state) == placed
+  assert step._cache_size() == 1
+  for got, expected in zip(jax.tree.leaves(state.params), jax.tree.leaves(want.params)):
+    # Adam divides by the gradient's size, so rounding errors count most where that is near zero.
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_without_gradients_are_named():
+  model = _model()
+  model.layers[1].ffn.up.weight = nnx.Param(jnp.zeros((16, 24), jnp.int8))
+  with pytest.raises(ValueError, match=r'layers\.1\.ffn\.up\.weight.* is int8'):
+    step_lib.init(model, optax.sgd(1.0))
+
+
+def test_bad_settings_are_named(rng):
+  with pytest.raises(ValueError, match="compute_dtype 'float64'"):
+    StepConfig(compute_dtype='float64')
+  with pytest.raises(ValueError, match='at least 1, not 0'):
+    StepConfig(accumulation=0)
+  with pytest.raises(ValueError, match='8 rows does not divide into 3'):
+    _updated(_model(), _batch(rng), StepConfig(accumulation=3))
