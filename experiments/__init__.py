@@ -1,0 +1,1 @@
+"""One question a script; run each as `python -m experiments.NAME --help`."""

@@ -1,0 +1,138 @@
+"""The embedded default: a small base model, trained on the source of Python's standard library.
+
+It needs no network and about two minutes on two cores, and is kept for the next run. The order of
+recipes shows on it; their exact numbers belong to it alone.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+import sys
+
+import jax
+from flax import nnx
+
+from model import corpus, hf
+from model.config import LayerConfig, ModelConfig
+from model.corpus import Corpus
+from model.tokenizer import Tokenizer
+from model.train import loop
+from model.train.data import PackedDataset, excerpts
+from model.train.loop import FitConfig
+from model.train.optimizer import OptimizerConfig
+from model.transformer import Transformer
+
+ABOUT = 'about.json'
+VERSION = 1  # of everything here that is not in `Plan`
+MEASURED_CHARACTERS = 200_000  # of the held-out and the calibration part, a passage of each file
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """The shape of the base model and how it is trained."""
+
+  vocab_size: int = 2048
+  tokenizer_characters: int = 4_000_000
+  width: int = 128
+  layers: int = 2
+  query_heads: int = 2
+  kv_heads: int = 1
+  head_width: int = 64
+  ffn_width: int = 256
+  seq_len: int = 128
+  batch_size: int = 8
+  steps: int = 3200
+  warmup_steps: int = 50
+  learning_rate: float = 4e-3
+  train_characters: int = 10_000_000
+
+
+SMOKE = Plan(
+  vocab_size=512,
+  ffn_width=384,
+  tokenizer_characters=100_000,
+  seq_len=64,
+  batch_size=4,
+  steps=30,
+  warmup_steps=5,
+  train_characters=200_000,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Embedded:
+  """A trained base model with its tokenizer, its texts, and what a record says of it."""
+
+  model: Transformer
+  tokenizer: Tokenizer
+  texts: Corpus
+  about: dict
+
+
+def load_or_train(
+  cache: pathlib.Path, *, seed: int = 0, smoke: bool = False, plan: Plan | None = None
+) -> Embedded:
+  """Loads the base model from the cache folder, or trains and keeps it; resumes if killed."""
+  plan = plan or (SMOKE if smoke else Plan())
+  texts = corpus.standard_library()
+  folder = cache / f'base-{_key(plan, texts, seed)}'
+  if not (folder / 'config.json').is_file():
+    _train(plan, texts, seed, folder)
+  model, tokenizer = hf.load_pretrained(folder)
+  about = json.loads(folder.with_suffix('.json').read_text())
+  texts = dataclasses.replace(
+    texts,
+    held_out=tuple(excerpts(texts.held_out, MEASURED_CHARACTERS)),
+    calibration=tuple(excerpts(texts.calibration, MEASURED_CHARACTERS)),
+  )
+  return Embedded(model=model, tokenizer=tokenizer, texts=texts, about=about)
+
+
+def config(plan: Plan, tokenizer: Tokenizer) -> ModelConfig:
+  """The base model's config: a Llama, so that other tools read it."""
+  layer = LayerConfig(
+    query_heads=plan.query_heads,
+    kv_heads=plan.kv_heads,
+    head_width=plan.head_width,
+    ffn_width=plan.ffn_width,
+  )
+  return ModelConfig(
+    family='llama',
+    vocab_size=plan.vocab_size,
+    width=plan.width,
+    layers=(layer,) * plan.layers,
+    max_positions=1024,
+    bos_id=tokenizer.bos_id,
+    eos_ids=tokenizer.eos_ids,
+  )
+
+
+def _key(plan, texts, seed) -> str:
+  what = [VERSION, dataclasses.asdict(plan), texts.fingerprint, seed, jax.default_backend()]
+  return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def _train(plan, texts, seed, folder):
+  print(f'training the base model once, kept in {folder}', file=sys.stderr, flush=True)
+  tokenizer = Tokenizer.train_bpe(
+    excerpts(texts.train, plan.tokenizer_characters, seed=seed), plan.vocab_size
+  )
+  data = PackedDataset.from_texts(
+    excerpts(texts.train, plan.train_characters, seed=seed),
+    tokenizer,
+    seq_len=plan.seq_len,
+    batch_size=plan.batch_size,
+    seed=seed,
+  )
+  optimizer = OptimizerConfig(
+    steps=plan.steps, learning_rate=plan.learning_rate, warmup_steps=plan.warmup_steps
+  )
+  model = Transformer(config(plan, tokenizer), rngs=nnx.Rngs(seed))
+  run = folder.with_suffix('.run')
+  result = loop.fit(model, data, FitConfig(optimizer=optimizer, checkpoint_every=100), folder=run)
+  about = {'plan': dataclasses.asdict(plan), 'train_loss': result.records[-1]['loss']}
+  folder.with_suffix('.json').write_text(json.dumps(about))
+  hf.save_pretrained(result.model, tokenizer, folder)
+  shutil.rmtree(run)

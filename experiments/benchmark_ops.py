@@ -1,0 +1,166 @@
+r"""How near the products with compressed matrices come to the memory's speed.
+
+  python -m experiments.benchmark_ops --output=out/ops.jsonl
+  python -m experiments.benchmark_ops --shapes=4096x22016 --rows=1,8,512 --formats=int4_g128,bf16
+
+For each shape, number of rows and format: the time of one product through XLA's jnp form and
+through the native kernel, in interleaved rounds with the float32 product, and the bytes of weights
+a second beside what the memory was measured to do on the spot: `copy` counts the bytes read and
+written by adding 1 to a long array, `read` those read by summing one. Only matrices past the
+last-level cache say something about the memory; the default shapes are, in every format.
+
+Device: CPU. Minutes: 3 on two cores. Expected: matrix-vector products with int8, int4 and bf16
+matrices at 80 % of the copy bandwidth or more.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from experiments import common
+from model.eval import records, timing
+from ops import linear, quantized
+from ops.kernels import cpu
+from ops.kernels.cpu import packed
+
+FORMATS = {
+  'bf16': lambda w: w.astype(jnp.bfloat16),
+  'f16': lambda w: w.astype(jnp.float16),
+  'int8': lambda w: quantized.quantize(w, 'int8'),
+  'int8_g128': lambda w: quantized.quantize(w, 'int8', group_size=128),
+  'int4_g128': lambda w: quantized.quantize(w, 'int4', group_size=128),
+  'int4_g32': lambda w: quantized.quantize(w, 'int4', group_size=32),
+  'int4_asym': lambda w: quantized.quantize(w, 'int4', group_size=128, symmetric=False),
+  'nf4': lambda w: quantized.quantize(w, 'nf4'),
+  'fp8': lambda w: quantized.quantize(w, 'fp8_e4m3'),
+}
+READ_BYTES = 2**28
+
+SHAPES = flags.DEFINE_list('shapes', ['4096x22016'], 'Matrices as INPUTSxOUTPUTS.')
+ROWS = flags.DEFINE_list('rows', ['1'], 'Numbers of rows that meet a matrix.')
+NAMES = flags.DEFINE_list('formats', list(FORMATS), f'Of {", ".join(FORMATS)}.')
+XLA = flags.DEFINE_bool('xla', True, "Time XLA's jnp form of each format too; it can be slow.")
+ROUNDS = flags.DEFINE_integer('rounds', 7, 'Interleaved rounds.', lower_bound=timing.MIN_ROUNDS)
+OUTPUT = flags.DEFINE_string('output', None, 'A .jsonl file to append records to.')
+SMOKE = flags.DEFINE_bool('smoke', False, 'One small matrix and two formats.')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+  """One matrix shape with one number of rows."""
+
+  inputs: int
+  outputs: int
+  rows: int
+
+
+def main() -> None:
+  names = ['int8', 'int4_g128'] if SMOKE.value else NAMES.value
+  for name in names:
+    if name not in FORMATS:
+      raise ValueError(f'--formats has {name!r}, which is not one of {", ".join(FORMATS)}')
+  if not cpu.available():
+    print(f'no native kernels: {cpu.why_not()}')
+  limits = _limits()
+  for case in [Case(inputs=256, outputs=512, rows=1)] if SMOKE.value else _cases():
+    for record in _measure(case, names, limits):
+      print(_words(record))
+      if OUTPUT.value:
+        records.append(OUTPUT.value, record)
+
+
+def _cases() -> list[Case]:
+  try:
+    shapes = [tuple(map(int, shape.split('x'))) for shape in SHAPES.value]
+    cases = [
+      Case(inputs=inputs, outputs=outputs, rows=int(rows))
+      for inputs, outputs in shapes
+      for rows in ROWS.value
+    ]
+  except ValueError as error:
+    raise ValueError(
+      f'--shapes are like 4096x11008 and --rows numbers, not {SHAPES.value} and {ROWS.value}'
+    ) from error
+  for case in cases:
+    common.check_positive(**dataclasses.asdict(case))
+  return cases
+
+
+def _limits() -> dict[str, records.Metric]:
+  """Bytes a second that the memory does, measured now."""
+  size = 2**20 if SMOKE.value else READ_BYTES // 4
+  long = jax.block_until_ready(jnp.ones(size, jnp.float32))
+  read = timing.time_interleaved({'read': functools.partial(jax.jit(jnp.sum), long)})['read']
+  copy = timing.copy_bandwidth(buffer_bytes=4 * size if SMOKE.value else None)
+  return {'copy': copy, 'read': read.rate(4 * size, 'byte/s')}
+
+
+def _measure(case: Case, names, limits) -> list[records.Record]:
+  rng = np.random.default_rng(0)
+  w_IO = jnp.asarray(rng.normal(size=(case.inputs, case.outputs)), jnp.float32)
+  x = jnp.asarray(rng.normal(size=(case.rows, case.inputs)), jnp.float32)
+  weights, calls = {}, {'float32': functools.partial(_product, x, w_IO)}
+  for name in names:
+    w = jax.jit(FORMATS[name])(w_IO)
+    if XLA.value:
+      calls[f'{name} xla'] = functools.partial(_product, x, w)
+    fast = packed.pack(w)
+    if fast is not w:
+      calls[f'{name} native'] = functools.partial(_product, x, fast)
+      exact = packed.pack(w, 'float')
+      if fast.activations != 'float':
+        calls[f'{name} native, float activations'] = functools.partial(_product, x, exact)
+    weights[name] = fast
+  times = timing.time_interleaved(calls, rounds=ROUNDS.value)
+  return [_record(case, name, weights[name], times, limits) for name in names]
+
+
+_product = jax.jit(linear.matmul)
+
+
+def _record(case: Case, name: str, w, times, limits) -> records.Record:
+  metrics = {f'{limit}_bandwidth': metric for limit, metric in limits.items()}
+  metrics['weight_bytes'] = records.Metric(w.nbytes, 'byte')
+  metrics['float32 time'] = timing.summarize(times['float32'].samples_s, 's')
+  for key, time in times.items():
+    format, _, form = key.partition(' ')
+    if format != name:
+      continue
+    rate = time.rate(w.nbytes, 'byte/s')
+    metrics[f'{form} time'] = timing.summarize(time.samples_s, 's')
+    metrics[f'{form} bandwidth'] = rate
+    metrics[f'{form} speedup'] = time.speedup
+    metrics[f'{form} of copy'] = records.Metric(rate.value / limits['copy'].value, '1', rate.n)
+  note = linear.kernel(w, 'cpu')
+  return records.Record(
+    experiment='benchmark_ops',
+    recipe=name,
+    command=common.command(),
+    config={**dataclasses.asdict(case), 'format': name, 'activations': 'float32'},
+    environment=records.environment(),
+    seed=0,
+    metrics=metrics,
+    notes=(note or f'no kernel: {cpu.why_not() or "this format has none"}',),
+  )
+
+
+def _words(record: records.Record) -> str:
+  config, parts = record.config, []
+  for form in ('xla', 'native', 'native, float activations'):
+    if f'{form} time' in record.metrics:
+      parts.append(
+        f'{form} {record.value(f"{form} time") * 1e3:.2f} ms, '
+        f'{record.value(f"{form} bandwidth") / 1e9:.1f} GB/s '
+        f'({record.value(f"{form} of copy"):.0%} of copy), '
+        f'{record.value(f"{form} speedup"):.2f} x float32'
+      )
+  shape = f'{config["inputs"]}x{config["outputs"]}, {config["rows"]} rows'
+  return f'{shape}, {record.recipe}: ' + '; '.join(parts)
+
+
+if __name__ == '__main__':
+  common.run(main)

@@ -1,0 +1,97 @@
+"""evaluate: its numbers are those of the library, and bad input is refused."""
+
+import json
+
+import pytest
+from absl import flags
+
+from model import hf
+from model.eval import perplexity
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  path = tmp_path_factory.mktemp('text') / 'text.txt'
+  path.write_text(''.join(f'def add_{i}(a, b):\n  return a + b + {i}\n\n\n' for i in range(40)))
+  return path
+
+
+def test_json_has_the_numbers_of_the_protocol(script, base, text, capsys):
+  script(f'--model={base}', f'--text={text}', '--seq_len=32', '--json', '--max_windows=5')
+  found = json.loads(capsys.readouterr().out)
+  model, tokenizer = hf.load_pretrained(base)
+  windows = perplexity.windows(*tokenizer.encode_with_bytes(text.read_text()), 32, 5)
+  quality = perplexity.evaluate(model, windows)
+  assert found['ppl'] == quality.ppl
+  assert found['bits_per_byte'] == quality.bits_per_byte
+  assert found['nll_sum'] == quality.nll_sum
+  assert found['tokens'] == 5 * 31
+  assert found['activations'] == 'float32'
+  assert 'kl_to_base' not in found
+
+
+def test_words_with_a_base(script, base, text, capsys):
+  script(f'--model={base}', f'--text={text}', f'--base={base}', '--seq_len=32', '--max_windows=2')
+  shown = capsys.readouterr().out
+  assert 'perplexity' in shown
+  assert 'KL to base    0.000000 nats a token' in shown
+  assert 'flip rate     0.00%' in shown
+
+
+def test_half_precision_is_said(script, base, text, capsys):
+  arguments = f'--model={base}', f'--text={text}', '--seq_len=32', '--max_windows=2', '--json'
+  script(*arguments)
+  full = json.loads(capsys.readouterr().out)
+  script(*arguments, '--dtype=bfloat16')
+  half = json.loads(capsys.readouterr().out)
+  assert half['activations'] == 'bfloat16'
+  assert half['stored_bytes'] * 2 == full['stored_bytes']
+  assert half['ppl'] == pytest.approx(full['ppl'], rel=0.02)
+
+
+def test_smoke(script, capsys):
+  script('--smoke', '--max_windows=2', '--seq_len=64')
+  assert 'over 126 predicted tokens, windows of 64' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    ([], 'needs --model and --text'),
+    (['--model=x'], 'needs --model and --text'),
+    (['--model=no/such/folder/x', '--text=TEXT'], 'is no folder'),
+    (['--model=BASE', '--text=none.txt'], 'there is no text file none.txt'),
+    (['--model=BASE', '--text=TEXT', '--seq_len=9000'], 'fewer than one window of 9000'),
+    (['--model=BASE', '--text=TEXT', '--plugins=x.py'], 'there is no plug-in x.py'),
+  ],
+)
+def test_bad_input_is_refused(script, base, text, arguments, message):
+  named = [a.replace('BASE', str(base)).replace('TEXT', str(text)) for a in arguments]
+  with pytest.raises(ValueError, match=message):
+    script(*named)
+
+
+def test_text_that_is_not_utf8_is_refused(script, base, tmp_path):
+  path = tmp_path / 'x.txt'
+  path.write_bytes(b'caf\xe9')
+  with pytest.raises(ValueError, match='is not UTF-8'):
+    script(f'--model={base}', f'--text={path}')
+
+
+@pytest.mark.parametrize('kind', ['truncated', 'no tokenizer', 'nan', 'missing tensor'])
+def test_a_damaged_checkpoint_is_refused(script, damaged, text, kind):
+  with pytest.raises(ValueError, match=r'model\.safetensors|no tokenizer|NaN|missing'):
+    script(f'--model={damaged(kind)}', f'--text={text}')
+
+
+def test_a_base_of_another_vocabulary_is_refused(script, base, damaged, text):
+  other = damaged('another tokenizer')
+  (other / 'tokenizer.json').unlink()
+  with pytest.raises(ValueError, match='--base has a vocabulary of 300, --model one of 512'):
+    script(f'--model={base}', f'--text={text}', f'--base={other}', '--seq_len=32')
+
+
+@pytest.mark.parametrize('argument', ['--max_windows=-1', '--seq_len=1', '--dtype=int8'])
+def test_bad_flags_are_refused(script, argument):
+  with pytest.raises(flags.Error):
+    script('--smoke', argument)

@@ -1,0 +1,63 @@
+"""train_lm: a smoke run gives a checkpoint that evaluates to its record."""
+
+import json
+import math
+
+import pytest
+
+from model import corpus, hf
+from model.eval import perplexity, records
+
+
+def test_smoke(script, tmp_path, capsys):
+  out = tmp_path / 'lm'
+  script('--smoke', f'--out={out}', '--steps=12')
+  model, tokenizer = hf.load_pretrained(out / 'model')
+  (record,) = records.read(out / 'records.jsonl')
+  assert model.config.vocab_size == tokenizer.vocab_size == 512
+  log = out / 'run' / 'loss.jsonl'
+  losses = [json.loads(line)['loss'] for line in log.read_text().splitlines()]
+  assert len(losses) == 12
+  assert record.value('train_loss') == losses[-1]
+  assert losses[0] == pytest.approx(math.log(512), abs=0.2)  # at first every token is as likely
+  assert record.value('ppl') < 500
+  assert f'perplexity {record.value("ppl"):.2f}' in capsys.readouterr().out
+  texts = corpus.load()
+  sample = script.module.excerpts(texts.held_out, 128 * 64 * 6)
+  windows = perplexity.windows(*tokenizer.encode_with_bytes('\n'.join(sample)), 64, 128)
+  assert perplexity.evaluate(model, windows).ppl == pytest.approx(record.value('ppl'), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (['--text=none'], 'no such file'),
+    (['--query_heads=3', '--kv_heads=2'], '3 query heads do not divide'),
+    (['--steps=0'], '--steps must be above 0'),
+    (['--tokenizer=.'], 'has neither'),
+  ],
+)
+def test_bad_input_is_refused(script, tmp_path, monkeypatch, arguments, message):
+  monkeypatch.setattr(script.module.loop, 'fit', None)
+  with pytest.raises(ValueError, match=message):
+    script('--smoke', f'--out={tmp_path / "out"}', *arguments)
+  assert not (tmp_path / 'out').exists()
+
+
+def test_an_output_that_holds_something_else_is_refused_before_training(
+  script, tmp_path, monkeypatch
+):
+  (tmp_path / 'model').mkdir()
+  (tmp_path / 'model' / 'thesis.tex').write_text('mine')
+  monkeypatch.setattr(script.module.loop, 'fit', None)
+  with pytest.raises(ValueError, match='holds something else'):
+    script('--smoke', f'--out={tmp_path}')
+
+
+def test_held_out_text_shorter_than_a_window_is_refused_before_training(
+  script, tmp_path, monkeypatch
+):
+  (tmp_path / 'text.txt').write_text(''.join(f'Line {i} of a few words.\n' for i in range(30)))
+  monkeypatch.setattr(script.module.loop, 'fit', None)
+  with pytest.raises(ValueError, match='fewer than one window'):
+    script('--smoke', f'--out={tmp_path / "out"}', f'--text={tmp_path / "text.txt"}')

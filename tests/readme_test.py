@@ -1,0 +1,72 @@
+"""README is executable: its generated parts are fresh, its snippets run, its commands exist."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+import yaml
+
+from experiments import update_readme
+from model.compress import recipe, registry
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+README = (ROOT / 'README.md').read_text()
+BLOCKS = re.findall(r'^```(\w*)\n(.*?)^```', README, re.DOTALL | re.MULTILINE)
+
+
+def _blocks(language):
+  return [body for found, body in BLOCKS if found == language]
+
+
+def test_generated_parts_are_those_of_the_code_and_the_records():
+  assert update_readme.render(README) == README
+
+
+def test_a_changed_number_is_noticed():
+  number = re.search(r'\| `int8` \| (\d+\.\d+) \|', README)[1]
+  assert update_readme.render(README.replace(number, '1.234')) == README
+
+
+def test_it_opens_with_the_two_commands():
+  install_and_run, test = _blocks('')[0].splitlines()
+  assert install_and_run == 'pip install -e . && python -m experiments.compress'
+  assert test == "pip install -e '.[test]' && python -m pytest"
+  assert test in (ROOT / '.ci' / 'run').read_text()
+
+
+def _commands():
+  return [
+    line.partition('#')[0].strip()
+    for body in _blocks('')[1:]
+    for line in body.splitlines()
+    if line.startswith('python -m experiments.')
+  ]
+
+
+@pytest.mark.parametrize('command', _commands())
+def test_every_flag_of_a_command_exists(command):
+  words = shlex.split(command)
+  name = words[2].removeprefix('experiments.')
+  source = (ROOT / 'experiments' / f'{name}.py').read_text()
+  common = (ROOT / 'experiments' / 'common.py').read_text()
+  for word in words[3:]:
+    flag = word.removeprefix('--').partition('=')[0]
+    known = re.search(rf"'{flag}'", source) or flag in ('plugins',)
+    assert known or (flag.startswith('mesh_') and 'mesh_{axis}' in common), flag
+
+
+def test_the_pruning_score_runs_in_a_recipe():
+  (snippet,) = [body for body in _blocks('python') if 'pruning_score' in body]
+  try:
+    exec(snippet, {})
+    step = recipe.parse({'name': 'r', 'steps': [{'noisy': {'n': 2, 'm': 4}}]}).steps[0]
+    assert step.row.statistics == ('input_norm',)
+  finally:
+    registry.TECHNIQUES.pop('noisy', None)
+
+
+def test_the_recipe_is_the_one_of_the_folder():
+  (snippet,) = _blocks('yaml')
+  own = recipe.load(ROOT / 'experiments' / 'recipes' / 'wanda_2of4_int8.yaml')
+  assert recipe.parse(yaml.safe_load(snippet)) == own
