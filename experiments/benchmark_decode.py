@@ -1,0 +1,330 @@
+r"""How fast a model reads a prompt and writes tokens in each format, beside what the memory allows.
+
+  python -m experiments.benchmark_decode
+  python -m experiments.benchmark_decode --batches=1,2,4,8,16,32 --recipes=int8 --figure=batches.png
+  python -m experiments.benchmark_decode --peer='python -m experiments.peers.transformers_speed'
+
+The model is a preset with random weights (`--preset`, `--scale`, `--untie`) or a checkpoint
+(`--model`). Each round times every recipe and then runs every peer as a process of its own, so that
+both sides meet the same machine; ratios are medians of the rounds' ratios. A peer is a command that
+prints one JSON line a configuration with the keys peer, weights, prefill_tokens_per_s and
+decode_tokens_per_s; it is timed at batch 1.
+
+`prefill` computes the logits after the last token, as generation needs them; `forward` those of all
+tokens. `stream` is decoding as `generate` does it, each token read by Python before the next step.
+What Python and the dispatch cost is bounded from above by the `stream` of a model with as many
+layers and next to no arithmetic.
+
+Device: any. Minutes: 4 on two cores. Expected: int4 decodes 4 times as fast as float32.
+"""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import shlex
+import subprocess
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments import common, shapes, study
+from model import hf, presets
+from model.compress import pipeline
+from model.compress import recipe as recipe_module
+from model.compress.recipe import Recipe
+from model.config import ModelConfig
+from model.eval import cost, records, timing
+from model.eval.records import BASE, Metric, Record
+from model.infer import bench
+from model.infer.prepare import prepare
+from model.transformer import Transformer, parameters
+
+PHASES = {'prefill': 'prompt', 'forward': 'prompt', 'decode': 'tokens', 'stream': 'tokens'}
+PEER_KEYS = ('peer', 'weights', 'prefill_tokens_per_s', 'decode_tokens_per_s')
+
+SHAPE = shapes.define()
+MODEL = flags.DEFINE_string('model', None, 'A Hugging Face folder, instead of a preset.')
+RECIPES = flags.DEFINE_list(
+  'recipes', ['bf16', 'int8', 'int4'], 'What to time beside float32; the head is compressed too.'
+)
+PEERS = flags.DEFINE_multi_string('peer', [], 'A command to time in every round; may be repeated.')
+PROMPT = flags.DEFINE_integer('prompt', 512, 'Tokens of the prompt.', lower_bound=1)
+TOKENS = flags.DEFINE_integer('tokens', 64, 'Tokens to decode a round.', lower_bound=1)
+BATCHES = flags.DEFINE_list('batches', ['1'], 'Numbers of rows.')
+ROUNDS = flags.DEFINE_integer('rounds', 5, 'Interleaved rounds.', lower_bound=timing.MIN_ROUNDS)
+OUTPUT = flags.DEFINE_string('output', None, 'A .jsonl file to append records to.')
+FIGURE = flags.DEFINE_string('figure', None, 'A PNG of tokens a second over the batch.')
+SMOKE = flags.DEFINE_bool('smoke', False, 'A tiny model, one recipe, few tokens.')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+  """What is timed: the base, the recipes, and how much of each phase."""
+
+  base: Transformer
+  recipes: tuple[Recipe, ...]
+  prompt: int
+  tokens: int
+  batches: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subject:
+  """One model in one format at one batch, ready to run."""
+
+  recipe: str
+  batch: int
+  bench: bench.Bench
+  bytes_per_step: float
+  notes: tuple[str, ...]
+
+
+def main() -> None:
+  setting = _setting()
+  subjects = [
+    _subject(name, model, setting, batch)
+    for name, model in _models(setting)
+    for batch in setting.batches
+  ]
+  bandwidth = timing.copy_bandwidth(buffer_bytes=2**20 if SMOKE.value else None)
+  outside_s = _outside_s(setting.base.config)
+  samples = _rounds(subjects, setting)
+  results = [_record(s, samples, setting, bandwidth, outside_s) for s in subjects]
+  results += _peer_records(samples, setting)
+  for record in results:
+    print(_words(record))
+    if OUTPUT.value:
+      records.append(OUTPUT.value, record)
+  if FIGURE.value:
+    _draw([r for r in results if r.experiment == 'benchmark_decode'], FIGURE.value)
+
+
+def _setting() -> Setting:
+  names = ['int4'] if SMOKE.value else [name for name in RECIPES.value if name]
+  recipes = [recipe_module.resolve(name, common.RECIPES) for name in names]
+  for recipe in recipes:
+    if any(step.row.statistics for step in recipe.steps):
+      raise ValueError(
+        f'{recipe.name} is calibrated, and random weights need no calibration; its format decides '
+        'the speed, so time the recipe that rounds to nearest'
+      )
+  for command in PEERS.value:
+    if not shlex.split(command):
+      raise ValueError('--peer is a command, and it is empty')
+  try:
+    batches = tuple(map(int, BATCHES.value))
+  except ValueError:
+    raise ValueError(f'--batches are whole numbers, not {",".join(BATCHES.value)}') from None
+  for batch in batches:
+    common.check_positive(batches=batch)
+  return Setting(
+    base=_base(),
+    recipes=tuple(dataclasses.replace(recipe, head=True) for recipe in recipes),
+    prompt=16 if SMOKE.value else PROMPT.value,
+    tokens=4 if SMOKE.value else TOKENS.value,
+    batches=batches,
+  )
+
+
+def _base() -> Transformer:
+  if MODEL.value:
+    return hf.load_pretrained(MODEL.value, dtype=jnp.float32)[0]
+  config = presets.preset('tiny-llama') if SMOKE.value else shapes.config(SHAPE)
+  return Transformer(config, rngs=nnx.Rngs(0))
+
+
+def _models(setting: Setting):
+  yield BASE, setting.base
+  for recipe in setting.recipes:
+    progress = common.labelled(f'{recipe.name}: compress')
+    yield recipe.name, pipeline.compress(setting.base, recipe, progress=progress)[0]
+
+
+def _subject(name, model, setting, batch) -> Subject:
+  ready = prepare(model)
+  stored = {path: param.get_value() for path, param in parameters(ready).items()}
+  context = setting.prompt + setting.tokens // 2
+  one_row = cost.decode_bytes_per_token(model.config, stored, context, model.dtype)
+  cache = cost.kv_cache_bytes(model.config, context, model.dtype)
+  own = bench.prepare(ready, batch=batch, prompt_length=setting.prompt, steps=setting.tokens)
+  return Subject(
+    recipe=name,
+    batch=batch,
+    bench=own,
+    bytes_per_step=one_row + (batch - 1) * cache,
+    notes=study.kernel_notes(model, ready),
+  )
+
+
+def _outside_s(config: ModelConfig) -> float:
+  """Seconds a token of decoding with as many parameters and next to no arithmetic."""
+  small = tuple(
+    dataclasses.replace(layer, query_heads=1, kv_heads=1, head_width=8, ffn_width=8)
+    for layer in config.layers
+  )
+  twin = Transformer(config.replace(width=8, vocab_size=8, layers=small), rngs=nnx.Rngs(0))
+  own = bench.prepare(twin, prompt_length=8, steps=64)
+  return timing.time_interleaved({'stream': own.stream})['stream'].median_s / own.steps
+
+
+def _rounds(subjects, setting) -> dict[tuple[str, int, str], list[float]]:
+  """Tokens a second: (recipe or peer, batch, phase) -> one number a round."""
+  samples = collections.defaultdict(list)
+  for subject in subjects:
+    for phase in PHASES:
+      for _ in range(timing.MIN_WARMUP):
+        jax.block_until_ready(getattr(subject.bench, phase)())
+  for turn in common.progress(range(ROUNDS.value), 'rounds'):
+    for subject in [*subjects[turn:], *subjects[:turn]]:
+      for phase, amount in PHASES.items():
+        seconds = _seconds(getattr(subject.bench, phase))
+        rate = subject.batch * getattr(setting, amount) / seconds
+        samples[subject.recipe, subject.batch, phase].append(rate)
+    for command in PEERS.value:
+      for line in _run_peer(command):
+        name = f'{line["peer"]} {line["weights"]}'
+        samples[name, 1, 'prefill'].append(line['prefill_tokens_per_s'])
+        samples[name, 1, 'decode'].append(line['decode_tokens_per_s'])
+  return samples
+
+
+def _seconds(call) -> float:
+  start = time.perf_counter()
+  jax.block_until_ready(call())
+  return time.perf_counter() - start
+
+
+def _run_peer(command: str) -> list[dict]:
+  try:
+    done = subprocess.run(shlex.split(command), capture_output=True, text=True)
+  except OSError as error:
+    raise ValueError(f'the peer {command!r} cannot be started: {error}') from None
+  if done.returncode:
+    raise ValueError(f'the peer {command!r} failed: {done.stderr.strip()[-500:]}')
+  lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+  for line in lines:
+    missing = [key for key in PEER_KEYS if key not in line]
+    if missing:
+      raise ValueError(f'the peer {command!r} prints lines without {", ".join(missing)}')
+  if not lines:
+    raise ValueError(f'the peer {command!r} prints no JSON line')
+  return lines
+
+
+def _record(subject: Subject, samples, setting, bandwidth: Metric, outside_s) -> Record:
+  metrics = {}
+  for phase in PHASES:
+    rates = samples[subject.recipe, subject.batch, phase]
+    base = samples[BASE, subject.batch, phase]
+    metrics[f'{phase}_tokens_per_s'] = timing.summarize(rates, 'token/s')
+    metrics[f'{phase}_speedup'] = timing.summarize(np.divide(rates, base), '1')
+    for name, batch, peer_phase in list(samples):
+      if peer_phase == phase and name not in _own_names(setting) and subject.batch == batch:
+        ratios = np.divide(rates, samples[name, batch, phase])
+        metrics[f'{phase} / {name}'] = timing.summarize(ratios, '1')
+  steps = metrics['decode_tokens_per_s']
+  moved = subject.bytes_per_step / subject.batch
+  metrics['decode_bytes_per_step'] = Metric(subject.bytes_per_step, 'byte')
+  metrics['decode_bytes_per_s'] = Metric(moved * steps.value, 'byte/s', steps.n)
+  metrics['copy_bandwidth_bytes_per_s'] = bandwidth
+  metrics['decode_of_copy'] = Metric(moved * steps.value / bandwidth.value, '1', steps.n)
+  metrics['outside_program_s_per_token'] = Metric(outside_s, 's')
+  return Record(
+    experiment='benchmark_decode',
+    recipe=subject.recipe,
+    command=common.command(),
+    config=_config(setting) | {'batch': subject.batch},
+    environment=records.environment(),
+    seed=0,
+    metrics=metrics,
+    notes=subject.notes,
+  )
+
+
+def _own_names(setting) -> set[str]:
+  return {BASE, *(recipe.name for recipe in setting.recipes)}
+
+
+def _peer_records(samples, setting) -> list[Record]:
+  found = collections.defaultdict(dict)
+  for (name, _, phase), rates in samples.items():
+    if name not in _own_names(setting):
+      found[name][f'{phase}_tokens_per_s'] = timing.summarize(rates, 'token/s')
+  return [
+    Record(
+      experiment='benchmark_decode peer',
+      recipe=name,
+      command=common.command(),
+      config={'peers': list(PEERS.value), 'batch': 1},
+      environment=records.environment(),
+      seed=None,
+      metrics=metrics,
+    )
+    for name, metrics in found.items()
+  ]
+
+
+def _config(setting) -> dict:
+  model = pathlib.Path(MODEL.value).name if MODEL.value else SHAPE['preset'].value
+  return {
+    'model': 'tiny-llama' if SMOKE.value else model,
+    'scale': SHAPE['scale'].value,
+    'tied': setting.base.config.tied,
+    'prompt': setting.prompt,
+    'tokens': setting.tokens,
+  }
+
+
+def _words(record: Record) -> str:
+  speed = {
+    phase: record.metrics[f'{phase}_tokens_per_s']
+    for phase in PHASES
+    if f'{phase}_tokens_per_s' in record.metrics
+  }
+  parts = [f'{phase} {m.value:.1f} ± {(m.spread or 0) / 2:.1f}' for phase, m in speed.items()]
+  line = f'{record.recipe}, batch {record.config["batch"]}, tokens/s: {", ".join(parts)}'
+  if 'decode_of_copy' not in record.metrics:
+    return line
+  against = [f'{key} {m.value:.2f}' for key, m in record.metrics.items() if ' / ' in key]
+  outside_ms = 1e3 * record.value('outside_program_s_per_token')
+  return '\n  '.join(
+    [
+      line,
+      f'decode {record.value("decode_speedup"):.2f} x float32, '
+      f'{record.value("decode_bytes_per_s") / 1e9:.1f} GB/s '
+      f'({record.value("decode_of_copy"):.0%} of copy); outside the program at most '
+      f'{outside_ms:.2f} ms a token',
+      *against,
+      *record.notes,
+    ]
+  )
+
+
+def _draw(results: list[Record], path: str) -> None:
+  """Tokens a second over the batch, one line a recipe."""
+  lines = collections.defaultdict(list)
+  for record in results:
+    speed = record.metrics['decode_tokens_per_s']
+    lines[record.recipe].append((record.config['batch'], speed.value, (speed.spread or 0) / 2))
+  figure = Figure(figsize=(6, 4), layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
+  for name, rows in lines.items():
+    batches, values, spreads = zip(*sorted(rows))
+    axes.errorbar(batches, values, spreads, marker='o', capsize=2, label=name)
+  axes.set(xscale='log', yscale='log', xlabel='rows of the batch', ylabel='tokens a second')
+  axes.set_xticks(batches, [str(batch) for batch in batches])
+  axes.minorticks_off()
+  axes.legend()
+  figure.savefig(path, dpi=150)
+
+
+if __name__ == '__main__':
+  common.run(main)

@@ -1,0 +1,88 @@
+r"""What llm-compressor makes of a checkpoint, in a virtual environment of its own.
+
+  pip install torch==2.13.0 llmcompressor
+  python experiments/peers/llm_compressor.py WORK
+
+WORK holds `model` (a Hugging Face folder), `calibration.npy` and `held_out.npy` (token ids
+[rows, length]) and `settings.json` (see `experiments.compare_llm_compressor`, which writes them and
+calls this script). It runs one setting and writes `peer.safetensors` with the matrices as they
+multiply (rounded and widened again), and `peer.json` with the seconds of its `oneshot` call and the
+perplexity that torch finds.
+
+Imports nothing of this project, for JAX need not be installed beside it.
+"""
+
+import json
+import math
+import pathlib
+import sys
+import time
+
+import numpy as np
+import torch
+import transformers
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+from safetensors.torch import save_file
+
+EVALUATION_ROWS = 8
+
+
+def main() -> None:
+  work = pathlib.Path(sys.argv[1])
+  setting = json.loads((work / 'settings.json').read_text())
+  model = transformers.AutoModelForCausalLM.from_pretrained(work / 'model', dtype=torch.bfloat16)
+  tokens_NT = np.load(work / 'calibration.npy').astype(np.int64)
+  rows = [{'input_ids': row, 'attention_mask': [1] * len(row)} for row in tokens_NT.tolist()]
+  start = time.perf_counter()
+  oneshot(
+    model=model,
+    dataset=Dataset.from_list(rows),
+    recipe=[_modifier(setting)],
+    num_calibration_samples=len(rows),
+    max_seq_length=tokens_NT.shape[1],
+    shuffle_calibration_samples=False,
+    batch_size=setting['batch'],
+  )
+  seconds = time.perf_counter() - start
+  ppl = _perplexity(model, np.load(work / 'held_out.npy').astype(np.int64))
+  names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+  weights = {f'{n}.weight': model.get_submodule(n).weight.detach().contiguous() for n in names}
+  save_file(weights, work / 'peer.safetensors')
+  (work / 'peer.json').write_text(json.dumps({'seconds': seconds, 'torch_ppl': ppl}))
+
+
+def _modifier(setting):
+  if setting['method'] == 'gptq':
+    group = setting['group_size']
+    weights = QuantizationArgs(
+      num_bits=setting['bits'],
+      type='int',
+      symmetric=True,
+      strategy='channel' if group == -1 else 'group',
+      group_size=None if group == -1 else group,
+    )
+    scheme = QuantizationScheme(targets=['Linear'], weights=weights)
+    return GPTQModifier(config_groups={'group_0': scheme}, ignore=['lm_head'])
+  kind = {'sparsegpt': SparseGPTModifier, 'wanda': WandaPruningModifier}[setting['method']]
+  structure = setting['structure']
+  return kind(sparsity=0.5, mask_structure=structure, targets=['Linear'], ignore=['re:.*lm_head'])
+
+
+@torch.inference_mode()
+def _perplexity(model, tokens_NT) -> float:
+  model = model.float().eval()
+  total, count = 0.0, 0
+  for i in range(0, len(tokens_NT), EVALUATION_ROWS):
+    tokens = torch.from_numpy(tokens_NT[i : i + EVALUATION_ROWS])
+    logits = model(tokens).logits[:, :-1].float()
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    total, count = total + float(nll) * tokens[:, 1:].numel(), count + tokens[:, 1:].numel()
+  return math.exp(total / count)
+
+
+if __name__ == '__main__':
+  main()

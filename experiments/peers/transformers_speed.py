@@ -1,0 +1,71 @@
+r"""How fast Hugging Face transformers reads a prompt and writes tokens.
+
+  python -m experiments.peers.transformers_speed --dtypes=float32,bfloat16
+
+Random weights in the shape of a preset, in torch's eager mode on all cores, with the logits of all
+prompt tokens, as its forward pass gives them. One JSON line a dtype: tokens a second of the prefill
+(median of 3) and of decoding at batch 1 (median of the steps).
+
+Device: CPU. Minutes: 1 on two cores. Needs the extra `test`, for torch and transformers.
+"""
+
+import json
+import statistics
+import time
+
+from absl import flags
+
+from experiments import common, shapes
+from model.hf_names import config_to_hf
+
+DTYPES = flags.DEFINE_list('dtypes', ['float32'], 'Of float32, bfloat16 and float16.')
+PROMPT = flags.DEFINE_integer('prompt', 512, 'Tokens of the prompt.', lower_bound=1)
+TOKENS = flags.DEFINE_integer('tokens', 64, 'Tokens to decode.', lower_bound=1)
+SHAPE = shapes.define()
+PREFILLS = 3
+
+
+def main() -> None:
+  import torch  # not a dependency of the rest
+  import transformers
+
+  hf = config_to_hf(shapes.config(SHAPE))
+  config = transformers.AutoConfig.for_model(**hf)
+  for name in DTYPES.value:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(getattr(torch, name)).eval()
+    tokens = torch.randint(0, config.vocab_size, (1, PROMPT.value))
+    with torch.inference_mode():
+      prefill_s, cache = _prefill(model, tokens)
+      decode_s = _decode(model, tokens[:, -1:], cache)
+    line = {
+      'peer': 'transformers',
+      'weights': name,
+      'prefill_tokens_per_s': PROMPT.value / prefill_s,
+      'decode_tokens_per_s': 1 / decode_s,
+    }
+    print(json.dumps(line), flush=True)
+
+
+def _prefill(model, tokens):
+  model(tokens)
+  times = []
+  for _ in range(PREFILLS):
+    start = time.perf_counter()
+    out = model(tokens, use_cache=True)
+    times.append(time.perf_counter() - start)
+  return statistics.median(times), out.past_key_values
+
+
+def _decode(model, token, cache):
+  times = []
+  for _ in range(TOKENS.value):
+    start = time.perf_counter()
+    out = model(token, past_key_values=cache, use_cache=True)
+    token = out.logits[:, -1:].argmax(-1)
+    times.append(time.perf_counter() - start)
+  return statistics.median(times)
+
+
+if __name__ == '__main__':
+  common.run(main)

@@ -1,0 +1,101 @@
+"""benchmark_decode: the records it writes, peers beside them, and bad flags."""
+
+import json
+import sys
+
+import pytest
+
+from experiments import shapes
+from model import presets
+from model.eval import cost, records
+
+
+@pytest.fixture
+def peer(tmp_path):
+  """A peer that prints what it is told."""
+
+  def make(*lines, status=0):
+    path = tmp_path / 'peer.py'
+    text = '\n'.join(lines)
+    path.write_text(f'import sys\nprint({text!r})\nsys.exit({status})\n')
+    return f'{sys.executable} {path}'
+
+  return make
+
+
+def _line(**changes):
+  line = {'peer': 'other', 'weights': 'f32', 'prefill_tokens_per_s': 1000, 'decode_tokens_per_s': 2}
+  return json.dumps(line | changes)
+
+
+def test_it_records_speeds_beside_the_base_and_the_peers(script, tmp_path, peer, capsys):
+  out, figure = tmp_path / 'decode.jsonl', tmp_path / 'batches.png'
+  command = peer('a greeting', _line())
+  outputs = [f'--output={out}', f'--figure={figure}']
+  script('--smoke', '--batches=1,2', f'--peer={command}', *outputs)
+  rows = records.read(out)
+  assert [(r.recipe, r.config['batch']) for r in rows] == [
+    ('base', 1),
+    ('base', 2),
+    ('int4', 1),
+    ('int4', 2),
+    ('other f32', 1),
+  ]
+  base, _, int4, _, other = rows
+  assert base.value('decode_speedup') == 1 and base.metrics['decode_speedup'].n == 5
+  assert other.value('prefill_tokens_per_s') == 1000
+  ratio = int4.value('decode / other f32')
+  assert ratio == pytest.approx(int4.value('decode_tokens_per_s') / 2)
+  moved = int4.value('decode_bytes_per_step') * int4.value('decode_tokens_per_s')
+  assert int4.value('decode_bytes_per_s') == pytest.approx(moved)
+  assert int4.value('decode_bytes_per_step') < base.value('decode_bytes_per_step') / 3
+  assert 0 < base.value('outside_program_s_per_token') < 0.1
+  assert figure.read_bytes().startswith(b'\x89PNG')
+  assert 'other f32, batch 1' in capsys.readouterr().out
+
+
+BAD = {
+  'a calibrated recipe': (['--recipes=wanda50'], 'random weights need no calibration'),
+  'a batch that is no number': (['--batches=1,two'], 'whole numbers'),
+  'no batch': (['--batches=0'], 'above 0'),
+  'an unknown preset': (['--preset=smolm'], 'did you mean'),
+  'an unknown recipe': (['--recipes=int5'], 'unknown recipe'),
+  'an empty peer': (['--peer='], 'empty'),
+}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_bad_flags_are_refused(script, case):
+  arguments, message = BAD[case]
+  with pytest.raises(ValueError, match=message):
+    script(*arguments)
+
+
+@pytest.mark.parametrize(
+  'lines, status, message',
+  [
+    (['no JSON'], 0, 'prints no JSON line'),
+    ([json.dumps({'peer': 'x'})], 0, 'without weights, prefill'),
+    ([_line()], 3, 'failed'),
+  ],
+)
+def test_a_peer_that_does_not_work_is_named(script, peer, lines, status, message):
+  with pytest.raises(ValueError, match=message):
+    script('--smoke', f'--peer={peer(*lines, status=status)}')
+
+
+def test_a_wider_shape_has_the_same_depth_and_more_of_the_rest():
+  small = presets.preset('smollm2-135m')
+  wide = shapes.scaled(small, 2)
+  count = lambda config: cost.parameters(config.replace(tied=True)).non_embedding
+  assert len(wide.layers) == len(small.layers) and wide.layers[0].head_width == 64
+  matrices = 30 * (576 * 576 * 2 + 576 * 192 * 2 + 3 * 576 * 1536)
+  assert count(wide) - count(small) == 3 * matrices + (2 * 30 + 1) * 576
+
+
+def test_transformers_is_timed_on_the_same_shape(make_script, capsys):
+  peer = make_script('peers.transformers_speed')
+  peer('--preset=tiny-qwen3', '--prompt=8', '--tokens=2')
+  line = json.loads(capsys.readouterr().out)
+  assert (line['peer'], line['weights']) == ('transformers', 'float32')
+  assert line['prefill_tokens_per_s'] > 0 and line['decode_tokens_per_s'] > 0
