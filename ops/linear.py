@@ -29,6 +29,10 @@ class Weight(abc.ABC):
 
   dtype: jnp.dtype  # of `dense()`; a field or a property
 
+  # True for a type that changes the inputs and multiplies them with its field `weight`. What is
+  # calibrated and compressed is that inner weight, on the inputs that it meets; see `core`.
+  transforms_input = False
+
   @property
   @abc.abstractmethod
   def shape(self) -> tuple[int, ...]:
@@ -49,6 +53,10 @@ class Weight(abc.ABC):
   def matmul(self, x: jax.Array) -> jax.Array:
     """Multiplies x[..., I] by the weight: [..., O] in the dtype of x."""
     return matmul(x, self.dense())
+
+  def round_inputs(self, x: jax.Array) -> jax.Array:
+    """Returns x as `matmul` takes it: rounded, by a type that rounds its inputs."""
+    return x
 
   def kernel(self, platform: str) -> str | None:
     """Names what makes `matmul` fast on 'cpu', 'gpu' or 'tpu', or None if nothing does."""
@@ -107,6 +115,20 @@ def dense(w: Matrix) -> jax.Array:
   for _ in range(len(w.shape) - 2):
     fn = jax.vmap(fn)
   return fn(w)
+
+
+def core(w: Matrix) -> Matrix:
+  """The weight inside all types that change the inputs first; of others, the weight itself."""
+  while isinstance(w, Weight) and w.transforms_input:
+    w = w.weight
+  return w
+
+
+def with_core(w: Matrix, new: Matrix) -> Matrix:
+  """The same weight with another core."""
+  if isinstance(w, Weight) and w.transforms_input:
+    return dataclasses.replace(w, weight=with_core(w.weight, new))
+  return new
 
 
 def kernel(w: Matrix, platform: str) -> str | None:

@@ -1,35 +1,65 @@
-"""Small integers, several to a byte, along the first axis of a matrix, earliest in the low bits.
+"""Small integers of 1 to 8 bits as a stream of bits along the first axis of a matrix.
 
-Two consecutive rows share a byte at 4 bits, four at 2 bits.
+Code i of a column occupies the bits [i * bits, (i + 1) * bits) of its stream, and byte k the bits
+[8 * k, 8 * k + 8), the earliest in the low bits. So two consecutive rows share a byte at 4 bits,
+and eight rows share three bytes at 3 bits, where a code may lie across the edge of two bytes.
+
+The pattern repeats every `codes` rows and `size` bytes; a width that divides 8 repeats every byte,
+with one shift a code. The cost is one shift more for each edge that is crossed.
 """
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 
 def pack(codes_IO: jax.Array, bits: int) -> jax.Array:
-  """Packs codes in [0, 2**bits) into uint8 [ceil(I * bits / 8), O]; short bytes are filled with 0.
+  """Packs codes in [0, 2**bits) into uint8 [ceil(I * bits / 8), O]; missing bits are 0.
 
-  `bits` divides 8. Raises ValueError if it does not.
+  Raises ValueError unless `bits` is 1 to 8.
   """
-  per_byte = _per_byte(bits)
-  rows = -codes_IO.shape[0] % per_byte
-  codes = jnp.pad(codes_IO.astype(jnp.uint8), ((0, rows), (0, 0)))
-  parts = codes.reshape(-1, per_byte, codes.shape[1])
-  packed = parts[:, 0]
-  for i in range(1, per_byte):
-    packed |= parts[:, i] << (i * bits)
-  return packed
+  codes, size = _pattern(bits)
+  inputs, outputs = codes_IO.shape
+  filled = jnp.pad(codes_IO.astype(jnp.uint8), ((0, -inputs % codes), (0, 0)))
+  parts = filled.reshape(-1, codes, outputs)
+  packed = [
+    _union(_shifted(parts[:, i], i * bits - 8 * k) for i in range(codes) if _meets(i, bits, k))
+    for k in range(size)
+  ]
+  return jnp.stack(packed, axis=1).reshape(-1, outputs)[: -(-inputs * bits // 8)]
 
 
 def unpack(packed: jax.Array, bits: int, rows: int) -> jax.Array:
-  """Gives back the first `rows` rows of codes as uint8 [rows, O]."""
-  per_byte = _per_byte(bits)
-  parts = [(packed >> (i * bits)) & (2**bits - 1) for i in range(per_byte)]
-  return jnp.stack(parts, axis=1).reshape(-1, packed.shape[-1])[:rows]
+  """Gives back the first `rows` rows of codes as uint8 [rows, O]. Raises ValueError as `pack`."""
+  codes, size = _pattern(bits)
+  stored, outputs = packed.shape
+  parts = jnp.pad(packed, ((0, -stored % size), (0, 0))).reshape(-1, size, outputs)
+  unpacked = [
+    _union(_shifted(parts[:, k], 8 * k - i * bits) for k in range(size) if _meets(i, bits, k))
+    & jnp.uint8(2**bits - 1)
+    for i in range(codes)
+  ]
+  return jnp.stack(unpacked, axis=1).reshape(-1, outputs)[:rows]
 
 
-def _per_byte(bits: int) -> int:
-  if bits not in (1, 2, 4, 8):
-    raise ValueError(f'codes of {bits} bits do not fill a byte evenly; use 1, 2, 4 or 8')
-  return 8 // bits
+def _pattern(bits: int) -> tuple[int, int]:
+  """Codes and bytes after which the layout repeats."""
+  if bits not in range(1, 9):
+    raise ValueError(f'codes of {bits} bits do not fit a byte; use 1 to 8')
+  common = math.gcd(bits, 8)
+  return 8 // common, bits // common
+
+
+def _meets(code: int, bits: int, byte: int) -> bool:
+  return code * bits < 8 * byte + 8 and 8 * byte < (code + 1) * bits
+
+
+def _shifted(values, left: int):
+  # uint8 drops what is shifted out at either end.
+  return values << left if left >= 0 else values >> -left
+
+
+def _union(parts):
+  return functools.reduce(jnp.bitwise_or, parts)

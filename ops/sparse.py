@@ -38,8 +38,12 @@ def unstructured_mask(score_IO: jax.Array, sparsity: float, *, per_output: bool)
   if not 0 <= sparsity < 1:
     raise ValueError(f'a sparsity is at least 0 and below 1, not {sparsity}')
   pool = score_IO if per_output else score_IO.reshape(-1, 1)
-  kept = _rank(pool) >= round(sparsity * pool.shape[0])
-  return kept.reshape(score_IO.shape)
+  return keep_highest(pool, round(sparsity * pool.shape[0])).reshape(score_IO.shape)
+
+
+def keep_highest(score_IO: jax.Array, dropped: int | jax.Array) -> jax.Array:
+  """Drops so many inputs of each output, those with the lowest scores: bool [I, O]."""
+  return _rank(score_IO) >= dropped
 
 
 def n_of_m_mask(score_IO: jax.Array, n: int, m: int) -> jax.Array:

@@ -16,13 +16,15 @@ from ops.quantized import FORMATS, NF4_CODEBOOK, quantize
 # float32 quotients against float64 ones: codes may differ only where both are as good as equal.
 TIE = 1e-5  # of a step
 FLOAT32 = 1e-6
-INTEGERS = ('int8', 'int4')
+INTEGERS = ('int8', 'int4', 'int3', 'int2')
 FIXED = [('nf4', True), ('fp8_e4m3', True)]
 FORMS = [(name, symmetric) for name in INTEGERS for symmetric in (True, False)] + FIXED
-jitted = jax.jit(quantize, static_argnames=('format', 'group_size', 'symmetric', 'double'))
+OPTIONS = ('format', 'group_size', 'symmetric', 'double', 'clip')
+jitted = jax.jit(quantize, static_argnames=OPTIONS)
 encode = jax.jit(quantized.encode, static_argnums=3)
+project = jax.jit(quantized.project, static_argnums=3)
 DOUBLES = [(*form, False) for form in FORMS] + [('nf4', True, True), ('int4', False, True)]
-GROUPS = [-1, 32, 64, 128]
+GROUPS = [-1, 32]
 
 
 def _grid(name, zeros_JO=None):
@@ -42,7 +44,7 @@ def _scales(w_JgO, name, symmetric):
   """Scales rounded to bfloat16, and zero points, in float64."""
   bits = FORMATS[name].bits
   if symmetric:
-    top = {'int8': 127.5, 'int4': 7.5, 'nf4': 1.0, 'fp8_e4m3': 448.0}[name]
+    top = {'nf4': 1.0, 'fp8_e4m3': 448.0}.get(name, (2**bits - 1) / 2)
     scale, low = np.abs(w_JgO).max(1) / top, None
   else:
     low, high = np.minimum(w_JgO.min(1), 0), np.maximum(w_JgO.max(1), 0)
@@ -90,10 +92,20 @@ def test_every_weight_becomes_the_nearest_value(rng, name, symmetric, group):
 def test_symmetric_codes_are_rounded_half_to_even_and_clipped(name):
   half = 2 ** (FORMATS[name].bits - 1)
   top = half - 0.5  # a scale of exactly 1
-  w_IO = np.asarray([[top], [-top], [0.5], [1.5], [2.5], [-0.5], [-1.5], [3.49]], np.float32)
+  ties = [0.5, 1.5, 2.5, -0.5, -1.5, 3.49]
+  w_IO = np.asarray([top, -top, *np.clip(ties, -top, top)], np.float32)[:, None]
   q = quantize(jnp.asarray(w_IO), name, group_size=-1)
   assert q.scales.tolist() == [[1.0]]
-  assert q.codes()[:, 0].tolist() == [half - 1, -half, 0, 2, 2, 0, -2, 3]
+  rounded = [min(code, half - 1) for code in (0, 2, 2, 0, -2, 3)]
+  assert q.codes()[:, 0].tolist() == [half - 1, -half, *rounded]
+
+
+def test_int3_codes_are_a_stream_of_bits():
+  w_IO = jnp.asarray([[3.5], [-3.5], [1.0]])
+  symmetric = quantize(w_IO, 'int3', group_size=-1)  # the codes 3, -4, 1, with 4 added
+  assert symmetric.values.tolist() == [[0b01_000_111], [0b1]]
+  asymmetric = quantize(jnp.asarray([[-2.0], [5.0]]), 'int3', group_size=-1, symmetric=False)
+  assert asymmetric.values.tolist() == [[0b111_000]] and asymmetric.zeros.tolist() == [[2]]
 
 
 def test_int4_bytes_hold_two_rows_the_earlier_low():
@@ -137,7 +149,7 @@ def test_fp8_codes_are_the_rounding_of_ml_dtypes_and_torch(rng):
 
 def test_no_choice_of_codes_is_better_given_the_scale(rng):
   w_IO = rng.normal(size=(3, 1)).astype(np.float32)
-  for name, symmetric in [('int4', True), ('int4', False), ('nf4', True)]:
+  for name, symmetric in [('int4', True), ('int3', True), ('int3', False), ('nf4', True)]:
     q = quantize(jnp.asarray(w_IO), name, group_size=-1, symmetric=symmetric)
     zeros = None if symmetric else np.asarray(q.zeros, np.float64)
     grid = _grid(name, zeros).reshape(-1) * float(q.scales[0, 0])
@@ -178,7 +190,7 @@ def _edge_cases(rng):
 # Half of the widest gap between neighbours of the grid, in scales, and what rounding the scale to
 # the 8 bits of bfloat16 adds at the end of an integer range. The last gap of fp8 is 32, up to 448.
 # Of an asymmetric format the zero point is rounded as well.
-HALF_STEP = {'int8': 1.0, 'int4': 0.53, 'nf4': 0.16, 'fp8_e4m3': 17.0}
+HALF_STEP = {'int8': 1.0, 'int4': 0.53, 'int3': 0.52, 'int2': 0.51, 'nf4': 0.16, 'fp8_e4m3': 17.0}
 ASYMMETRIC = 1.5
 
 
@@ -239,6 +251,8 @@ def test_bytes_are_as_few_as_promised():
   assert _vs_bf16('int8') <= 0.51
   assert _vs_bf16('fp8_e4m3') <= 0.51
   assert _vs_bf16('int4', group_size=128) <= 0.27
+  assert _vs_bf16('int3') == (3 + 16 / 128) / 16
+  assert _vs_bf16('int2', symmetric=False) == (2 + (16 + 8) / 128) / 16
   assert _vs_bf16('nf4', double=True) <= 0.26
   assert _vs_bf16('nf4') > _vs_bf16('nf4', double=True)
 
@@ -270,11 +284,11 @@ def test_double_quantized_scales_are_accounted_for_in_the_codes(rng):
 
 
 @pytest.mark.parametrize('rows', [3, 17])
-@pytest.mark.parametrize('name', ['int4', 'nf4'])
+@pytest.mark.parametrize('name', ['int4', 'int3', 'int2', 'nf4'])
 def test_an_odd_number_of_inputs(rng, name, rows):
   w_IO = rng.normal(size=(rows, 3)).astype(np.float32)
   q = jitted(jnp.asarray(w_IO), name)
-  assert q.values.shape == ((rows + 1) // 2, 3) and q.shape == (rows, 3)
+  assert q.values.shape == (-(-rows * FORMATS[name].bits // 8), 3) and q.shape == (rows, 3)
   np.testing.assert_allclose(q.dense(), _nearest(w_IO, name, True, rows)[2], rtol=1e-5, atol=1e-6)
 
 
@@ -285,18 +299,147 @@ def test_the_usual_group_or_the_largest_half_of_it_that_divides():
   assert resolve('int4', 256, -1) == 256 and resolve('int8', 256, 32) == 32
 
 
-def test_codes_already_rounded_are_kept(rng):
-  w_IO = jnp.asarray(rng.normal(size=(64, 4)), jnp.float32)
-  for name, symmetric in FORMS:
-    q = jitted(w_IO, name, group_size=32, symmetric=symmetric)
-    again = encode(q.dense(), q.scales, q.zeros, name)
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(('name', 'symmetric'), FORMS)
+def test_codes_already_rounded_are_kept(rng, name, symmetric, dtype):
+  w_IO = jnp.asarray(rng.normal(size=(64, 24)), dtype)
+  q = jitted(w_IO, name, group_size=32, symmetric=symmetric)
+  projected = project(w_IO, q.scales, q.zeros, name)
+  assert projected.dtype == jnp.float32
+  np.testing.assert_array_equal(projected.astype(dtype), q.dense())
+  for values in (projected, q.dense()):
+    again = encode(values, q.scales, q.zeros, name)
     np.testing.assert_array_equal(again.values, q.values)
+
+
+@pytest.mark.parametrize(('name', 'symmetric', 'double'), DOUBLES)
+def test_what_is_projected_is_what_is_stored(rng, name, symmetric, double):
+  for case, w_IO in _edge_cases(rng).items():
+    w_IO = jnp.asarray(w_IO, jnp.float32)
+    q = jitted(w_IO, name, group_size=32, symmetric=symmetric, double=double)
+    projected = project(w_IO, q.scales, q.zeros, name)
+    again = encode(projected, q.scales, q.zeros, name)
+    np.testing.assert_array_equal(again.values, q.values, err_msg=case)
+    # Second-level scales are multiplied and added in one rounding or in two.
+    off = FLOAT32 * float(jnp.abs(w_IO).max()) if double else 0
+    np.testing.assert_allclose(projected, q.dense(), rtol=0, atol=off, err_msg=case)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize('name', INTEGERS)
+def test_floating_zero_points(rng, name, dtype):
+  bits = FORMATS[name].bits
+  w_IO = jnp.asarray(rng.normal(size=(64, 24)), jnp.float32)
+  scales_JO, _ = quantized.fit(w_IO, name, group_size=32, symmetric=False)
+  zeros_JO = jnp.asarray(rng.uniform(0, 2**bits - 1, (2, 24)), dtype)
+  q = encode(w_IO, scales_JO, zeros_JO, name)
+  assert q.zeros.dtype == dtype and q.codes().dtype in (jnp.uint8, jnp.int8)
+  scale, zeros = (np.asarray(a, np.float64)[:, None] for a in (scales_JO, zeros_JO))
+  grid = (np.arange(2.0**bits)[:, None, None, None] - zeros) * scale
+  best = np.abs(grid - np.asarray(w_IO).reshape(2, 32, 24)).min(0).reshape(64, 24)
+  distance = np.abs(np.asarray(q.dense(), np.float64) - np.asarray(w_IO))
+  np.testing.assert_allclose(distance, best, atol=TIE * float(scale.max()) * 2**bits)
+  again = encode(project(w_IO, scales_JO, zeros_JO, name), scales_JO, zeros_JO, name)
+  np.testing.assert_array_equal(again.values, q.values)
+
+
+def _errors(q, w_IO, norm=2.4):
+  """The sum of the errors' powers, of each group: float64 [J, O]."""
+  moved = np.abs(np.asarray(q.dense(), np.float64) - np.asarray(w_IO, np.float64))
+  return (moved.reshape(-1, q.group_size, w_IO.shape[1]) ** norm).sum(1)
+
+
+@pytest.mark.parametrize(('name', 'symmetric'), FORMS)
+def test_clipping_loses_no_more_in_any_group(rng, name, symmetric):
+  w_IO = jnp.asarray(rng.standard_t(3, size=(128, 24)), jnp.float32)
+  whole, clipped = (
+    jitted(w_IO, name, group_size=32, symmetric=symmetric, clip=clip) for clip in ('none', 'mse')
+  )
+  before, after = _errors(whole, w_IO), _errors(clipped, w_IO)
+  assert np.all(after <= before * (1 + TIE))
+  if FORMATS[name].bits <= 4:
+    assert after.sum() < 0.95 * before.sum()
+  kept = np.all(np.asarray(whole.scales == clipped.scales), 0)
+  np.testing.assert_array_equal(whole.dense()[:, kept], clipped.dense()[:, kept])
+
+
+def _clipped(w_g, symmetric, bits):
+  """The range, of 81, that loses least: by trying them in float64, as (scale, zero)."""
+  low, high = min(w_g.min(), 0), max(w_g.max(), 0)
+  low, high = (-max(high, -low), max(high, -low)) if symmetric else (low, high)
+  found = []
+  for share in 1 - np.arange(81) / 100:
+    scale = np.float64(np.float32(share * (high - low) / (2**bits - 1)).astype(ml_dtypes.bfloat16))
+    zero = np.clip(np.rint(-share * low / scale), 0, 2**bits - 1)
+    least = -(2 ** (bits - 1)) if symmetric else -zero
+    codes = np.clip(np.rint(w_g / scale), least, least + 2**bits - 1)
+    found.append((np.sum(np.abs(codes * scale - w_g) ** 2.4), scale, zero))
+  return min(found, key=lambda f: f[0])
+
+
+@pytest.mark.parametrize('symmetric', [True, False])
+@pytest.mark.parametrize('name', ['int4', 'int3'])
+def test_the_clipped_range_is_the_best_of_the_grid(rng, name, symmetric):
+  w_IO = rng.standard_t(4, size=(64, 12)).astype(np.float32)
+  q = jitted(jnp.asarray(w_IO), name, group_size=32, symmetric=symmetric, clip='mse')
+  actual = _errors(q, w_IO)
+  same = 0
+  for j, o in np.ndindex(actual.shape):
+    group = w_IO[j * 32 : (j + 1) * 32, o].astype(np.float64)
+    error, scale, zero = _clipped(group, symmetric, FORMATS[name].bits)
+    np.testing.assert_allclose(actual[j, o], error, rtol=1e-3)
+    same += scale == float(q.scales[j, o]) and (symmetric or zero == int(q.zeros[j, o]))
+  assert same >= actual.size - 1  # two ranges may be as good as equal
+
+
+def test_a_range_that_fits_is_not_clipped():
+  w_IO = jnp.arange(-8.0, 8).reshape(16, 1)
+  q = jitted(w_IO, 'int4', group_size=-1, symmetric=False, clip='mse')
+  assert q.scales.tolist() == [[1.0]] and q.zeros.tolist() == [[8]]
+  np.testing.assert_array_equal(q.dense(), w_IO)
+
+
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_clipping_does_not_depend_on_the_unit(rng, symmetric):
+  w_IO = jnp.asarray(rng.standard_t(3, size=(64, 8)), jnp.float32)
+  one = jitted(w_IO, 'int3', group_size=32, symmetric=symmetric, clip='mse')
+  for factor in (2.0**-70, 2.0**60):
+    other = jitted(factor * w_IO, 'int3', group_size=32, symmetric=symmetric, clip='mse')
+    np.testing.assert_array_equal(one.values, other.values)
+
+
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_more_bits_lose_less(rng, symmetric):
+  w_IO = jnp.asarray(rng.normal(size=(256, 16)), jnp.float32)
+  errors = [
+    _errors(jitted(w_IO, name, group_size=128, symmetric=symmetric), w_IO, 2).sum()
+    for name in INTEGERS
+  ]
+  # A bit more halves the step; at 2 bits the grid is too coarse for that to be exact.
+  assert all(2 * fine < coarse for fine, coarse in itertools.pairwise(errors))
+
+
+def test_zero_points_follow_the_quantized_scales(rng):
+  """Small scales beside a large one are off by many a percent once they are quantized."""
+  w_IO = rng.uniform(-1, 0.2, (32, 64)) * np.r_[100, rng.uniform(1, 2, 63)]
+  w_IO = jnp.asarray(w_IO, jnp.float32)
+  q = jitted(w_IO, 'int4', group_size=-1, symmetric=False, double=True)
+  scales_JO, zeros_JO = quantized.fit(w_IO, 'int4', group_size=-1, symmetric=False)
+  step = np.asarray(q.scales.dense())
+  assert np.abs(step / np.asarray(scales_JO, np.float32) - 1).max() > 0.2
+  low = np.asarray(zeros_JO, np.float32) * np.asarray(scales_JO, np.float32)
+  np.testing.assert_array_equal(q.zeros, np.clip(np.rint(low / step), 0, 15))
+  reached = low < 15 * step
+  missed = lambda zeros: (np.abs(np.asarray(zeros, np.float32) * step - low) / step)[reached]
+  assert missed(q.zeros).max() <= 0.5 + TIE < missed(zeros_JO).max()
 
 
 def test_what_a_format_lacks_is_named():
   w_IO = jnp.ones((64, 2))
-  with pytest.raises(ValueError, match="'int3' is not one of int8, int4, nf4, fp8_e4m3"):
-    quantize(w_IO, 'int3')
+  with pytest.raises(
+    ValueError, match="'int5' is not one of int8, int4, int3, int2, nf4, fp8_e4m3"
+  ):
+    quantize(w_IO, 'int5')
   with pytest.raises(ValueError, match='group size of 48 does not divide 64 inputs'):
     quantize(w_IO, 'int4', group_size=48)
   for group in (0, -2, 128):
@@ -305,6 +448,8 @@ def test_what_a_format_lacks_is_named():
   for name in ('nf4', 'fp8_e4m3'):
     with pytest.raises(ValueError, match=f'{name} has no asymmetric form'):
       quantize(w_IO, name, symmetric=False)
+  with pytest.raises(ValueError, match="clip 'max' is not one of none, mse"):
+    quantize(w_IO, 'int8', clip='max')
   with pytest.raises(ValueError, match='IO has 2 axes'):
     quantize(jnp.ones((2, 64, 2)), 'int8')
   with pytest.raises(ValueError, match='already quantized'):

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from model import native, sharding
-from ops import linear, lora, quantized, sparse
+from ops import activations, linear, lora, quantized, rotated, sparse
 from ops.kernels.cpu import packed
 from ops.linear import WEIGHT_TYPES, Weight
 
@@ -22,6 +22,11 @@ TOLERANCE = {'float32': 2e-5, 'bfloat16': 2**-6}
 
 def _quantized(name, **options):
   return lambda w_IO: quantized.quantize(w_IO, name, **options)
+
+
+def _floating_zeros(w_IO):
+  scales_JO, zeros_JO = quantized.fit(w_IO, 'int4', group_size=32, symmetric=False)
+  return quantized.encode(w_IO, scales_JO, zeros_JO.astype(jnp.float16) + 0.25, 'int4')
 
 
 def _sparse(n, m, fn=None):
@@ -40,10 +45,18 @@ def _lora(fn):
   return make
 
 
+def _activations(fn, bits=8, absmax=None):
+  limit = None if absmax is None else jnp.float32(absmax)
+  return lambda w_IO: activations.quantize_activations(fn(w_IO), bits, absmax=limit)
+
+
 EXAMPLES = {
   'int8': _quantized('int8'),
   'int8 asymmetric groups': _quantized('int8', group_size=32, symmetric=False),
   'int4': _quantized('int4', group_size=16),
+  'int3': _quantized('int3'),
+  'int2 asymmetric': _quantized('int2', group_size=16, symmetric=False, clip='mse'),
+  'int4 floating zeros': _floating_zeros,
   'nf4 double': _quantized('nf4', double=True),
   'fp8': _quantized('fp8_e4m3'),
   'scales': lambda w_IO: quantized.quantize_scales(jnp.abs(w_IO)),
@@ -51,6 +64,11 @@ EXAMPLES = {
   '8:16': _sparse(8, 16),
   '2:4 of int8': _sparse(2, 4, _quantized('int8')),
   'packed': lambda w_IO: packed.encode(_quantized('int4', group_size=16)(w_IO), 'float'),
+  'inputs': _activations(_quantized('int8')),
+  'inputs static': _activations(_quantized('int4', group_size=-1), absmax=6),
+  'inputs of 4 bits over int4': _activations(_quantized('int4', group_size=16), 4),
+  'rotated': lambda w_IO: rotated.RotatedTensor(w_IO, 1),
+  'rotated heads of int8': lambda w_IO: rotated.RotatedTensor(_quantized('int8')(w_IO), 16),
   'lora': _lora(lambda w_IO: w_IO),
   'lora over nf4': _lora(_quantized('nf4', double=True)),
   'lora over 2:4 of int4': _lora(_sparse(2, 4, _quantized('int4', group_size=16))),
@@ -85,6 +103,11 @@ def dense(name):
 
 def _inputs(*lead, dtype=jnp.float32):
   return jnp.asarray(np.random.default_rng(1).normal(size=(*lead, INPUTS)), dtype)
+
+
+def _seen(x, name):
+  """The inputs as the product takes them, in float64: most weights leave them as they are."""
+  return np.asarray(weight(name).round_inputs(x), np.float64)
 
 
 def _assert_near(actual, expected, dtype='float32'):
@@ -131,7 +154,7 @@ def test_making_it_twice_gives_the_same_bits(name):
 
 @examples
 def test_the_product_with_the_identity_is_the_dense_form(name):
-  _assert_near(matmul(jnp.eye(INPUTS), weight(name)), dense(name))
+  _assert_near(matmul(jnp.eye(INPUTS), weight(name)), _seen(jnp.eye(INPUTS), name) @ dense(name))
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -141,7 +164,7 @@ def test_products_are_those_of_the_dense_form(name, lead, dtype):
   x = _inputs(*lead, dtype=dtype)
   y = matmul(x, weight(name))
   assert y.shape == (*lead, OUTPUTS) and y.dtype == dtype
-  _assert_near(y, np.asarray(x, np.float64) @ dense(name), dtype)
+  _assert_near(y, _seen(x, name) @ dense(name), dtype)
 
 
 @examples
@@ -155,7 +178,7 @@ def test_new_values_do_not_compile_again(name):
 
   x, other = _inputs(3), _make(name)(_matrix(name, seed=1))
   run(x, weight(name))
-  _assert_near(run(x, other), np.asarray(x, np.float64) @ np.asarray(to_dense(other), np.float64))
+  _assert_near(run(x, other), _seen(x, name) @ np.asarray(to_dense(other), np.float64))
   assert len(traces) == 1
 
 
@@ -177,7 +200,7 @@ def test_experts_are_a_leading_axis(name):
   expert_of_row = np.repeat(np.arange(3), sizes_E)
   rows = [np.asarray(x, np.float64) @ experts[e] for x, e in zip(x_TI, expert_of_row)]
   _assert_near(y_TO, np.stack([*rows, np.zeros(OUTPUTS)]))
-  _assert_near(y_ETO, np.asarray(x_ETI, np.float64) @ np.stack(experts))
+  _assert_near(y_ETO, _seen(x_ETI, name) @ np.stack(experts))
 
 
 @examples
@@ -227,7 +250,7 @@ def test_sharded_it_multiplies_the_same(name, mesh_shape):
   x = jax.device_put(_inputs(8), sharding.batch_sharding(mesh))
   y = matmul(x, placed)
   assert len(y.sharding.device_set) == 8
-  _assert_near(y, np.asarray(x, np.float64) @ dense(name))
+  _assert_near(y, _seen(x, name) @ dense(name))
 
 
 @examples

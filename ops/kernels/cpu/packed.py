@@ -110,7 +110,7 @@ def pack(w: Matrix, activations: Activations = 'int8') -> Matrix:
   """Lays out a weight for the native products, or returns it as it is where there is none for it.
 
   There are products for half-precision arrays, for int8, int4, NF4 and fp8 (groups of a multiple
-  of 16 inputs, or whole columns), and for these under a low-rank correction.
+  of 16 inputs, or whole columns; integer zero points), and for these under a low-rank correction.
   """
   if not cpu.available():
     return w
@@ -124,7 +124,8 @@ def can_pack(w: Matrix) -> bool:
   if len(w.shape) != 2:
     return False
   if isinstance(w, QuantizedTensor):
-    return w.group_size == w.inputs or w.group_size % GROUP_MULTIPLE == 0
+    known = w.format in FORMAT_NUMBERS and (w.zeros is None or w.zeros.dtype == jnp.uint8)
+    return known and (w.group_size == w.inputs or w.group_size % GROUP_MULTIPLE == 0)
   return not isinstance(w, Weight) and w.dtype in (jnp.bfloat16, jnp.float16)
 
 

@@ -1,0 +1,1 @@
+"""The mathematics of compressing one matrix, beyond rounding it: arrays in, arrays out."""
