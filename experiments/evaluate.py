@@ -2,12 +2,15 @@ r"""Measures the perplexity of a model on a text, and how far it is from its bas
 
   python -m experiments.evaluate --model=DIR --text=FILE --seq_len=512
   python -m experiments.evaluate --model=DIR --text=FILE --seq_len=512 --base=DIR --json
+  python -m experiments.evaluate --model=DIR --text=FILE --seq_len=512 --kv_cache=int8
 
 The model is a Hugging Face folder or hub id, or a folder that `experiments.compress` saved.
 Protocol: the text is tokenized once and cut into consecutive windows of seq_len tokens (the last,
 shorter one dropped), no BOS is added, and in each window every token but the first is predicted;
 ppl = exp(sum NLL / tokens). Sums and the model's arithmetic are in float32 unless --dtype says
-otherwise.
+otherwise. --kv_cache feeds each window through a cache of that format in pieces of 32 tokens, as
+generation would; the base of --base runs without one, so that with --base=DIR of the same model KL
+and flips are those of the cache.
 
 Device: any. Minutes: below 1 for a small model on two CPU cores.
 """
@@ -21,8 +24,8 @@ from absl import flags
 
 from experiments import base as embedded
 from experiments import common
-from model import hf, sharding
-from model.eval import perplexity
+from model import hf, kv_cache, sharding
+from model.eval import cost, perplexity
 from model.transformer import parameters
 
 MODEL = flags.DEFINE_string('model', None, 'Folder or hub id of the model to measure.')
@@ -37,6 +40,12 @@ DTYPE = flags.DEFINE_enum(
 )
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON line instead of words.')
 SMOKE = flags.DEFINE_bool('smoke', False, 'Measure the tiny base model on a little text.')
+KV_CACHE = flags.DEFINE_enum(
+  'kv_cache',
+  None,
+  list(kv_cache.FORMATS),
+  'Read keys and values from a cache of this format; without it there is none.',
+)
 MESH = common.define_mesh()
 PLUGINS = common.define_plugins()
 
@@ -53,7 +62,13 @@ def main() -> None:
       f'--base has a vocabulary of {base.config.vocab_size}, --model one of '
       f'{model.config.vocab_size}; only models with the same tokens can be compared'
     )
-  quality = perplexity.evaluate(model, windows, base=base, progress=common.labelled('evaluate'))
+  quality = perplexity.evaluate(
+    model,
+    windows,
+    base=base,
+    cache_format=KV_CACHE.value,
+    progress=common.labelled('evaluate'),
+  )
   print(json.dumps(_result(model, quality)) if JSON.value else _words(quality))
 
 
@@ -91,6 +106,13 @@ def _result(model, quality) -> dict:
     'activations': str(model.dtype),
     'stored_bytes': sum(p.get_value().nbytes for p in parameters(model).values()),
   }
+  if KV_CACHE.value is not None:
+    result |= {
+      'kv_cache': KV_CACHE.value,
+      'kv_cache_bytes': cost.kv_cache_bytes(
+        model.config, quality.seq_len, model.dtype, KV_CACHE.value
+      ),
+    }
   if quality.kl_to_base is not None:
     result |= {'kl_to_base': quality.kl_to_base, 'flip_rate': quality.flip_rate}
   return result

@@ -2,6 +2,7 @@ r"""Continues a prompt with a model, compressed or not.
 
   python -m experiments.generate --model=DIR --prompt='import os' --max_new_tokens=64
   python -m experiments.generate --model=DIR --prompt='Hello' --chat --temperature=0.7 --top_p=0.9
+  python -m experiments.generate --model=DIR --prompt='import os' --kv_cache=int8
 
 Several prompts, as repeated --prompt flags, run as one batch. --temperature=0 is greedy, and gives
 the same tokens every time. A single continuation is streamed as it appears.
@@ -17,7 +18,7 @@ from absl import flags
 
 from experiments import base as embedded
 from experiments import common
-from model import hf, sharding
+from model import hf, kv_cache, sharding
 from model.infer import generate as generation
 from ops.sampling import SamplingConfig
 
@@ -35,6 +36,9 @@ DTYPE = flags.DEFINE_enum(
 )
 SPEED = flags.DEFINE_bool('speed', False, 'Report tokens a second on stderr, compilation included.')
 SMOKE = flags.DEFINE_bool('smoke', False, 'A few tokens from the tiny base model.')
+KV_CACHE = flags.DEFINE_enum(
+  'kv_cache', 'float', list(kv_cache.FORMATS), 'How keys and values of past tokens are kept.'
+)
 MESH = common.define_mesh()
 PLUGINS = common.define_plugins()
 
@@ -56,6 +60,7 @@ def main() -> None:
     sampling_config=sampling,
     seed=SEED.value,
     on_tokens=stream,
+    cache_format=KV_CACHE.value,
   )
   seconds = time.perf_counter() - start
   if stream is not None:

@@ -1,73 +1,93 @@
-"""Keys and values of the tokens seen so far, contiguous, one `KVCache` a layer.
+"""Keys and values of the tokens seen so far, one `KVCache` a layer, in the format of one's choice.
 
 Slot s of a row holds position s of that row. Rows of a batch may have different lengths: a query
 sees only slots up to its own position, so what lies beyond a row's end is never read, and padded
 slots are overwritten when the row gets there.
 
-Another way to store a cache (quantized, paged) is another class with the same two methods.
+  float        as they come, in the dtype asked for
+  int8, int4   `model.kv_quantized`
+
+Another way to store a cache is another class with the same method, and a row of `FORMATS`.
 """
 
 import dataclasses
 import functools
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from model.config import ModelConfig
+from model import kv_rows
+from model.config import LayerConfig, ModelConfig
+from model.kv_quantized import Int4Cache, Int8Cache
 
-# Mapped over rows, slice updates become a scatter, which XLA:CPU runs row by row with bounds
-# checks; unrolled, they are copies in place, but each has to be compiled.
-UNROLLED_ROWS = 8
+CacheFormat = Literal['float', 'int8', 'int4']
+
+
+class KVCache(Protocol):
+  """One layer's keys and values; a pytree, so that a jitted program can take and donate it."""
+
+  @property
+  def capacity(self) -> int:
+    """Tokens that a row can hold."""
+
+  def update(
+    self, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array
+  ) -> tuple['KVCache', jax.Array, jax.Array]:
+    """Stores T new tokens a row; returns the cache, and all keys and values that they may see.
+
+    Row b is written from slot positions_BT[b, 0] on, where it ended or anywhere before; the caller
+    sees to it that it fits. Padding follows a row's own tokens and repeats their last position.
+    Keys and values are [B, S, K, H] each, S the capacity, in the dtype of the new ones.
+    """
 
 
 @functools.partial(
   jax.tree_util.register_dataclass, data_fields=('k_BSKH', 'v_BSKH'), meta_fields=()
 )
 @dataclasses.dataclass(frozen=True)
-class KVCache:
-  """One layer's keys and values, each [B, S, K, H], bf16 or f32."""
+class FloatCache:
+  """Keys and values, each [B, S, K, H], bf16 or f32."""
 
   k_BSKH: jax.Array
   v_BSKH: jax.Array
+
+  @classmethod
+  def empty(cls, layer: LayerConfig, batch: int, capacity: int, dtype) -> 'FloatCache':
+    # Zeros, not empty: masked slots are multiplied by zero, and 0 * NaN is NaN.
+    shape = (batch, capacity, layer.kv_heads, layer.head_width)
+    return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
   @property
   def capacity(self) -> int:
     return self.k_BSKH.shape[1]
 
-  def write(self, k_BTKH: jax.Array, v_BTKH: jax.Array, starts_B: jax.Array) -> 'KVCache':
-    """Stores T new tokens a row, from slot starts_B[b] on; the caller sees to it that they fit."""
-    if k_BTKH.shape[1] > self.capacity:
-      raise ValueError(f'{k_BTKH.shape[1]} tokens do not fit into a cache of {self.capacity}')
-    return KVCache(
-      _write(self.k_BSKH, k_BTKH, starts_B),
-      _write(self.v_BSKH, v_BTKH, starts_B),
-    )
-
-  def read(self, dtype) -> tuple[jax.Array, jax.Array]:
-    """Returns all keys and values, [B, S, K, H] each, in `dtype`."""
-    return self.k_BSKH.astype(dtype), self.v_BSKH.astype(dtype)
+  def update(self, k_BTKH, v_BTKH, positions_BT):
+    kv_rows.check(k_BTKH, self.capacity)
+    k_BSKH = kv_rows.write(self.k_BSKH, k_BTKH, positions_BT[:, 0])
+    v_BSKH = kv_rows.write(self.v_BSKH, v_BTKH, positions_BT[:, 0])
+    return FloatCache(k_BSKH, v_BSKH), k_BSKH.astype(k_BTKH.dtype), v_BSKH.astype(v_BTKH.dtype)
 
 
-def _write(cache_BSKH, new_BTKH, starts_B):
-  new_BTKH = new_BTKH.astype(cache_BSKH.dtype)
-  write_row = lambda row_SKH, new_TKH, start: jax.lax.dynamic_update_slice(
-    row_SKH, new_TKH, (start, 0, 0)
-  )
-  if len(cache_BSKH) > UNROLLED_ROWS:
-    return jax.vmap(write_row)(cache_BSKH, new_BTKH, starts_B)
-  for b in range(len(cache_BSKH)):
-    cache_BSKH = jax.lax.dynamic_update_slice(
-      cache_BSKH, new_BTKH[b : b + 1], (b, starts_B[b], 0, 0)
-    )
-  return cache_BSKH
+FORMATS = {'float': FloatCache, 'int8': Int8Cache, 'int4': Int4Cache}
 
 
-def init(config: ModelConfig, batch: int, capacity: int, dtype=jnp.float32) -> tuple[KVCache, ...]:
-  """Allocates an empty cache for `batch` rows of up to `capacity` tokens, one entry a layer."""
+def init(
+  config: ModelConfig,
+  batch: int,
+  capacity: int,
+  dtype=jnp.float32,
+  format: CacheFormat = 'float',
+) -> tuple[KVCache, ...]:
+  """Allocates an empty cache for `batch` rows of up to `capacity` tokens, one entry a layer.
 
-  def layer_cache(layer):
-    # Zeros, not empty: masked slots are multiplied by zero, and 0 * NaN is NaN.
-    shape = (batch, capacity, layer.kv_heads, layer.head_width)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+  What a format keeps in floating point is in `dtype`. 'int4' rounds the capacity up to whole pages.
+  """
+  check_format(format)
+  return tuple(FORMATS[format].empty(layer, batch, capacity, dtype) for layer in config.layers)
 
-  return tuple(layer_cache(layer) for layer in config.layers)
+
+def check_format(format: str) -> None:
+  """Raises ValueError if there is no such format of a cache."""
+  if format not in FORMATS:
+    raise ValueError(f'{format!r} is no format of a cache; the formats are {", ".join(FORMATS)}')

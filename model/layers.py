@@ -88,10 +88,8 @@ class Attention(nnx.Module):
     self.query_norm = norm() if layer.qk_norm else None
     self.key_norm = norm() if layer.qk_norm else None
 
-  def __call__(
-    self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None, starts_B=None
-  ):
-    """Returns (y_BTD, cache). `angles` is (cos, sin) or None; cached at `starts_B`."""
+  def __call__(self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None):
+    """Returns (y_BTD, cache). `angles` is (cos, sin) or None."""
     heads = lambda x: rearrange(x, 'b t (n h) -> b t n h', h=self.layer.head_width)
     q_BTNH, k_BTKH = heads(self.query(x_BTD)), heads(self.key(x_BTD))
     v_BTKH = heads(self.value(x_BTD))
@@ -100,8 +98,7 @@ class Attention(nnx.Module):
     if angles is not None:
       q_BTNH, k_BTKH = rope.rotate(q_BTNH, *angles), rope.rotate(k_BTKH, *angles)
     if cache is not None:
-      cache = cache.write(k_BTKH, v_BTKH, starts_B)
-      k_BTKH, v_BTKH = cache.read(x_BTD.dtype)
+      cache, k_BTKH, v_BTKH = cache.update(k_BTKH, v_BTKH, mask.q_positions_BT)
     scale = self.layer.query_scale or self.layer.head_width**-0.5
     softcap = self.layer.attention_softcap
     y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, scale=scale, softcap=softcap)
@@ -141,12 +138,10 @@ class Block(nnx.Module):
     self.ffn = FeedForward(config, layer, rngs=rngs, dtype=dtype)
     self.ffn_post_norm = norm() if layer.post_norms else None
 
-  def __call__(
-    self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None, starts_B=None
-  ):
+  def __call__(self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None):
     """Returns (x_BTD, cache)."""
     post = lambda norm, y: y if norm is None else norm(y)
-    y_BTD, cache = self.attention(self.attention_norm(x_BTD), angles, mask, cache, starts_B)
+    y_BTD, cache = self.attention(self.attention_norm(x_BTD), angles, mask, cache)
     attended_BTD = x_BTD + post(self.attention_post_norm, y_BTD)
     source_BTD = x_BTD if self.layer.parallel else attended_BTD
     z_BTD = self.ffn(self.ffn_norm(source_BTD))

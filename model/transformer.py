@@ -57,8 +57,8 @@ class Transformer(nnx.Module):
   ) -> tuple[jax.Array, Cache | None]:
     """Returns the normalised last hidden states x_BTD, and the cache with these tokens in it.
 
-    With a cache, `positions_BT` is required: row b is written from slot positions_BT[b, 0] on, and
-    a token sees every cached token at or before its position.
+    With a cache, `positions_BT` is required: row b is written from slot positions_BT[b, 0] on, a
+    token sees every cached token at or before its position, and padding repeats the last position.
     """
     x_BTD = self.embed(tokens_BT, positions_BT)
     context = Context.of(self.config, tokens_BT, positions_BT, segments_BT, cache)
@@ -97,8 +97,8 @@ class Context:
   Built once a pass by `of`; layers with the same window or rotary width share mask and angles.
   """
 
-  def __init__(self, config: ModelConfig, mask: AttentionMask, starts_B):
-    self.config, self.mask, self.starts_B = config, mask, starts_B
+  def __init__(self, config: ModelConfig, mask: AttentionMask):
+    self.config, self.mask = config, mask
     self.angles = {}
 
   @classmethod
@@ -113,7 +113,7 @@ class Context:
       if segments_BT is not None:
         raise ValueError('a cache row holds one document; segments_BT cannot be cached')
       k_positions_BS = _arange(batch, cache[0].capacity)
-      return cls(config, AttentionMask(positions_BT, k_positions_BS), positions_BT[:, 0])
+      return cls(config, AttentionMask(positions_BT, k_positions_BS))
     mask = AttentionMask(
       positions_BT,
       positions_BT,
@@ -121,12 +121,12 @@ class Context:
       k_segments_BS=segments_BT,
       contiguous=contiguous,
     )
-    return cls(config, mask, None)
+    return cls(config, mask)
 
   def run(self, block: Block, x_BTD, cache: KVCache | None = None):
     """Applies one block: (x_BTD, cache)."""
     mask = dataclasses.replace(self.mask, window=block.layer.window)
-    return block(x_BTD, self._angles(block), mask, cache, self.starts_B)
+    return block(x_BTD, self._angles(block), mask, cache)
 
   def _angles(self, block):
     if self.config.rope is None:

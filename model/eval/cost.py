@@ -12,10 +12,13 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 
+from model import kv_cache
 from model.config import LayerConfig, ModelConfig
 from model.eval.records import Metric
+from model.kv_cache import CacheFormat
 from ops.linear import Matrix
 
 EMBEDDING = 'embedding.table'
@@ -100,23 +103,36 @@ def kv_bytes_per_token(config: ModelConfig, dtype=jnp.bfloat16) -> int:
   return sum(_kv_bytes(layer, dtype) for layer in config.layers)
 
 
-def kv_cache_bytes(config: ModelConfig, context: int, dtype=jnp.bfloat16) -> int:
-  """Bytes of the keys and values that a token sees at this context; a window bounds them."""
+def kv_cache_bytes(
+  config: ModelConfig, context: int, dtype=jnp.bfloat16, cache_format: CacheFormat = 'float'
+) -> int:
+  """Bytes held for the keys and values that a token sees at this context; a window bounds them.
+
+  Scales, and what a format keeps exact in `dtype`, are counted as they are allocated.
+  """
   _positive('the context', context)
-  return sum(
-    _kv_bytes(layer, dtype) * min(context, layer.window or context) for layer in config.layers
-  )
+
+  def held(layer):
+    one, slots = config.replace(layers=(layer,)), min(context, layer.window or context)
+    cache = jax.eval_shape(lambda: kv_cache.init(one, 1, slots, dtype, cache_format))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+  return sum(held(layer) for layer in config.layers)
 
 
 def decode_bytes_per_token(
-  config: ModelConfig, weights: Mapping[str, Matrix], context: int, cache_dtype=jnp.bfloat16
+  config: ModelConfig,
+  weights: Mapping[str, Matrix],
+  context: int,
+  cache_dtype=jnp.bfloat16,
+  cache_format: CacheFormat = 'float',
 ) -> int:
   """Bytes that one decode step of one sequence must read: every weight as stored, and the cache.
 
   `weights` has every parameter of the model under its path. Of a table that is looked up, one row
   is read; a tied embedding is read whole, for it is also the head.
   """
-  read = kv_cache_bytes(config, context, cache_dtype)
+  read = kv_cache_bytes(config, context, cache_dtype, cache_format)
   for path, w in weights.items():
     lookup = path in LOOKED_UP and not (path == EMBEDDING and config.tied)
     read += w.nbytes // w.shape[0] if lookup else w.nbytes

@@ -4,8 +4,9 @@ Protocol: the text is tokenized once and cut into consecutive windows of `seq_le
 shorter one is dropped), with no BOS added; in each window every token but the first is predicted.
 ppl = exp(sum NLL / tokens). Bits per byte = sum NLL / ln 2 / bytes of the predicted tokens' text.
 KL(base || model) in nats a token and the share of tokens whose most likely prediction differs from
-the base's are measured on the same windows. Sums are in float64; float32 products are float32 on
-GPU and TPU as well, where they are rounded further by default.
+the base's are measured on the same windows. With a cache format, the model's keys and values go
+through such a cache (`model.eval.cached`); the base always runs without one. Sums are in float64;
+float32 products are float32 on GPU and TPU as well, where they are rounded further by default.
 """
 
 import dataclasses
@@ -18,6 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from model import kv_cache
+from model.eval import cached
+from model.kv_cache import CacheFormat
 from model.transformer import Transformer
 from ops import losses
 
@@ -95,12 +99,17 @@ def evaluate(
   text: Windows,
   *,
   base: Transformer | None = None,
+  cache_format: CacheFormat | None = None,
   progress: Callable[[list], Iterator] = iter,
 ) -> Quality:
   """Measures a model on the windows, and against `base` if there is one.
 
-  Raises ValueError if a window is longer than the positions that a model has learned.
+  With `cache_format`, the model reads keys and values from a cache of that format.
+  Raises ValueError if a window is longer than the positions that a model has learned, or there is
+  no such format.
   """
+  if cache_format is not None:
+    kv_cache.check_format(cache_format)
   for one in (model, base):
     if one is not None:
       check(one, text)
@@ -110,7 +119,7 @@ def evaluate(
   for start in progress(starts):
     tokens_BT = text.tokens_NT[start : start + batch]
     with jax.default_matmul_precision('highest'):
-      sums = _window_sums(model, base, tokens_BT)
+      sums = _window_sums(model, base, tokens_BT, cache_format)
     totals += np.asarray(jax.device_get(sums), np.float64).sum((1, 2))
   return Quality(
     nll_sum=float(totals[0]),
@@ -131,13 +140,13 @@ def check(model: Transformer, text: Windows) -> None:
     )
 
 
-def _window_sums(model, base, tokens_BT):
+def _window_sums(model, base, tokens_BT, cache_format):
   graphdef, state = nnx.split(model)
   if base is None:
-    return _sums(graphdef, None, state, None, tokens_BT, None)
+    return _sums(graphdef, None, cache_format, state, None, tokens_BT, None)
   base_graphdef, base_state = nnx.split(base)
   base_x_BTD = _hidden(base_graphdef, base_state, tokens_BT)
-  return _sums(graphdef, base_graphdef, state, base_state, tokens_BT, base_x_BTD)
+  return _sums(graphdef, base_graphdef, cache_format, state, base_state, tokens_BT, base_x_BTD)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -145,13 +154,16 @@ def _hidden(graphdef, state, tokens_BT):
   return nnx.merge(graphdef, state).hidden(tokens_BT)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _sums(graphdef, base_graphdef, state, base_state, tokens_BT, base_x_BTD):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sums(graphdef, base_graphdef, cache_format, state, base_state, tokens_BT, base_x_BTD):
   """Per token [3, chunks, CHUNK]: NLL, KL to the base, top-1 changed (0 without a base)."""
   model = nnx.merge(graphdef, state)
   base = None if base_graphdef is None else nnx.merge(base_graphdef, base_state)
   flat = lambda x: x[:, :-1].reshape(-1, x.shape[-1])
-  x_TD, labels_T = flat(model.hidden(tokens_BT)[0]), tokens_BT[:, 1:].reshape(-1)
+  x_BTD = (
+    cached.hidden(model, tokens_BT, cache_format) if cache_format else model.hidden(tokens_BT)[0]
+  )
+  x_TD, labels_T = flat(x_BTD), tokens_BT[:, 1:].reshape(-1)
   base_x_TD = x_TD if base is None else flat(base_x_BTD)
 
   def measure(chunk):

@@ -1,9 +1,10 @@
 """Prefill and decode of one model as callables without arguments, ready to be timed.
 
-Both are compiled ahead of time for one batch and one prompt length, and own their cache.
+They are compiled for one batch and one prompt length, and share a cache of their own.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,30 +14,44 @@ import numpy as np
 from model import kv_cache
 from model.infer import generate
 from model.infer.prepare import prepare as prepare_weights
+from model.kv_cache import CacheFormat
 from model.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench:
-  """`prefill()` runs the prompts, `decode()` the next `steps` tokens of every row."""
+  """`prefill()` runs the prompts, `decode()` the next `steps` tokens of every row.
+
+  `forward()` is `prefill()` with the logits of all tokens, not of each row's last alone; `stream()`
+  is `decode()` with each step's tokens read by Python before the next step, as generation does it.
+  """
 
   prefill: Callable[[], jax.Array]
+  forward: Callable[[], jax.Array]
   decode: Callable[[], jax.Array]
+  stream: Callable[[], jax.Array]
   batch: int
   prompt_length: int
   steps: int
+  cache_bytes: int  # of the keys and values of all rows, as they are held
   decode_peak_bytes: int  # arguments, outputs and temporaries that the decode program needs
 
 
 def prepare(
-  model: Transformer, *, batch: int = 1, prompt_length: int = 128, steps: int = 16, seed: int = 0
+  model: Transformer,
+  *,
+  batch: int = 1,
+  prompt_length: int = 128,
+  steps: int = 16,
+  seed: int = 0,
+  cache_format: CacheFormat = 'float',
 ) -> Bench:
   """Packs the weights for the platform, and compiles both programs for random prompts."""
   program = generate.Program.of(prepare_weights(model))
   rng = np.random.default_rng(seed)
   tokens_BT = rng.integers(0, model.config.vocab_size, (batch, prompt_length), np.int32)
   lengths_B = np.full(batch, prompt_length, np.int32)
-  cache = kv_cache.init(model.config, batch, prompt_length + steps, model.dtype)
+  cache = kv_cache.init(model.config, batch, prompt_length + steps, model.dtype, cache_format)
   prefill = generate.lower_prefill(program, tokens_BT, lengths_B, cache).compile()
   start = (jnp.zeros(batch, jnp.int32), jnp.asarray(lengths_B), cache, jax.random.key(seed))
   decode = generate.lower_decode(program, *start).compile()
@@ -47,21 +62,29 @@ def prepare(
     logits_BV, held['cache'] = prefill(program.leaves, tokens_BT, lengths_B, held['cache'])
     return logits_BV
 
-  def run_decode():
+  def run_forward():
+    logits_BTV, held['cache'] = generate.forward(program, tokens_BT, held['cache'])
+    return logits_BTV
+
+  def run_decode(after_step=lambda tokens_B: None):
     tokens_B, positions_B, key = jnp.zeros(batch, jnp.int32), jnp.asarray(lengths_B), start[3]
     key = jax.random.clone(key)
     for _ in range(steps):
       tokens_B, positions_B, held['cache'], key = decode(
         program.leaves, tokens_B, positions_B, held['cache'], key
       )
+      after_step(tokens_B)
     return tokens_B
 
   return Bench(
     prefill=run_prefill,
+    forward=run_forward,
     decode=run_decode,
+    stream=functools.partial(run_decode, np.asarray),
     batch=batch,
     prompt_length=prompt_length,
     steps=steps,
+    cache_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(cache)),
     decode_peak_bytes=(
       memory.argument_size_in_bytes
       + memory.output_size_in_bytes

@@ -19,6 +19,7 @@ from flax import nnx
 
 from model import kv_cache
 from model.infer.prepare import prepare
+from model.kv_cache import CacheFormat
 from model.transformer import Transformer
 from ops import sampling
 from ops.sampling import SamplingConfig
@@ -87,6 +88,19 @@ def _decode(static, config, leaves, tokens_B, positions_B, cache, key):
   return tokens_B, positions_B + 1, cache, key
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _forward(static, leaves, tokens_BT, cache):
+  model, batch = _merge(static, leaves), len(tokens_BT)
+  positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], (batch, tokens_BT.shape[1]))
+  x_BTD, cache = model.hidden(tokens_BT, positions_BT=positions_BT, cache=cache)
+  return model.logits(x_BTD), cache
+
+
+def forward(program: Program, tokens_BT, cache):
+  """Runs prompts of one length: (logits_BTV after every token, cache). Donates the cache."""
+  return _forward(program.static, program.leaves, tokens_BT, cache)
+
+
 def lower_prefill(program: Program, tokens_BT, lengths_B, cache) -> jax.stages.Lowered:
   """The prefill, lowered; compiled, it is called without the program's static part."""
   return _prefill.lower(program.static, program.leaves, tokens_BT, lengths_B, cache)
@@ -105,24 +119,28 @@ def generate(
   sampling_config: SamplingConfig = GREEDY,
   seed: int = 0,
   on_tokens: Callable[[np.ndarray], None] | None = None,
+  cache_format: CacheFormat = 'float',
 ) -> list[list[int]]:
   """Continues each prompt until an end token of the config or `max_new_tokens`.
 
   `on_tokens` receives each step's tokens, int32 [B], to stream them. Returns the new tokens of each
-  prompt, the end token left out. The weights are packed for the platform first; where the same
-  model continues many prompts, pass what `prepare` returns, which is not packed again.
+  prompt, the end token left out. `cache_format` is how keys and values are kept. The weights are
+  packed for the platform first; where the same model continues many prompts, pass what `prepare`
+  returns, which is not packed again.
 
   Raises:
-    ValueError: an empty prompt, a token outside the vocabulary, or more positions than the model
-      has learned.
+    ValueError: no such cache format, an empty prompt, a token outside the vocabulary, or more
+      positions than the model has learned.
   """
+  kv_cache.check_format(cache_format)
   _check(model, prompts, max_new_tokens)
   if max_new_tokens == 0:
     return [[] for _ in prompts]
   program, key = Program.of(prepare(model)), jax.random.key(seed)
   tokens_BT, lengths_B = pad(prompts)
   needed = max(tokens_BT.shape[1], int(lengths_B.max()) + max_new_tokens)
-  cache = kv_cache.init(model.config, len(prompts), _bucket(needed, CACHE_BUCKET), model.dtype)
+  capacity = _bucket(needed, CACHE_BUCKET)
+  cache = kv_cache.init(model.config, len(prompts), capacity, model.dtype, cache_format)
   logits_BV, cache = program.prefill(tokens_BT, lengths_B, cache)
   key, now = jax.random.split(key)
   tokens_B = _sample(sampling_config, logits_BV, now)

@@ -30,6 +30,22 @@ def test_json_has_the_numbers_of_the_protocol(script, base, text, capsys):
   assert 'kl_to_base' not in found
 
 
+def test_the_cache_is_measured_and_named(script, base, text, capsys):
+  arguments = f'--model={base}', f'--text={text}', '--seq_len=64', '--json', '--max_windows=3'
+  script(*arguments)
+  plain = json.loads(capsys.readouterr().out)
+  script(*arguments, '--kv_cache=int8', f'--base={base}')
+  found = json.loads(capsys.readouterr().out)
+  model, tokenizer = hf.load_pretrained(base)
+  windows = perplexity.windows(*tokenizer.encode_with_bytes(text.read_text()), 64, 3)
+  assert found['ppl'] == perplexity.evaluate(model, windows, cache_format='int8').ppl
+  assert found['ppl'] == pytest.approx(plain['ppl'], rel=1e-3)
+  assert found['kl_to_base'] > 0
+  assert found['kv_cache'] == 'int8'
+  assert found['kv_cache_bytes'] == 2 * 2 * 64 * (64 + 2)  # two layers, one head of 64
+  assert 'kv_cache' not in plain
+
+
 def test_words_with_a_base(script, base, text, capsys):
   script(f'--model={base}', f'--text={text}', f'--base={base}', '--seq_len=32', '--max_windows=2')
   shown = capsys.readouterr().out
@@ -91,7 +107,9 @@ def test_a_base_of_another_vocabulary_is_refused(script, base, damaged, text):
     script(f'--model={base}', f'--text={text}', f'--base={other}', '--seq_len=32')
 
 
-@pytest.mark.parametrize('argument', ['--max_windows=-1', '--seq_len=1', '--dtype=int8'])
+@pytest.mark.parametrize(
+  'argument', ['--max_windows=-1', '--seq_len=1', '--dtype=int8', '--kv_cache=x']
+)
 def test_bad_flags_are_refused(script, argument):
   with pytest.raises(flags.Error):
     script('--smoke', argument)

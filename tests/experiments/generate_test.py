@@ -38,6 +38,14 @@ def test_sampling_follows_the_seed(script, base, loaded, capsys):
   assert capsys.readouterr().out == ''.join(f'{text}\n' for text in expected)
 
 
+@pytest.mark.parametrize('format', ['int8', 'int4'])
+def test_the_cache_has_the_format_asked_for(script, base, loaded, capsys, format):
+  both = [f'--prompt={prompt}' for prompt in PROMPTS]
+  script(f'--model={base}', *both, '--max_new_tokens=12', f'--kv_cache={format}')
+  expected = _expected(loaded, cache_format=format)
+  assert capsys.readouterr().out == ''.join(f'{text}\n' for text in expected)
+
+
 def test_no_new_tokens(script, base, capsys):
   script(f'--model={base}', f'--prompt={PROMPTS[0]}', '--max_new_tokens=0')
   assert capsys.readouterr().out == PROMPTS[0] + '\n'
@@ -80,7 +88,9 @@ def test_bad_input_is_refused(script, base, arguments, message):
     script(*(a.replace('BASE', str(base)) for a in arguments))
 
 
-@pytest.mark.parametrize('argument', ['--temperature=-1', '--max_new_tokens=-1', '--top_k=many'])
+@pytest.mark.parametrize(
+  'argument', ['--temperature=-1', '--max_new_tokens=-1', '--top_k=many', '--kv_cache=int2']
+)
 def test_bad_flags_are_refused(script, argument):
   with pytest.raises(flags.Error):
     script('--smoke', argument)

@@ -5,32 +5,50 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import kv_cache, presets
-from model.kv_cache import KVCache
+from model import kv_cache, kv_rows, presets
+from model.kv_cache import FloatCache
 
 
 def _filled(rng, *shape, dtype=jnp.float32):
   return jnp.asarray(rng.normal(size=shape), dtype)
 
 
+def _positions(starts, length):
+  return jnp.asarray(starts)[:, None] + jnp.arange(length)[None]
+
+
 def test_rows_are_written_from_their_own_slots_on(rng):
   k, v = _filled(rng, 3, 8, 2, 4), _filled(rng, 3, 8, 2, 4)
   new_k, new_v = _filled(rng, 3, 2, 2, 4), _filled(rng, 3, 2, 2, 4)
   starts = [0, 5, 6]
-  cache = jax.jit(KVCache.write)(KVCache(k, v), new_k, new_v, jnp.asarray(starts))
+  update = jax.jit(FloatCache.update)
+  cache, seen_k, seen_v = update(FloatCache(k, v), new_k, new_v, _positions(starts, 2))
   expected_k, expected_v = np.array(k), np.array(v)
   for b, start in enumerate(starts):
     expected_k[b, start : start + 2], expected_v[b, start : start + 2] = new_k[b], new_v[b]
   np.testing.assert_array_equal(cache.k_BSKH, expected_k)
   np.testing.assert_array_equal(cache.v_BSKH, expected_v)
+  np.testing.assert_array_equal(seen_k, expected_k)
+  np.testing.assert_array_equal(seen_v, expected_v)
+
+
+@pytest.mark.parametrize('batch', [2, kv_rows.UNROLLED_ROWS + 1])
+def test_stretches_of_rows_against_numpy(rng, batch):
+  rows, new = _filled(rng, batch, 9, 3), _filled(rng, batch, 4, 3)
+  starts, written = np.arange(batch) % 6, np.array(rows)
+  for b in range(batch):
+    written[b, starts[b] : starts[b] + 4] = new[b]
+  starts_B = jnp.asarray(starts)
+  found = jax.jit(kv_rows.write)(rows, new, starts_B)
+  np.testing.assert_array_equal(found, written)
+  np.testing.assert_array_equal(kv_rows.read(found, starts_B, 4), new)
 
 
 def test_it_stores_and_gives_the_dtypes_asked_for(rng):
-  cache = KVCache(*(jnp.zeros((1, 4, 1, 2), jnp.bfloat16),) * 2)
+  cache = FloatCache(*(jnp.zeros((1, 4, 1, 2), jnp.bfloat16),) * 2)
   new = _filled(rng, 1, 4, 1, 2)
-  cache = cache.write(new, new, jnp.zeros(1, jnp.int32))
+  cache, k, v = cache.update(new, new, _positions([0], 4))
   assert cache.k_BSKH.dtype == cache.v_BSKH.dtype == jnp.bfloat16
-  k, v = cache.read(jnp.float32)
   assert k.dtype == v.dtype == jnp.float32
   np.testing.assert_array_equal(k, new.astype(jnp.bfloat16).astype(jnp.float32))
   np.testing.assert_array_equal(v, k)
@@ -49,17 +67,24 @@ def test_an_empty_cache_has_each_layers_heads_and_no_nan():
 
 
 def test_it_is_donated_in_place(rng):
-  cache = KVCache(_filled(rng, 2, 8, 1, 4), _filled(rng, 2, 8, 1, 4))
-  new, starts = _filled(rng, 2, 1, 1, 4), jnp.asarray([3, 1])
-  write = jax.jit(KVCache.write, donate_argnums=0)
-  text = write.lower(cache, new, new, starts).compile().as_text()
+  cache = FloatCache(_filled(rng, 2, 8, 1, 4), _filled(rng, 2, 8, 1, 4))
+  new, positions_BT = _filled(rng, 2, 1, 1, 4), jnp.asarray([[3], [1]])
+  update = jax.jit(lambda *args: FloatCache.update(*args)[0], donate_argnums=0)
+  text = update.lower(cache, new, new, positions_BT).compile().as_text()
   assert 'input_output_alias' in text and 'scatter' not in text
-  write(cache, new, new, starts)
+  update(cache, new, new, positions_BT)
   assert cache.k_BSKH.is_deleted()
 
 
-def test_more_tokens_than_slots_are_refused(rng):
-  cache = KVCache(jnp.zeros((1, 4, 1, 2)), jnp.zeros((1, 4, 1, 2)))
-  new = _filled(rng, 1, 5, 1, 2)
-  with pytest.raises(ValueError, match='5 tokens do not fit into a cache of 4'):
-    cache.write(new, new, jnp.zeros(1, jnp.int32))
+@pytest.mark.parametrize('format, capacity', [('float', 4), ('int8', 4), ('int4', 32)])
+def test_more_tokens_than_slots_are_refused(rng, format, capacity):
+  (cache, *_) = kv_cache.init(presets.preset('tiny-llama'), 1, 4, format=format)
+  heads = presets.preset('tiny-llama').layers[0]
+  new = _filled(rng, 1, capacity + 1, heads.kv_heads, heads.head_width)
+  with pytest.raises(ValueError, match=f'{capacity + 1} tokens do not fit into a cache of'):
+    cache.update(new, new, _positions([0], capacity + 1))
+
+
+def test_an_unknown_format_is_refused():
+  with pytest.raises(ValueError, match='the formats are float, int8, int4'):
+    kv_cache.init(presets.preset('tiny-llama'), 1, 4, format='int3')

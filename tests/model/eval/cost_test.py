@@ -3,9 +3,11 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import pytest
 
+from model import kv_cache
 from model.config import LayerConfig, ModelConfig
 from model.eval import cost
 from model.presets import names, preset
@@ -85,6 +87,37 @@ def test_cache_bytes():
   assert cost.kv_bytes_per_token(CONFIG, jnp.float32) == 3 * 2 * 2 * 8 * 4
   windowed = CONFIG.replace(layers=(LAYER, LAYER, dataclasses.replace(LAYER, window=4)))
   assert cost.kv_cache_bytes(windowed, 10) == 2 * 2 * 8 * 2 * (10 + 10 + 4)
+
+
+@pytest.mark.parametrize('format', kv_cache.FORMATS)
+@pytest.mark.parametrize('context', [1, 40, 64])
+def test_cache_bytes_are_those_of_the_arrays(format, context):
+  other = dataclasses.replace(LAYER, kv_heads=1, head_width=48)
+  config = CONFIG.replace(layers=(LAYER, other))
+  for dtype in (jnp.bfloat16, jnp.float32):
+    cache = kv_cache.init(config, 1, context, dtype, format)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert cost.kv_cache_bytes(config, context, dtype, format) == held
+
+
+def test_a_long_quantized_cache_against_bfloat16_by_hand():
+  config = preset('smollm2-135m')  # heads of width 64
+  share = lambda format: (
+    cost.kv_cache_bytes(config, 8192, cache_format=format) / cost.kv_cache_bytes(config, 8192)
+  )
+  assert share('int8') == 66 / 128
+  # 64 bytes of codes a token and head, 8 of keys' scales and minima and as many of values'; and
+  # exact keys and values of 32 tokens a row, with the number of their page.
+  rest = (32 * 256 * 3 + 4) / (8192 * 256 * 3)
+  assert share('int4') == pytest.approx(80 / 256 + rest, rel=1e-12)
+
+
+def test_a_quantized_cache_is_less_to_read():
+  read = lambda format: cost.decode_bytes_per_token(
+    CONFIG, _weights(CONFIG), 64, cache_format=format
+  )
+  held = lambda format: cost.kv_cache_bytes(CONFIG, 64, cache_format=format)
+  assert read('float') - read('int8') == held('float') - held('int8') > 0
 
 
 def test_decode_reads_everything_but_the_looked_up_rows():

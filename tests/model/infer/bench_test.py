@@ -57,6 +57,19 @@ def test_peak_bytes_cover_parameters_and_cache():
   assert large.decode_peak_bytes - small.decode_peak_bytes >= cache(3, 42) - cache(1, 10)
 
 
+def test_a_quantized_cache_holds_fewer_bytes_and_runs():
+  model = _model()
+  plain, small = (
+    bench.prepare(model, batch=1, prompt_length=40, steps=2, cache_format=format)
+    for format in ('float', 'int8')
+  )
+  assert plain.cache_bytes == 2 * 2 * 42 * 16 * 4
+  assert small.cache_bytes == 2 * 2 * 42 * (16 + 2)
+  exact, coded = plain.prefill(), small.prefill()
+  assert 0 < np.abs(exact - coded).max() < 0.05 * np.abs(exact).max()
+  assert small.decode().shape == (1,)
+
+
 def test_two_benches_do_not_share_a_cache():
   model = _model()
   one, two = (bench.prepare(model, batch=1, prompt_length=6, steps=2, seed=seed) for seed in (0, 1))

@@ -12,6 +12,7 @@ from flax import nnx
 
 from model import hf
 from model.config import LayerConfig, ModelConfig
+from model.eval import cached
 from model.infer import generate as generation
 from model.infer.generate import generate, pad
 from model.infer.prepare import prepare
@@ -92,6 +93,30 @@ def test_a_ragged_batch_gives_what_each_row_gives_alone(kind, prompts):
   for row in (0, 2):
     assert together[row] == generate(model, [prompts[row]], max_new_tokens=8)[0]
   assert len({tuple(tokens) for tokens in together}) > 1
+
+
+@pytest.mark.parametrize('format', ['int8', 'int4'])
+def test_quantized_caches_give_the_tokens_that_evaluation_sees(format, prompts):
+  model, count = MODELS['windowed'](), 40  # over the edge of a page
+  together = generate(model, prompts, max_new_tokens=count, cache_format=format)
+  alone = generate(model, prompts[2:], max_new_tokens=count, cache_format=format)
+  assert together[2:] == alone
+  # A prompt within one page sees itself exactly however it is fed, so every token has an oracle.
+  whole_BT, _ = pad([prompts[row] + together[row] for row in (0, 1)])
+  predicted_BT = _one_by_one(model, whole_BT[:, :48], format)
+  for b, length in enumerate(LENGTHS[:2]):
+    assert together[b] == predicted_BT[b, length - 1 : length - 1 + count].tolist()
+
+
+def _one_by_one(model, tokens_BT, format):
+  graphdef, state = nnx.split(model)
+
+  @jax.jit
+  def run(state, tokens_BT):
+    model = nnx.merge(graphdef, state)
+    return model.logits(cached.hidden(model, tokens_BT, format, piece=1)).argmax(-1)
+
+  return np.asarray(run(state, tokens_BT))
 
 
 def test_dynamic_rope_goes_by_the_length_of_each_row(prompts):
@@ -207,6 +232,11 @@ def test_buckets(length, expected):
 def test_wrong_requests_are_refused(plain, prompts, count, message):
   with pytest.raises(ValueError, match=message):
     generate(plain, prompts, max_new_tokens=count)
+
+
+def test_an_unknown_cache_is_refused(plain):
+  with pytest.raises(ValueError, match="'fp4' is no format of a cache"):
+    generate(plain, [[1]], max_new_tokens=1, cache_format='fp4')
 
 
 def test_learned_positions_are_a_limit():

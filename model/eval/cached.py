@@ -1,0 +1,43 @@
+"""Hidden states of whole windows, computed as in generation: through the key/value cache.
+
+A window is fed in pieces of `PIECE` tokens, so every query reads keys and values out of the cache,
+as the format stores them. One pass over the window would not measure a format that leaves the
+tokens of its own call exact. A page of 'int4' is a piece, and there a query sees what it would have
+seen token by token: its own page exactly, and the pages before as they are stored. The other
+formats give the same for pieces of any length.
+
+The cost is that of a prefill that reads the whole cache for each piece.
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from model import kv_cache
+from model.kv_cache import CacheFormat
+from model.kv_quantized import PAGE
+from model.transformer import Transformer
+
+PIECE = PAGE
+
+
+def hidden(
+  model: Transformer, tokens_BT: jax.Array, cache_format: CacheFormat, piece: int = PIECE
+) -> jax.Array:
+  """Returns the normalised last hidden states x_BTD, every row a document from position 0 on."""
+  batch, length = tokens_BT.shape
+  count = -(-length // piece)
+  padded_BT = jnp.pad(tokens_BT, ((0, 0), (0, count * piece - length)))
+  # Padding repeats the last position, as the cache wants it.
+  positions_BT = jnp.minimum(jnp.arange(count * piece, dtype=jnp.int32), length - 1)[None]
+  positions_BT = jnp.broadcast_to(positions_BT, padded_BT.shape)
+  cache = kv_cache.init(model.config, batch, count * piece, model.dtype, cache_format)
+
+  def feed(cache, piece_of):
+    tokens_BT, positions_BT = piece_of
+    x_BTD, cache = model.hidden(tokens_BT, positions_BT=positions_BT, cache=cache)
+    return cache, x_BTD
+
+  pieces = tuple(rearrange(a, 'B (P T) -> P B T', T=piece) for a in (padded_BT, positions_BT))
+  _, x_PBTD = jax.lax.scan(feed, cache, pieces)
+  return rearrange(x_PBTD, 'P B T D -> B (P T) D')[:, :length]

@@ -1,0 +1,30 @@
+"""Reading and writing a stretch of each row of a batch, where every row has its own place."""
+
+import jax
+
+# Mapped over rows, slice updates become a scatter, which XLA:CPU runs row by row with bounds
+# checks; unrolled, they are copies in place, but each has to be compiled.
+UNROLLED_ROWS = 8
+
+
+def write(rows: jax.Array, new: jax.Array, starts_B: jax.Array) -> jax.Array:
+  """Puts new[b] into rows[b] from starts_B[b] on, along the second axis. They have to fit."""
+  new, rest = new.astype(rows.dtype), (0,) * (rows.ndim - 2)
+  if len(rows) > UNROLLED_ROWS:
+    write_row = lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start, *rest))
+    return jax.vmap(write_row)(rows, new, starts_B)
+  for b in range(len(rows)):
+    rows = jax.lax.dynamic_update_slice(rows, new[b : b + 1], (b, starts_B[b], *rest))
+  return rows
+
+
+def read(rows: jax.Array, starts_B: jax.Array, length: int) -> jax.Array:
+  """Returns `length` entries of each row from starts_B[b] on, along the second axis."""
+  read_row = lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, length)
+  return jax.vmap(read_row)(rows, starts_B)
+
+
+def check(new_BTKH: jax.Array, capacity: int) -> None:
+  """Raises ValueError if there are more new tokens than slots."""
+  if new_BTKH.shape[1] > capacity:
+    raise ValueError(f'{new_BTKH.shape[1]} tokens do not fit into a cache of {capacity}')
