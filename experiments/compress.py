@@ -10,6 +10,10 @@ On a checkpoint of yours (a Hugging Face folder) and a text of yours:
 
   python -m experiments.compress --model=DIR --text=FILE --recipes=int8,nf4,wanda50 --out=DIR
 
+Or let it find out what each layer bears, so that all fits into some megabytes:
+
+  python -m experiments.compress --model=DIR --text=FILE --recipes=int4 --budget_megabytes=70
+
 Every compressed model is saved under OUT/models/NAME, where `experiments.evaluate` and
 `experiments.generate` load it. Recipes are the files of experiments/recipes, YAML files of your
 own, or the names of techniques; --list prints them.
@@ -30,10 +34,10 @@ import numpy as np
 from absl import flags
 
 from experiments import base as embedded
-from experiments import common, study
+from experiments import common, search, study
 from model import corpus, hf
 from model.compress import pipeline, recipe, registry
-from model.eval import perplexity, records, report, select
+from model.eval import layer_figures, perplexity, records, report, select
 from model.eval.records import Record
 
 DEFAULT_RECIPES = (
@@ -42,15 +46,29 @@ DEFAULT_RECIPES = (
   'fp8',
   'int4',
   'nf4',
+  'gptq_int4',
+  'gptq_int3',
   'magnitude50',
   'wanda50',
+  'sparsegpt50',
   'magnitude_2of4',
   'wanda_2of4',
+  'sparsegpt_2of4',
   'wanda_2of4_int8',
 )
+DEFAULT_CHOICES = ('int8', 'gptq_int4', 'gptq_int3', 'sparsegpt_2of4_int4')
 SMOKE_RECIPES = ('int8', 'wanda_2of4_int8')
 RECORDS, HELD_OUT = 'records.jsonl', 'held_out.txt'
-OUTPUTS = {RECORDS, HELD_OUT, 'models', 'report.html', 'pareto.png'}
+OUTPUTS = {
+  RECORDS,
+  HELD_OUT,
+  search.RECIPE,
+  search.PICTURE,
+  'models',
+  'report.html',
+  'pareto.png',
+  'layers.png',
+}
 DEFAULT_PPL_RATIO = 1.05
 DEFAULT_SEQ_LEN = 512
 
@@ -94,6 +112,15 @@ MAX_PPL_RATIO = flags.DEFINE_float(
   "Name the smallest recipe within so many times the base's perplexity. "
   f'Default: {DEFAULT_PPL_RATIO}, if there is no --max_megabytes.',
 )
+BUDGET_MEGABYTES = flags.DEFINE_float(
+  'budget_megabytes',
+  None,
+  'Search what to do to each layer so that all parameters fit in so many MB (10^6 bytes), among '
+  '--budget_choices; the recipe found is applied like the others, and kept as OUT/budget.yaml.',
+)
+BUDGET_CHOICES = flags.DEFINE_list(
+  'budget_choices', list(DEFAULT_CHOICES), 'Recipes whose treatment a layer may get.'
+)
 SEED = flags.DEFINE_integer('seed', 0, 'Seed of training and of the timed prompts.')
 LIST = flags.DEFINE_bool('list', False, 'Print the recipes and techniques, and stop.')
 SMOKE = flags.DEFINE_bool('smoke', False, 'A tiny base model and two recipes, in under a minute.')
@@ -120,6 +147,7 @@ def main() -> None:
   budget = _budget()
   names = RECIPE_NAMES.value or (SMOKE_RECIPES if SMOKE.value else DEFAULT_RECIPES)
   recipes = [recipe.resolve(name, common.RECIPES) for name in names]
+  choices = [recipe.resolve(name, common.RECIPES) for name in BUDGET_CHOICES.value]
   _check_unique(recipes)
   out = pathlib.Path(OUT.value)
   _check_out(out)
@@ -127,11 +155,18 @@ def main() -> None:
   work = _study(inputs)
   for one in recipes:
     pipeline.check(work.base, one, work.calibration_NT)
+  costs = []
+  if BUDGET_MEGABYTES.value is not None:
+    found, costs = search.find(work, choices, BUDGET_MEGABYTES.value)
+    recipes.append(found)
   partial = _partial_folder(out, work, recipes)
+  if costs:
+    search.write(found, costs, partial)
   rows = _run_all(work, recipes, inputs.tokenizer, partial)
   _write_held_out(partial, inputs, work)
   choice = select.choose(rows, budget)
   report.write(rows, partial, _page(choice, recipes, out))
+  layer_figures.write_layers(rows, partial / 'layers.png')
   _replace(partial, out)
   _say(rows, choice, out)
 
@@ -151,10 +186,13 @@ def listing() -> str:
 
 def _budget() -> select.Budget:
   common.check_positive(max_megabytes=MAX_MEGABYTES.value, max_ppl_ratio=MAX_PPL_RATIO.value)
+  common.check_positive(budget_megabytes=BUDGET_MEGABYTES.value)
   if MAX_MEGABYTES.value is not None and MAX_PPL_RATIO.value is not None:
     raise ValueError('give --max_megabytes or --max_ppl_ratio, not both')
   if MAX_MEGABYTES.value is not None:
     return select.Budget(max_megabytes=MAX_MEGABYTES.value)
+  if BUDGET_MEGABYTES.value is not None and MAX_PPL_RATIO.value is None:
+    return select.Budget(max_megabytes=BUDGET_MEGABYTES.value)
   return select.Budget(max_ppl_ratio=MAX_PPL_RATIO.value or DEFAULT_PPL_RATIO)
 
 
@@ -294,6 +332,7 @@ def _say(rows, choice, out):
   print(choice.reason)
   best = choice.record or choice.nearest or rows[-1]
   print(f'\npage:    {out}/report.html\npicture: {out}/pareto.png\nrecords: {out}/{RECORDS}')
+  print(f'layers:  {out}/layers.png')
   print(
     f'models:  {out}/models/NAME; for instance\n'
     f'  python -m experiments.evaluate --model={out}/models/{best.recipe} '

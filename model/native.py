@@ -22,10 +22,11 @@ from model import config as configs
 from model import safetensors_io
 from model.safetensors_io import Tensor
 from model.transformer import Transformer, abstract, parameters
-from ops import lora, quantized, sparse
+from ops import activations, lora, quantized, rotated, sparse
 from ops.linear import WEIGHT_TYPES, Matrix, Weight
 
-BUILT_IN = (lora, quantized, sparse)  # importing a module registers its weight types
+# Importing a module registers its weight types.
+BUILT_IN = (activations, lora, quantized, rotated, sparse)
 MANIFEST = 'lissom.json'
 VERSION = 1
 # In config.json. Other tools refuse a model type that they do not know; at a quantization method

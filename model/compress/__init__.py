@@ -1,3 +1,9 @@
 """Compression: the registry of techniques, recipes of them, calibration and the pipeline."""
 
+from model.compress import awq as awq
+from model.compress import hqq as hqq
+from model.compress import obs as obs
+from model.compress import owl as owl
+from model.compress import rotate as rotate
+from model.compress import smoothquant as smoothquant
 from model.compress import techniques as techniques

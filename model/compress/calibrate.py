@@ -5,23 +5,62 @@ compressed, then run, so that later blocks see what the compressed earlier ones 
 one block's statistics and one set of hidden states are held, whatever the depth of the model.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from model.compress import statistics
+from model.config import ModelConfig
 from model.layers import Block
-from model.transformer import Context, Transformer, linears
+from model.transformer import Context, Transformer, linears, parameters
+from ops.linear import Matrix, core, with_core
 
 Batches = list[tuple[np.ndarray, np.ndarray]]  # (tokens_BT, x_BTD)
+
+# The linear layers of a block in the order in which they run; those of one stage share an input.
+STAGES = (
+  ('attention.query', 'attention.key', 'attention.value'),
+  ('attention.output',),
+  ('ffn.gate', 'ffn.up'),
+  ('ffn.down',),
+)
 
 
 def batches(tokens_NT: np.ndarray, batch_size: int) -> list[np.ndarray]:
   """Cuts calibration rows into batches; the last may be smaller."""
   return [tokens_NT[i : i + batch_size] for i in range(0, len(tokens_NT), batch_size)]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockFunction:
+  """A block without its parameters, hashable: (parameters, tokens_BT, x_BTD) -> y_BTD."""
+
+  config: ModelConfig
+  graphdef: nnx.GraphDef
+
+  def __call__(self, values: Mapping[str, Matrix], tokens_BT, x_BTD) -> jax.Array:
+    return Context.of(self.config, tokens_BT).run(self.merge(values), x_BTD)[0]
+
+  def merge(self, values: Mapping[str, Matrix]) -> Block:
+    """The block with these parameters, by their dotted paths."""
+    flat = [(tuple(path.split('.')), nnx.Param(value)) for path, value in values.items()]
+    return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
+
+
+def split(config: ModelConfig, block: Block) -> tuple[BlockFunction, dict[str, Matrix]]:
+  """A block as a pure function and its parameters."""
+  values = {path: param.get_value() for path, param in parameters(block).items()}
+  return BlockFunction(config, nnx.split(block)[0]), values
+
+
+# (parameters, arrays, k) -> the parameters that the k-th candidate changes; static, so hashable.
+Candidate = Callable[[Mapping[str, Matrix], Any, jax.Array], Mapping[str, Matrix]]
 
 
 class Stream:
@@ -33,15 +72,23 @@ class Stream:
     embed = jax.jit(lambda state, t: nnx.merge(graphdef, state).embed(t))
     self.batches: Batches = [(t, np.asarray(embed(state, t))) for t in tokens]
 
-  def observe(self, block: Block, names: tuple[str, ...], where: str = '') -> dict[str, dict]:
-    """Measures the inputs of every linear layer of a block: {layer: {statistic: array}}.
+  def observe(
+    self,
+    block: Block,
+    names: tuple[str, ...],
+    where: str = '',
+    layers: Sequence[str] | None = None,
+  ) -> dict[str, dict]:
+    """Measures the inputs of linear layers of a block: {layer: {statistic: array}}.
 
-    Raises ValueError if a statistic is not finite, naming the layer; `where` is the block's path.
+    `layers` are their paths in the block, None for all. Raises ValueError if a statistic is not
+    finite, naming the layer; `where` is the block's path.
     """
-    graphdef, state = nnx.split(block)
+    function, values = split(self.config, block)
+    layers = tuple(linears(block) if layers is None else layers)
     total = None
     for tokens_BT, x_BTD in self.batches:
-      raw = _observe(self.config, graphdef, names, state, tokens_BT, x_BTD)
+      raw = _observe(function, layers, names, values, tokens_BT, x_BTD)
       total = raw if total is None else {k: statistics.merge(total[k], raw[k]) for k in raw}
     finished = {layer: statistics.finish(raw) for layer, raw in total.items()}
     for layer, measured in finished.items():
@@ -50,25 +97,53 @@ class Stream:
         raise ValueError(f'the calibration inputs of {path} are not finite; check the weights')
     return finished
 
+  def errors(self, block: Block, candidate: Candidate, arrays: Any, count: int) -> np.ndarray:
+    """How far each of `count` changes moves the output of a block: mean squares, float32 [count].
+
+    `candidate(parameters, arrays, k)` is traced, with k an int32; it returns the parameters that
+    the k-th candidate changes.
+    """
+    function, values = split(self.config, block)
+    total, size = np.zeros(count), 0
+    for tokens_BT, x_BTD in self.batches:
+      total += _errors(function, candidate, count, values, arrays, tokens_BT, x_BTD)
+      size += x_BTD.size
+    return (total / size).astype(np.float32)
+
   def advance(self, block: Block) -> None:
     """Runs a block over the hidden states."""
-    graphdef, state = nnx.split(block)
     for i, (tokens_BT, x_BTD) in enumerate(self.batches):
-      x_BTD = _run(self.config, graphdef, state, tokens_BT, x_BTD)
-      self.batches[i] = (tokens_BT, np.asarray(x_BTD))
+      self.batches[i] = (tokens_BT, np.asarray(run(self.config, block, tokens_BT, x_BTD)))
+
+
+def run(config: ModelConfig, block: Block, tokens_BT, x_BTD) -> jax.Array:
+  """Runs one block over hidden states, compiled once for blocks that are alike."""
+  function, values = split(config, block)
+  return _run(function, values, tokens_BT, x_BTD)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _observe(config, graphdef, names, state, tokens_BT, x_BTD):
-  block = nnx.merge(graphdef, state)
-  recorders = {}
-  for path, linear in linears(block).items():
-    recorders[path] = statistics.Recorder(linear.weight.get_value(), [])
-    linear.weight = nnx.Param(recorders[path])
-  Context.of(config, tokens_BT).run(block, x_BTD)
-  return {path: statistics.measure(recorder.seen, names) for path, recorder in recorders.items()}
+def _observe(function, layers, names, values, tokens_BT, x_BTD):
+  recorders, watched = {}, dict(values)
+  for layer in layers:
+    w = values[f'{layer}.weight']
+    recorders[layer] = statistics.Recorder(core(w), [])
+    watched[f'{layer}.weight'] = with_core(w, recorders[layer])
+  function(watched, tokens_BT, x_BTD)
+  return {layer: statistics.measure(r.seen, names) for layer, r in recorders.items()}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(config, graphdef, state, tokens_BT, x_BTD):
-  return Context.of(config, tokens_BT).run(nnx.merge(graphdef, state), x_BTD)[0]
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _errors(function, candidate, count, values, arrays, tokens_BT, x_BTD):
+  expected_BTD = function(values, tokens_BT, x_BTD).astype(jnp.float32)
+
+  def error(k):
+    actual_BTD = function({**values, **candidate(values, arrays, k)}, tokens_BT, x_BTD)
+    return jnp.square(actual_BTD.astype(jnp.float32) - expected_BTD).sum()
+
+  return jax.lax.map(error, jnp.arange(count))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(function, values, tokens_BT, x_BTD):
+  return function(values, tokens_BT, x_BTD)

@@ -23,12 +23,18 @@ INPUTS, OUTPUTS, TOKENS = 64, 24, 40
 PRODUCT_TOLERANCE = 1e-4
 
 
+SCOPES = ('linears', 'parameters')
+
+
 def check(name: str, spec: Any = None) -> None:
   """Runs every contract on a registered technique. `spec`: its options, None for the defaults.
 
-  Raises AssertionError saying which contract is broken; ValueError if there is no such technique.
+  Raises AssertionError saying which contract is broken; ValueError if there is no such technique,
+  or it does not work on one matrix at a time.
   """
   row = registry.lookup(name)
+  if row.scope not in SCOPES:
+    raise ValueError(f'{name} works on a whole {row.scope}; the contracts are for single matrices')
   spec = row.spec() if spec is None else spec
   run, traces = _counted(row, spec)
   w_IO, measured = _example(row)
@@ -46,7 +52,8 @@ def _example(row: Technique) -> tuple[jax.Array, dict[str, Any]]:
   rng = np.random.default_rng(0)
   w_IO = jnp.asarray(rng.standard_normal((INPUTS, OUTPUTS)), jnp.float32)
   x_TI = jnp.asarray(rng.standard_normal((TOKENS, INPUTS)), jnp.float32)
-  return w_IO, statistics.finish(statistics.measure([x_TI], row.statistics))
+  measured = statistics.finish(statistics.measure([x_TI], row.statistics))
+  return w_IO, measured | ({registry.PLAN: jnp.float32(0.5)} if row.plan else {})
 
 
 def _counted(row: Technique, spec):
@@ -104,7 +111,8 @@ def _check_product(name, weight: Matrix):
   @jax.jit
   def products(x_TI, weight):
     slope_TI = jax.grad(lambda x: jnp.square(matmul(x, weight)).sum())(x_TI)
-    return matmul(x_TI, weight), x_TI @ dense(weight).astype(x_TI.dtype), slope_TI
+    seen_TI = weight.round_inputs(x_TI) if isinstance(weight, Weight) else x_TI
+    return matmul(x_TI, weight), seen_TI @ dense(weight).astype(x_TI.dtype), slope_TI
 
   x_TI = np.random.default_rng(1).standard_normal((TOKENS, INPUTS), np.float32)
   product_TO, expected_TO, slope_TI = products(x_TI, weight)

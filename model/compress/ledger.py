@@ -38,6 +38,11 @@ class Ledger:
         row = Event(layer=layer, technique=technique, event=event, detail=str(int(count)))
         self.events.append(row)
 
+  def extend(self, other: 'Ledger') -> None:
+    """Takes over the rows of another ledger."""
+    self.events.extend(other.events)
+    self.layers.extend(other.layers)
+
   def to_rows(self) -> list[dict]:
     """The events as plain values, for a record."""
     return [dataclasses.asdict(event) for event in self.events]

@@ -1,11 +1,18 @@
 """Applies a recipe to a model, block by block, with a ledger of everything that fell short.
 
 The order is that of sequential calibration: the embedding, then block after block, and within a
-block step after step, each step observing the block as the steps before it left it.
+block stage after stage, in the order in which its layers run: the inputs of a stage are measured
+after all steps have compressed the stages before. A recipe may ask for less (see `recipe`).
+
+One block is held twice, as it was and as it becomes, with its statistics and one set of hidden
+states. With a folder for its progress, a killed run goes on after the last block that was finished,
+to bitwise the same end.
 """
 
 import dataclasses
 import functools
+import itertools
+import os
 from collections.abc import Callable, Iterator
 
 import jax
@@ -13,22 +20,28 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from model.compress import calibrate, statistics
+from model.compress import calibrate
 from model.compress.ledger import LayerResult, Ledger
+from model.compress.parts import Part, calibrated, check, parts, targets, weights
+from model.compress.progress import Progress
 from model.compress.recipe import Recipe, Step
-from model.transformer import Transformer, linears, matrices, parameters
-from ops.linear import Matrix, Weight, dense
+from model.compress.registry import PLAN, Outcome, Site
+from model.transformer import Transformer, matrices, parameters
+from ops.linear import Matrix, Weight, core, dense, with_core
+
+__all__ = ['calibrated', 'check', 'compress', 'describe']
 
 CALIBRATION_BATCH = 8  # rows of calibration text in one forward pass
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-  """A piece of the model that is compressed at once: a block, or what lies outside the blocks."""
+@dataclasses.dataclass
+class _Run:
+  """What the steps of one compression share."""
 
-  prefix: str
-  module: nnx.Module
-  is_block: bool
+  recipe: Recipe
+  ledger: Ledger
+  plans: dict[int, dict[str, jax.Array]]  # step -> layer -> its share
+  stream: calibrate.Stream | None = None
 
 
 def compress(
@@ -37,165 +50,186 @@ def compress(
   calibration_NT: np.ndarray | None = None,
   *,
   progress: Callable[[list], Iterator] = iter,
+  in_place: bool = False,
+  resume: str | os.PathLike | None = None,
 ) -> tuple[Transformer, Ledger]:
   """Returns a compressed copy of a model, and the ledger.
 
   `calibration_NT` is [rows, length] of token ids; only recipes with calibrated steps need it.
-  `progress` wraps the list of parts, as tqdm does.
+  `progress` wraps the list of parts, as tqdm does. `in_place` compresses the model itself, so that
+  no block is held longer than it is needed. `resume` is a folder that keeps each finished block
+  until the end; what an interrupted run of the same recipe, model and text left there is used.
 
   Raises:
     ValueError: before any work, if a step does not fit a layer, a pattern matches no layer, or
       calibration tokens are missing or not the model's; if calibration meets NaN or infinity.
   """
   check(model, recipe, calibration_NT)
-  model, ledger = nnx.clone(model), Ledger()
-  originals = matrices(model)
-  stream = None
-  for part in progress(_parts(model)):
-    if part.is_block and stream is None:  # here, for the embedding before is compressed by now
-      stream = _stream(model, recipe, calibration_NT)
-    for step in recipe.steps:
-      _apply(part, step, recipe, stream, ledger)
-    if stream is not None and part.is_block:
-      stream.advance(part.module)
-  for step in recipe.steps:
-    left_out = recipe.head and model.head is not None and step.matches('head')
-    if left_out and step.row.scope == 'linears' and step.row.statistics:
-      ledger.add('head', step.technique, {'left as it was, for calibration ends before it': 1})
-  ledger.layers.extend(_results(originals, matrices(model)))
-  return model, ledger
+  kept = Progress.open(resume, model, recipe, calibration_NT)
+  model = model if in_place else nnx.clone(model)
+  run = _Run(recipe, Ledger(), {})
+  _transform(model, run)
+  if any(calibrated(step) for step in recipe.steps):
+    run.plans = _plans(model, recipe, calibration_NT)
+  for i, part in enumerate(progress(parts(model))):
+    if part.is_block and run.stream is None and calibration_NT is not None:
+      run.stream = _stream(model, recipe, calibration_NT)  # the embedding is compressed by now
+    if part.is_block and kept.has(i):
+      run.ledger.extend(kept.restore(i, part.module, run.stream))
+      continue
+    ledger = Ledger()
+    _compress(part, dataclasses.replace(run, ledger=ledger))
+    run.ledger.extend(ledger)
+    if part.is_block:
+      kept.save(i, part.module, run.stream, ledger)
+  _note_head(model, run)
+  kept.close()
+  return model, run.ledger
 
 
-def check(model: Transformer, recipe: Recipe, calibration_NT: np.ndarray | None = None) -> None:
-  """Runs the recipe on shapes alone, so that what cannot work is refused before any work.
-
-  Raises ValueError naming the recipe, the technique and the layer.
-  """
-  for step in recipe.steps:
-    for pattern in step.only:
-      one = dataclasses.replace(step, only=(pattern,))
-      if not any(_targets(part, one, recipe) for part in _parts(model)):
-        raise ValueError(
-          f'recipe {recipe.name}: no layer matches {pattern!r} of {step.technique}; '
-          f'there are {", ".join(_layers(model, step, recipe)[:8])}, ...'
-        )
-    if step.row.statistics and calibration_NT is None:
-      raise ValueError(f'recipe {recipe.name}: {step.technique} needs calibration text')
-    if step.row.statistics:
-      _check_calibration(model, calibration_NT)
-  for part in _parts(model):
-    _check_part(part, recipe)
+def _transform(model, run):
+  """Runs the steps that change the model as a whole."""
+  for step in run.recipe.steps:
+    if step.row.scope == 'model':
+      run.ledger.add('model', step.technique, step.row.function(model, step.spec))
 
 
-def _layers(model, step, recipe) -> list[str]:
-  """Every layer that the step could compress."""
-  step = dataclasses.replace(step, only=('*',))
-  paths = [f'{part.prefix}.{p}' for part in _parts(model) for p in _targets(part, step, recipe)]
-  return [path.removesuffix('.weight') for path in paths]
+def _plans(model, recipe, calibration_NT) -> dict[int, dict[str, jax.Array]]:
+  """Lets the steps that divide something among the layers look at the whole model first."""
+  plans = {}
+  for i, step in enumerate(recipe.steps):
+    if step.row.plan is not None:
+      shares = step.row.plan(_survey(model, step, recipe, calibration_NT), step.spec)
+      plans[i] = {layer: jnp.float32(share) for layer, share in shares.items()}
+  return plans
 
 
-def _check_calibration(model, calibration_NT):
-  shape, vocabulary = np.shape(calibration_NT), model.config.vocab_size
-  if len(shape) != 2 or 0 in shape:
-    raise ValueError(f'calibration text is rows of token ids [rows, length], not {shape}')
-  low, high = int(np.min(calibration_NT)), int(np.max(calibration_NT))
-  if low < 0 or high >= vocabulary:
-    raise ValueError(
-      f'the calibration text has the token {low if low < 0 else high}, outside the vocabulary of '
-      f'{vocabulary}; was it made by the tokenizer of another model?'
-    )
-  if model.positions is not None and shape[1] > model.config.max_positions:
-    raise ValueError(
-      f'calibration rows of {shape[1]} tokens are longer than the {model.config.max_positions} '
-      'learned positions; use shorter ones'
-    )
-
-
-def _check_part(part, recipe):
-  shapes = {path: jax.eval_shape(lambda w: w, w) for path, w in _weights(part).items()}
-  for step in recipe.steps:
-    for path in _targets(part, step, recipe):
-      measured = {}
-      if step.row.statistics:
-        measured = statistics.abstract(shapes[path].shape[-2], step.row.statistics)
-      try:
-        outcome = jax.eval_shape(
-          functools.partial(step.row, spec=step.spec), shapes[path], measured
-        )
-      except ValueError as error:
-        where = f'{part.prefix}.{path}'.strip('.')
-        raise ValueError(f'recipe {recipe.name}: {step.technique} on {where}: {error}') from None
-      shapes[path] = outcome.weight
+def _survey(model, step, recipe, calibration_NT):
+  stream = _stream(model, recipe, calibration_NT)
+  for part in parts(model):
+    if not part.is_block:
+      continue
+    found = stream.observe(part.module, step.row.statistics, part.prefix)
+    values = weights(part)
+    for path in targets(part, step, recipe):
+      yield part.layer(path), values[path], found[path.removesuffix('.weight')]
+    stream.advance(part.module)
 
 
 def _stream(model, recipe, calibration_NT):
-  if not any(step.row.statistics for step in recipe.steps):
+  if not any(calibrated(step) for step in recipe.steps):
     return None
   return calibrate.Stream(model, calibrate.batches(calibration_NT, CALIBRATION_BATCH))
 
 
-def _parts(model) -> list[Part]:
-  parts = []
-  for name, child in vars(model).items():
-    if isinstance(child, nnx.List):
-      blocks = enumerate(child)
-      parts += [Part(prefix=f'{name}.{i}', module=one, is_block=True) for i, one in blocks]
-    elif isinstance(child, nnx.Module):
-      parts.append(Part(prefix=name, module=child, is_block=False))
-  return parts
+def _compress(part: Part, run: _Run) -> None:
+  before = matrices(part.module)
+  original = nnx.clone(part.module) if run.recipe.sequential == 'none' else None
+  for steps in _together(run.recipe.steps):
+    if steps[0][1].row.scope == 'block':
+      _apply_to_block(part, steps[0][1], run)
+      continue
+    for stage in _stages(part, [step for _, step in steps], run.recipe):
+      for i, step in steps:
+        _apply(part, step, stage, run, original or part.module, run.plans.get(i, {}))
+  if run.stream is not None and part.is_block:
+    run.stream.advance(original or part.module)
+  run.ledger.layers.extend(_results(part, before))
 
 
-def _weights(part) -> dict[str, Matrix]:
-  return {path: param.get_value() for path, param in parameters(part.module).items()}
+def _together(steps: tuple[Step, ...]) -> list[list[tuple[int, Step]]]:
+  """Consecutive steps on single matrices, which go through a block together; others alone."""
+  groups = itertools.groupby(enumerate(steps), lambda item: item[1].row.scope)
+  found = []
+  for scope, group in groups:
+    members = list(group)
+    found += [members] if scope == 'linears' else [[member] for member in members]
+  return found
 
 
-def _targets(part: Part, step: Step, recipe: Recipe) -> list[str]:
-  """The parameters of a part that a step compresses, by their path in the part."""
+def _stages(part: Part, steps: list[Step], recipe: Recipe) -> list[list[str]]:
+  """The parameters that are measured at once, in the order in which they are compressed."""
+  wanted = {path for step in steps for path in targets(part, step, recipe)}
+  paths = [path for path in weights(part) if path in wanted]
+  if recipe.sequential != 'layers' or not any(step.row.statistics for step in steps):
+    return [paths] if paths else []
+  stages = [[f'{layer}.weight' for layer in stage] for stage in calibrate.STAGES]
+  staged = [[path for path in stage if path in paths] for stage in stages]
+  rest = [path for path in paths if not any(path in stage for stage in stages)]
+  return [stage for stage in [*staged, rest] if stage]
+
+
+def _apply(part, step, stage, run, observed: nnx.Module, plan):
+  paths = [path for path in targets(part, step, run.recipe) if path in stage]
+  found = {}
+  if paths and step.row.statistics:
+    layers = [path.removesuffix('.weight') for path in paths]
+    found = run.stream.observe(observed, step.row.statistics, part.prefix, layers)
   params = parameters(part.module)
-  if step.row.scope == 'linears':
-    params = [f'{path}.weight'.strip('.') for path in linears(part.module)]
-    if not part.is_block and not (recipe.head and not step.row.statistics):
-      params = []
-  layer = lambda path: f'{part.prefix}.{path}'.removesuffix('.weight')
-  return [path for path in params if step.matches(layer(path))]
-
-
-def _apply(part, step, recipe, stream, ledger):
-  targets = _targets(part, step, recipe)
-  if not targets:
-    return
-  observed = {}
-  if step.row.statistics:
-    observed = stream.observe(part.module, step.row.statistics, part.prefix)
-  params = parameters(part.module)
-  for path in targets:
-    measured = observed.get(path.removesuffix('.weight'), {})
-    outcome = _run(step.row, step.spec, params[path].get_value(), measured)
+  for path in paths:
+    measured, layer = found.pop(path.removesuffix('.weight'), {}), part.layer(path)
+    if step.row.plan:
+      measured[PLAN] = plan[layer]
+    outcome = execute(step.row, step.spec, params[path].get_value(), measured)
     params[path].set_value(outcome.weight)
-    layer = f'{part.prefix}.{path}'.removesuffix('.weight')
-    ledger.add(layer, step.technique, {**outcome.events, **_starved(measured)})
+    run.ledger.add(layer, step.technique, {**outcome.events, **_starved(measured)})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(row, spec, w, measured):
-  return row(w, measured, spec)
+def execute(row, spec, w: Matrix, measured) -> Outcome:
+  """Runs a technique on one matrix, compiled; `measured` are the statistics of its inputs."""
+  outcome = row(core(w), measured, spec)
+  return dataclasses.replace(outcome, weight=with_core(w, outcome.weight))
+
+
+def _apply_to_block(part, step, run):
+  paths, found = targets(part, step, run.recipe), {}
+  if not paths:
+    return
+  if step.row.statistics:
+    found = run.stream.observe(part.module, step.row.statistics, part.prefix)
+  site = Site(
+    config=run.stream.config,
+    layer=part.module.layer,
+    parameters=weights(part),
+    targets=tuple(path.removesuffix('.weight') for path in paths),
+    statistics=found,
+    errors=functools.partial(run.stream.errors, part.module),
+  )
+  changes, params = step.row.function(site, step.spec), parameters(part.module)
+  for path, value in changes.parameters.items():
+    params[path].set_value(value)
+  for path, events in changes.events.items():
+    run.ledger.add(part.layer(path), step.technique, events)
+  for path, measured in found.items():
+    run.ledger.add(part.layer(path), step.technique, _starved(measured))
 
 
 def _starved(measured) -> dict[str, int]:
-  if 'input_norm' not in measured:
+  norm = measured.get('input_norm')
+  if norm is None and 'input_covariance' in measured:
+    norm = jnp.diagonal(measured['input_covariance'])
+  if norm is None:
     return {}
-  return {'inputs that no calibration token used': int((measured['input_norm'] == 0).sum())}
+  return {'inputs that no calibration token used': int((norm == 0).sum())}
 
 
-def _results(originals, compressed) -> Iterator[LayerResult]:
-  for layer, w in originals.items():
-    now = compressed[layer]
+def _note_head(model, run):
+  for step in run.recipe.steps:
+    left_out = run.recipe.head and model.head is not None and step.matches('head')
+    if left_out and step.row.scope != 'parameters' and calibrated(step):
+      what = 'left as it was, for calibration ends before it'
+      run.ledger.add('head', step.technique, {what: 1})
+
+
+def _results(part, before) -> Iterator[LayerResult]:
+  for path, now in matrices(part.module).items():
     yield LayerResult(
-      layer=layer,
-      shape=tuple(w.shape),
+      layer=f'{part.prefix}.{path}'.strip('.'),
+      shape=tuple(now.shape),
       stored=describe(now),
       stored_bytes=now.nbytes,
-      relative_error=float(_relative_error(w, now)),
+      relative_error=float(_relative_error(before[path], now)),
     )
 
 
@@ -214,6 +248,6 @@ def describe(w: Matrix) -> str:
     for field in dataclasses.fields(w)
     if 'axes' not in field.metadata and isinstance(value := getattr(w, field.name), str | int)
   ]
-  inner = getattr(w, 'values', None)
+  inner = w.weight if w.transforms_input else getattr(w, 'values', None)
   nested = f' of {describe(inner)}' if isinstance(inner, Weight) else ''
   return f'{type(w).__name__} {" ".join(static)}{nested}'

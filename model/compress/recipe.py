@@ -7,6 +7,10 @@
     - round_to_nearest: {format: int8}
       only: ["layers.*.ffn.*"]
 
+Calibrated steps measure the inputs that a layer gets from what was compressed before it. What that
+is, `sequential` says: all layers before it ('layers', as in GPTQ's true-sequential order), all
+blocks before its own ('blocks', as in SparseGPT and Wanda), or nothing ('none').
+
 Every key and the type of every value are checked against the technique's own dataclass; nothing is
 ignored. A recipe's name is that of its folder too, so it consists of letters, digits and .-_+
 """
@@ -23,6 +27,7 @@ import yaml
 
 from model.compress import registry
 
+SEQUENTIAL = ('layers', 'blocks', 'none')
 NAME = r'[A-Za-z0-9_+][A-Za-z0-9_.+-]*'
 
 
@@ -50,6 +55,7 @@ class Recipe:
   steps: tuple[Step, ...]
   description: str = ''
   head: bool = False
+  sequential: str = 'layers'
 
   def to_dict(self) -> dict:
     """The recipe as plain values, in the shape that `parse` reads."""
@@ -60,7 +66,8 @@ class Recipe:
         entry['only'] = list(step.only)
       steps.append(entry)
     result = {'name': self.name, 'description': self.description, 'steps': steps}
-    return {**result, 'head': True} if self.head else result
+    result |= {'head': True} if self.head else {}
+    return result | ({} if self.sequential == 'layers' else {'sequential': self.sequential})
 
 
 def parse(data: Any, source: str = 'recipe') -> Recipe:
@@ -69,7 +76,7 @@ def parse(data: Any, source: str = 'recipe') -> Recipe:
   Raises ValueError naming `source`, the place and the nearest valid names.
   """
   _check_mapping(data, f'{source}: a recipe')
-  _check_keys(data, ('name', 'description', 'steps', 'head'), source)
+  _check_keys(data, ('name', 'description', 'steps', 'head', 'sequential'), source)
   if not isinstance(data.get('name'), str) or not re.fullmatch(NAME, data['name']):
     raise ValueError(
       f'{source}: a recipe needs a name of letters, digits and .-_+, not {data.get("name")!r}'
@@ -82,7 +89,16 @@ def parse(data: Any, source: str = 'recipe') -> Recipe:
   head = data.get('head', False)
   if not isinstance(head, bool):
     raise ValueError(f'{source}: head is true or false, not {head!r}')
-  return Recipe(name=data['name'], steps=steps, description=data.get('description', ''), head=head)
+  sequential = data.get('sequential', 'layers')
+  if sequential not in SEQUENTIAL:
+    raise ValueError(f'{source}: sequential is {" or ".join(SEQUENTIAL)}, not {sequential!r}')
+  return Recipe(
+    name=data['name'],
+    steps=steps,
+    description=data.get('description', ''),
+    head=head,
+    sequential=sequential,
+  )
 
 
 def _parse_step(entry, place):

@@ -19,9 +19,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ops import sparse
-from ops.linear import Matrix, Weight
+from model.config import LayerConfig, ModelConfig
+from ops import quantized, sparse
+from ops.linear import Matrix, Weight, map_values
 
 Statistics = Mapping[str, Any]
 
@@ -37,26 +39,70 @@ class Outcome:
   events: dict[str, Any]
 
 
-Function = Callable[[Matrix, Statistics, Any], 'Matrix | Outcome']
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Site:
+  """A block as a technique of scope 'block' meets it.
+
+  layer: the block's traits.  parameters: all of its values, by their paths in the block.
+  targets: the linear layers that the step may compress.  statistics: what was measured, by layer.
+  errors: (candidate, arrays, count) -> how far changes move the block's output, [count]; see
+    `calibrate.Stream.errors`.
+  """
+
+  config: ModelConfig
+  layer: LayerConfig
+  parameters: Mapping[str, Matrix]
+  targets: tuple[str, ...]
+  statistics: Mapping[str, Statistics]
+  errors: Callable[[Callable, Any, int], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Changes:
+  """What a technique of scope 'block' did: new values by path, and events by layer."""
+
+  parameters: Mapping[str, Matrix]
+  events: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+PLAN = 'plan'
+Scope = Literal['linears', 'parameters', 'block', 'model']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Technique:
   """A row of the registry.
 
-  scope: 'linears' runs it on the matrices of the blocks, 'parameters' on every floating parameter.
+  The scope says what the function is given, and when it runs:
+
+    linears     (w, statistics, spec) -> Matrix | Outcome, each matrix of the blocks
+    parameters  the same, every floating parameter
+    block       (site, spec) -> Changes, each block, for what concerns several matrices at once
+    model       (model, spec) -> events; changes the model in place, before any calibration
+
+  linears and parameters are traced: `spec` is static, and decisions depend on shapes alone.
+
+  check: for block and model, (config, spec) raises ValueError where the technique does not apply.
+  becomes: for block, (w, spec) -> Matrix is traced on shapes to know what a matrix will be.
+  plan: for linears, (survey, spec) -> {layer: number}: what each layer's share in a whole is, such
+    as its sparsity. It is called once before the blocks, with an iterator of (layer, w, statistics)
+    over the uncompressed model; the function finds the number as statistics['plan'], float32.
   """
 
   name: str
-  function: Function
+  function: Callable
   spec: type
   statistics: tuple[str, ...]
   paper: str
-  scope: Literal['linears', 'parameters'] = 'linears'
+  scope: Scope = 'linears'
+  check: Callable | None = None
+  becomes: Callable | None = None
+  plan: Callable | None = None
 
   def __call__(self, w: Matrix, statistics: Statistics, spec: Any) -> Outcome:
-    """Compresses one weight. Traceable: `spec` is static, decisions depend on shapes alone."""
-    result = self.function(w, {name: statistics[name] for name in self.statistics}, spec)
+    """Compresses one weight: for the scopes linears and parameters."""
+    names = (*self.statistics, *([PLAN] if self.plan else []))
+    result = self.function(w, {name: statistics[name] for name in names}, spec)
     return result if isinstance(result, Outcome) else Outcome(result, {})
 
   @property
@@ -68,10 +114,15 @@ class Technique:
 TECHNIQUES: dict[str, Technique] = {}
 
 
-def technique(name: str, *, spec: type, paper: str, statistics=(), scope='linears'):
-  """Registers a function as a technique. Raises ValueError if the name is taken."""
+def technique(
+  name: str, *, spec: type, paper: str, statistics=(), scope: Scope = 'linears', **more
+):
+  """Registers a function as a technique; `more` are further fields of `Technique`.
 
-  def register(function: Function) -> Function:
+  Raises ValueError if the name is taken.
+  """
+
+  def register(function: Callable) -> Callable:
     if name in TECHNIQUES:
       raise ValueError(f'the technique {name!r} is registered already')
     TECHNIQUES[name] = Technique(
@@ -81,6 +132,7 @@ def technique(name: str, *, spec: type, paper: str, statistics=(), scope='linear
       statistics=tuple(statistics),
       paper=paper,
       scope=scope,
+      **more,
     )
     return function
 
@@ -135,6 +187,10 @@ def pruning_score(name: str, *, paper: str, statistics=(), spec: type = PruneSpe
   def register(score):
     @functools.wraps(score)
     def prune(w, stats, options):
+      if isinstance(w, quantized.QuantizedTensor):
+        # Zero is a code of every format; what is kept stays on its grid.
+        grid = w.scales, w.zeros, w.format
+        return map_values(lambda v: quantized.encode(v, *grid), prune(w.dense(), stats, options))
       if isinstance(w, Weight):
         raise ValueError(f'{name} prunes plain matrices, not a {type(w).__name__}; prune first')
       score_IO, n, m = score(w, stats), options.n, options.m

@@ -27,18 +27,29 @@ def _add(a, b):
   return jax.tree.map(jnp.add, a, b)
 
 
+def _gram(x_TI):
+  # In full float32: what is inverted later must not be rounded to fewer bits by a matrix unit.
+  return jnp.matmul(x_TI.T, x_TI, precision=jax.lax.Precision.HIGHEST)
+
+
 STATISTICS: dict[str, Statistic] = {
   # The L2 norm of each input over all tokens, float32 [I].
   'input_norm': Statistic(of=lambda x_TI: jnp.square(x_TI).sum(0), merge=_add, finish=jnp.sqrt),
   # The mean of x xᵀ over all tokens, float32 [I, I]: half the Hessian of the squared output error.
   'input_covariance': Statistic(
-    of=lambda x_TI: (x_TI.T @ x_TI, jnp.float32(x_TI.shape[0])),
+    of=lambda x_TI: (_gram(x_TI), jnp.float32(x_TI.shape[0])),
     merge=_add,
     finish=lambda total: total[0] / total[1],
   ),
   # The largest magnitude of each input, float32 [I].
   'input_absmax': Statistic(
     of=lambda x_TI: jnp.abs(x_TI).max(0), merge=jnp.maximum, finish=lambda a: a
+  ),
+  # The mean magnitude of each input, float32 [I].
+  'input_absmean': Statistic(
+    of=lambda x_TI: (jnp.abs(x_TI).sum(0), jnp.float32(x_TI.shape[0])),
+    merge=_add,
+    finish=lambda total: total[0] / total[1],
   ),
 }
 

@@ -43,15 +43,16 @@ def cast(w, statistics, spec):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizeSpec:
-  """A storage format of ops/quantized.py. `group_size`: see `quantized.resolve_group`."""
+  """A storage format of ops/quantized.py; `group_size` and `clip` as in its `quantize`."""
 
   format: quantized.FormatName = 'int8'
   group_size: int | None = None
   symmetric: bool = True
   double: bool = False
+  clip: quantized.Clip = 'none'
 
   def __post_init__(self):
-    quantized.check_options(self.format, 1, -1, self.symmetric)
+    quantized.check_options(self.format, 1, -1, self.symmetric, self.clip)
     if self.group_size is not None and self.group_size < 1 and self.group_size != -1:
       raise ValueError(f'a group size is positive, or -1 for a whole column, not {self.group_size}')
 

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from flax import nnx
 
-from experiments import common, study
+from experiments import common, search, study
 from model import hf
 from model.compress import registry
 from model.config import LayerConfig
@@ -70,9 +70,37 @@ def test_a_killed_run_resumes(finished):
   assert list(out.parent.iterdir()) == [out]
 
 
+def test_a_budget_is_kept_and_its_recipe_can_be_used_again(finished, script, tmp_path):
+  rows = records.read(finished[0] / 'records.jsonl')
+  base = next(row for row in rows if row.recipe == 'base').value('stored_bytes')
+  limit = 0.3 * base / 1e6
+  out, choices = tmp_path / 'budget', '--budget_choices=int8,int4'
+  budget = [f'--budget_megabytes={limit}', choices]
+  script('--smoke', '--recipes=bf16', f'--out={out}', '--rounds=5', *budget)
+  found = {row.recipe: row for row in records.read(out / 'records.jsonl')}
+  assert set(found) == {'base', 'bf16', 'budget'}
+  assert found['budget'].value('stored_bytes') <= limit * 1e6 < found['bf16'].value('stored_bytes')
+  assert all((out / name).stat().st_size > 100 for name in (search.RECIPE, search.PICTURE))
+  again = tmp_path / 'again'
+  script('--smoke', f'--recipes={out / search.RECIPE}', f'--out={again}', '--rounds=5')
+  replayed = next(row for row in records.read(again / 'records.jsonl') if row.recipe == 'budget')
+  for metric in ('stored_bytes', 'ppl'):
+    assert replayed.value(metric) == found['budget'].value(metric)
+
+
+def test_a_budget_that_nothing_fits_leaves_nothing(script, tmp_path):
+  arguments = ['--smoke', f'--out={tmp_path / "out"}', '--budget_choices=int8,int4']
+  with pytest.raises(ValueError, match='at least'):
+    script(*arguments, '--budget_megabytes=0.0001')
+  with pytest.raises(ValueError, match='above 0'):
+    script(*arguments, '--budget_megabytes=-1')
+  assert not (tmp_path / 'out').exists()
+
+
 def test_the_outputs_are_there(finished, script):
   out, *_ = finished
-  assert {path.name for path in out.iterdir()} == script.module.OUTPUTS
+  searched = {search.RECIPE, search.PICTURE}
+  assert {path.name for path in out.iterdir()} == script.module.OUTPUTS - searched
   assert {path.name for path in (out / 'models').iterdir()} == set(RECIPES)
   rows = records.read(out / 'records.jsonl')
   assert [row.recipe for row in rows] == ['base', *RECIPES]

@@ -49,6 +49,12 @@ class Script:
     self.module.main()
 
 
+@pytest.fixture(scope='session')
+def make_script():
+  """A function (name) -> the script of that name."""
+  return Script
+
+
 @pytest.fixture(scope='module')
 def script(request, base):
   """The script that the test module is named after."""

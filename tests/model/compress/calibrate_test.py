@@ -1,6 +1,8 @@
 """Streamed calibration equals a whole forward pass in transformers, one block at a time."""
 
 import dataclasses
+import fnmatch
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +32,8 @@ def probe(monkeypatch):
     return jnp.broadcast_to(statistics['input_norm'][:, None], w.shape)
 
 
-def _recipe(*steps):
-  return recipe.parse({'name': 'x', 'steps': list(steps)})
+def _recipe(*steps, sequential='blocks'):
+  return recipe.parse({'name': 'x', 'steps': list(steps), 'sequential': sequential})
 
 
 def _weight(model, path):
@@ -48,8 +50,9 @@ def test_statistics_equal_those_of_hooks_in_transformers(tiny, tokens_NT, torch_
     assert len(measured) == 7
     for name, found in measured.items():
       x_TI = inputs[f'layers.{i}.{name}'].astype(np.float64)
-      expected = np.sqrt((x_TI**2).sum(0)), x_TI.T @ x_TI / len(x_TI), np.abs(x_TI).max(0)
-      for statistic, value in zip(NAMES, expected):
+      size = np.abs(x_TI)
+      expected = np.sqrt((x_TI**2).sum(0)), x_TI.T @ x_TI / len(x_TI), size.max(0), size.mean(0)
+      for statistic, value in zip(NAMES, expected, strict=True):
         np.testing.assert_allclose(
           found[statistic], value, TOLERANCE, TOLERANCE, err_msg=f'{i} {name} {statistic}'
         )
@@ -96,6 +99,49 @@ def test_a_step_is_calibrated_on_what_the_steps_before_left(tiny, tokens_NT, tor
   np.testing.assert_allclose(found_I, expected_I, TOLERANCE, TOLERANCE)
 
 
+WANDA = {'wanda': {'sparsity': 0.6}}
+STAGES = [
+  (['*.query', '*.key', '*.value'], '*.output'),
+  (['*.query', '*.key', '*.value', '*.output'], '*.up'),
+  (['*.query', '*.key', '*.value', '*.output', '*.gate', '*.up'], '*.down'),
+]
+
+
+@pytest.mark.parametrize('before, layer', STAGES, ids=[layer for _, layer in STAGES])
+@pytest.mark.parametrize('sequential', recipe.SEQUENTIAL)
+def test_a_stage_meets_what_the_recipe_says(
+  tiny, tokens_NT, torch_inputs, sequential, before, layer
+):
+  model = tiny(layers=2)
+  compressed, _ = pipeline.compress(model, _recipe(WANDA, sequential=sequential), tokens_NT)
+  path = f'layers.1.{"ffn" if layer in ("*.up", "*.down") else "attention"}{layer[1:]}'
+  seen = {
+    'layers': ['layers.0.*', *(f'layers.1.{one}' for one in before)],
+    'blocks': ['layers.0.*'],
+    'none': ['no layer'],
+  }
+  half_done = dict(pipeline.matrices(compressed))
+  reference = nnx.clone(model)
+  for name, linear in calibrate.linears(reference).items():
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in seen[sequential]):
+      linear.weight.set_value(half_done[name])
+  x_TI = torch_inputs(reference, tokens_NT)[path].astype(np.float64)
+  w_IO = np.asarray(_weight(model, path), np.float64)
+  score_IO = np.abs(w_IO) * np.sqrt((x_TI**2).sum(0))[:, None]
+  rank_IO = score_IO.argsort(0).argsort(0)
+  expected_IO = rank_IO >= round(0.6 * len(w_IO))
+  disagree = (np.asarray(_weight(compressed, path) != 0) != expected_IO).mean()
+  assert disagree < 0.01  # scores that differ by rounding alone
+
+
+def test_the_input_orders_differ(tiny, tokens_NT):
+  found = [
+    pipeline.compress(tiny(), _recipe(WANDA, sequential=s), tokens_NT)[0] for s in recipe.SEQUENTIAL
+  ]
+  masks = [np.asarray(_weight(model, 'layers.1.ffn.down') != 0) for model in found]
+  assert all((masks[i] != masks[j]).mean() > 0.01 for i, j in [(0, 1), (0, 2), (1, 2)])
+
+
 def test_the_first_block_sees_the_embedding_as_compressed(tiny, tokens_NT, probe):
   model = tiny(layers=1)
   one = _recipe({'cast': {}}, {'probe': {}, 'only': ['*.query']})
@@ -130,6 +176,7 @@ def test_memory_does_not_grow_with_depth(tiny, tokens_NT, monkeypatch):
     return w * jnp.trace(statistics['input_covariance'])
 
   def live_bytes():
+    gc.collect()  # modules hold each other in cycles
     weights = {(48, 64), (48, 32), (64, 48), (48, 80), (80, 48), (61, 48), (48, 61), (48,)}
     return sum(a.nbytes for a in jax.live_arrays() if a.ndim and a.shape not in weights)
 

@@ -37,7 +37,7 @@ def _tiny(layers=2, seed=0, **changes):
   return model
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def tiny():
   """A function that makes a tiny model with random weights."""
   return _tiny

@@ -96,8 +96,9 @@ def test_the_same_inputs_give_the_same_model(tiny, tokens_NT):
 
 def test_wanda_is_what_numpy_computes(tiny, tokens_NT, torch_inputs):
   model = tiny()
-  compressed, _ = pipeline.compress(model, _recipe(WANDA), tokens_NT)
-  half_done, _ = pipeline.compress(model, _recipe({**WANDA, 'only': ['layers.0.*']}), tokens_NT)
+  compressed, _ = pipeline.compress(model, _recipe(WANDA, sequential='blocks'), tokens_NT)
+  first = _recipe({**WANDA, 'only': ['layers.0.*']}, sequential='blocks')
+  half_done, _ = pipeline.compress(model, first, tokens_NT)
   sources = (torch_inputs(model, tokens_NT), torch_inputs(half_done, tokens_NT))
   for i, inputs in enumerate(sources):
     for path, x_TI in inputs.items():
@@ -127,7 +128,7 @@ def test_steps_compose_into_nested_weights(tiny, tokens_NT):
 def test_the_ledger_says_how_far_each_layer_moved(tiny):
   model = tiny()
   compressed, ledger = pipeline.compress(model, _recipe({'magnitude': {}}))
-  assert [row.layer for row in ledger.layers] == list(matrices(model))
+  assert sorted(row.layer for row in ledger.layers) == sorted(matrices(model))
   for row in ledger.layers:
     w, now = (np.asarray(matrices(m)[row.layer]) for m in (model, compressed))
     expected = np.linalg.norm(w - now) / np.linalg.norm(w)
@@ -190,7 +191,6 @@ REFUSED = {
     r'magnitude on layers\.1\.ffn\.up\S*: 48 inputs do not divide into groups of 5',
   ),
   'quantized twice': ([INT8, INT8], r'already quantized \(int8\)'),
-  'pruned after quantization': ([INT8, {'magnitude': {}}], 'prunes plain matrices, not a Quant'),
   'pruned twice': ([{'magnitude': {'n': 2, 'm': 4}}, {'magnitude': {}}], 'not a SparseTensor'),
   'cast after quantization': ([INT8, {'cast': {}}], 'put that step before the quantization'),
   'no such layer': (

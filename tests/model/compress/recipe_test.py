@@ -108,7 +108,7 @@ WRONG = {
   'null for a truth': (_step({'wanda': {'per_output': None}}), 'per_output is bool, not None'),
   'list for a name': (_step({'cast': {'dtype': ['x']}}), "dtype is bfloat16 or .*not \\['x'\\]"),
   'unknown dtype': (_step({'cast': {'dtype': 'int8'}}), "dtype is bfloat16 or .*, not 'int8'"),
-  'unknown format': (_step({'round_to_nearest': {'format': 'int3'}}), 'int8 or int4 or nf4'),
+  'unknown format': (_step({'round_to_nearest': {'format': 'int5'}}), 'int8 or int4 or int3'),
   'value out of range': (_step({'wanda': {'sparsity': 1.5}}), 'step 2, wanda: a sparsity is at'),
   'bad pair': (_step({'wanda': {'n': 3, 'm': 2}}), 'step 2, wanda: N:M sparsity needs'),
   'option that the format lacks': (

@@ -20,6 +20,7 @@ def _expected(x_TI):
     'input_norm': np.sqrt((x_TI**2).sum(0)),
     'input_covariance': x_TI.T @ x_TI / len(x_TI),
     'input_absmax': np.abs(x_TI).max(0),
+    'input_absmean': np.abs(x_TI).mean(0),
   }
 
 

@@ -1,0 +1,194 @@
+r"""Our calibrated compression beside llm-compressor's, on one checkpoint and one text.
+
+  python -m experiments.compare_llm_compressor --model=DIR --text=DIR \
+      --peer=PEER_VENV/bin/python --output=out/peer.jsonl
+
+Both sides start from the same bfloat16 weights and the same calibration tokens, compress the
+matrices of the blocks, and are measured by the same perplexity on the same held-out windows; the
+peer's is also computed by torch in its own process, as a check of ours. Seconds are those of the
+compressing call in a fresh process, compilation included, loading and saving left out. Each setting
+is run `--rounds` times on either side in turn.
+
+PEER_VENV: pip install torch==2.13.0 llmcompressor. It cannot share our environment's transformers.
+
+Device: CPU. Minutes: 1 a setting and round for a model of 4 M parameters. Expected: perplexities
+within 0.5 % of the peer's or below, in at most half of its time.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from experiments import common
+from model import corpus, hf, safetensors_io
+from model.compress import pipeline
+from model.compress import recipe as recipe_module
+from model.eval import perplexity, records, timing
+from model.eval.records import Metric, Record
+from model.transformer import parameters
+
+# What the peer is asked for, and our recipe of the same.
+SETTINGS = {
+  'gptq_w4_g128': ({'method': 'gptq', 'bits': 4, 'group_size': 128}, {'gptq': {'format': 'int4'}}),
+  'gptq_w3_g128': ({'method': 'gptq', 'bits': 3, 'group_size': 128}, {'gptq': {'format': 'int3'}}),
+  'gptq_w4': (
+    {'method': 'gptq', 'bits': 4, 'group_size': -1},
+    {'gptq': {'format': 'int4', 'group_size': -1}},
+  ),
+  'gptq_w3': (
+    {'method': 'gptq', 'bits': 3, 'group_size': -1},
+    {'gptq': {'format': 'int3', 'group_size': -1}},
+  ),
+  'sparsegpt_50': (
+    {'method': 'sparsegpt', 'structure': '0:0'},
+    {'sparsegpt': {'sparsity': 0.5}},
+  ),
+  'sparsegpt_2of4': ({'method': 'sparsegpt', 'structure': '2:4'}, {'sparsegpt': {'n': 2, 'm': 4}}),
+  'wanda_50': ({'method': 'wanda', 'structure': '0:0'}, {'wanda': {'sparsity': 0.5}}),
+  'wanda_2of4': ({'method': 'wanda', 'structure': '2:4'}, {'wanda': {'n': 2, 'm': 4}}),
+}
+PEER_SCRIPT = pathlib.Path(__file__).parent / 'peers' / 'llm_compressor.py'
+
+MODEL = flags.DEFINE_string('model', None, 'Hugging Face folder to compress.')
+TEXT = flags.DEFINE_string('text', None, "Text. Default: the source of Python's standard library.")
+PEER = flags.DEFINE_string('peer', None, 'Python of the environment that has llm-compressor.')
+NAMES = flags.DEFINE_list('settings', list(SETTINGS), f'Of {", ".join(SETTINGS)}.')
+ROWS = flags.DEFINE_integer('calibration_rows', 128, 'Rows of calibration text.', lower_bound=1)
+SEQ_LEN = flags.DEFINE_integer('seq_len', 128, 'Tokens a row and a window.', lower_bound=2)
+WINDOWS = flags.DEFINE_integer('max_windows', 512, 'Held-out windows.', lower_bound=1)
+ROUNDS = flags.DEFINE_integer('rounds', 1, 'Times that both sides run.', lower_bound=1)
+OUTPUT = flags.DEFINE_string('output', None, 'A .jsonl file to append records to.')
+CHILD = flags.DEFINE_string('child', None, 'Internal: the folder of a setting to run here.')
+
+
+def main() -> None:
+  if CHILD.value:
+    _ours(pathlib.Path(CHILD.value))
+    return
+  for name in NAMES.value:
+    if name not in SETTINGS:
+      raise ValueError(f'--settings has {name!r}, which is not one of {", ".join(SETTINGS)}')
+  for flag, holder in {'model': MODEL, 'peer': PEER}.items():
+    if not holder.value:
+      raise ValueError(f'--{flag} is needed')
+  model, tokenizer = hf.load_pretrained(MODEL.value, dtype=jnp.float32)
+  with tempfile.TemporaryDirectory() as folder:
+    work = pathlib.Path(folder)
+    windows = _prepare(work, model, tokenizer)
+    base = perplexity.evaluate(model, windows)
+    for name in NAMES.value:
+      record = _compare(name, work, model, windows, base.ppl)
+      print(_words(record), flush=True)
+      if OUTPUT.value:
+        records.append(OUTPUT.value, record)
+
+
+def _prepare(work, model, tokenizer) -> perplexity.Windows:
+  """Writes the checkpoint in bfloat16 and the tokens for both sides."""
+  for param in parameters(model).values():
+    param.set_value(param.get_value().astype(jnp.bfloat16))
+  hf.save_pretrained(model, tokenizer, work / 'model')
+  texts, length = corpus.load(TEXT.value), SEQ_LEN.value
+  tokens = []
+  for text in (*texts.calibration, *texts.train):
+    tokens.extend(tokenizer.encode(text))
+    if len(tokens) >= ROWS.value * length:
+      break
+  rows = min(ROWS.value, len(tokens) // length)
+  calibration_NT = np.asarray(tokens[: rows * length], np.int32).reshape(rows, length)
+  held_out = ''.join(texts.held_out)[: 12 * WINDOWS.value * length]
+  windows = perplexity.windows(*tokenizer.encode_with_bytes(held_out), length, WINDOWS.value)
+  np.save(work / 'calibration.npy', calibration_NT)
+  np.save(work / 'held_out.npy', windows.tokens_NT)
+  return windows
+
+
+def _compare(name, work, model, windows, base_ppl) -> Record:
+  setting, step = SETTINGS[name]
+  sequential = 'layers' if setting['method'] == 'gptq' else 'blocks'
+  ours = {'name': name, 'steps': [step], 'sequential': sequential}
+  (work / 'settings.json').write_text(json.dumps({**setting, 'batch': pipeline.CALIBRATION_BATCH}))
+  (work / 'recipe.json').write_text(json.dumps(ours))
+  seconds, peer_seconds = [], []
+  for _ in range(ROUNDS.value):
+    _call([sys.executable, '-m', 'experiments.compare_llm_compressor', f'--child={work}'])
+    seconds.append(json.loads((work / 'ours.json').read_text())['seconds'])
+    _call([PEER.value, str(PEER_SCRIPT), str(work)])
+    peer = json.loads((work / 'peer.json').read_text())
+    peer_seconds.append(peer['seconds'])
+  ppl = perplexity.evaluate(hf.load_pretrained(work / 'ours')[0], windows).ppl
+  peer_ppl = perplexity.evaluate(_peers_model(work, model.config), windows).ppl
+  n = windows.tokens_NT[:, 1:].size
+  return Record(
+    experiment='compare_llm_compressor',
+    recipe=name,
+    command=common.command(),
+    config={
+      'setting': setting,
+      'ours': ours,
+      'calibration_rows': len(np.load(work / 'calibration.npy')),
+      'seq_len': SEQ_LEN.value,
+    },
+    environment=records.environment(),
+    seed=None,
+    metrics={
+      'base_ppl': Metric(base_ppl, '1', n),
+      'ppl': Metric(ppl, '1', n),
+      'peer_ppl': Metric(peer_ppl, '1', n),
+      'peer_ppl_by_torch': Metric(peer['torch_ppl'], '1', n),
+      'ppl / peer': Metric(ppl / peer_ppl, '1', n),
+      'seconds': timing.summarize(seconds, 's'),
+      'peer_seconds': timing.summarize(peer_seconds, 's'),
+      'seconds / peer': timing.summarize(np.divide(seconds, peer_seconds), '1'),
+    },
+  )
+
+
+def _call(command):
+  done = subprocess.run(command, capture_output=True, text=True)
+  if done.returncode:
+    raise ValueError(f'{command[0]} failed: {done.stderr.strip()[-1500:]}')
+
+
+def _ours(work: pathlib.Path) -> None:
+  """Runs one setting in this process, and writes what the peer writes."""
+  model, _ = hf.load_pretrained(work / 'model', dtype=jnp.float32)
+  calibration_NT = np.load(work / 'calibration.npy')
+  one = recipe_module.parse(json.loads((work / 'recipe.json').read_text()))
+  start = time.perf_counter()
+  model, _ = pipeline.compress(model, one, calibration_NT)
+  jax.block_until_ready([p.get_value() for p in parameters(model).values()])
+  seconds = time.perf_counter() - start
+  hf.save_pretrained(model, None, work / 'ours', recipe=one.to_dict())
+  (work / 'ours.json').write_text(json.dumps({'seconds': seconds}))
+
+
+def _peers_model(work: pathlib.Path, config):
+  """The checkpoint with the matrices that the peer wrote."""
+  tensors = safetensors_io.read_folder(work / 'model')
+  return hf.load_tensors(
+    config, tensors | safetensors_io.read_file(work / 'peer.safetensors'), jnp.float32
+  )
+
+
+def _words(record: Record) -> str:
+  m = {name: metric.value for name, metric in record.metrics.items()}
+  quality = f'perplexity {m["ppl"]:.4f}, llm-compressor {m["peer_ppl"]:.4f}'
+  checks = f'torch: {m["peer_ppl_by_torch"]:.4f}, base: {m["base_ppl"]:.4f}'
+  time_s = f'{m["seconds"]:.1f} s against {m["peer_seconds"]:.1f} s'
+  return (
+    f'{record.recipe}: {quality} ({checks}), ratio {m["ppl / peer"]:.4f}; {time_s}, '
+    f'ratio {m["seconds / peer"]:.2f}'
+  )
+
+
+if __name__ == '__main__':
+  common.run(main)

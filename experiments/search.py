@@ -1,0 +1,47 @@
+"""The main job's search for a recipe under a budget of bytes, and what it leaves on disk."""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import yaml
+
+from experiments import common
+from experiments.study import Study
+from model.compress import budget, recipe
+from model.compress.budget import Option
+from model.compress.recipe import Recipe
+from model.eval import layer_figures
+from model.eval.select import MEGABYTE
+
+RECIPE, PICTURE = 'budget.yaml', 'sensitivity.png'
+FIRST = 'bf16'  # the recipe whose steps come before any treatment of a layer
+
+
+def find(work: Study, choices: Sequence[Recipe], megabytes: float) -> tuple[Recipe, list[Option]]:
+  """The recipe that fits best, and what each treatment of each layer costs.
+
+  Raises ValueError if nothing fits.
+  """
+  found, options = budget.search(
+    work.base,
+    budget.treatments(choices),
+    work.calibration_NT,
+    round(megabytes * MEGABYTE),
+    first=recipe.load(common.RECIPES / f'{FIRST}.yaml').steps,
+    progress=common.labelled('budget: sensitivity'),
+  )
+  print(
+    f'budget: {found.nbytes / MEGABYTE:.3f} MB of {megabytes:g}, KL {found.kl:.4g} nats a token on '
+    f'the calibration text ({found.predicted:.4g} as a sum over layers); '
+    f'{found.recipe.description}',
+    file=sys.stderr,
+  )
+  return found.recipe, options
+
+
+def write(found: Recipe, costs: Sequence[Option], folder: pathlib.Path) -> None:
+  """Writes the recipe, to be applied again, and the costs as a picture."""
+  (folder / RECIPE).write_text(yaml.safe_dump(found.to_dict(), sort_keys=False))
+  rows = [(option.layer, option.treatment, option.kl) for option in costs]
+  layer_figures.write_sensitivity(rows, folder / PICTURE)

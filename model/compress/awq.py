@@ -1,0 +1,209 @@
+"""AWQ: scale up the weights of strong inputs before rounding, and clip what rounding reaches.
+
+After Lin et al. (2023), https://arxiv.org/abs/2306.00978. For each group of layers that read the
+same input (model/compress/folding.py), the rows of the weights are multiplied by
+s = mean|x|**alpha and what produces the input is divided by it; of a grid of alphas, that one stays
+whose rounded weights move the block's output least. Then each group of weights that share a scale
+gets the range, from all of it down to half, whose rounding moves the layer's output least.
+
+Costs `grid` forward passes of the block for each of its four groups, and 21 roundings of a matrix.
+
+Different from the paper and its reference code: no scaling at all is always a candidate, so in that
+measure the scales are never worse than none. The error is always that of the whole block's output.
+With grouped queries the value and output layers are scaled too, heads that share values alike. An
+input that is zero in all calibration tokens is not scaled. Clipping weighs errors by the covariance
+of a group's inputs, which gives the mean squared error over all calibration tokens exactly, where
+the paper takes a sample of them; and it takes 20 steps, not 10.
+
+`duo` divides by the weights' own mean magnitude, s = x**alpha / w**(1 - alpha), as llm-compressor
+does, where w is relative to the largest weight in its quantization group.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.compress import folding
+from model.compress.registry import Changes, Outcome, technique
+from model.compress.techniques import QuantizeSpec, round_to_nearest
+from ops import quantized
+from ops.linear import Matrix, Weight
+
+SMALLEST_SCALE = 1e-4
+CLIP_STEPS, SMALLEST_RANGE = 20, 0.5
+# Scores are a softmax of their products, so their layers' own output errors mislead.
+UNCLIPPED = ('attention.query', 'attention.key')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AwqSpec:
+  """A storage format as in `round_to_nearest`, and how it is searched for.
+
+  `grid` alphas from 0 up to 1.  `quantize` false: only scales, so that a later step, such as gptq,
+  rounds; the format is then what the scales are searched for.
+  """
+
+  format: quantized.FormatName = 'int4'
+  group_size: int | None = None
+  symmetric: bool = False
+  clip_search: bool = True
+  grid: int = 20
+  duo: bool = False
+  quantize: bool = True
+
+  def __post_init__(self):
+    if self.grid < 1:
+      raise ValueError(f'the grid of alphas has at least one point, not {self.grid}')
+    _ = self.rounding
+
+  @property
+  def rounding(self) -> QuantizeSpec:
+    """The options of the rounding itself."""
+    return QuantizeSpec(format=self.format, group_size=self.group_size, symmetric=self.symmetric)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+  """Stores a matrix rounded to nearest, whatever its inputs are."""
+
+  spec: QuantizeSpec
+
+  def __call__(self, w_IO: jax.Array, measured_I: jax.Array) -> Matrix:
+    del measured_I
+    return round_to_nearest(w_IO, {}, self.spec).weight
+
+
+def becomes(w: Matrix, spec: AwqSpec) -> Matrix:
+  """What a matrix will be. Raises ValueError where it cannot."""
+  if isinstance(w, Weight):
+    raise ValueError(f'awq scales plain matrices, not a {type(w).__name__}')
+  stored = round_to_nearest(w, {}, spec.rounding).weight
+  return stored if spec.quantize else w
+
+
+@technique(
+  'awq',
+  spec=AwqSpec,
+  statistics=('input_absmean', 'input_covariance'),
+  paper='Lin et al. 2023, https://arxiv.org/abs/2306.00978',
+  scope='block',
+  becomes=becomes,
+)
+def awq(site, spec):
+  """Scale strong inputs' weights up, clip ranges, and round to nearest."""
+  values, rows, events = _scaled(site, spec)
+  if not spec.quantize:
+    return Changes(parameters=values, events=events)
+  for layer in site.targets:
+    path = f'{layer}.weight'
+    covariance_II = site.statistics[layer]['input_covariance']
+    if not spec.clip_search or layer in UNCLIPPED:
+      covariance_II = None
+    w_IO = values.get(path, site.parameters[path])
+    rows_I = rows.get(layer, jnp.ones(w_IO.shape[0], jnp.float32))
+    outcome = _rounded(w_IO, rows_I, covariance_II, spec.rounding)
+    values[path] = outcome.weight
+    events[layer] = {**events.get(layer, {}), **outcome.events}
+  return Changes(parameters=values, events=events)
+
+
+def _scaled(site, spec):
+  """What the scales change, by path; the scales of each layer's inputs; and events by layer."""
+  skipped = folding.unscaled(site.layer)
+  values, rows = {}, {}
+  events = {layer: {why: 1} for layer, why in skipped.items() if layer in site.targets}
+  for group in folding.groups(site.config, site.layer):
+    targets = tuple(layer for layer in group.consumers if layer in site.targets)
+    why = folding.obstacle(site.parameters, group)
+    if why is None and targets:
+      found, improved = _best(site, group, targets, spec)
+      changed, rows_I = folding.apply(_own({**site.parameters, **values}, group), group, found)
+      values |= changed
+      rows |= dict.fromkeys(group.consumers, rows_I)
+      why = None if improved else 'not scaled, for no scales of the grid were better'
+    events |= {layer: {why: 1} for layer in targets if why}
+  return values, rows, events
+
+
+def _best(site, group, targets, spec):
+  """The scales of the least block error, and whether they are better than none."""
+  layer = targets[0]  # all consumers of a group have the same inputs
+  mean_I = site.statistics[layer]['input_absmean']
+  weights = [site.parameters[f'{name}.weight'] for name in group.consumers]
+  scales_AP = _candidates(mean_I, weights, group, spec)
+  trial = folding.Trial(group, targets, Rounded(spec.rounding))
+  errors = site.errors(trial, (scales_AP, mean_I), len(scales_AP))
+  best = int(np.argmin(np.where(np.isfinite(errors), errors, np.inf)))
+  return scales_AP[best], errors[best] < errors[0]
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _candidates(mean_I, weights, group, spec) -> jax.Array:
+  """The scales of each alpha, of which the first is none: [A, P], around 1."""
+  x_P = group.tie(mean_I, jnp.mean)
+  alphas_A1 = jnp.arange(spec.grid, dtype=jnp.float32)[:, None] / spec.grid
+  scales_AP = x_P[None] ** alphas_A1
+  if spec.duo:
+    w_P = group.tie(_relative_size(weights, spec), jnp.mean)
+    scales_AP = scales_AP / (w_P[None] ** (1 - alphas_A1) + SMALLEST_SCALE)
+  live_P = x_P[None] > 0
+  scales_AP = jnp.maximum(scales_AP, SMALLEST_SCALE)
+  high_A1 = jnp.where(live_P, scales_AP, 0).max(1, keepdims=True)
+  low_A1 = jnp.where(live_P, scales_AP, jnp.inf).min(1, keepdims=True)
+  scales_AP = jnp.where(live_P, scales_AP / jnp.sqrt(high_A1 * low_A1), 1)
+  return scales_AP.at[0].set(1)
+
+
+def _relative_size(weights, spec):
+  """The mean magnitude of each input's weights, relative to the largest in its group: [I]."""
+  w_IO = jnp.abs(jnp.concatenate([w.astype(jnp.float32) for w in weights], axis=1))
+  size = quantized.resolve_group(spec.format, w_IO.shape[0], spec.group_size)
+  w_JgO = w_IO.reshape(-1, size, w_IO.shape[1])
+  return (w_JgO / (w_JgO.max(1, keepdims=True) + 1e-6)).reshape(w_IO.shape).mean(1)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _rounded(w_IO, rows_I, covariance_II, rounding) -> Outcome:
+  if covariance_II is not None:
+    w_IO = clip(w_IO, covariance_II / (rows_I[:, None] * rows_I[None]), rounding)
+  return round_to_nearest(w_IO, {}, rounding)
+
+
+def clip(w_IO: jax.Array, covariance_II: jax.Array, spec: QuantizeSpec) -> jax.Array:
+  """Limits each group's weights to the range whose rounding moves the output least, [I, O].
+
+  `covariance_II` is the mean of x xᵀ over the inputs of this matrix; a group shares one scale.
+  """
+  size = quantized.resolve_group(spec.format, w_IO.shape[0], spec.group_size)
+  w_JgO = w_IO.astype(jnp.float32).reshape(-1, size, w_IO.shape[1])
+  groups = jnp.arange(w_JgO.shape[0])
+  blocks_Jgg = covariance_II.reshape(len(groups), size, len(groups), size)[groups, :, groups]
+  high_JO = jnp.abs(w_JgO).max(1)
+
+  def error(limit_JO):
+    clipped_JgO = _clipped(w_JgO, limit_JO)
+    stored = round_to_nearest(clipped_JgO.reshape(w_IO.shape), {}, spec).weight
+    moved_JgO = stored.dense().reshape(w_JgO.shape) - w_JgO
+    felt_JgO = jnp.einsum('Jgh,JhO->JgO', blocks_Jgg, moved_JgO, precision='highest')
+    return (moved_JgO * felt_JgO).sum(1)
+
+  def step(i, best):
+    limit_JO = (1 - i * (1 - SMALLEST_RANGE) / CLIP_STEPS) * high_JO
+    candidate = (error(limit_JO), limit_JO)
+    better_JO = candidate[0] < best[0]
+    return jax.tree.map(functools.partial(jnp.where, better_JO), candidate, best)
+
+  whole = (error(high_JO), high_JO)
+  _, limit_JO = jax.lax.fori_loop(1, CLIP_STEPS + 1, step, whole)
+  return _clipped(w_JgO, limit_JO).reshape(w_IO.shape).astype(w_IO.dtype)
+
+
+def _clipped(w_JgO, limit_JO):
+  return jnp.clip(w_JgO, -limit_JO[:, None], limit_JO[:, None])
+
+
+def _own(parameters, group):
+  return {path: parameters[path] for path in group.parameters if path in parameters}

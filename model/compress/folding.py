@@ -1,0 +1,166 @@
+"""Exact scale folding: a block computes the same with some inputs divided and weights multiplied.
+
+A group is a producer and the linear layers that read what it puts out, in one block:
+
+  attention_norm  -> query, key, value
+  attention.value -> output      attention mixes tokens, never channels; the query heads of one
+                                 key/value head share its scales
+  ffn_norm        -> gate, up
+  ffn.up          -> down        where a gate multiplies it, or the activation is relu, for
+                                 relu(x / s) = relu(x) / s
+
+Dividing what the producer puts out by s > 0 and multiplying the rows of its consumers by s changes
+nothing but rounding. It is what AWQ (Lin et al. 2023, https://arxiv.org/abs/2306.00978) and
+SmoothQuant (Xiao et al. 2022, https://arxiv.org/abs/2211.10438) do to make matrices, or their
+inputs, easier to quantize. Norms after a sub-layer and norms of heads stand behind the consumers,
+so they do not matter; a parallel block has a norm before each sub-layer, like any other. An up
+projection into gelu or silu without a gate cannot be scaled (`unscaled` says so).
+
+A norm's scale is rounded to its stored type, and far more coarsely than it looks where an offset is
+added to it (Gemma), so consumers are multiplied by what the stored scale was really divided by.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model.config import LayerConfig, ModelConfig
+from ops.linear import Matrix, Weight
+
+Parameters = Mapping[str, Matrix]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+  """A producer, which puts out P channels, and the linear layers that read them.
+
+  norm_offset: what is added to a norm's scale; None if the producer is a linear layer.
+  copies: each of P channels is read so often, in runs of `run` (query heads of a key/value head).
+  """
+
+  producer: str
+  consumers: tuple[str, ...]
+  norm_offset: float | None = None
+  copies: int = 1
+  run: int = 1
+
+  def spread(self, scales_P: jax.Array) -> jax.Array:
+    """The scale of each of the consumers' inputs, [I]."""
+    if self.copies == 1:
+      return scales_P
+    return jnp.repeat(scales_P.reshape(-1, self.run), self.copies, axis=0).reshape(-1)
+
+  def tie(self, values_I: jax.Array, fn: Callable) -> jax.Array:
+    """Joins what the inputs have that read the same channel: fn(array, axis), [P]."""
+    return fn(values_I.reshape(-1, self.copies, self.run), axis=1).reshape(-1)
+
+  @property
+  def parameters(self) -> tuple[str, ...]:
+    """The paths that folding may change."""
+    own = 'weight' if self.norm_offset is None else 'scale'
+    weights = (f'{layer}.weight' for layer in self.consumers)
+    return (f'{self.producer}.{own}', f'{self.producer}.bias', *weights)
+
+
+def groups(config: ModelConfig, layer: LayerConfig) -> tuple[Group, ...]:
+  """The groups of a block in the order in which they run."""
+  norm = functools.partial(Group, norm_offset=config.norm_offset)
+  heads = {'copies': layer.query_heads // layer.kv_heads, 'run': layer.head_width}
+  attention = ('attention.query', 'attention.key', 'attention.value')
+  found = [
+    norm(producer='attention_norm', consumers=attention),
+    Group(producer='attention.value', consumers=('attention.output',), **heads),
+    norm(producer='ffn_norm', consumers=('ffn.gate', 'ffn.up') if layer.gated else ('ffn.up',)),
+  ]
+  if 'ffn.down' not in unscaled(layer):
+    found.append(Group(producer='ffn.up', consumers=('ffn.down',)))
+  return tuple(found)
+
+
+def unscaled(layer: LayerConfig) -> dict[str, str]:
+  """The linear layers of a block whose inputs no group scales, and why."""
+  if layer.gated or layer.activation == 'relu':
+    return {}
+  return {'ffn.down': f'not scaled, for {layer.activation} does not commute with scales'}
+
+
+def obstacle(parameters: Parameters, group: Group) -> str | None:
+  """Why this group cannot be folded as it is stored, or None."""
+  for path in group.parameters:
+    if isinstance(parameters.get(path), Weight):
+      return f'not scaled, for {path} is a {type(parameters[path]).__name__}'
+  return None
+
+
+def realised(parameters: Parameters, group: Group, scales_P: jax.Array) -> jax.Array:
+  """The nearest scales that the producer can be divided by as it is stored, float32 [P]."""
+  scales_P = scales_P.astype(jnp.float32)
+  if group.norm_offset is None:
+    return scales_P
+  stored_P = parameters[f'{group.producer}.scale']
+  before_P = stored_P.astype(jnp.float32) + group.norm_offset
+  divided_P = (before_P / scales_P - group.norm_offset).astype(stored_P.dtype)
+  after_P = divided_P.astype(jnp.float32) + group.norm_offset
+  # A channel that is zero, or would be rounded to zero, is left as it is.
+  lost_P = (before_P == 0) | (after_P == 0)
+  return jnp.where(lost_P, 1, before_P / jnp.where(lost_P, 1, after_P))
+
+
+def fold(parameters: Parameters, group: Group, scales_P: jax.Array) -> dict[str, jax.Array]:
+  """Divides a producer by positive scales and multiplies its consumers: what changes, by path.
+
+  The block's output stays what it was, but for rounding to the stored types.
+  """
+  scales_P = realised(parameters, group, scales_P)
+  changed = _divided(parameters, group, scales_P)
+  rows_I1 = group.spread(scales_P)[:, None]
+  for layer in group.consumers:
+    w_IO = parameters[f'{layer}.weight']
+    changed[f'{layer}.weight'] = (w_IO.astype(jnp.float32) * rows_I1).astype(w_IO.dtype)
+  return changed
+
+
+def _divided(parameters, group, scales_P):
+  changed = {}
+  for path in group.parameters[:2]:
+    before = parameters.get(path)
+    if before is not None:
+      offset = group.norm_offset or 0.0 if path.endswith('.scale') else 0.0
+      scales = scales_P if before.ndim == 1 else scales_P[None]
+      after = (before.astype(jnp.float32) + offset) / scales - offset
+      changed[path] = after.astype(before.dtype)
+  return changed
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """A candidate for `Site.errors`: scales folded into a group, and its targets stored lossily.
+
+  store: hashable; (w_IO, measured_I) -> Matrix, with a statistic of the inputs after scaling.
+  """
+
+  group: Group
+  targets: tuple[str, ...]
+  store: Callable[[jax.Array, jax.Array], Matrix]
+
+  def __call__(self, parameters: Parameters, arrays: Any, k: jax.Array) -> dict[str, Matrix]:
+    scales_AP, measured_I = arrays
+    scales_P = realised(parameters, self.group, scales_AP[k])
+    changed = fold(parameters, self.group, scales_P)
+    scaled_I = measured_I / self.group.spread(scales_P)
+    for layer in self.targets:
+      changed[f'{layer}.weight'] = self.store(changed[f'{layer}.weight'], scaled_I)
+    return changed
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def apply(
+  parameters: Parameters, group: Group, scales_P: jax.Array
+) -> tuple[dict[str, jax.Array], jax.Array]:
+  """What folding changes, and the realised scale of each of the consumers' inputs, [I]."""
+  scales_P = realised(parameters, group, scales_P)
+  return fold(parameters, group, scales_P), group.spread(scales_P)

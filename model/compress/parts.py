@@ -1,0 +1,158 @@
+"""The pieces of a model that are compressed at once, what a step finds in them, and what fits."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+from flax import nnx
+
+from model.compress import statistics
+from model.compress.recipe import Recipe, Step
+from model.compress.registry import PLAN
+from model.transformer import Transformer, linears, parameters
+from ops.linear import Matrix, core, with_core
+
+# Cloning a module sorts its attributes, so their own order says nothing.
+ORDER = ('embedding', 'positions', 'layers', 'final_norm', 'head')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+  """A piece of the model that is compressed at once: a block, or what lies outside the blocks."""
+
+  prefix: str
+  module: nnx.Module
+  is_block: bool
+
+  def layer(self, path: str) -> str:
+    """The layer that a parameter of this part belongs to, by its path in the model."""
+    return f'{self.prefix}.{path}'.removesuffix('.weight')
+
+
+def parts(model: Transformer) -> list[Part]:
+  """The embedding, the blocks, the final norm and the head, in the order in which they run."""
+  found = []
+  for name in ORDER:
+    child = getattr(model, name)
+    if isinstance(child, nnx.List):
+      blocks = enumerate(child)
+      found += [Part(prefix=f'{name}.{i}', module=one, is_block=True) for i, one in blocks]
+    elif isinstance(child, nnx.Module):
+      found.append(Part(prefix=name, module=child, is_block=False))
+  return found
+
+
+def weights(part: Part) -> dict[str, Matrix]:
+  """The parameters of a part by their paths in it."""
+  return {path: param.get_value() for path, param in parameters(part.module).items()}
+
+
+def targets(part: Part, step: Step, recipe: Recipe) -> list[str]:
+  """The parameters of a part that a step compresses, by their paths in it."""
+  scope, found = step.row.scope, list(parameters(part.module))
+  if scope == 'model':
+    return []
+  if scope != 'parameters':
+    found = [f'{path}.weight'.strip('.') for path in linears(part.module)]
+    calibrated = step.row.statistics or scope == 'block'
+    if not part.is_block and not (recipe.head and not calibrated):
+      found = []
+  return [path for path in found if step.matches(part.layer(path))]
+
+
+def check(model: Transformer, recipe: Recipe, calibration_NT: np.ndarray | None = None) -> None:
+  """Runs the recipe on shapes alone, so that what cannot work is refused before any work.
+
+  Raises ValueError naming the recipe, the technique and the layer.
+  """
+  for i, step in enumerate(recipe.steps):
+    _check_scope(model, recipe, i)
+    _check_patterns(model, recipe, step)
+    if calibrated(step) and calibration_NT is None:
+      raise ValueError(f'recipe {recipe.name}: {step.technique} needs calibration text')
+    if calibrated(step):
+      _check_calibration(model, calibration_NT)
+  for part in parts(model):
+    _check_part(part, recipe)
+
+
+def calibrated(step: Step) -> bool:
+  """Whether a step runs calibration tokens through the model."""
+  return bool(step.row.statistics) or step.row.scope == 'block'
+
+
+def _check_scope(model, recipe, i):
+  step = recipe.steps[i]
+  if step.row.scope == 'model' and any(s.row.scope != 'model' for s in recipe.steps[:i]):
+    raise ValueError(
+      f'recipe {recipe.name}: {step.technique} changes the whole model, so it has to come before '
+      f'{recipe.steps[0].technique}'
+    )
+  if step.row.check is None:
+    return
+  try:
+    step.row.check(model.config, step.spec)
+  except ValueError as error:
+    raise ValueError(f'recipe {recipe.name}: {step.technique}: {error}') from None
+
+
+def _check_patterns(model, recipe, step):
+  if step.row.scope == 'model' and step.only != ('*',):
+    raise ValueError(
+      f'recipe {recipe.name}: {step.technique} changes the whole model and takes no "only"'
+    )
+  for pattern in step.only if step.row.scope != 'model' else ():
+    one = dataclasses.replace(step, only=(pattern,))
+    if not any(targets(part, one, recipe) for part in parts(model)):
+      raise ValueError(
+        f'recipe {recipe.name}: no layer matches {pattern!r} of {step.technique}; '
+        f'there are {", ".join(_layers(model, step, recipe)[:8])}, ...'
+      )
+
+
+def _layers(model, step, recipe) -> Iterable[str]:
+  """Every layer that the step could compress."""
+  step = dataclasses.replace(step, only=('*',))
+  return [part.layer(path) for part in parts(model) for path in targets(part, step, recipe)]
+
+
+def _check_calibration(model, calibration_NT):
+  shape, vocabulary = np.shape(calibration_NT), model.config.vocab_size
+  if len(shape) != 2 or 0 in shape:
+    raise ValueError(f'calibration text is rows of token ids [rows, length], not {shape}')
+  low, high = int(np.min(calibration_NT)), int(np.max(calibration_NT))
+  if low < 0 or high >= vocabulary:
+    raise ValueError(
+      f'the calibration text has the token {low if low < 0 else high}, outside the vocabulary of '
+      f'{vocabulary}; was it made by the tokenizer of another model?'
+    )
+  if model.positions is not None and shape[1] > model.config.max_positions:
+    raise ValueError(
+      f'calibration rows of {shape[1]} tokens are longer than the {model.config.max_positions} '
+      'learned positions; use shorter ones'
+    )
+
+
+def _check_part(part, recipe):
+  shapes = {path: jax.eval_shape(lambda w: w, w) for path, w in weights(part).items()}
+  for step in recipe.steps:
+    for path in targets(part, step, recipe):
+      try:
+        shapes[path] = _becomes(step, shapes[path])
+      except ValueError as error:
+        where = f'{part.prefix}.{path}'.strip('.')
+        raise ValueError(f'recipe {recipe.name}: {step.technique} on {where}: {error}') from None
+
+
+def _becomes(step, w):
+  """What a step makes of a weight, on shapes alone."""
+  row = step.row
+  if row.scope == 'block':
+    return jax.eval_shape(functools.partial(row.becomes, spec=step.spec), w)
+  measured = statistics.abstract(w.shape[-2], row.statistics) if row.statistics else {}
+  if row.plan:
+    measured[PLAN] = jax.ShapeDtypeStruct((), np.float32)
+  after = jax.eval_shape(functools.partial(row, spec=step.spec), core(w), measured).weight
+  return with_core(w, after)

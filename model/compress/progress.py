@@ -1,0 +1,142 @@
+"""What a compression has finished, kept on disk so that a killed run goes on after it.
+
+A folder holds the parameters of each finished block, its ledger, and the hidden states behind the
+last one. Each file appears whole, by a rename, the hidden states of a block after its parameters;
+so whatever the moment of a kill, the files up to some block are complete.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from model import config as configs
+from model import native, safetensors_io
+from model.compress.calibrate import Stream
+from model.compress.ledger import Event, LayerResult, Ledger
+from model.compress.recipe import Recipe
+from model.safetensors_io import Tensor
+from model.transformer import Transformer, parameters
+
+PLAN = 'plan.json'
+STATES = 'states_{}.safetensors'
+BLOCK = 'block_{}.safetensors'
+ABOUT = 'block_{}.json'
+
+
+class Progress:
+  """The finished blocks of one compression; without a folder, none is kept."""
+
+  def __init__(self, folder: pathlib.Path | None):
+    self.folder = folder
+    self.last = _last(folder) if folder else -1
+
+  @classmethod
+  def open(
+    cls,
+    folder: str | os.PathLike | None,
+    model: Transformer,
+    recipe: Recipe,
+    calibration_NT: np.ndarray | None,
+  ) -> 'Progress':
+    """Opens or makes a folder. Raises ValueError if it belongs to another compression."""
+    if folder is None:
+      return cls(None)
+    folder = pathlib.Path(folder)
+    plan = {
+      'recipe': recipe.to_dict(),
+      'config': configs.to_json(model.config),
+      'weights': _fingerprint(native.flatten(model)[0].values()),
+      'calibration': _fingerprint([] if calibration_NT is None else [calibration_NT]),
+    }
+    text = json.dumps(plan, sort_keys=True)
+    digest = json.dumps({'digest': hashlib.sha256(text.encode()).hexdigest()})
+    used = folder.is_dir() and any(folder.iterdir())
+    if used and (not (folder / PLAN).is_file() or (folder / PLAN).read_text() != digest):
+      raise ValueError(
+        f'{folder} holds something else than the progress of this recipe with this model and this '
+        'calibration text; name another folder, or remove it'
+      )
+    folder.mkdir(parents=True, exist_ok=True)
+    with _whole(folder / PLAN) as path:
+      path.write_text(digest)
+    return cls(folder)
+
+  def has(self, i: int) -> bool:
+    """Whether part i is finished."""
+    return i <= self.last
+
+  def save(self, i: int, block: nnx.Module, stream: Stream | None, ledger: Ledger) -> None:
+    """Keeps a finished block, and the hidden states behind it."""
+    if self.folder is None:
+      return
+    _, layout = native.flatten(block)
+    about = {'layout': layout, 'ledger': dataclasses.asdict(ledger)}
+    with _whole(self.folder / BLOCK.format(i)) as path:
+      safetensors_io.write_file(path, native.tensors(block))
+    with _whole(self.folder / ABOUT.format(i)) as path:
+      path.write_text(json.dumps(about))
+    states = {} if stream is None else {f'{j}': x for j, (_, x) in enumerate(stream.batches)}
+    with _whole(self.folder / STATES.format(i)) as path:
+      safetensors_io.write_file(path, {name: _tensor(x) for name, x in states.items()})
+    for old in self.folder.glob(STATES.format('*')):
+      if old.name != STATES.format(i):
+        old.unlink()
+
+  def restore(self, i: int, block: nnx.Module, stream: Stream | None) -> Ledger:
+    """Puts a finished block back, and after the last one its hidden states; gives its ledger."""
+    stored = safetensors_io.read_file(self.folder / BLOCK.format(i))
+    about = json.loads((self.folder / ABOUT.format(i)).read_text())
+    load = lambda name: jnp.array(stored[name].read(), copy=True)
+    for path, param in parameters(block).items():
+      param.set_value(native.build(about['layout'][path], path, load))
+    if i == self.last and stream is not None:
+      states = safetensors_io.read_file(self.folder / STATES.format(i))
+      stream.batches = [
+        (tokens_BT, np.array(states[f'{j}'].read()))
+        for j, (tokens_BT, _) in enumerate(stream.batches)
+      ]
+    rows = about['ledger']
+    layers = [LayerResult(**{**row, 'shape': tuple(row['shape'])}) for row in rows['layers']]
+    return Ledger([Event(**row) for row in rows['events']], layers)
+
+  def close(self) -> None:
+    """Removes the folder: the compression is complete."""
+    if self.folder is None:
+      return
+    for pattern in (STATES, BLOCK, ABOUT):
+      for path in self.folder.glob(pattern.format('*')):
+        path.unlink()
+    (self.folder / PLAN).unlink()
+    self.folder.rmdir()
+
+
+def _last(folder: pathlib.Path) -> int:
+  found = [int(path.stem.rpartition('_')[2]) for path in folder.glob(STATES.format('*'))]
+  return max(found, default=-1)
+
+
+@contextlib.contextmanager
+def _whole(path: pathlib.Path):
+  """Yields a path to write to; the file takes its name when it is complete."""
+  partial = path.with_name(f'.{path.name}.partial')
+  yield partial
+  with partial.open('rb+') as file:
+    os.fsync(file.fileno())
+  partial.replace(path)
+
+
+def _fingerprint(arrays) -> list[int]:
+  return [zlib.crc32(np.ascontiguousarray(a).view(np.uint8)) for a in map(np.asarray, arrays)]
+
+
+def _tensor(x: np.ndarray | jax.Array) -> Tensor:
+  return Tensor(x.shape, np.dtype(x.dtype), lambda: np.asarray(x))
