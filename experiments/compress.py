@@ -291,7 +291,9 @@ def _run_all(work, recipes, tokenizer, folder) -> list[Record]:
   todo = [one for one in recipes if one.name not in done]
   for i, one in enumerate(todo):
     print(f'[{i + 1}/{len(todo)}] {one.name}: {one.description}', file=sys.stderr, flush=True)
-    model, row = study.run(work, base, one)
+    calibrated = any(pipeline.calibrated(step) for step in one.steps)
+    resume = folder / f'.{one.name}.progress' if calibrated else None
+    model, row = study.run(work, base, one, resume)
     hf.save_pretrained(model, tokenizer, folder / 'models' / one.name, recipe=one.to_dict())
     rows.append(row)
     records.append(path, row)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import pathlib
 import time
 
 import jax
@@ -62,11 +63,15 @@ def base_record(study: Study, base: Baseline) -> Record:
   return _record(study, records.BASE, {'name': records.BASE, 'steps': []}, metrics, Ledger(), ())
 
 
-def run(study: Study, base: Baseline, recipe: Recipe) -> tuple[Transformer, Record]:
-  """Compresses the base by a recipe and measures the result."""
+def run(
+  study: Study, base: Baseline, recipe: Recipe, resume: pathlib.Path | None = None
+) -> tuple[Transformer, Record]:
+  """Compresses the base by a recipe and measures the result; `resume` as in `pipeline.compress`."""
   start = time.perf_counter()
   progress = common.labelled(f'{recipe.name}: compress')
-  model, ledger = pipeline.compress(study.base, recipe, study.calibration_NT, progress=progress)
+  model, ledger = pipeline.compress(
+    study.base, recipe, study.calibration_NT, progress=progress, resume=resume
+  )
   jax.block_until_ready([p.get_value() for p in parameters(model).values()])
   compress_s = time.perf_counter() - start
   quality = _evaluate(study, model, study.base, recipe.name)

@@ -42,15 +42,15 @@ def finished(script, tmp_path_factory):
   out, first, after = tmp_path_factory.mktemp('work') / 'out', [], []
   run = study.run
 
-  def killed(work, base, recipe):
+  def killed(work, base, recipe, resume):
     if first:
       raise KeyboardInterrupt
     first.append(recipe.name)
-    return run(work, base, recipe)
+    return run(work, base, recipe, resume)
 
-  def resumed(work, base, recipe):
+  def resumed(work, base, recipe, resume):
     after.append(recipe.name)
-    return run(work, base, recipe)
+    return run(work, base, recipe, resume)
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(study, 'run', killed)
