@@ -110,7 +110,8 @@ def _plain(name):
   return [step for step in one['steps'] if 'cast' not in step]
 
 
-def test_ten_budgets_are_kept_and_beat_uniform_treatment(tiny, tokens_NT, rng):
+@pytest.mark.parametrize('count', [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_budgets_are_kept_and_beat_uniform_treatment(tiny, tokens_NT, rng, count):
   model, choices = tiny(layers=2), budget.treatments(RECIPES)
   uniform = {}
   for choice in choices:
@@ -121,7 +122,7 @@ def test_ten_budgets_are_kept_and_beat_uniform_treatment(tiny, tokens_NT, rng):
     uniform[choice.name] = nbytes, _kl(_logits(model, tokens_NT), _logits(treated, tokens_NT))
   smallest, largest = (f(n for n, _ in uniform.values()) for f in (min, max))
   options = None
-  for limit in rng.integers(smallest, largest + 1000, 10):
+  for limit in rng.integers(smallest, largest + 1000, count):
     found, options = budget.search(
       model, choices, tokens_NT, int(limit), first=CAST, options=options
     )

@@ -108,7 +108,10 @@ STAGES = [
 
 
 @pytest.mark.parametrize('before, layer', STAGES, ids=[layer for _, layer in STAGES])
-@pytest.mark.parametrize('sequential', recipe.SEQUENTIAL)
+@pytest.mark.parametrize(
+  'sequential',
+  ['layers', *(pytest.param(s, marks=pytest.mark.slow) for s in ('blocks', 'none'))],
+)
 def test_a_stage_meets_what_the_recipe_says(
   tiny, tokens_NT, torch_inputs, sequential, before, layer
 ):

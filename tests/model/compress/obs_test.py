@@ -42,7 +42,13 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize('name, spec', [(name, spec) for name in SPECS for spec in SPECS[name]])
+QUICK = [('gptq', SPECS['gptq'][0]), ('sparsegpt', SPECS['sparsegpt'][1])]
+OTHERS = [(name, spec) for name in SPECS for spec in SPECS[name] if (name, spec) not in QUICK]
+
+
+@pytest.mark.parametrize(
+  'name, spec', [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)]
+)
 def test_the_contract_with_options(name, spec):
   contracts.check(name, spec)
 

@@ -154,6 +154,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_leaves_the_same_file(tmp_path):
   def run(folder, kill_at=None):
     command = [sys.executable, '-c', textwrap.dedent(SCRIPT), str(folder)]

@@ -44,7 +44,7 @@ def _tokens(model, rng, shape=(2, 17)):
   return rng.integers(0, model.config.vocab_size, shape).astype(np.int32)
 
 
-@pytest.mark.parametrize('online', [True, False])
+@pytest.mark.parametrize('online', [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', PRESETS)
 def test_no_logit_changes(rng, name, online):
   model = _random(name, rng)
