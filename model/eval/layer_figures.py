@@ -39,12 +39,12 @@ def write_layers(records: Sequence[Record], path: str | os.PathLike) -> bool:
   width, height = PANEL_INCHES
   figure = Figure(figsize=(width * columns, height * rows + 0.5), dpi=150, layout='constrained')
   FigureCanvasAgg(figure)
-  panels = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
+  panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flat)
   for panel, record in zip(panels, shown):
     _draw_layers(panel, record)
-  for panel in list(panels)[len(shown) :]:
+  for panel in panels[len(shown) :]:
     panel.set_axis_off()
-  kinds = dict.fromkeys(_kind(row['layer']) for r in shown for row in r.config['layers'])
+  kinds = dict.fromkeys(_kind(row['layer']) for r in shown for row in _rows(r))
   handles = [_handle(kind) for kind in kinds]
   handles.append(Line2D([], [], color=BITS_COLOUR, drawstyle='steps-mid', label='bits (right)'))
   figure.legend(handles=handles, loc='outside lower center', ncols=len(handles), fontsize=8)
@@ -72,14 +72,14 @@ def write_sensitivity(costs: Sequence[tuple[str, str, float]], path: str | os.Pa
 
 
 def _draw_layers(panel, record):
-  rows = [row for row in record.config['layers'] if row['layer'].startswith('layers.')]
+  rows = _rows(record)
   for kind in dict.fromkeys(_kind(row['layer']) for row in rows):
     some = [(i, row) for i, row in enumerate(rows) if _kind(row['layer']) == kind]
     colour, marker = KINDS.get(kind, OTHER)
     places, errors = [i for i, _ in some], [row['relative_error'] for _, row in some]
     panel.plot(places, errors, marker, color=colour, markersize=3.5, markeredgewidth=0)
   panel.set_title(record.recipe, loc='left', fontsize=9)
-  panel.set_ylim(bottom=0)
+  panel.set_ylim(0, 1.1 * max(row['relative_error'] for row in rows) or 1)
   panel.tick_params(labelsize=7)
   panel.set_ylabel('|w − ŵ| / |w|', fontsize=7)
   panel.set_xlabel('matrix, in running order', fontsize=7)
@@ -88,6 +88,17 @@ def _draw_layers(panel, record):
   bits.plot(range(len(rows)), values, color=BITS_COLOUR, drawstyle='steps-mid', linewidth=1)
   bits.set_ylim(0, max(16, *values) * 1.05)
   bits.tick_params(labelsize=7, colors=BITS_COLOUR)
+
+
+def _rows(record) -> list[dict]:
+  """The matrices of the blocks, in the order in which they run."""
+  rows = [row for row in record.config['layers'] if row['layer'].startswith('layers.')]
+  return sorted(rows, key=lambda row: _order(row['layer']))
+
+
+def _order(layer: str) -> tuple[int, int]:
+  known, kind = list(KINDS), _kind(layer)
+  return int(layer.split('.')[1]), known.index(kind) if kind in known else len(known)
 
 
 def _kind(layer: str) -> str:
