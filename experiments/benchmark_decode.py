@@ -15,7 +15,8 @@ tokens. `stream` is decoding as `generate` does it, each token read by Python be
 What Python and the dispatch cost is bounded from above by the `stream` of a model with as many
 layers and next to no arithmetic.
 
-Device: any. Minutes: 4 on two cores. Expected: int4 decodes 4 times as fast as float32.
+Device: any. Minutes: 4 on two cores. Found there, with an AVX-512
+processor: int8 decodes 2.3 and int4 2.9 times as fast as float32; 4 times is the goal.
 """
 
 import collections

@@ -18,7 +18,7 @@ Every compressed model is saved under OUT/models/NAME, where `experiments.evalua
 `experiments.generate` load it. Recipes are the files of experiments/recipes, YAML files of your
 own, or the names of techniques; --list prints them.
 
-Device: any. Minutes: 5 on two CPU cores, 3 once the base model is kept. Expect int8 within 1 % of
+Device: any. Minutes: 7 on two CPU cores, 3 once the base model is kept. Expect int8 within 1 % of
 the base's perplexity, and Wanda below magnitude pruning at the same sparsity.
 """
 
