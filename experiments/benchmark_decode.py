@@ -25,7 +25,6 @@ import json
 import pathlib
 import shlex
 import subprocess
-import time
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +184,7 @@ def _rounds(subjects, setting) -> dict[tuple[str, int, str], list[float]]:
   for turn in common.progress(range(ROUNDS.value), 'rounds'):
     for subject in [*subjects[turn:], *subjects[:turn]]:
       for phase, amount in PHASES.items():
-        seconds = _seconds(getattr(subject.bench, phase))
+        seconds = timing.seconds(getattr(subject.bench, phase))
         rate = subject.batch * getattr(setting, amount) / seconds
         samples[subject.recipe, subject.batch, phase].append(rate)
     for command in PEERS.value:
@@ -194,12 +193,6 @@ def _rounds(subjects, setting) -> dict[tuple[str, int, str], list[float]]:
         samples[name, 1, 'prefill'].append(line['prefill_tokens_per_s'])
         samples[name, 1, 'decode'].append(line['decode_tokens_per_s'])
   return samples
-
-
-def _seconds(call) -> float:
-  start = time.perf_counter()
-  jax.block_until_ready(call())
-  return time.perf_counter() - start
 
 
 def _run_peer(command: str) -> list[dict]:

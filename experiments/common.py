@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 import jax
+import numpy as np
 import tqdm
 from absl import app, flags, logging
 
@@ -71,6 +72,24 @@ def load_plugins(paths: list[str]) -> None:
     # Dataclasses look their module up while they are made.
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
+
+
+def calibration_rows(tokenizer, texts, seq_len: int, count: int) -> np.ndarray:
+  """Up to `count` rows of tokens, [rows, length]: of the calibration part, then of the training.
+
+  Raises ValueError if there is not even one.
+  """
+  found = []
+  for text in (*texts.calibration, *texts.train):
+    found.extend(tokenizer.encode(text))
+    if len(found) >= count * seq_len:
+      break
+  have = min(count, len(found) // seq_len)
+  if have == 0:
+    raise ValueError(
+      f'the text has {len(found)} tokens to calibrate on, fewer than one window of {seq_len}'
+    )
+  return np.asarray(found[: have * seq_len], np.int32).reshape(have, seq_len)
 
 
 def check_positive(**values: float | None) -> None:

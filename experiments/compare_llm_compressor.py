@@ -98,13 +98,7 @@ def _prepare(work, model, tokenizer) -> perplexity.Windows:
     param.set_value(param.get_value().astype(jnp.bfloat16))
   hf.save_pretrained(model, tokenizer, work / 'model')
   texts, length = corpus.load(TEXT.value), SEQ_LEN.value
-  tokens = []
-  for text in (*texts.calibration, *texts.train):
-    tokens.extend(tokenizer.encode(text))
-    if len(tokens) >= ROWS.value * length:
-      break
-  rows = min(ROWS.value, len(tokens) // length)
-  calibration_NT = np.asarray(tokens[: rows * length], np.int32).reshape(rows, length)
+  calibration_NT = common.calibration_rows(tokenizer, texts, length, ROWS.value)
   held_out = ''.join(texts.held_out)[: 12 * WINDOWS.value * length]
   windows = perplexity.windows(*tokenizer.encode_with_bytes(held_out), length, WINDOWS.value)
   np.save(work / 'calibration.npy', calibration_NT)

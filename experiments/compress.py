@@ -239,7 +239,7 @@ def _study(inputs: Inputs) -> study.Study:
   text = perplexity.windows(tokens_N, ends_N, seq_len, limit)
   perplexity.check(inputs.model, text)
   prompt_length = min(PROMPT_LENGTH.value, inputs.model.config.max_positions // 2)
-  calibration_NT = _rows(inputs, seq_len, rows)
+  calibration_NT = common.calibration_rows(inputs.tokenizer, inputs.texts, seq_len, rows)
   settings = {
     'model': inputs.name,
     **inputs.trained,
@@ -263,21 +263,6 @@ def _study(inputs: Inputs) -> study.Study:
     rounds=ROUNDS.value,
     prompt_length=prompt_length,
   )
-
-
-def _rows(inputs, seq_len, count) -> np.ndarray:
-  """Calibration windows: the calibration part first, then the training part if it is short."""
-  found = []
-  for text in (*inputs.texts.calibration, *inputs.texts.train):
-    found.extend(inputs.tokenizer.encode(text))
-    if len(found) >= count * seq_len:
-      break
-  have = min(count, len(found) // seq_len)
-  if have == 0:
-    raise ValueError(
-      f'the text has {len(found)} tokens to calibrate on, fewer than one window of {seq_len}'
-    )
-  return np.asarray(found[: have * seq_len], np.int32).reshape(have, seq_len)
 
 
 def _run_all(work, recipes, tokenizer, folder) -> list[Record]:

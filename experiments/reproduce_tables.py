@@ -190,18 +190,13 @@ def _setting() -> Setting:
 
 
 def _rows(tokenizer, texts, length, count) -> np.ndarray:
-  tokens = []
-  for text in (*texts.calibration, *texts.train):
-    tokens.extend(tokenizer.encode(text))
-    if len(tokens) >= count * length:
-      break
-  have = min(count, len(tokens) // length)
-  if have < count:
+  rows_NT = common.calibration_rows(tokenizer, texts, length, count)
+  if len(rows_NT) < count:
     raise ValueError(
-      f'{count} rows of {length} tokens are needed for calibration, and the text has {have}; take '
-      'fewer --seeds or --calibration_rows'
+      f'{count} rows of {length} tokens are needed for calibration, and the text has '
+      f'{len(rows_NT)}; take fewer --seeds or --calibration_rows'
     )
-  return np.asarray(tokens[: have * length], np.int32).reshape(have, length)
+  return rows_NT
 
 
 def _run(setting: Setting, one) -> Record:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from model.compress.registry import Outcome, technique
+from model.compress.techniques import other_group
 from ops import quantized
 from ops.linear import map_values
 from ops.solvers import hqq as solver
@@ -44,9 +45,7 @@ def hqq(w, statistics, spec):
     group = spec.group_size
     if group is None:
       group = quantized.fitting_group(values.shape[0], USUAL_GROUP)
-      if group != USUAL_GROUP:
-        name = f'group size, for {USUAL_GROUP} does not divide {values.shape[0]} inputs'
-        events[name] = group
+      events.update(other_group(USUAL_GROUP, group, values.shape[0]))
     scales_JO, zeros_JO = solver.fit(
       values, spec.format, group_size=group, iterations=spec.iterations
     )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from model.compress.registry import DEFAULT_SPARSITY, Outcome, PruneSpec, technique
-from model.compress.techniques import QuantizeSpec
+from model.compress.techniques import QuantizeSpec, other_group
 from ops import quantized, sparse
 from ops.linear import Matrix, Weight, dense
 from ops.solvers import obs
@@ -145,9 +145,7 @@ def _grid(inputs: int, n: int, m: int, spec) -> tuple[obs.Grid, dict]:
   quantized.check_options(spec.format, sparse_inputs, size, spec.symmetric, spec.clip)
   if size % n and size != sparse_inputs:
     raise ValueError(f'a group of {size} values is no whole number of groups of {n} of {m}')
-  events = {}
-  if spec.group_size is None and usual not in (None, size):
-    events[f'group size, for {usual} does not divide {sparse_inputs} inputs'] = size
+  events = other_group(usual, size, sparse_inputs) if spec.group_size is None else {}
   return obs.Grid(group=size * m // n, **_quantization(spec)), events
 
 

@@ -57,6 +57,13 @@ class QuantizeSpec:
       raise ValueError(f'a group size is positive, or -1 for a whole column, not {self.group_size}')
 
 
+def other_group(usual: int | None, group: int, inputs: int) -> dict[str, int]:
+  """The event that another group than the usual had to be taken, or none."""
+  if usual in (None, group):
+    return {}
+  return {f'group size, for {usual} does not divide {inputs} inputs': group}
+
+
 @technique(
   'round_to_nearest',
   spec=QuantizeSpec,
@@ -70,8 +77,8 @@ def round_to_nearest(w, statistics, spec):
   def quantize(values):
     usual = quantized.FORMATS[spec.format].default_group
     group = quantized.resolve_group(spec.format, values.shape[0], spec.group_size)
-    if spec.group_size is None and usual not in (None, group):
-      events[f'group size, for {usual} does not divide {values.shape[0]} inputs'] = group
+    if spec.group_size is None:
+      events.update(other_group(usual, group, values.shape[0]))
     return quantized.quantize(values, **dataclasses.asdict(spec))
 
   return Outcome(map_values(quantize, w), events)

@@ -76,7 +76,7 @@ def time_interleaved(
   for r in range(rounds):
     turn = r % len(names)
     for name in names[turn:] + names[:turn]:
-      samples[name].append(_seconds(calls[name]))
+      samples[name].append(seconds(calls[name]))
   return {
     name: Timing(
       samples_s=tuple(samples[name]),
@@ -118,7 +118,8 @@ def copy_bandwidth(device: jax.Device | None = None, *, buffer_bytes: int | None
   return summarize(samples, 'byte/s')
 
 
-def _seconds(call) -> float:
+def seconds(call: Callable[[], Any]) -> float:
+  """Runs a callable once and waits for what it returns."""
   start = time.perf_counter()
   jax.block_until_ready(call())
   return time.perf_counter() - start
