@@ -18,6 +18,7 @@ round.
 """
 
 import dataclasses
+import functools
 import typing
 from typing import Literal
 
@@ -71,8 +72,9 @@ class ActivationQuantized(Weight):
     return _product(x, self)
 
   def kernel(self, platform):
-    exact = platform in ('gpu', 'tpu') and _per_column(self.values)
-    return 'XLA, int8 by int8' if exact else None
+    if platform not in ('gpu', 'tpu') or not _per_column(self.values) or self.values.packed:
+      return None
+    return f'XLA, int8 by {self.values.values.dtype}; {quantized.UNMEASURED}'
 
   def map_values(self, fn):
     return dataclasses.replace(self, values=map_values(fn, self.values))
@@ -111,14 +113,19 @@ def _per_column(w: Matrix) -> bool:
   return quantized.FORMATS[w.format].integer and w.group_size == w.inputs
 
 
+def _integers(codes, w):
+  contracted = (((codes.ndim - 1,), (0,)), ((), ()))
+  codes_IO = w.codes().astype(jnp.int8)
+  return jax.lax.dot_general(codes, codes_IO, contracted, preferred_element_type=jnp.int32)
+
+
 @jax.custom_vjp
 def _product(x, w):
   codes, scale = w.encode(x)
   if _per_column(w.values):
-    contracted = (((x.ndim - 1,), (0,)), ((), ()))
-    y = jax.lax.dot_general(
-      codes, w.values.codes(), contracted, preferred_element_type=jnp.int32
-    ).astype(jnp.float32)
+    on_tpu = functools.partial(quantized.in_eights, _integers)
+    y = jax.lax.platform_dependent(codes, w.values, tpu=on_tpu, default=_integers)
+    y = y.astype(jnp.float32)
     column_O = dense(w.values.scales)[0].astype(jnp.float32)
     y = y * jnp.broadcast_to(column_O, y.shape)
   else:

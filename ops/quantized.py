@@ -14,10 +14,16 @@ Symmetric scales are amax / (2**bits - 1) * 2, so the grid reaches from -2**(bit
 scale is rounded to its stored precision before the codes are computed: in bfloat16 that costs the
 largest value up to half a step more at 8 bits, and next to nothing at 4. Zero is exactly
 representable wherever zero points are integers, so pruned weights stay pruned.
+
+A product needs no widened copy of the codes where they are numbers of XLA's own and the scale comes
+after the product: y_O = sum over J of scale_JO * (x_Jg @ codes_JgO - zero_JO * sum(x_Jg)). XLA then
+converts the codes inside the product. `native` lays packed integers out so. XLA:CPU has no such
+product; there the weight is widened (ops/kernels/cpu has the products for that).
 """
 
 import dataclasses
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +35,8 @@ from ops.linear import Matrix, Weight, array, dense, matmul, weight_type
 
 SCALE_BLOCK = 256  # scales that share one second-level scale in double quantization
 SMALLEST_GROUP = 16  # a smaller one would spend more bits on scales than it saves
+ROWS = 8  # the least that XLA gives to a matrix unit as one product
+UNMEASURED = 'compiled, not yet timed'  # what is said of products on devices not at hand
 
 
 @weight_type
@@ -36,7 +44,8 @@ SMALLEST_GROUP = 16  # a smaller one would spend more bits on scales than it sav
 class QuantizedTensor(Weight):
   """A matrix (I, O) of codes with one scale (and zero point) for `group_size` inputs.
 
-  values: int8, uint8 or float8_e4m3fn [I, O], or uint8 [ceil(I * bits / 8), O] of packed codes.
+  values: int8, uint8 or float8_e4m3fn [I, O], or uint8 [ceil(I * bits / 8), O] of packed codes;
+    int4 or uint4 [I, O] where `native` has laid them out.
   scales: [J, O] with J = I / group_size, or `QuantizedScales` of that shape.
   zeros: uint8 [J, O] for an asymmetric format, or floating (see ops/solvers/hqq.py); else None.
   """
@@ -56,11 +65,22 @@ class QuantizedTensor(Weight):
   def group_size(self) -> int:
     return self.inputs // self.scales.shape[-2]
 
+  @property
+  def packed(self) -> bool:
+    """Whether codes share bytes, so that they have to be taken apart before they are multiplied."""
+    return FORMATS[self.format].bits < 8 and self.values.dtype == jnp.uint8
+
   def codes(self) -> jax.Array:
     """The codes before scaling as [I, O]: integers (signed if symmetric), or codebook values."""
-    bits = FORMATS[self.format].bits
-    stored_IO = self.values if bits == 8 else packing.unpack(self.values, bits, self.inputs)
-    return formats.levels(stored_IO, self.format, self.zeros is None)
+    if self.values.dtype in (jnp.int4, jnp.uint4) and FORMATS[self.format].integer:
+      return self.values
+    return formats.levels(self.stored_codes(), self.format, self.zeros is None)
+
+  def stored_codes(self) -> jax.Array:
+    """The codes as they are packed or stored, [I, O]."""
+    if self.packed:
+      return packing.unpack(self.values, FORMATS[self.format].bits, self.inputs)
+    return self.values
 
   def dense(self):
     codes_JgO = self.codes().reshape(self.scales.shape[0], -1, self.values.shape[-1])
@@ -68,23 +88,98 @@ class QuantizedTensor(Weight):
     return formats.scaled(codes_JgO, scale_JO, self.zeros).reshape(self.shape).astype(self.dtype)
 
   def matmul(self, x):
-    if self.group_size != self.inputs or self.zeros is not None:
-      return matmul(x, self.dense())
-    # One scale a column commutes with the product, and a bare convert fuses into it on GPU and TPU.
-    y = jnp.matmul(x, self.codes().astype(x.dtype), preferred_element_type=jnp.float32)
-    scales_O = dense(self.scales)[0].astype(jnp.float32)
-    return (y * jnp.broadcast_to(scales_O, y.shape)).astype(x.dtype)
+    return matmul(x, self.dense()) if self._widened else _product(x, self)
 
   def kernel(self, platform):
-    per_column = self.group_size == self.inputs and self.zeros is None
-    fused = platform in ('gpu', 'tpu') and per_column and self.format == 'int8'
-    return 'XLA, convert fused into the product' if fused else None
+    if platform not in ('gpu', 'tpu') or self._widened:
+      return None
+    if platform == 'gpu' and self.values.dtype == jnp.uint8:
+      return None  # XLA:GPU converts signed integers inside a product, unsigned ones before it
+    return f'XLA, {self.values.dtype} converted inside the product; {UNMEASURED}'
+
+  @property
+  def _widened(self) -> bool:
+    """Whether the codes are none that XLA can convert inside a product."""
+    return self.packed or self.format == 'nf4'
 
   def map_values(self, fn):
     raise ValueError(
       f'a matrix that is already quantized ({self.format}) cannot be pruned, cast or quantized; '
       'put that step before the quantization'
     )
+
+
+def through_dense(x: jax.Array, w: QuantizedTensor) -> jax.Array:
+  """The product as `dense()` defines it."""
+  return matmul(x, w.dense())
+
+
+def scaled_after(x: jax.Array, w: QuantizedTensor) -> jax.Array:
+  """The product with the codes of each group, scaled and summed afterwards: nothing is widened.
+
+  XLA:TPU adds the groups up inside the product; elsewhere all their sums are held.
+  """
+  groups, outputs = w.scales.shape
+  x_TJg = x.reshape(-1, groups, w.group_size)
+  codes_JgO = w.codes().reshape(groups, -1, outputs).astype(x.dtype)
+  y_TJO = jnp.einsum('TJg,JgO->TJO', x_TJg, codes_JgO, preferred_element_type=jnp.float32)
+  if w.zeros is not None:
+    sums_TJ1 = x_TJg.astype(jnp.float32).sum(-1, keepdims=True)
+    y_TJO = y_TJO - sums_TJ1 * w.zeros.astype(jnp.float32)[None]
+  y_TO = (y_TJO * dense(w.scales).astype(jnp.float32)[None]).sum(1)
+  return y_TO.reshape(*x.shape[:-1], outputs).astype(x.dtype)
+
+
+def in_eights(product: Callable, x: jax.Array, w) -> jax.Array:
+  """Multiplies x[..., I] with its rows filled up to a multiple of eight.
+
+  XLA takes a product of one row apart into multiplications and sums. On a TPU they go to the vector
+  unit, by the compiler's own estimate at a fifteenth of the speed; with groups, the weight is
+  widened for them, on a GPU too.
+  """
+  rows = x.reshape(-1, x.shape[-1])
+  y_TO = product(jnp.pad(rows, ((0, -len(rows) % ROWS), (0, 0))), w)[: len(rows)]
+  return y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
+
+
+def _on_tpu(x, w):
+  return in_eights(scaled_after, x, w)
+
+
+def _on_gpu(x, w):
+  # XLA:GPU writes the groups' sums to memory; many rows have more of them than there are weights.
+  groups = w.scales.shape[-2]
+  few = groups == 1 or x.size // w.inputs * groups < w.inputs
+  return in_eights(scaled_after if few else through_dense, x, w)
+
+
+def _on_cpu(x, w):
+  per_column = w.group_size == w.inputs and w.zeros is None
+  return scaled_after(x, w) if per_column else through_dense(x, w)
+
+
+@jax.custom_vjp
+def _product(x, w):
+  return jax.lax.platform_dependent(x, w, tpu=_on_tpu, cuda=_on_gpu, default=_on_cpu)
+
+
+# Differentiated by itself, the product would keep what any platform's form of it needs.
+_product.defvjp(
+  lambda x, w: (_product(x, w), (x, w)),
+  lambda saved, y_bar: jax.vjp(through_dense, *saved)[1](y_bar),
+)
+
+
+def native(w: QuantizedTensor) -> QuantizedTensor:
+  """Lays codes of up to 4 bits out as 4-bit numbers of XLA's own, [I, O]; others stay as they are.
+
+  A TPU stores them two a byte; 2 and 3 bits take 4 then. On a CPU each takes a byte.
+  """
+  if not w.packed or FORMATS[w.format].bits > 4:
+    return w
+  if FORMATS[w.format].integer and w.zeros is None:
+    return dataclasses.replace(w, values=w.codes().astype(jnp.int4))
+  return dataclasses.replace(w, values=w.stored_codes().astype(jnp.uint4))
 
 
 @weight_type

@@ -459,3 +459,45 @@ def test_what_a_format_lacks_is_named():
 def test_options_are_checked_while_tracing():
   with pytest.raises(ValueError, match='does not divide'):
     jax.eval_shape(lambda w: quantize(w, 'int4', group_size=48), jnp.ones((64, 2)))
+
+
+AFTER = {
+  'int8': lambda w: quantize(w, 'int8'),
+  'int8 asymmetric groups': lambda w: quantize(w, 'int8', group_size=16, symmetric=False),
+  'int4': lambda w: quantized.native(quantize(w, 'int4', group_size=32)),
+  'int3 asymmetric': lambda w: quantized.native(quantize(w, 'int3', symmetric=False)),
+  'fp8 groups': lambda w: quantize(w, 'fp8_e4m3', group_size=16),
+}
+
+
+@pytest.mark.parametrize('name', AFTER)
+def test_scaling_after_the_product_is_the_dense_product(name, rng):
+  w = AFTER[name](jnp.asarray(rng.normal(size=(64, 24)), jnp.float32))
+  dense = np.asarray(w.dense(), np.float64)
+  for lead in ((), (3,), (2, 5)):
+    x = jnp.asarray(rng.normal(size=(*lead, 64)), jnp.float32)
+    for product in (quantized.scaled_after, functools.partial(quantized.in_eights, _after)):
+      # With zero points, sums over codes of up to 255 are subtracted.
+      atol = FLOAT32 * (256 if w.zeros is not None else 16)
+      np.testing.assert_allclose(
+        product(x, w), np.asarray(x, np.float64) @ dense, atol=atol, rtol=0
+      )
+
+
+def _after(x, w):
+  assert len(x) % 8 == 0
+  return quantized.scaled_after(x, w)
+
+
+@pytest.mark.parametrize('name', ['int4', 'int3', 'int2', 'nf4'])
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_native_codes_are_the_packed_ones(name, symmetric, rng):
+  if name == 'nf4' and not symmetric:
+    return
+  w = quantize(jnp.asarray(rng.normal(size=(33, 8)), jnp.float32), name, symmetric=symmetric)
+  laid_out = quantized.native(w)
+  assert laid_out.values.shape == (33, 8) and laid_out.values.dtype in (jnp.int4, jnp.uint4)
+  assert laid_out.shape == w.shape and not laid_out.packed
+  np.testing.assert_array_equal(laid_out.dense(), w.dense())
+  assert quantized.native(laid_out) is laid_out
+  assert quantized.native(quantize(jnp.ones((4, 4)), 'int8')).values.dtype == jnp.int8

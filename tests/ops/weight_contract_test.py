@@ -12,6 +12,7 @@ from flax import nnx
 
 from model import native, sharding
 from ops import activations, linear, lora, quantized, rotated, sparse
+from ops.kernels import fused
 from ops.kernels.cpu import packed
 from ops.linear import WEIGHT_TYPES, Weight
 
@@ -64,6 +65,7 @@ EXAMPLES = {
   '8:16': _sparse(8, 16),
   '2:4 of int8': _sparse(2, 4, _quantized('int8')),
   'packed': lambda w_IO: packed.encode(_quantized('int4', group_size=16)(w_IO), 'float'),
+  'fused': lambda w_IO: fused.pack(_quantized('int4', group_size=32)(w_IO), 'tpu'),
   'inputs': _activations(_quantized('int8')),
   'inputs static': _activations(_quantized('int4', group_size=-1), absmax=6),
   'inputs of 4 bits over int4': _activations(_quantized('int4', group_size=16), 4),

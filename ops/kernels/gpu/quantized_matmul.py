@@ -1,0 +1,128 @@
+"""Products with 4-bit weights on an NVIDIA GPU, taken apart on the way to the tensor cores.
+
+XLA:GPU does not fuse group-wise scales into a product, and writes the widened weight to memory
+first. Here a program loads two codes a byte as they are stored (ops/packing.py), makes the values
+of the even and of the odd inputs in registers, multiplies each by its half of the activations, and
+scales the sum of a group in float32. Codebook values (NF4) come from four levels of selections.
+
+Grid: rows by outputs by splits of the inputs; a block is 16 rows (64, where there are more) by 64
+outputs by 16 to 64 bytes of a column. The splits keep more of the processors busy where outputs are
+few; each writes its own float32 sums, which XLA adds up. Rows and outputs past the last are masked.
+Activations in float32 are multiplied in float32.
+
+Written in Pallas for Triton, which JAX means to remove; this file alone would change. It has been
+interpreted, and compiled for an H200, but neither run nor tuned on one.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+BLOCK_OUTPUTS = 64
+BLOCK_ROWS = (16, 64)  # 16 is the least that tensor cores take
+PIECES = (64, 32, 16)  # bytes of a column, all of one group
+PROGRAMS = 512  # about four for each processor of a large GPU
+LARGEST_SPLIT = 16
+
+
+def piece(group_size: int) -> int | None:
+  """The bytes of a group that are multiplied at a time, or None if it does not divide so."""
+  return next((size for size in PIECES if group_size % (2 * size) == 0), None)
+
+
+@functools.partial(jax.jit, static_argnames=('codebook', 'interpret'))
+def product(
+  x_TI: jax.Array,
+  packed_IO: jax.Array,
+  scales_JO: jax.Array,
+  zeros_JO: jax.Array | None,
+  codebook: tuple[float, ...] | None = None,
+  interpret: bool = False,
+) -> jax.Array:
+  """Multiplies x by a matrix of 4-bit codes: [T, O] in the dtype of x.
+
+  packed: uint8 [I / 2, O]. A code stands for codebook[code], or for code - zero, or for code - 8,
+  times its scale. The groups are such that there is a `piece`.
+  """
+  (rows, inputs), outputs = x_TI.shape, packed_IO.shape[1]
+  size = piece(inputs // len(scales_JO))
+  block_rows = BLOCK_ROWS[rows > BLOCK_ROWS[0]]
+  blocks = pl.cdiv(rows, block_rows), pl.cdiv(outputs, BLOCK_OUTPUTS)
+  steps = inputs // (2 * size)
+  splits = _splits(steps, PROGRAMS // (blocks[0] * blocks[1]))
+  kernel = functools.partial(
+    _kernel, size=size, count=steps // splits, pieces=steps // len(scales_JO), codebook=codebook
+  )
+  zeros = () if zeros_JO is None else (zeros_JO,)
+  sums = pl.pallas_call(
+    lambda *refs: kernel(refs[:2], *refs[2:4], refs[4:-1], refs[-1]),
+    grid=(*blocks, splits),
+    out_shape=jax.ShapeDtypeStruct((splits, rows, outputs), jnp.float32),
+    compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+    interpret=interpret,
+    name='quantized_product',
+  )(x_TI[:, ::2], x_TI[:, 1::2], packed_IO, scales_JO, *zeros)
+  return sums.sum(0).astype(x_TI.dtype)
+
+
+def _splits(steps: int, wanted: int) -> int:
+  """The largest power of two up to `wanted` that divides the steps."""
+  splits = 1
+  while 2 * splits <= min(wanted, LARGEST_SPLIT) and steps % (2 * splits) == 0:
+    splits *= 2
+  return splits
+
+
+def _kernel(x_refs, packed_ref, scales_ref, zeros_refs, y_ref, *, size, count, pieces, codebook):
+  existing = x_refs[0].shape[0]
+  block_rows = BLOCK_ROWS[existing > BLOCK_ROWS[0]]
+  split = pl.program_id(2)
+  row, column = pl.program_id(0) * block_rows, pl.program_id(1) * BLOCK_OUTPUTS
+  rows, columns = pl.ds(row, block_rows), pl.ds(column, BLOCK_OUTPUTS)
+  has_row = row + jnp.arange(block_rows) < existing
+  has_column = column + jnp.arange(BLOCK_OUTPUTS) < packed_ref.shape[1]
+  spread = lambda mask, axis, shape: jnp.broadcast_to(jnp.expand_dims(mask, axis), shape)
+
+  def row_of(ref, group):
+    values = triton.load(ref.at[group, columns], mask=has_column, other=0)
+    return spread(values.astype(jnp.float32), 0, (block_rows, BLOCK_OUTPUTS))
+
+  def half(x_ref, step, values):
+    at = x_ref.at[rows, pl.ds(step * size, size)]
+    x = triton.load(at, mask=spread(has_row, 1, (block_rows, size)), other=0)
+    precision = 'highest' if x.dtype == jnp.float32 else None
+    y = jnp.dot(x, values.astype(x.dtype), preferred_element_type=jnp.float32, precision=precision)
+    return y, x.astype(jnp.float32).sum(1)
+
+  def add(i, sums):
+    step = split * count + i
+    at = packed_ref.at[pl.ds(step * size, size), columns]
+    packed = triton.load(at, mask=spread(has_column, 0, (size, BLOCK_OUTPUTS)), other=0)
+    packed, group = packed.astype(jnp.int32), step // pieces
+    decode = functools.partial(_decode, codebook=codebook, symmetric=not zeros_refs)
+    y_low, sum_low = half(x_refs[0], step, decode(packed & 15))
+    y_high, sum_high = half(x_refs[1], step, decode(packed >> 4))
+    y = y_low + y_high
+    for zeros_ref in zeros_refs:
+      y -= spread(sum_low + sum_high, 1, y.shape) * row_of(zeros_ref, group)
+    return sums + y * row_of(scales_ref, group)
+
+  start = jnp.zeros((block_rows, BLOCK_OUTPUTS), jnp.float32)
+  sums = jax.lax.fori_loop(0, count, add, start)
+  exists = spread(has_row, 1, sums.shape) & spread(has_column, 0, sums.shape)
+  triton.store(y_ref.at[split, rows, columns], sums, mask=exists)
+
+
+def _decode(codes, codebook, symmetric):
+  """The values of codes in [0, 16), before scaling."""
+  if codebook is None:
+    return (codes - 8 if symmetric else codes).astype(jnp.float32)
+  values = [jnp.full(codes.shape, value, jnp.float32) for value in codebook]
+  while len(values) > 1:
+    odd = codes & 1 == 1
+    values = [jnp.where(odd, b, a) for a, b in zip(values[::2], values[1::2])]
+    codes = codes >> 1
+  return values[0]

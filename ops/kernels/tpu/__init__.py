@@ -1,0 +1,1 @@
+"""Products for TPUs that XLA does not fuse by itself, in Pallas."""

@@ -1,0 +1,174 @@
+"""The accelerators' kernels, interpreted, against numpy; and which weights are given to them.
+
+Where there is a GPU or a TPU, they also run as they are:
+
+  JAX_PLATFORMS=cuda,cpu python -m pytest -n 0 -m accelerator tests/ops/kernels/fused_test.py
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ops import activations, linear, lora, quantized, rotated
+from ops.kernels import fused
+from ops.kernels.gpu import quantized_matmul as gpu
+from ops.kernels.tpu import quantized_matmul as tpu
+
+# Relative to the sum of the sizes of the terms: sums in float32, in another order. With zero points
+# two sums of codes are subtracted that are larger than what is left of them.
+FLOAT32 = {True: 1e-6, False: 1e-5}
+BFLOAT16 = 2**-8  # of the result, beside float32's
+CODEBOOK = 2**-9  # of each term, where a codebook's values are multiplied in bfloat16
+
+EXAMPLES = {
+  'nf4': {'format': 'nf4', 'group_size': 64},
+  'nf4 double': {'format': 'nf4', 'group_size': 64, 'double': True},
+  'nf4 column': {'format': 'nf4', 'group_size': -1},
+  'int4': {'format': 'int4', 'group_size': 64},
+  'int4 asymmetric': {'format': 'int4', 'group_size': 32, 'symmetric': False},
+  'int4 column': {'format': 'int4', 'group_size': -1},
+  'int3': {'format': 'int3', 'group_size': 32},
+}
+QUICK = ('nf4', 'int4 asymmetric')  # interpreting takes seconds; the others are for -m slow
+examples = pytest.mark.parametrize(
+  'name', [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in EXAMPLES]
+)
+
+
+def _weight(name, inputs=192, outputs=70):
+  draw = np.random.default_rng([inputs, outputs]).normal(size=(inputs, outputs))
+  return quantized.quantize(jnp.asarray(draw, jnp.float32), **EXAMPLES[name])
+
+
+def _rows(rows, inputs=192, dtype=jnp.float32):
+  return jnp.asarray(np.random.default_rng(rows).normal(size=(rows, inputs)), dtype)
+
+
+def _float64(a):
+  return np.asarray(jnp.asarray(a, jnp.float32), np.float64)
+
+
+def _check(y, x, w):
+  x64, w64 = _float64(x), _float64(w.dense())
+  bound = FLOAT32[w.zeros is None] * np.abs(x64) @ np.abs(w64)
+  if x.dtype == jnp.bfloat16:
+    bound += BFLOAT16 * np.abs(x64 @ w64)
+    bound += CODEBOOK * np.abs(x64) @ np.abs(w64) * (w.format == 'nf4')
+  assert y.dtype == x.dtype and y.shape == (len(x), w.shape[1])
+  assert (np.abs(_float64(y) - x64 @ w64) - bound).max() <= 0
+
+
+@examples
+@pytest.mark.parametrize('platform', ['tpu', 'gpu'])
+def test_kernels_multiply_like_the_dense_form(platform, name):
+  kernel, w = fused.KERNELS[platform], _weight(name)
+  if not kernel.takes(w):
+    assert name == 'int3' if platform == 'gpu' else name in ('int4', 'int4 column')
+    return
+  x = _rows(3, dtype=jnp.bfloat16 if name == 'nf4' else jnp.float32)
+  _check(kernel.product(x, w, interpret=True), x, w)
+
+
+def test_blocks_past_the_end_add_nothing_on_a_tpu(monkeypatch):
+  for constant, size in (('BLOCK_INPUTS', 64), ('BLOCK_OUTPUTS', 128), ('BLOCK_ROWS', 8)):
+    monkeypatch.setattr(tpu, constant, size)
+  w = _weight('int4 asymmetric', inputs=9 * 32, outputs=200)  # pieces by eights, so two blocks
+  x = _rows(11, 9 * 32)
+  _check(fused.KERNELS['tpu'].product(x, w, interpret=True), x, w)
+
+
+def test_splits_and_blocks_past_the_end_on_a_gpu(monkeypatch):
+  assert [gpu._splits(steps, wanted) for steps, wanted in ((12, 9), (12, 1), (7, 9))] == [4, 1, 1]
+  monkeypatch.setattr(gpu, 'BLOCK_OUTPUTS', 32)
+  w, x = _weight('int4 asymmetric', 256, 70), _rows(21, 256)
+  _check(fused.KERNELS['gpu'].product(x, w, interpret=True), x, w)
+
+
+@pytest.mark.parametrize('name', ['nf4', 'int4 asymmetric'])
+@pytest.mark.parametrize('platform', ['tpu', 'cuda'])
+def test_products_are_lowered_to_kernels(platform, name):
+  w = fused.pack(_weight(name), {'cuda': 'gpu'}.get(platform, platform))
+  traced = jax.jit(linear.matmul).trace(_rows(2, dtype=jnp.bfloat16), w)
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert {'tpu': '@tpu_custom_call', 'cuda': 'triton'}[platform] in text
+  assert 'custom_call' not in traced.lower(lowering_platforms=('cpu',)).as_text()
+
+
+@pytest.mark.parametrize('platform', ['tpu', 'gpu'])
+@examples
+def test_packing_changes_no_number(platform, name):
+  w = _weight(name)
+  packed = fused.pack(w, platform)
+  np.testing.assert_array_equal(jax.jit(lambda w: w.dense())(packed), jax.jit(_dense)(w))
+  assert fused.pack(packed, platform) is packed
+  _check(linear.matmul(_rows(2), packed), _rows(2), w)
+
+
+def _dense(w):
+  return w.dense()
+
+
+def _packed(name, platform, **options):
+  """The shapes of an example's packed form."""
+  shape = jax.ShapeDtypeStruct((192, 70), jnp.float32)
+  make = lambda w_IO: fused.pack(quantized.quantize(w_IO, **EXAMPLES[name]), platform, **options)
+  return jax.eval_shape(make, shape)
+
+
+def test_what_goes_to_a_kernel_and_what_to_xla():
+  left_to_xla = lambda platform, **options: {
+    name
+    for name in EXAMPLES
+    if isinstance(_packed(name, platform, **options), quantized.QuantizedTensor)
+  }
+  assert left_to_xla('tpu') == {'int4', 'int4 column'}
+  assert left_to_xla('gpu') == {'int3'}
+  assert left_to_xla('tpu', one_device=False) == set(EXAMPLES)
+  assert _packed('int4', 'tpu').values.dtype == jnp.int4
+  assert _packed('int4 asymmetric', 'tpu', one_device=False).values.dtype == jnp.uint4
+  stored = _weight('nf4')
+  assert fused.pack(stored, 'tpu', one_device=False) is stored
+  odd = quantized.quantize(jnp.ones((48, 8)), 'nf4', group_size=24)
+  assert fused.pack(odd, 'tpu') is odd and fused.pack(odd, 'gpu') is odd
+  array = jnp.ones((4, 4))
+  assert fused.pack(array, 'gpu') is array
+
+
+def test_what_is_inside_other_types_is_packed():
+  w, key = _weight('nf4'), jax.random.key(0)
+  adapted = fused.pack(lora.attach(w, 2, alpha=2.0, key=key), 'gpu')
+  assert isinstance(adapted.base, fused.FusedTensor)
+  turned = fused.pack(rotated.RotatedTensor(w, 1), 'gpu')
+  assert isinstance(turned.weight, fused.FusedTensor)
+  small = activations.quantize_activations(_weight('int4 column'))
+  assert fused.pack(small, 'tpu').values.values.dtype == jnp.int4
+  np.testing.assert_array_equal(
+    linear.matmul(_rows(2), fused.pack(small, 'tpu')), linear.matmul(_rows(2), small)
+  )
+  plain = lora.attach(jnp.ones((8, 8)), 2, alpha=2.0, key=key)
+  assert fused.pack(plain, 'tpu') is plain
+
+
+def test_names_claim_no_speed():
+  w = _weight('nf4')
+  for platform in ('tpu', 'gpu'):
+    name = linear.kernel(fused.pack(w, platform), platform)
+    assert name.startswith('Pallas') and 'nf4' in name and quantized.UNMEASURED in name
+    assert linear.kernel(w, platform) is None
+  assert linear.kernel(fused.pack(w, 'gpu'), 'cpu') is None
+
+
+def test_either_layout_is_multiplied_on_either_platform():
+  x, signed = _rows(2), quantized.native(_weight('int4'))
+  assert signed.values.dtype == jnp.int4
+  _check(fused.KERNELS['gpu'].product(x, signed, interpret=True), x, _weight('int4'))
+
+
+@pytest.mark.accelerator
+@pytest.mark.skipif(jax.default_backend() not in fused.KERNELS, reason='needs a GPU or a TPU')
+@pytest.mark.parametrize('rows', [1, 5, 200])
+@pytest.mark.parametrize('name', EXAMPLES)
+def test_on_the_device_itself(name, rows):
+  w, x = _weight(name, 512, 384), _rows(rows, 512, jnp.bfloat16)
+  _check(jax.jit(linear.matmul)(x, fused.pack(w, jax.default_backend())), x, w)
