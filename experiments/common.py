@@ -13,9 +13,10 @@ import numpy as np
 import tqdm
 from absl import app, flags, logging
 
-from model import sharding
+from model import corpus, sharding
 
 RECIPES = pathlib.Path(__file__).parent / 'recipes'
+CHARACTERS_A_TOKEN = 4  # of usual text and vocabularies
 SHORT_S = 2.0  # a progress bar appears only where the wait is longer than this
 
 
@@ -74,22 +75,16 @@ def load_plugins(paths: list[str]) -> None:
     spec.loader.exec_module(sys.modules[name])
 
 
-def calibration_rows(tokenizer, texts, seq_len: int, count: int) -> np.ndarray:
-  """Up to `count` rows of tokens, [rows, length]: of the calibration part, then of the training.
+def calibration_rows(tokenizer, texts, seq_len: int, count: int, seed: int = 0) -> np.ndarray:
+  """Rows of tokens from random places of the calibration part: [count, seq_len].
 
-  Raises ValueError if there is not even one.
+  Of the training part too where that is too short for them. Raises ValueError if there is not even
+  one row in both.
   """
-  found = []
-  for text in (*texts.calibration, *texts.train):
-    found.extend(tokenizer.encode(text))
-    if len(found) >= count * seq_len:
-      break
-  have = min(count, len(found) // seq_len)
-  if have == 0:
-    raise ValueError(
-      f'the text has {len(found)} tokens to calibrate on, fewer than one window of {seq_len}'
-    )
-  return np.asarray(found[: have * seq_len], np.int32).reshape(have, seq_len)
+  pool = texts.calibration
+  if sum(map(len, pool)) < count * seq_len * CHARACTERS_A_TOKEN:
+    pool = (*pool, *texts.train)
+  return corpus.sample_rows(pool, tokenizer.encode, seq_len, count, seed=seed)
 
 
 def check_positive(**values: float | None) -> None:

@@ -35,11 +35,13 @@ TABLES = {
   'weights': (
     'bf16 int4 int4_clip int4_asym gptq_int4 gptq_int4_asym awq_int4 hqq_int4 nf4 '
     'int3 int3_clip int3_asym gptq_int3 gptq_int3_asym gptq_int3_clip gptq_int3_once '
-    'gptq_int3_blocks awq_int3 hqq_int3 int4_column gptq_int4_column'
+    'gptq_int3_blocks awq_int3 hqq_int3 int4_column gptq_int4_column autoround_int4 autoround_int3 '
+    'int2 autoround_int2'
   ),
   'pruning': (
     'magnitude50 wanda50 sparsegpt50 magnitude_4of8 wanda_4of8 sparsegpt_4of8 '
-    'magnitude_2of4 wanda_2of4 sparsegpt_2of4 wanda70 owl70 sparsegpt70'
+    'magnitude_2of4 wanda_2of4 sparsegpt_2of4 wanda70 owl70 sparsegpt70 '
+    'owl_sparsegpt70'
   ),
   'order of operations': (
     'sparsegpt_2of4_int4 sparsegpt_2of4_then_int4 gptq_int4_then_2of4 wanda_2of4_int4'
@@ -57,6 +59,9 @@ ORDERS = (
   ('gptq_int3_clip', 'gptq_int3', False),
   ('gptq_int3', 'gptq_int3_once', False),
   ('hqq_int3', 'int3', True),
+  ('autoround_int4', 'int4', False),
+  ('autoround_int3', 'int3', True),
+  ('autoround_int2', 'int2', True),
   ('sparsegpt50', 'wanda50', False),
   ('wanda50', 'magnitude50', True),
   ('sparsegpt_2of4', 'wanda_2of4', False),
@@ -139,7 +144,7 @@ class Setting:
   model: object
   name: str
   windows: perplexity.Windows
-  calibration_NT: np.ndarray  # all rows there are
+  draws: list[np.ndarray]  # of calibration text, each [rows, length]
   base_ppl: float
 
 
@@ -149,7 +154,7 @@ def main() -> None:
   recipes = [recipe_module.resolve(name, common.RECIPES) for name in names]
   setting = _setting()
   for one in recipes:
-    pipeline.check(setting.model, one, setting.calibration_NT)
+    pipeline.check(setting.model, one, setting.draws[0])
   published = PUBLISHED.get(PAPER_MODEL.value, {})
   print(f'{setting.name}: perplexity {setting.base_ppl:.4f}{_theirs("base", published)}')
   found = {}
@@ -184,24 +189,16 @@ def _setting() -> Setting:
     model=model,
     name=MODEL.value or 'embedded default',
     windows=windows,
-    calibration_NT=_rows(tokenizer, texts, length, rows * SEEDS.value),
+    draws=[
+      common.calibration_rows(tokenizer, texts, length, rows, seed) for seed in range(SEEDS.value)
+    ],
     base_ppl=base.ppl,
   )
 
 
-def _rows(tokenizer, texts, length, count) -> np.ndarray:
-  rows_NT = common.calibration_rows(tokenizer, texts, length, count)
-  if len(rows_NT) < count:
-    raise ValueError(
-      f'{count} rows of {length} tokens are needed for calibration, and the text has '
-      f'{len(rows_NT)}; take fewer --seeds or --calibration_rows'
-    )
-  return rows_NT
-
-
 def _run(setting: Setting, one) -> Record:
   calibrated = any(pipeline.calibrated(step) for step in one.steps)
-  draws = np.split(setting.calibration_NT, SEEDS.value) if calibrated else [None]
+  draws = setting.draws if calibrated else [None]
   ppls, seconds, events = [], [], []
   for seed, rows_NT in enumerate(draws):
     start = time.perf_counter()

@@ -12,12 +12,15 @@ import hashlib
 import json
 import pathlib
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
 
 TRAIN_PERCENT, CALIBRATION_PERCENT = 90, 5  # the rest is held out
 SUFFIXES = ('.txt', '.md', '.py', '.jsonl')
 LARGEST_BLOCK = 8192  # characters of a block, where one text is cut up
 SMALLEST_BLOCK = 64
+LONGEST_TOKEN = 16  # characters of as long a token as is at all common
 # Installed packages, frozen copies of old grammars and fixtures that are not real modules.
 SKIPPED_FOLDERS = frozenset({'site-packages', 'dist-packages', 'lib2to3', 'idle_test'})
 
@@ -115,6 +118,40 @@ def blocks(text: str) -> list[str]:
     found.append(text[start:stop])
     start = stop
   return found
+
+
+def sample_rows(
+  texts: Sequence[str],
+  encode: Callable[[str], Sequence[int]],
+  length: int,
+  count: int,
+  *,
+  seed: int = 0,
+) -> np.ndarray:
+  """Draws rows of tokens from random places, int32 [count, length].
+
+  A row begins with a line, long ones more likely, and goes on with a line elsewhere where its text
+  ends first. Rows may overlap.
+
+  Raises:
+    ValueError: the texts together are shorter than one row.
+  """
+  sizes = np.array([len(text) for text in texts], float)
+  if sizes.sum() < length * LONGEST_TOKEN:
+    have = len(encode('\n'.join(texts)))
+    if have < length:
+      raise ValueError(f'the text has {have} tokens, fewer than one row of {length}')
+  random = np.random.default_rng(seed)
+  rows = np.empty((count, length), np.int32)
+  for row in rows:
+    tokens = []
+    while len(tokens) < length:
+      text = texts[random.choice(len(texts), p=sizes / sizes.sum())]
+      start = text.rfind('\n', 0, int(random.integers(len(text)))) + 1
+      stop = start + LONGEST_TOKEN * (length - len(tokens))
+      tokens += encode(text[start:stop])
+    row[:] = tokens[:length]
+  return rows
 
 
 def _cut(text: str, low: int, high: int) -> int:

@@ -1,5 +1,6 @@
 """Compression: the registry of techniques, recipes of them, calibration and the pipeline."""
 
+from model.compress import autoround as autoround
 from model.compress import awq as awq
 from model.compress import hqq as hqq
 from model.compress import obs as obs

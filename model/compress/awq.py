@@ -6,14 +6,16 @@ s = mean|x|**alpha and what produces the input is divided by it; of a grid of al
 whose rounded weights move the block's output least. Then each group of weights that share a scale
 gets the range, from all of it down to half, whose rounding moves the layer's output least.
 
-Costs `grid` forward passes of the block for each of its four groups, and 21 roundings of a matrix.
+Costs `grid` forward passes of the block on `rows` rows for each of its four groups, nearly all of
+the time where blocks are large, and 21 roundings of each matrix.
 
 Different from the paper and its reference code: no scaling at all is always a candidate, so in that
-measure the scales are never worse than none. The error is always that of the whole block's output.
-With grouped queries the value and output layers are scaled too, heads that share values alike. An
-input that is zero in all calibration tokens is not scaled. Clipping weighs errors by the covariance
-of a group's inputs, which gives the mean squared error over all calibration tokens exactly, where
-the paper takes a sample of them; and it takes 20 steps, not 10.
+measure the scales are never worse than none. The measure is taken on some of the calibration rows,
+which rank the alphas as all of them do. The error is always that of the whole block's output. With
+grouped queries the value and output layers are scaled too, heads that share values alike. An input
+that is zero in all calibration tokens is not scaled. Clipping weighs errors by the covariance of a
+group's inputs, which gives the mean squared error over all calibration tokens exactly, where the
+paper takes a sample of them; and it takes 20 steps, not 10.
 
 `duo` divides by the weights' own mean magnitude, s = x**alpha / w**(1 - alpha), as llm-compressor
 does, where w is relative to the largest weight in its quantization group.
@@ -42,8 +44,9 @@ UNCLIPPED = ('attention.query', 'attention.key')
 class AwqSpec:
   """A storage format as in `round_to_nearest`, and how it is searched for.
 
-  `grid` alphas from 0 up to 1.  `quantize` false: only scales, so that a later step, such as gptq,
-  rounds; the format is then what the scales are searched for.
+  `grid` alphas from 0 up to 1 are compared on `rows` rows of calibration text; null: on all.
+  `quantize` false: only scales, so that a later step, such as gptq, rounds; the format is then what
+  the scales are searched for.
   """
 
   format: quantized.FormatName = 'int4'
@@ -51,12 +54,15 @@ class AwqSpec:
   symmetric: bool = False
   clip_search: bool = True
   grid: int = 20
+  rows: int | None = 8
   duo: bool = False
   quantize: bool = True
 
   def __post_init__(self):
     if self.grid < 1:
       raise ValueError(f'the grid of alphas has at least one point, not {self.grid}')
+    if self.rows is not None and self.rows < 1:
+      raise ValueError(f'alphas are compared on at least one row, not {self.rows}')
     _ = self.rounding
 
   @property
@@ -67,13 +73,13 @@ class AwqSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Rounded:
-  """Stores a matrix rounded to nearest, whatever its inputs are."""
+  """Gives a matrix the values that rounding to nearest would store, whatever its inputs are."""
 
   spec: QuantizeSpec
 
-  def __call__(self, w_IO: jax.Array, measured_I: jax.Array) -> Matrix:
+  def __call__(self, w_IO: jax.Array, measured_I: jax.Array) -> jax.Array:
     del measured_I
-    return round_to_nearest(w_IO, {}, self.spec).weight
+    return _nearest(w_IO, self.spec).astype(w_IO.dtype)
 
 
 def becomes(w: Matrix, spec: AwqSpec) -> Matrix:
@@ -94,53 +100,84 @@ def becomes(w: Matrix, spec: AwqSpec) -> Matrix:
 )
 def awq(site, spec):
   """Scale strong inputs' weights up, clip ranges, and round to nearest."""
-  values, rows, events = _scaled(site, spec)
+  skipped = folding.unscaled(site.layer)
+  events = {layer: {why: 1} for layer, why in skipped.items() if layer in site.targets}
+  values, rows, failed = _scaled(site, spec)
+  events |= {layer: {why: 1} for layer, why in failed.items()}
   if not spec.quantize:
     return Changes(parameters=values, events=events)
-  for layer in site.targets:
-    path = f'{layer}.weight'
-    covariance_II = site.statistics[layer]['input_covariance']
-    if not spec.clip_search or layer in UNCLIPPED:
-      covariance_II = None
-    w_IO = values.get(path, site.parameters[path])
-    rows_I = rows.get(layer, jnp.ones(w_IO.shape[0], jnp.float32))
-    outcome = _rounded(w_IO, rows_I, covariance_II, spec.rounding)
-    values[path] = outcome.weight
+  outcomes = _rounded(*_to_round(site, values, rows, spec), spec.rounding)
+  for layer, outcome in outcomes.items():
+    values[f'{layer}.weight'] = outcome.weight
     events[layer] = {**events.get(layer, {}), **outcome.events}
   return Changes(parameters=values, events=events)
 
 
 def _scaled(site, spec):
-  """What the scales change, by path; the scales of each layer's inputs; and events by layer."""
-  skipped = folding.unscaled(site.layer)
-  values, rows = {}, {}
-  events = {layer: {why: 1} for layer, why in skipped.items() if layer in site.targets}
+  """What scales change, by path; the scales of each layer's inputs; and why a layer has none."""
+  trials, failed = [], {}
   for group in folding.groups(site.config, site.layer):
     targets = tuple(layer for layer in group.consumers if layer in site.targets)
     why = folding.obstacle(site.parameters, group)
     if why is None and targets:
-      found, improved = _best(site, group, targets, spec)
-      changed, rows_I = folding.apply(_own({**site.parameters, **values}, group), group, found)
-      values |= changed
-      rows |= dict.fromkeys(group.consumers, rows_I)
-      why = None if improved else 'not scaled, for no scales of the grid were better'
-    events |= {layer: {why: 1} for layer in targets if why}
-  return values, rows, events
+      trials.append(folding.Trial(group, targets, Rounded(spec.rounding)))
+    failed |= dict.fromkeys(targets if why else (), why)
+  if not trials:
+    return {}, {}, failed
+  groups = tuple(trial.group for trial in trials)
+  scales, improved = _best(site, trials, spec)
+  values, rows = _folded(dict(site.parameters), scales, groups)
+  for trial, better in zip(trials, improved, strict=True):
+    why = 'not scaled, for no scales of the grid were better'
+    failed |= dict.fromkeys(() if better else trial.targets, why)
+  return values, rows, failed
 
 
-def _best(site, group, targets, spec):
-  """The scales of the least block error, and whether they are better than none."""
-  layer = targets[0]  # all consumers of a group have the same inputs
-  mean_I = site.statistics[layer]['input_absmean']
-  weights = [site.parameters[f'{name}.weight'] for name in group.consumers]
-  scales_AP = _candidates(mean_I, weights, group, spec)
-  trial = folding.Trial(group, targets, Rounded(spec.rounding))
-  errors = site.errors(trial, (scales_AP, mean_I), len(scales_AP))
-  best = int(np.argmin(np.where(np.isfinite(errors), errors, np.inf)))
-  return scales_AP[best], errors[best] < errors[0]
+def _to_round(site, values, rows, spec):
+  """What is rounded, the scales of its inputs, and the covariance of those that are clipped."""
+  clipped = [one for one in site.targets if spec.clip_search and one not in UNCLIPPED]
+  return (
+    {layer: values.get(path := f'{layer}.weight', site.parameters[path]) for layer in site.targets},
+    {layer: scales_I for layer, scales_I in rows.items() if layer in clipped},
+    {layer: site.statistics[layer]['input_covariance'] for layer in clipped},
+  )
+
+
+def _best(site, trials, spec):
+  """The scales of the least block error of each group, and whether they are better than none."""
+  # All consumers of a group have the same inputs.
+  means = [site.statistics[trial.targets[0]]['input_absmean'] for trial in trials]
+  groups = tuple(trial.group for trial in trials)
+  scales = _all_candidates(means, dict(site.parameters), groups, spec)
+  together = folding.Trials(tuple(trials), spec.grid)
+  arrays = tuple(zip(scales, means, strict=True))
+  errors = site.errors(together, arrays, len(trials) * spec.grid, spec.rows)
+  errors_GA = np.where(np.isfinite(errors), errors, np.inf).reshape(len(trials), spec.grid)
+  best_G = errors_GA.argmin(1)
+  found = [scales_AP[k] for scales_AP, k in zip(scales, best_G, strict=True)]
+  return found, errors_GA.min(1) < errors_GA[:, 0]
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
+def _all_candidates(means, parameters, groups, spec):
+  weights = [[parameters[f'{name}.weight'] for name in group.consumers] for group in groups]
+  return [
+    _candidates(mean_I, own, group, spec)
+    for mean_I, own, group in zip(means, weights, groups, strict=True)
+  ]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _folded(parameters, scales, groups):
+  """What folding the scales into all groups changes, and those of each layer's inputs."""
+  values, rows = {}, {}
+  for group, scales_P in zip(groups, scales, strict=True):
+    changed, rows_I = folding.apply({**parameters, **values}, group, scales_P)
+    values |= changed
+    rows |= dict.fromkeys(group.consumers, rows_I)
+  return values, rows
+
+
 def _candidates(mean_I, weights, group, spec) -> jax.Array:
   """The scales of each alpha, of which the first is none: [A, P], around 1."""
   x_P = group.tie(mean_I, jnp.mean)
@@ -166,10 +203,23 @@ def _relative_size(weights, spec):
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _rounded(w_IO, rows_I, covariance_II, rounding) -> Outcome:
-  if covariance_II is not None:
-    w_IO = clip(w_IO, covariance_II / (rows_I[:, None] * rows_I[None]), rounding)
-  return round_to_nearest(w_IO, {}, rounding)
+def _rounded(weights, rows, covariances, rounding) -> dict[str, Outcome]:
+  """Clips each matrix whose inputs' covariance is given, and rounds all of them; by layer."""
+  found = {}
+  for layer, w_IO in weights.items():
+    if layer in covariances:
+      covariance_II = covariances[layer]
+      if layer in rows:
+        covariance_II = covariance_II / (rows[layer][:, None] * rows[layer][None])
+      w_IO = clip(w_IO, covariance_II, rounding)
+    found[layer] = round_to_nearest(w_IO, {}, rounding)
+  return found
+
+
+def _nearest(w_IO, spec) -> jax.Array:
+  """What `round_to_nearest` stores, float32 [I, O], without packing it."""
+  options = {key: getattr(spec, key) for key in ('group_size', 'symmetric', 'clip')}
+  return quantized.project(w_IO, *quantized.fit(w_IO, spec.format, **options), spec.format)
 
 
 def clip(w_IO: jax.Array, covariance_II: jax.Array, spec: QuantizeSpec) -> jax.Array:
@@ -185,8 +235,7 @@ def clip(w_IO: jax.Array, covariance_II: jax.Array, spec: QuantizeSpec) -> jax.A
 
   def error(limit_JO):
     clipped_JgO = _clipped(w_JgO, limit_JO)
-    stored = round_to_nearest(clipped_JgO.reshape(w_IO.shape), {}, spec).weight
-    moved_JgO = stored.dense().reshape(w_JgO.shape) - w_JgO
+    moved_JgO = _nearest(clipped_JgO.reshape(w_IO.shape), spec).reshape(w_JgO.shape) - w_JgO
     felt_JgO = jnp.einsum('Jgh,JhO->JgO', blocks_Jgg, moved_JgO, precision='highest')
     return (moved_JgO * felt_JgO).sum(1)
 
@@ -196,14 +245,10 @@ def clip(w_IO: jax.Array, covariance_II: jax.Array, spec: QuantizeSpec) -> jax.A
     better_JO = candidate[0] < best[0]
     return jax.tree.map(functools.partial(jnp.where, better_JO), candidate, best)
 
-  whole = (error(high_JO), high_JO)
-  _, limit_JO = jax.lax.fori_loop(1, CLIP_STEPS + 1, step, whole)
+  start = (jnp.full_like(high_JO, jnp.inf), high_JO)
+  _, limit_JO = jax.lax.fori_loop(0, CLIP_STEPS + 1, step, start)
   return _clipped(w_JgO, limit_JO).reshape(w_IO.shape).astype(w_IO.dtype)
 
 
 def _clipped(w_JgO, limit_JO):
   return jnp.clip(w_JgO, -limit_JO[:, None], limit_JO[:, None])
-
-
-def _own(parameters, group):
-  return {path: parameters[path] for path in group.parameters if path in parameters}

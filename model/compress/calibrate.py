@@ -63,6 +63,22 @@ def split(config: ModelConfig, block: Block) -> tuple[BlockFunction, dict[str, M
 Candidate = Callable[[Mapping[str, Matrix], Any, jax.Array], Mapping[str, Matrix]]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Descent:
+  """How `Stream.descend` lowers the error of a block's output.
+
+  candidate: what arrays make of the parameters; its k is 0.
+  update: (learned, slopes, rate) -> learned, hashable; the rate falls linearly from 1 / steps.
+  batch: how many rows of calibration text a step sees.  seed: which ones.
+  """
+
+  candidate: Candidate
+  update: Callable[[Any, Any, jax.Array], Any]
+  steps: int
+  batch: int
+  seed: int
+
+
 class Stream:
   """The hidden states of the calibration tokens, on the host, on their way through the blocks."""
 
@@ -86,29 +102,72 @@ class Stream:
     """
     function, values = split(self.config, block)
     layers = tuple(linears(block) if layers is None else layers)
-    total = None
-    for tokens_BT, x_BTD in self.batches:
-      raw = _observe(function, layers, names, values, tokens_BT, x_BTD)
-      total = raw if total is None else {k: statistics.merge(total[k], raw[k]) for k in raw}
-    finished = {layer: statistics.finish(raw) for layer, raw in total.items()}
+    inputs = {layer: core(values[f'{layer}.weight']).shape[-2] for layer in layers}
+    total = {layer: statistics.nothing(size, names) for layer, size in inputs.items()}
+    for batch in self.batches:
+      total = _observe(function, layers, names, values, total, batch)
+    finished = {layer: statistics.finish(total.pop(layer)) for layer in layers}
     for layer, measured in finished.items():
-      if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(measured)):
+      if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(measured)):
         path = f'{where}.{layer}'.strip('.')
         raise ValueError(f'the calibration inputs of {path} are not finite; check the weights')
     return finished
 
-  def errors(self, block: Block, candidate: Candidate, arrays: Any, count: int) -> np.ndarray:
+  def errors(
+    self, block: Block, candidate: Candidate, arrays: Any, count: int, rows: int | None = None
+  ) -> np.ndarray:
     """How far each of `count` changes moves the output of a block: mean squares, float32 [count].
 
     `candidate(parameters, arrays, k)` is traced, with k an int32; it returns the parameters that
-    the k-th candidate changes.
+    the k-th candidate changes. `rows` of the calibration rows, evenly spread, are looked at; None:
+    all of them.
     """
     function, values = split(self.config, block)
     total, size = np.zeros(count), 0
-    for tokens_BT, x_BTD in self.batches:
-      total += _errors(function, candidate, count, values, arrays, tokens_BT, x_BTD)
-      size += x_BTD.size
+    for batch in self._spread(rows):
+      expected_BTD = _run(function, values, *batch)
+      given = values, arrays, expected_BTD, batch
+      total += np.asarray(_errors(function, candidate, count, given))
+      size += expected_BTD.size
     return (total / size).astype(np.float32)
+
+  def descend(self, block: Block, descent: Descent, learned: Any, fixed: Any) -> Any:
+    """Lets arrays follow the slopes of the error of a block's output; returns what they become.
+
+    The error is the mean square that `candidate(parameters, (learned, fixed), 0)` moves the output
+    by, and its slopes are those along `learned`, whose own arrays are used up.
+    """
+    function, values = split(self.config, block)
+    for i, chosen in enumerate(self._draws(descent)):
+      batch = self._rows(chosen)
+      rate = np.float32((1 - i / descent.steps) / descent.steps)
+      given = values, fixed, _run(function, values, *batch), batch
+      learned = _descend(function, (descent.candidate, descent.update), learned, rate, given)
+    return learned
+
+  def _draws(self, descent: Descent) -> np.ndarray:
+    """The rows of each step; none comes again before all others were there."""
+    count, rng = self._count, np.random.default_rng(descent.seed)
+    batch = min(descent.batch, count)
+    rounds = -(-descent.steps * batch // count)
+    order = np.concatenate([rng.permutation(count) for _ in range(rounds)])
+    return order[: descent.steps * batch].reshape(descent.steps, batch)
+
+  @property
+  def _count(self) -> int:
+    return sum(len(tokens_BT) for tokens_BT, _ in self.batches)
+
+  def _spread(self, rows: int | None) -> Batches:
+    if rows is None or rows >= self._count:
+      return self.batches
+    chosen = np.arange(rows) * self._count // rows
+    return [self._rows(part) for part in batches(chosen, len(self.batches[0][0]))]
+
+  def _rows(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    size = len(self.batches[0][0])
+    picked = [(self.batches[i // size], i % size) for i in chosen]
+    tokens_BT, x_BTD = (np.stack([batch[field][j] for batch, j in picked]) for field in (0, 1))
+    return tokens_BT, x_BTD
 
   def advance(self, block: Block) -> None:
     """Runs a block over the hidden states."""
@@ -122,26 +181,43 @@ def run(config: ModelConfig, block: Block, tokens_BT, x_BTD) -> jax.Array:
   return _run(function, values, tokens_BT, x_BTD)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _observe(function, layers, names, values, tokens_BT, x_BTD):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _observe(function, layers, names, values, total, batch):
   recorders, watched = {}, dict(values)
   for layer in layers:
     w = values[f'{layer}.weight']
     recorders[layer] = statistics.Recorder(core(w), [])
     watched[f'{layer}.weight'] = with_core(w, recorders[layer])
-  function(watched, tokens_BT, x_BTD)
-  return {layer: statistics.measure(r.seen, names) for layer, r in recorders.items()}
+  function(watched, *batch)
+  seen = {layer: statistics.measure(r.seen, names) for layer, r in recorders.items()}
+  return {layer: statistics.merge(total[layer], raw) for layer, raw in seen.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _errors(function, candidate, count, values, arrays, tokens_BT, x_BTD):
-  expected_BTD = function(values, tokens_BT, x_BTD).astype(jnp.float32)
+def _errors(function, candidate, count, given):
+  values, arrays, expected_BTD, batch = given
 
   def error(k):
-    actual_BTD = function({**values, **candidate(values, arrays, k)}, tokens_BT, x_BTD)
-    return jnp.square(actual_BTD.astype(jnp.float32) - expected_BTD).sum()
+    actual_BTD = function({**values, **candidate(values, arrays, k)}, *batch)
+    return _squares(actual_BTD, expected_BTD).sum()
 
   return jax.lax.map(error, jnp.arange(count))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _descend(function, rules, learned, rate, given):
+  (candidate, update), (values, fixed, expected_BTD, batch) = rules, given
+
+  def error(learned):
+    changed = candidate(values, (learned, fixed), jnp.int32(0))
+    actual_BTD = function({**values, **changed}, *batch)
+    return _squares(actual_BTD, expected_BTD).mean()
+
+  return update(learned, jax.grad(error)(learned), rate)
+
+
+def _squares(actual_BTD, expected_BTD):
+  return jnp.square(actual_BTD.astype(jnp.float32) - expected_BTD.astype(jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -157,6 +157,26 @@ class Trial:
     return changed
 
 
+@dataclasses.dataclass(frozen=True)
+class Trials:
+  """The candidates of several groups in a row, `count` of each, so that they are compiled as one.
+
+  The arrays are those of each. What is stored has to be arrays of the weights' own types.
+  """
+
+  trials: tuple[Trial, ...]
+  count: int
+
+  def __call__(self, parameters: Parameters, arrays: Any, k: jax.Array) -> dict[str, Matrix]:
+    paths = [path for trial in self.trials for path in trial.group.parameters]
+    own = {path: parameters[path] for path in paths if parameters.get(path) is not None}
+    branches = [
+      lambda i, trial=trial, given=given: {**own, **trial(own, given, i)}
+      for trial, given in zip(self.trials, arrays, strict=True)
+    ]
+    return jax.lax.switch(k // self.count, branches, k % self.count)
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def apply(
   parameters: Parameters, group: Group, scales_P: jax.Array

@@ -104,15 +104,25 @@ def gptq(w, statistics, spec):
 )
 def sparsegpt(w, statistics, spec):
   """Drop weight by weight, while those to come make up for the error."""
+  share = DEFAULT_SPARSITY if spec.n is None and spec.sparsity is None else spec.sparsity
+  return prune(w, statistics['input_covariance'], spec, share)
+
+
+def prune(
+  w: Matrix, covariance_II: jax.Array, spec: SparseGptSpec, share: float | jax.Array | None
+) -> Outcome:
+  """Prunes by SparseGPT: `share` of the weights, which may be traced, or N:M where it is None.
+
+  Raises ValueError if the weight is no plain matrix.
+  """
   if isinstance(w, Weight):
     raise ValueError(f'sparsegpt prunes plain matrices, not a {type(w).__name__}; prune first')
-  share = DEFAULT_SPARSITY if spec.n is None and spec.sparsity is None else spec.sparsity
   n, m, grid, events = spec.n or 1, spec.m or 1, None, {}
   if spec.format is not None:
     grid, events = _grid(w.shape[0], n, m, spec)
   solution = obs.solve(
     w,
-    statistics['input_covariance'],
+    covariance_II,
     grid=grid,
     pruning=obs.Pruning(sparsity=share, n=spec.n, m=spec.m, per_output=spec.per_output),
     damping=spec.damping,

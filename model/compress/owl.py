@@ -1,19 +1,24 @@
 """OWL: blocks with more outliers keep more of their weights.
 
 Yin et al. (2024), Outlier Weighed Layerwise Sparsity, https://arxiv.org/abs/2310.05175. The share
-of a block's Wanda scores above `threshold` times their mean says how much of it may go: densities
-differ by up to 2 * `reach` between the block with the most and the one with the least, and their
-mean, weighted by parameters, is the density that was asked for. (The paper weighs blocks alike,
-which is the same where they are equally large.)
+of a block's Wanda scores above `threshold` times their mean over the block says how much of it may
+go: densities differ by 2 * `reach` between the block with the most and the one with the least, and
+their mean, weighted by parameters, is the density that was asked for. (The paper weighs blocks
+alike, which is the same where they are equally large.) Within a block all matrices are equally
+sparse, and pruned by Wanda or by SparseGPT.
+
+However little blocks differ, the whole reach is spent on them. Where there are only a few, that
+takes much from the one with the fewest outliers, whether or not it can spare it.
 """
 
-import collections
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.compress import obs
 from model.compress.registry import PLAN, technique
 from ops import sparse
 from ops.linear import Weight
@@ -40,27 +45,32 @@ class OwlSpec:
 
 def share_out(survey, spec: OwlSpec) -> dict[str, float]:
   """The sparsity of each layer, from the (layer, w, statistics) of the whole model."""
-  outliers, sizes, layers = collections.Counter(), collections.Counter(), {}
-  for layer, w, statistics in survey:
-    block = '.'.join(layer.split('.')[:2])
-    layers[layer] = block
-    outliers[block] += float(_outliers(w, statistics['input_norm'], spec.threshold)) * w.size
-    sizes[block] += w.size
-  blocks = list(sizes)
-  share = np.array([outliers[block] / sizes[block] for block in blocks])
-  size = np.array([sizes[block] for block in blocks], float)
+  share, size, layers = [], [], []
+  for _, members in itertools.groupby(survey, key=lambda row: _block(row[0])):
+    names, weights, statistics = zip(*members, strict=True)
+    norms = [measured['input_norm'] for measured in statistics]
+    share.append(float(_outliers(weights, norms, spec.threshold)))
+    size.append(float(sum(w.size for w in weights)))
+    layers.append(names)
+  share = np.array(share)
   span = share.max() - share.min()
-  more = 2 * spec.reach * (share - share.min()) / span if span else np.zeros(len(blocks))
+  more = 2 * spec.reach * (share - share.min()) / span if span else np.zeros(len(share))
   density = 1 - spec.sparsity + more - np.average(more, weights=size)
-  sparsity = dict(zip(blocks, 1 - density, strict=True))
-  return {layer: sparsity[block] for layer, block in layers.items()}
+  return {layer: 1 - kept for names, kept in zip(layers, density, strict=True) for layer in names}
+
+
+def _block(layer: str) -> str:
+  """The block of a layer, by their paths in the model: 'layers.3'."""
+  return '.'.join(layer.split('.')[:2])
 
 
 @jax.jit
-def _outliers(w_IO, norm_I, threshold) -> jax.Array:
-  """The share of scores above `threshold` times their mean."""
-  score_IO = sparse.wanda_score(w_IO, norm_I)
-  return (score_IO > threshold * score_IO.mean()).mean()
+def _outliers(weights, norms, threshold) -> jax.Array:
+  """The share of a block's scores above `threshold` times their mean."""
+  scores = [sparse.wanda_score(w_IO, norm_I) for w_IO, norm_I in zip(weights, norms, strict=True)]
+  count = sum(score_IO.size for score_IO in scores)
+  limit = threshold * sum(score_IO.sum() for score_IO in scores) / count
+  return sum((score_IO > limit).sum() for score_IO in scores) / count
 
 
 @technique(
@@ -78,3 +88,16 @@ def owl(w, statistics, spec):
   score_IO = sparse.wanda_score(w, statistics['input_norm'])
   dropped = jnp.round(statistics[PLAN] * score_IO.shape[0])
   return jnp.where(sparse.keep_highest(score_IO, dropped), w, 0)
+
+
+@technique(
+  'owl_sparsegpt',
+  spec=OwlSpec,
+  statistics=('input_norm', 'input_covariance'),
+  paper='Yin et al. 2024, https://arxiv.org/abs/2310.05175',
+  plan=share_out,
+)
+def owl_sparsegpt(w, statistics, spec):
+  """Drop weights as SparseGPT does, fewer of them in blocks with many outliers."""
+  del spec
+  return obs.prune(w, statistics['input_covariance'], obs.SparseGptSpec(), statistics[PLAN])

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -123,18 +123,24 @@ def _stream(model, recipe, calibration_NT):
 
 
 def _compress(part: Part, run: _Run) -> None:
-  before = matrices(part.module)
   original = nnx.clone(part.module) if run.recipe.sequential == 'none' else None
-  for steps in _together(run.recipe.steps):
+  groups, results = _together(run.recipe.steps), _Results(part)
+  for g, steps in enumerate(groups):
+    later = _paths(part, itertools.chain(*groups[g + 1 :]), run.recipe)
     if steps[0][1].row.scope == 'block':
       _apply_to_block(part, steps[0][1], run)
       continue
     for stage in _stages(part, [step for _, step in steps], run.recipe):
       for i, step in steps:
         _apply(part, step, stage, run, original or part.module, run.plans.get(i, {}))
+      results.settle(path for path in stage if path not in later)
   if run.stream is not None and part.is_block:
     run.stream.advance(original or part.module)
-  run.ledger.layers.extend(_results(part, before))
+  run.ledger.layers.extend(results.all())
+
+
+def _paths(part, steps, recipe) -> set[str]:
+  return {path for _, step in steps for path in targets(part, step, recipe)}
 
 
 def _together(steps: tuple[Step, ...]) -> list[list[tuple[int, Step]]]:
@@ -149,7 +155,7 @@ def _together(steps: tuple[Step, ...]) -> list[list[tuple[int, Step]]]:
 
 def _stages(part: Part, steps: list[Step], recipe: Recipe) -> list[list[str]]:
   """The parameters that are measured at once, in the order in which they are compressed."""
-  wanted = {path for step in steps for path in targets(part, step, recipe)}
+  wanted = _paths(part, enumerate(steps), recipe)
   paths = [path for path in weights(part) if path in wanted]
   if recipe.sequential != 'layers' or not any(step.row.statistics for step in steps):
     return [paths] if paths else []
@@ -195,6 +201,7 @@ def _apply_to_block(part, step, run):
     targets=tuple(path.removesuffix('.weight') for path in paths),
     statistics=found,
     errors=functools.partial(run.stream.errors, part.module),
+    descend=functools.partial(run.stream.descend, part.module),
   )
   changes, params = step.row.function(site, step.spec), parameters(part.module)
   for path, value in changes.parameters.items():
@@ -222,15 +229,32 @@ def _note_head(model, run):
       run.ledger.add('head', step.technique, {what: 1})
 
 
-def _results(part, before) -> Iterator[LayerResult]:
-  for path, now in matrices(part.module).items():
-    yield LayerResult(
-      layer=f'{part.prefix}.{path}'.strip('.'),
-      shape=tuple(now.shape),
-      stored=describe(now),
-      stored_bytes=now.nbytes,
-      relative_error=float(_relative_error(before[path], now)),
-    )
+class _Results:
+  """Compares the matrices of a part with what they were, each as soon as it has its final form."""
+
+  def __init__(self, part: Part):
+    found = matrices(part.module)
+    self._before = {f'{layer}.weight'.strip('.'): w for layer, w in found.items()}
+    self._part, self._order, self._found = part, tuple(self._before), {}
+
+  def settle(self, paths: Iterable[str]) -> None:
+    """Compares the matrices among some parameters, and lets go of what they were."""
+    params = parameters(self._part.module)
+    for path in paths:
+      if path in self._before:
+        now, was = params[path].get_value(), self._before.pop(path)
+        self._found[path] = LayerResult(
+          layer=self._part.layer(path).removesuffix('weight').strip('.'),
+          shape=tuple(now.shape),
+          stored=describe(now),
+          stored_bytes=now.nbytes,
+          relative_error=float(_relative_error(was, now)),
+        )
+
+  def all(self) -> list[LayerResult]:
+    """The results of all matrices, in the order of the part."""
+    self.settle(list(self._before))
+    return [self._found[path] for path in self._order]
 
 
 @jax.jit

@@ -45,8 +45,9 @@ class Site:
 
   layer: the block's traits.  parameters: all of its values, by their paths in the block.
   targets: the linear layers that the step may compress.  statistics: what was measured, by layer.
-  errors: (candidate, arrays, count) -> how far changes move the block's output, [count]; see
+  errors: (candidate, arrays, count, rows) -> how far changes move the block's output, [count]; see
     `calibrate.Stream.errors`.
+  descend: (descent, learned, fixed) -> learned, with a lower error; see `calibrate.Stream.descend`.
   """
 
   config: ModelConfig
@@ -54,7 +55,8 @@ class Site:
   parameters: Mapping[str, Matrix]
   targets: tuple[str, ...]
   statistics: Mapping[str, Statistics]
-  errors: Callable[[Callable, Any, int], np.ndarray]
+  errors: Callable[..., np.ndarray]
+  descend: Callable[[Any, Any, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,8 @@ def quantize_activations_static(w, statistics, spec):
 class SmoothQuantSpec:
   """How much moves from inputs to weights, and what both become.
 
-  alpha: from 0 (nothing but the weights counts) to 1; None: searched, in `grid` steps.
+  alpha: from 0 (nothing but the weights counts) to 1; None: searched, in `grid` steps, which are
+    compared on `rows` rows of calibration text, or all of them.
   fold: the groups whose producer is a norm, as in the paper, or all.
   activations: a scale of each token ('dynamic'), or one that calibration found ('static').
   quantize: false only smooths, so that later steps quantize.
@@ -73,6 +74,7 @@ class SmoothQuantSpec:
 
   alpha: float | None = 0.5
   grid: int = 20
+  rows: int | None = 8
   fold: Literal['norms', 'all'] = 'norms'
   activations: Literal['dynamic', 'static'] = 'dynamic'
   weight_bits: Bits = 8
@@ -84,6 +86,8 @@ class SmoothQuantSpec:
       raise ValueError(f'alpha lies between 0 and 1, or is null for a search, not {self.alpha}')
     if self.grid < 1:
       raise ValueError(f'the grid of alphas has at least one step, not {self.grid}')
+    if self.rows is not None and self.rows < 1:
+      raise ValueError(f'alphas are compared on at least one row, not {self.rows}')
     if self.fold not in ('norms', 'all'):
       raise ValueError(f'fold is norms or all, not {self.fold!r}')
     if self.activations not in ('dynamic', 'static'):
@@ -173,7 +177,7 @@ def _scales(site, group, targets, absmax_I, spec):
   if spec.alpha is not None:
     return scales_AP[0]
   trial = folding.Trial(group, targets, Stored.of(spec))
-  errors = site.errors(trial, (scales_AP, absmax_I), len(scales_AP))
+  errors = site.errors(trial, (scales_AP, absmax_I), len(scales_AP), spec.rows)
   return scales_AP[int(np.argmin(np.where(np.isfinite(errors), errors, np.inf)))]
 
 

@@ -16,7 +16,10 @@ from ops.linear import Matrix, Weight, dense, matmul
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Statistic:
-  """of(x_TI) measures some tokens, merge(a, b) adds more, finish(a) is what a technique reads."""
+  """of(x_TI) measures some tokens, merge(a, b) adds more, finish(a) is what a technique reads.
+
+  Merging with zeros changes nothing.
+  """
 
   of: Callable[[jax.Array], Any]
   merge: Callable[[Any, Any], Any]
@@ -86,11 +89,19 @@ def measure(seen: list[jax.Array], names: tuple[str, ...]) -> dict[str, Any]:
   return {name: STATISTICS[name].of(tokens_TI) for name in names}
 
 
+def nothing(inputs: int, names: tuple[str, ...]) -> dict[str, Any]:
+  """The raw statistics of no tokens at all, for a layer with this many inputs."""
+  x = jax.ShapeDtypeStruct((1, inputs), jnp.float32)
+  shapes = jax.eval_shape(lambda x: measure([x], names), x)
+  return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+
 def merge(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
   """Adds two measurements of the same layer."""
   return {name: STATISTICS[name].merge(a[name], b[name]) for name in a}
 
 
+@jax.jit
 def finish(raw: dict[str, Any]) -> dict[str, Any]:
   """Turns raw statistics into what techniques read."""
   return {name: STATISTICS[name].finish(value) for name, value in raw.items()}

@@ -51,23 +51,28 @@ class Factor:
   deficient: jax.Array
 
 
-def factor(covariance_II: jax.Array, damping: float) -> Factor:
-  """Factors covariance + damping * mean(diagonal) * identity, with more damping if it must be."""
-  unit_II = jnp.eye(covariance_II.shape[0], dtype=jnp.float32)
+def factor(covariance_II: jax.Array, damping: float, order_I: jax.Array | None = None) -> Factor:
+  """Factors covariance + damping * mean(diagonal) * identity, with more damping if it must be.
+
+  `order_I` is the order of the walk, None for that of the covariance; the factor is in that order.
+  Beside the covariance about two matrices of its size are held at a time.
+  """
+  size = covariance_II.shape[0]
+  order_I = jnp.arange(size) if order_I is None else order_I
   scale = mean_diagonal(covariance_II)
   starved = scale == 0
-  hessian_II = jnp.where(starved, unit_II, covariance_II / jnp.where(starved, 1, scale))
-  raised, root_II = _damped_root(hessian_II, damping)
+  scale = jnp.where(starved, 1, scale)
+  damping = jnp.where(starved, 1, damping)
+  damped = functools.partial(_damped, covariance_II, order_I[::-1], scale, damping)
+  full_rank = _has_full_rank(covariance_II, scale)
+  raised = _raises(damped, full_rank)
+  root_II = damped(raised)[::-1, ::-1]
   singular = ~jnp.isfinite(root_II).all()
-  root_II = jnp.where(singular, unit_II, root_II)
-  stiffness_I = jnp.diagonal(root_II)
-  deficient = ~(singular | starved | _has_full_rank(hessian_II))
-  return Factor(
-    jnp.triu(root_II / stiffness_I[None], 1),
-    stiffness_I,
-    raised,
-    *(flag.astype(jnp.int32) for flag in (singular, starved, deficient)),
-  )
+  usable = ~(singular | starved)
+  stiffness_I = jnp.where(usable, jnp.diagonal(root_II), 1)
+  feedback_II = jnp.where(usable, jnp.triu(root_II / stiffness_I[None], 1), 0)
+  flags = singular, starved, usable & ~full_rank
+  return Factor(feedback_II, stiffness_I, raised, *(flag.astype(jnp.int32) for flag in flags))
 
 
 def mean_diagonal(covariance_II: jax.Array) -> jax.Array:
@@ -77,37 +82,42 @@ def mean_diagonal(covariance_II: jax.Array) -> jax.Array:
   return largest * (diagonal_I / jnp.where(largest == 0, 1, largest)).mean()
 
 
-def _damped_root(hessian_II, damping):
-  """The upper R with R Rᵀ = the damped Hessian, and how often damping was raised for it."""
-  reversed_II = hessian_II[::-1, ::-1]
-  rows = jnp.arange(hessian_II.shape[0])
+def _damped(covariance_II, order_I, scale, damping, raised):
+  """The lower Cholesky factor of the Hessian in this order, with its damping raised so often."""
+  # Without the barrier XLA takes what does not change out of the search, and holds a copy more.
+  covariance_II, raised = jax.lax.optimization_barrier((covariance_II, raised))
+  hessian_II = covariance_II[order_I][:, order_I] / scale
+  rows = jnp.arange(len(order_I))
+  return _cholesky(hessian_II.at[rows, rows].add(damping * jnp.float32(10) ** raised))
+
+
+def _raises(damped, full_rank):
+  """How often damping must be raised; never where the rank is full.
+
+  Factors that are tried here are not kept, so that a matrix less is held in the usual case.
+  """
 
   def attempt(state):
     raised = state[0] + 1
-    added = damping * jnp.float32(10) ** raised
-    return raised, _cholesky(reversed_II.at[rows, rows].add(added))
+    return raised, jnp.isfinite(damped(raised)).all()
 
-  def failed(state):
-    raised, lower_II = state
-    return (raised < MOST_RAISES) & ~jnp.isfinite(lower_II).all()
-
-  untried = (jnp.int32(-1), jnp.full_like(hessian_II, jnp.nan))
-  raised, lower_II = jax.lax.while_loop(failed, attempt, untried)
-  return raised, lower_II[::-1, ::-1]
+  going_on = lambda state: (state[0] < MOST_RAISES) & ~state[1]
+  search = lambda: jax.lax.while_loop(going_on, attempt, (jnp.int32(-1), False))[0]
+  return jax.lax.cond(full_rank, lambda: jnp.int32(0), search)
 
 
-def _has_full_rank(hessian_II):
+def _has_full_rank(covariance_II, scale):
   """Whether the smallest eigenvalue of the correlations is above what float32 can tell from zero.
 
   Inputs that are always zero are left out; they are counted where the inputs are measured.
   """
-  size = hessian_II.shape[0]
-  deviation_I = jnp.sqrt(jnp.diagonal(hessian_II))
+  size = covariance_II.shape[0]
+  deviation_I = jnp.sqrt(jnp.diagonal(covariance_II) / scale)
   used_I = deviation_I > 0
   inverse_I = jnp.where(used_I, 1 / jnp.where(used_I, deviation_I, 1), 0)
-  correlation_II = hessian_II * inverse_I[:, None] * inverse_I[None]
-  rows = jnp.arange(size)
-  correlation_II = correlation_II.at[rows, rows].set(1 - size * jnp.finfo(jnp.float32).eps)
+  correlation_II = covariance_II / scale * inverse_I[:, None] * inverse_I[None]
+  diagonal_II = jnp.eye(size, dtype=bool)
+  correlation_II = jnp.where(diagonal_II, 1 - size * jnp.finfo(jnp.float32).eps, correlation_II)
   return jnp.isfinite(_cholesky(correlation_II)).all()
 
 

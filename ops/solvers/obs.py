@@ -85,10 +85,10 @@ def solve(
   order_I = jnp.arange(w_IO.shape[0])
   if act_order:
     order_I = jnp.argsort(-jnp.diagonal(covariance_II), stable=True)
-    original_IO, covariance_II = original_IO[order_I], covariance_II[order_I][:, order_I]
+    original_IO = original_IO[order_I]
   walk = Walk(
     original_IO=original_IO,
-    factor=hessian.factor(covariance_II, damping),
+    factor=hessian.factor(covariance_II, damping, order_I),
     group_I=order_I // (grid.group if grid else 1),
     grid=grid,
     pruning=pruning,

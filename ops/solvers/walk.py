@@ -50,10 +50,10 @@ class Grid:
 class Pruning:
   """All but n of every m inputs go, or a share of each block; `per_output`, of each output there.
 
-  Exactly one of `sparsity` and n with m is given.
+  Exactly one of `sparsity`, which may be traced, and n with m is given.
   """
 
-  sparsity: float | None = None
+  sparsity: float | jax.Array | None = None
   n: int | None = None
   m: int | None = None
   per_output: bool = False
@@ -237,7 +237,8 @@ class Walk:
     size, inputs = self.sizes.block, self.sizes.inputs
     pool = 1 if self.pruning.per_output else live_IO.shape[1]
     ends = [min(i * size, inputs) for i in range(self.sizes.blocks + 1)]
-    dropped = np.diff([round(self.pruning.sparsity * pool * end) for end in ends])
+    xp = jnp if isinstance(self.pruning.sparsity, jax.Array) else np  # traced, or exact
+    dropped = xp.diff(xp.round(self.pruning.sparsity * pool * xp.asarray(ends)))
     padding = np.diff(ends) * -pool + size * pool
     count = jnp.asarray(dropped + padding, jnp.int32)[k]
     score_IO = block.score(block.moved_IO, 0, size)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import sysconfig
 
+import numpy as np
 import pytest
 
 from model import corpus
@@ -115,3 +116,32 @@ def test_bad_text_is_named(tmp_path, name, data, match):
 def test_a_folder_without_texts_is_named(tmp_path):
   with pytest.raises(ValueError, match=r'holds no \.txt, \.md, \.py, \.jsonl files'):
     corpus.load(tmp_path)
+
+
+def _letters(text):
+  return [ord(letter) for letter in text]
+
+
+def test_rows_begin_with_lines_anywhere_and_are_repeatable():
+  texts = [''.join(f'{name}{i:03}\n' for i in range(200)) for name in 'ab']
+  rows_NT = corpus.sample_rows(texts, _letters, 20, 64, seed=3)
+  assert rows_NT.shape == (64, 20) and rows_NT.dtype == np.int32
+  rows = [''.join(map(chr, row)) for row in rows_NT]
+  assert all(row[0] in 'ab' and row[4] == '\n' for row in rows)
+  # A row that does not reach the end of its text is a stretch of it.
+  assert sum(any(row in text for text in texts) for row in rows) > 56
+  assert 20 < sum(row[0] == 'a' for row in rows) < 44
+  assert len(set(rows)) > 48
+  assert (corpus.sample_rows(texts, _letters, 20, 64, seed=3) == rows_NT).all()
+  assert (corpus.sample_rows(texts, _letters, 20, 64, seed=4) != rows_NT).any()
+
+
+def test_rows_go_on_in_another_text_where_one_is_short():
+  rows_NT = corpus.sample_rows(['abc\n', 'xyz\n'], _letters, 8, 16)
+  rows = {''.join(map(chr, row)) for row in rows_NT}
+  assert rows == {a + b for a in ('abc\n', 'xyz\n') for b in ('abc\n', 'xyz\n')}
+
+
+def test_texts_shorter_than_a_row_are_refused():
+  with pytest.raises(ValueError, match='7 tokens, fewer than one row of 8'):
+    corpus.sample_rows(['abc', 'xyz'], _letters, 8, 1)

@@ -220,3 +220,57 @@ def test_half_precision_activations_stay_so(tiny, tokens_NT):
   stream.advance(half.layers[0])
   assert all(x_BTD.dtype == jnp.bfloat16 for _, x_BTD in stream.batches)
   assert all(m['input_norm'].dtype == jnp.float32 for m in measured.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Nudge:
+  """Adds an array to the down projection."""
+
+  def __call__(self, parameters, arrays, k):
+    learned, fixed = arrays
+    path = 'ffn.down.weight'
+    return {path: parameters[path] + fixed + learned}
+
+
+def _down_hill(learned, slopes, rate):
+  return learned - 10 * rate * slopes
+
+
+def test_descent_follows_the_slope_of_the_blocks_error(tiny, tokens_NT, torch_inputs):
+  """The output is linear in the down projection, so numpy has the slope from its inputs."""
+  model, steps = tiny(layers=1), 4
+  stream = calibrate.Stream(model, calibrate.batches(tokens_NT, 4))
+  h_TI = torch_inputs(model, tokens_NT)['layers.0.ffn.down'].astype(np.float64)
+  start_IO = np.random.default_rng(1).standard_normal((80, 48))
+  moved_IO = start_IO.copy()
+  for i in range(steps):
+    slope_IO = 2 * h_TI.T @ (h_TI @ moved_IO) / (len(h_TI) * 48)
+    moved_IO -= 10 * (1 - i / steps) / steps * slope_IO
+  assert np.abs(moved_IO - start_IO).max() > 0.1
+  descent = calibrate.Descent(candidate=Nudge(), update=_down_hill, steps=steps, batch=9, seed=0)
+  learned_IO = jnp.asarray(start_IO - 0.5, jnp.float32)
+  found_IO = stream.descend(model.layers[0], descent, learned_IO, jnp.float32(0.5))
+  np.testing.assert_allclose(found_IO + 0.5, moved_IO, TOLERANCE, TOLERANCE)
+
+
+def test_every_row_is_drawn_before_one_comes_again(tiny, tokens_NT):
+  stream = calibrate.Stream(tiny(layers=1), calibrate.batches(tokens_NT, 4))
+  descent = calibrate.Descent(candidate=Nudge(), update=_down_hill, steps=9, batch=2, seed=3)
+  drawn = stream._draws(descent)
+  assert drawn.shape == (9, 2)
+  assert all(sorted(drawn[i : i + 3].flat) == list(range(6)) for i in (0, 3, 6))
+  assert not np.array_equal(drawn[:3], drawn[3:6])
+  tokens_BT, x_BTD = stream._rows(np.array([5, 1, 4]))
+  np.testing.assert_array_equal(tokens_BT, tokens_NT[[5, 1, 4]])
+  whole_NTD = np.concatenate([x_BTD for _, x_BTD in stream.batches])
+  np.testing.assert_array_equal(x_BTD, whole_NTD[[5, 1, 4]])
+
+
+def test_errors_of_some_rows_are_those_of_a_stream_of_them(tiny, tokens_NT):
+  model, nudge = tiny(layers=1), (jnp.float32(0.01), jnp.float32(0))
+  error = lambda tokens_NT, rows: calibrate.Stream(model, calibrate.batches(tokens_NT, 4)).errors(
+    model.layers[0], Nudge(), nudge, 1, rows
+  )
+  some = error(tokens_NT, 3)
+  np.testing.assert_allclose(some, error(tokens_NT[::2], None), rtol=1e-5)
+  assert abs(some / error(tokens_NT, None) - 1) > 1e-3

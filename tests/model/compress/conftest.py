@@ -1,5 +1,7 @@
 """A tiny Llama, and the inputs of its layers as torch and transformers see them."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ import transformers
 from flax import nnx
 
 from model import hf
+from model.compress import calibrate
+from model.compress.registry import Site
 from model.config import LayerConfig, ModelConfig
 from model.transformer import Transformer, linears, parameters
 from ops.linear import dense
@@ -47,6 +51,26 @@ def tiny():
 def tokens_NT(rng):
   """Calibration rows; the last token of the vocabulary does not occur."""
   return rng.integers(0, VOCABULARY - 1, (6, 10), np.int32)
+
+
+@pytest.fixture(scope='session')
+def site_of():
+  """A function (model, tokens_NT, statistics) -> the site of its first block, in batches of 4."""
+  return _site
+
+
+def _site(model, tokens_NT, statistics=()):
+  stream = calibrate.Stream(model, calibrate.batches(tokens_NT, 4))
+  block = model.layers[0]
+  return Site(
+    config=model.config,
+    layer=block.layer,
+    parameters={path: p.get_value() for path, p in parameters(block).items()},
+    targets=tuple(linears(block)),
+    statistics=stream.observe(block, statistics) if statistics else {},
+    errors=functools.partial(stream.errors, block),
+    descend=functools.partial(stream.descend, block),
+  )
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
-"""OWL: sparsities by hand on a model with known outliers, and the masks they give."""
+"""OWL: sparsities by hand on a model with known outliers, and the masks they lead to."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.compress import contracts, owl, pipeline, recipe
+from model.compress import owl, pipeline, recipe, registry
+from model.compress.obs import SparseGptSpec
 from model.transformer import linears, matrices
 
 
@@ -27,6 +29,26 @@ def test_more_outliers_keep_more(rng):
   np.testing.assert_allclose(sparsity, 0.7 - more + more.mean(), atol=1e-12)
 
 
+def test_outliers_stand_out_of_their_whole_block(rng):
+  """Scores of a block are one pool, as in the authors' code: a layer with large inputs has more."""
+  survey, pools = [], []
+  for i, spread in enumerate((1.5, 3.0, 6.0)):
+    pools.append([])
+    for name, size in (('attention.query', 9.0), ('ffn.up', 1.0), ('ffn.down', 0.1)):
+      w_IO = rng.standard_t(spread, (40, 30)).astype(np.float32)
+      norm_I = (size * rng.uniform(0.5, 2, 40)).astype(np.float32)
+      survey.append((f'layers.{i}.{name}', jnp.asarray(w_IO), {'input_norm': jnp.asarray(norm_I)}))
+      pools[-1].append(np.abs(w_IO) * norm_I[:, None])
+  share = np.array([(np.stack(pool) > 4 * np.mean(pool)).mean() for pool in pools])
+  density = 0.4 + 2 * 0.1 * (share - share.min()) / np.ptp(share)
+  density += 0.4 - density.mean()
+  found = owl.share_out(iter(survey), owl.OwlSpec(sparsity=0.6, threshold=4.0, reach=0.1))
+  assert list(found) == [layer for layer, _, _ in survey]
+  np.testing.assert_allclose(list(found.values()), np.repeat(1 - density, 3), atol=1e-6)
+  alone = [np.mean([(one > 4 * one.mean()).mean() for one in pool]) for pool in pools]
+  assert np.abs(share - alone).max() > 0.02  # so it was a test
+
+
 def test_the_mean_is_weighted_by_parameters(rng):
   survey = [
     ('layers.0.ffn.up', jnp.ones((40, 100)), {'input_norm': jnp.ones(40)}),
@@ -42,12 +64,13 @@ def test_blocks_that_are_alike_get_the_same(rng):
   assert list(found.values()) == pytest.approx([0.6] * 4)
 
 
-def test_the_model_is_as_sparse_as_asked(tiny, tokens_NT):
+@pytest.mark.parametrize('technique', ['owl', 'owl_sparsegpt'])
+def test_the_model_is_as_sparse_as_asked(tiny, tokens_NT, technique):
   model = tiny(layers=3)
   for i, path in enumerate(['layers.0.ffn.up', 'layers.2.attention.key']):
     weight = linears(model)[path].weight
     weight.set_value(weight.get_value().at[: 4 * (i + 1), :5].set(9.0))
-  one = recipe.parse({'name': 'x', 'steps': [{'owl': {'sparsity': 0.6, 'threshold': 3.0}}]})
+  one = recipe.parse({'name': 'x', 'steps': [{technique: {'sparsity': 0.6, 'threshold': 3.0}}]})
   compressed, _ = pipeline.compress(model, one, tokens_NT)
   zeros, total, of_block = 0, 0, []
   for path, w in matrices(compressed).items():
@@ -55,12 +78,23 @@ def test_the_model_is_as_sparse_as_asked(tiny, tokens_NT):
       zeros, total = zeros + int((w == 0).sum()), total + w.size
       if path.endswith('ffn.up'):
         of_block.append(float((w == 0).mean()))
-  assert zeros / total == pytest.approx(0.6, abs=0.01)  # counts are rounded to whole inputs
+  assert zeros / total == pytest.approx(0.6, abs=0.01)  # Wanda's are whole inputs of each output
   assert max(of_block) - min(of_block) == pytest.approx(0.16, abs=0.03)
 
 
-def test_it_satisfies_the_contract():
-  contracts.check('owl')
+def test_sparsegpt_of_a_share_is_sparsegpt_of_that_sparsity(rng):
+  w_IO, x_TI = rng.standard_normal((160, 24)), rng.standard_normal((300, 160))
+  w_IO, x_TI = jnp.asarray(w_IO, jnp.float32), x_TI * rng.uniform(0.1, 3, 160)
+  measured = {'input_norm': None, 'input_covariance': jnp.asarray(x_TI.T @ x_TI / 300, jnp.float32)}
+  find = jax.jit(
+    lambda w_IO, measured, name, spec: registry.lookup(name)(w_IO, measured, spec),
+    static_argnums=(2, 3),
+  )
+  planned = measured | {registry.PLAN: jnp.float32(0.65)}
+  found = find(w_IO, planned, 'owl_sparsegpt', owl.OwlSpec()).weight
+  expected = find(w_IO, measured, 'sparsegpt', SparseGptSpec(sparsity=0.65)).weight
+  assert int((found == 0).sum()) == round(0.65 * 160 * 24)
+  np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from flax import nnx
 
 from model import hf
 from model.compress import calibrate, contracts, folding, pipeline, recipe, smoothquant
-from model.compress.registry import Site
 from model.compress.smoothquant import ActivationSpec, SmoothQuantSpec, Stored
-from model.transformer import linears, matrices, parameters
+from model.transformer import matrices
 from ops.activations import ActivationQuantized
 from ops.linear import dense
 
+STATISTICS = ('input_absmax',)
 FLOAT32 = 1e-5  # powers and products of a few float32 numbers
 PLAIN = [{'round_to_nearest': {'format': 'int8'}}, {'quantize_activations': {}}]
 
@@ -31,19 +31,6 @@ def quick_compilation():
 
 def _parse(*steps):
   return recipe.parse({'name': 'x', 'steps': list(steps)})
-
-
-def _site(model, tokens_NT) -> Site:
-  stream = calibrate.Stream(model, calibrate.batches(tokens_NT, 6))
-  block = model.layers[0]
-  return Site(
-    config=model.config,
-    layer=block.layer,
-    parameters={path: p.get_value() for path, p in parameters(block).items()},
-    targets=tuple(linears(block)),
-    statistics=stream.observe(block, ('input_absmax',)),
-    errors=lambda *args: stream.errors(block, *args),
-  )
 
 
 def _with_outliers(model, size=100.0, every=16):
@@ -97,8 +84,8 @@ def test_scales_are_those_of_the_formula(rng, alpha):
 
 
 @pytest.mark.parametrize('activations', ['dynamic', 'static'])
-def test_what_is_stored_is_smoothed_and_rounded(tiny, tokens_NT, activations):
-  site = _site(_with_outliers(tiny()), tokens_NT)
+def test_what_is_stored_is_smoothed_and_rounded(tiny, tokens_NT, site_of, activations):
+  site = site_of(_with_outliers(tiny()), tokens_NT, STATISTICS)
   changes = smoothquant.smoothquant(site, SmoothQuantSpec(activations=activations)).parameters
   values = {path: np.asarray(v, np.float64) for path, v in site.parameters.items()}
   stages = (('attention_norm', calibrate.STAGES[0]), ('ffn_norm', calibrate.STAGES[2]))
@@ -123,9 +110,9 @@ def test_what_is_stored_is_smoothed_and_rounded(tiny, tokens_NT, activations):
       assert stored.scale is None
 
 
-def test_the_search_takes_what_moves_the_block_least(tiny, tokens_NT):
+def test_the_search_takes_what_moves_the_block_least(tiny, tokens_NT, site_of):
   model = _with_outliers(tiny())
-  site = _site(model, tokens_NT)
+  site = site_of(model, tokens_NT, STATISTICS)
   site = dataclasses.replace(site, targets=('ffn.gate', 'ffn.up'))
   errors = {}
   for alpha in (None, 0.0, 0.3, 0.5, 0.8, 1.0):
@@ -216,6 +203,7 @@ def test_what_could_not_be_scaled_is_in_the_ledger(tiny, tokens_NT):
     ({'smoothquant': {'alpha': 1.5}}, 'between 0 and 1'),
     ({'smoothquant': {'alpha': 'best'}}, 'alpha is'),
     ({'smoothquant': {'grid': 0}}, 'at least one step'),
+    ({'smoothquant': {'rows': 0}}, 'at least one row'),
     ({'smoothquant': {'weight_bits': 3}}, 'weight_bits is 8 or 4'),
     ({'smoothquant': {'activations': 'fixed'}}, 'activations is dynamic or static'),
     ({'smoothquant': {'fold': 'none'}}, 'fold is norms or all'),

@@ -1,0 +1,241 @@
+"""AutoRound: learn which way each weight is rounded, and how far each group's range reaches.
+
+After Cheng et al. (2023), https://arxiv.org/abs/2309.05516, whose optimizer is SignRound. A weight
+is rounded after an offset between -1/2 and 1/2 of a step was added to it, and both ends of a
+group's range are multiplied by at most 1. Offsets and multipliers of all matrices of a block are
+learned together: from rounding to nearest they follow the signs of the gradient of the block's mean
+squared error, by steps that fall linearly from 1 / `steps` to nothing, so that an offset can just
+reach the next code, and a range half of itself. Gradients pass rounding as if it were not there.
+
+Costs `steps` forward and backward passes of a block on `batch` rows, and a forward pass of the
+block as it was for each; three float32 numbers a weight are held meanwhile.
+
+Different from the paper and its code: the block as it was sees the same inputs as the block as it
+becomes, which are those that the compressed blocks before it put out; what is kept is the last
+iterate, which is compared with rounding to nearest on all calibration rows, where the paper takes
+the iterate of the smallest error on its own few rows; scales are those of ops/quantized.py, rounded
+to bfloat16 while learning too; a clipped range (`clip`) is where learning starts. Weights that are
+zero stay so.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from model.compress.calibrate import Descent
+from model.compress.registry import Changes, technique
+from model.compress.techniques import QuantizeSpec, other_group, round_to_nearest
+from ops import quantized
+from ops.formats import FORMATS, TINY
+from ops.linear import Matrix, Weight, core, with_core
+from ops.quantized import QuantizedTensor
+
+FARTHEST_OFFSET, SMALLEST_RANGE = 0.5, 0.5
+NOT_BETTER = 'rounded to nearest, for what was learned was no better'
+
+Grid = tuple[jax.Array, jax.Array | None]  # scales and zero points of rounding to nearest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoRoundSpec:
+  """An integer format as in `round_to_nearest`, and how its rounding is learned.
+
+  Each of `steps` steps sees `batch` rows of calibration text, which `seed` draws.
+  """
+
+  format: quantized.FormatName = 'int4'
+  group_size: int | None = None
+  symmetric: bool = True
+  clip: quantized.Clip = 'none'
+  steps: int = 200
+  batch: int = 8
+  seed: int = 0
+
+  def __post_init__(self):
+    _ = self.rounding
+    if not FORMATS[self.format].integer:
+      known = ', '.join(name for name, one in FORMATS.items() if one.integer)
+      raise ValueError(f'autoround learns the rounding of integers, {known}, not of {self.format}')
+    if min(self.steps, self.batch) < 1:
+      raise ValueError(
+        f'at least one step on at least one row, not {self.steps} steps on {self.batch} rows'
+      )
+
+  @property
+  def rounding(self) -> QuantizeSpec:
+    """The options of rounding to nearest, which learning starts from."""
+    return QuantizeSpec(
+      format=self.format, group_size=self.group_size, symmetric=self.symmetric, clip=self.clip
+    )
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=('offset_IO', 'low_JO', 'high_JO'),
+  meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class Learned:
+  """What is learned of a matrix: what is added, in steps, and how much of each end is reached.
+
+  A symmetric grid has one end, `high_JO`.
+  """
+
+  offset_IO: jax.Array
+  low_JO: jax.Array
+  high_JO: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+  """A candidate for `Site.errors` and `Site.descend`: matrices as they will be stored.
+
+  The arrays are what was learned, and the grids of rounding to nearest, both by path.
+  """
+
+  format: quantized.FormatName
+
+  def __call__(self, parameters, arrays, k) -> dict[str, Matrix]:
+    del k
+    learned, grids = arrays
+    return {
+      path: with_core(w := parameters[path], self.store(core(w), one, grids[path]))
+      for path, one in learned.items()
+    }
+
+  def store(self, w_IO: jax.Array, learned: Learned, grid: Grid) -> jax.Array:
+    return rounded(w_IO, learned, grid, self.format)[0].astype(w_IO.dtype)
+
+
+def becomes(w: Matrix, spec: AutoRoundSpec) -> Matrix:
+  """What a matrix will be. Raises ValueError where it cannot."""
+  if isinstance(core(w), Weight):
+    raise ValueError(f'autoround rounds plain matrices, not a {type(core(w)).__name__}')
+  return with_core(w, round_to_nearest(core(w), {}, spec.rounding).weight)
+
+
+@technique(
+  'autoround',
+  spec=AutoRoundSpec,
+  paper='Cheng et al. 2023, https://arxiv.org/abs/2309.05516',
+  scope='block',
+  becomes=becomes,
+)
+def autoround(site, spec):
+  """Learn which way each weight is rounded, by the signs of the gradient."""
+  paths = [f'{layer}.weight' for layer in site.targets]
+  plain = {path: core(site.parameters[path]) for path in paths}
+  grids = _grids(plain, spec)
+  start = lambda: {path: _start(plain[path], grids[path]) for path in paths}
+  rounding = Rounding(spec.format)
+  descent = Descent(
+    candidate=rounding, update=follow, steps=spec.steps, batch=spec.batch, seed=spec.seed
+  )
+  learned = site.descend(descent, start(), grids)
+  before, after = (site.errors(rounding, (one, grids), 1)[0] for one in (start(), learned))
+  better = bool(after < before)  # not if it is NaN
+  learned = learned if better else start()
+  stored = _stored(plain, learned, grids, spec)
+  return Changes(
+    parameters={path: with_core(site.parameters[path], stored[path]) for path in paths},
+    events={layer: _events(site, layer, spec, better) for layer in site.targets},
+  )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _grids(plain, spec) -> dict[str, Grid]:
+  options = dataclasses.asdict(spec.rounding)
+  del options['double']
+  return {path: quantized.fit(w_IO, **options) for path, w_IO in plain.items()}
+
+
+def _start(w_IO, grid) -> Learned:
+  ones_JO = functools.partial(jnp.ones, grid[0].shape, jnp.float32)
+  return Learned(jnp.zeros(w_IO.shape, jnp.float32), ones_JO(), ones_JO())
+
+
+def follow(learned: Mapping[str, Learned], slopes: Mapping[str, Learned], rate: jax.Array):
+  """Goes a step against the signs of the slopes, within bounds: a `Descent.update`."""
+  return {path: _follow(one, slopes[path], rate) for path, one in learned.items()}
+
+
+def _follow(one, slopes, rate):
+  moved = jax.tree.map(lambda a, slope: a - rate * jnp.sign(slope), one, slopes)
+  return Learned(
+    jnp.clip(moved.offset_IO, -FARTHEST_OFFSET, FARTHEST_OFFSET),
+    jnp.clip(moved.low_JO, SMALLEST_RANGE, 1),
+    jnp.clip(moved.high_JO, SMALLEST_RANGE, 1),
+  )
+
+
+def rounded(
+  w_IO: jax.Array, learned: Learned, grid: Grid, format: quantized.FormatName
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """The values on the learned grid, float32 [I, O], and its scales and zero points.
+
+  Differentiable in what is learned. Without offsets, on whole ranges, it is rounding to nearest.
+  """
+  scales_JO, zeros_JO = _learned_grid(learned, grid, FORMATS[format].bits)
+  shape_JgO = scales_JO.shape[0], -1, scales_JO.shape[1]
+  steps_JgO = w_IO.astype(jnp.float32).reshape(shape_JgO) / scales_JO[:, None]
+  codes_JgO = _whole(steps_JgO + learned.offset_IO.reshape(shape_JgO))
+  half = 2 ** (FORMATS[format].bits - 1)
+  if zeros_JO is None:
+    codes_JgO = _limited(codes_JgO, -half, half - 1)
+  else:
+    zeros_J1O = zeros_JO[:, None]
+    codes_JgO = _limited(codes_JgO + zeros_J1O, 0, 2 * half - 1) - zeros_J1O
+  return (codes_JgO * scales_JO[:, None]).reshape(w_IO.shape), scales_JO, zeros_JO
+
+
+def _learned_grid(learned, grid, bits):
+  scales_JO, zeros_JO = grid[0].astype(jnp.float32), grid[1]
+  top = 2**bits - 1
+  if zeros_JO is None:
+    return _as_stored(learned.high_JO * scales_JO), None
+  zeros_JO = zeros_JO.astype(jnp.float32)
+  low_JO = -learned.low_JO * zeros_JO * scales_JO
+  high_JO = learned.high_JO * (top - zeros_JO) * scales_JO
+  scales_JO = _as_stored((high_JO - low_JO) / top)
+  return scales_JO, _limited(_whole(-low_JO / scales_JO), 0, top)
+
+
+def _as_stored(scales_JO):
+  """Rounds scales to how they are stored; gradients pass."""
+  stored_JO = jnp.maximum(scales_JO, TINY).astype(jnp.bfloat16).astype(jnp.float32)
+  return scales_JO + jax.lax.stop_gradient(stored_JO - scales_JO)
+
+
+def _whole(x):
+  """Rounds half to even; gradients pass."""
+  return x + jax.lax.stop_gradient(jnp.round(x) - x)
+
+
+def _limited(codes, low, high):
+  """Clips, with whole gradients at the ends, which many codes of few bits are at."""
+  return jnp.where(codes < low, low, jnp.where(codes > high, high, codes))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _stored(plain, learned, grids, spec) -> dict[str, QuantizedTensor]:
+  found = {}
+  for path, w_IO in plain.items():
+    values_IO, scales_JO, zeros_JO = rounded(w_IO, learned[path], grids[path], spec.format)
+    if zeros_JO is not None:
+      zeros_JO = zeros_JO.astype(jnp.uint8)
+    codes = quantized.encode(values_IO, scales_JO.astype(jnp.bfloat16), zeros_JO, spec.format)
+    found[path] = dataclasses.replace(codes, dtype=w_IO.dtype)
+  return found
+
+
+def _events(site, layer, spec, better) -> dict[str, int]:
+  inputs = core(site.parameters[f'{layer}.weight']).shape[0]
+  usual, size = FORMATS[spec.format].default_group, spec.group_size
+  events = {} if better else {NOT_BETTER: 1}
+  if size is None:
+    group = quantized.resolve_group(spec.format, inputs, size)
+    events |= other_group(usual, group, inputs)
+  return events
