@@ -1,8 +1,9 @@
 """The parts of a decoder block, as NNX modules.
 
 Every matrix is the `weight` of a `Linear`, stored (I, O), and is multiplied by `ops.linear.matmul`
-alone, so any `Weight` can take its place. `axes` names the two axes of a matrix by the letters of
-`ops.axes`; `model.sharding` turns them into mesh axes. All axes of a layer come from its arrays.
+or `matmuls` alone, so any `Weight` can take its place. `axes` names the two axes of a matrix by the
+letters of `ops.axes`; `model.sharding` turns them into mesh axes. All axes of a layer come from its
+arrays.
 """
 
 import jax
@@ -14,7 +15,7 @@ from model.config import LayerConfig, ModelConfig
 from model.kv_cache import KVCache
 from ops import norms, rope
 from ops.attention import attention
-from ops.linear import matmul
+from ops.linear import matmul, matmuls
 from ops.masks import AttentionMask
 
 ACTIVATIONS = {
@@ -35,11 +36,19 @@ class Linear(nnx.Module):
     self.axes = axes
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = matmul(x, self.weight.get_value())
+    return self.add_bias(matmul(x, self.weight.get_value()))
+
+  def add_bias(self, y: jax.Array) -> jax.Array:
     if self.bias is None:
       return y
     bias_O = self.bias.get_value().astype(y.dtype)
     return y + jnp.broadcast_to(bias_O, y.shape)
+
+
+def apply(x: jax.Array, *linears: Linear) -> tuple[jax.Array, ...]:
+  """Applies several linear layers to one input, so that their products can share work."""
+  products = matmuls(x, [linear.weight.get_value() for linear in linears])
+  return tuple(linear.add_bias(y) for linear, y in zip(linears, products))
 
 
 class Norm(nnx.Module):
@@ -91,8 +100,7 @@ class Attention(nnx.Module):
   def __call__(self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None):
     """Returns (y_BTD, cache). `angles` is (cos, sin) or None."""
     heads = lambda x: rearrange(x, 'b t (n h) -> b t n h', h=self.layer.head_width)
-    q_BTNH, k_BTKH = heads(self.query(x_BTD)), heads(self.key(x_BTD))
-    v_BTKH = heads(self.value(x_BTD))
+    q_BTNH, k_BTKH, v_BTKH = map(heads, apply(x_BTD, self.query, self.key, self.value))
     if self.query_norm is not None:
       q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
     if angles is not None:
@@ -122,7 +130,8 @@ class FeedForward(nnx.Module):
     act = ACTIVATIONS[self.activation]
     if self.gate is None:
       return self.down(act(self.up(x_BTD)))
-    return self.down(act(self.gate(x_BTD)) * self.up(x_BTD))
+    gate_BTF, up_BTF = apply(x_BTD, self.gate, self.up)
+    return self.down(act(gate_BTF) * up_BTF)
 
 
 class Block(nnx.Module):

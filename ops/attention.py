@@ -1,4 +1,4 @@
-"""Grouped-query attention: one readable form, and cuDNN's fused kernel where that applies.
+"""Grouped-query attention: one readable form, and fused kernels where they apply.
 
 Vaswani et al. (2017), https://arxiv.org/abs/1706.03762, with the heads grouped after Ainslie et al.
 (2023), https://arxiv.org/abs/2305.13245: query head n reads key/value head n // G. Scores may be
@@ -7,7 +7,8 @@ in the denominator that has no value (gpt-oss, https://arxiv.org/abs/2508.10925)
 
 The readable form ('reference') holds all scores, B N T S float32 numbers, forward and for the
 backward pass. cuDNN holds none of them, on NVIDIA GPUs, for causal and windowed self-attention in
-bfloat16 or float16. A window saves neither work nor memory in the reference.
+bfloat16 or float16. Nor does the native form for a few queries a row over a cache, on a CPU. A
+window saves neither work nor memory in the reference.
 """
 
 import functools
@@ -18,9 +19,12 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from ops import axes
+from ops.kernels.cpu import attend
 from ops.masks import AttentionMask
 
-Implementation = Literal['auto', 'reference', 'cudnn']
+Implementation = Literal['auto', 'reference', 'cudnn', 'native']
+
+PLATFORMS = {'cuda': 'cudnn', 'cpu': 'native'}  # platform -> its kernel
 
 # Far below any score, and finite: with infinity, a row that sees no key would give NaN.
 _MASKED = -1e30
@@ -41,32 +45,36 @@ def attention(
 
   A score s becomes softcap * tanh(s / softcap) before it is masked; `sinks_N` is not capped. A
   query that sees no key gives zeros, and zero gradients. `impl` is 'reference' for the readable
-  form, 'cudnn' to insist on the kernel, and 'auto' for what `pick` names on the platform that the
-  program is lowered for. Returns [B, T, N, H] in the dtype of q.
+  form, 'cudnn' or 'native' to insist on a kernel, and 'auto' for what `pick` names on the platform
+  that the program is lowered for. Returns [B, T, N, H] in the dtype of q.
 
   Raises:
-    ValueError: shapes that do not fit, or 'cudnn' where it does not apply (the message says why).
+    ValueError: shapes that do not fit, or a kernel where it does not apply (the message says why).
   """
   _check(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
   reference = functools.partial(_reference, scale=scale, softcap=softcap)
-  fused = functools.partial(_cudnn, window=mask.window, scale=scale)
+  arguments = (q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
   if impl == 'reference':
-    return reference(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
-  if impl not in ('auto', 'cudnn'):
-    raise ValueError(f"impl {impl!r} is not one of 'auto', 'reference', 'cudnn'")
-  obstacle = cudnn_obstacle(q_BTNH, k_BSKH, mask, softcap=softcap, sinks_N=sinks_N)
-  if impl == 'cudnn':
-    if obstacle:
-      raise ValueError(f"{obstacle}; use impl='auto' or 'reference'")
-    return fused(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
-  if obstacle:
-    return reference(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
+    return reference(*arguments)
+  kernels = {
+    'cudnn': functools.partial(_cudnn, window=mask.window, scale=scale),
+    'native': functools.partial(_native, scale, softcap),
+  }
+  if impl not in ('auto', *kernels):
+    raise ValueError(f"impl {impl!r} is not one of 'auto', 'reference', 'cudnn', 'native'")
+  obstacles = _obstacles(q_BTNH, k_BSKH, v_BSKH, mask, softcap, sinks_N)
+  if impl != 'auto':
+    if obstacles[impl]:
+      raise ValueError(f"{obstacles[impl]}; use impl='auto' or 'reference'")
+    return kernels[impl](*arguments)
+  branches = {
+    platform: kernels[kernel] for platform, kernel in PLATFORMS.items() if not obstacles[kernel]
+  }
+  if not branches:
+    return reference(*arguments)
   # The branches must save the same things for the backward pass, so what one saves the other pads
   # with zeros: checkpointed, the reference saves its arguments, and cuDNN need not pad the scores.
-  default = jax.checkpoint(reference)
-  return jax.lax.platform_dependent(
-    q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, cuda=fused, default=default
-  )
+  return jax.lax.platform_dependent(*arguments, **branches, default=jax.checkpoint(reference))
 
 
 def pick(
@@ -78,14 +86,21 @@ def pick(
   softcap: float | None = None,
   sinks_N: jax.ShapeDtypeStruct | None = None,
 ) -> Implementation:
-  """Names what `impl='auto'` becomes on 'cpu', 'gpu' ('cuda') or 'tpu': 'cudnn' or 'reference'.
+  """Names what `impl='auto'` becomes on 'cpu', 'gpu' ('cuda') or 'tpu': a kernel or 'reference'.
 
-  Only shapes and dtypes are looked at, so arrays will do too. `cudnn_obstacle` gives the reason.
+  Only shapes and dtypes are looked at, so arrays will do too; values are taken to be as the keys.
+  `cudnn_obstacle` and `ops.kernels.cpu.attend.obstacle` give the reasons.
   """
-  if platform not in ('gpu', 'cuda'):
-    return 'reference'
-  obstacle = cudnn_obstacle(q_BTNH, k_BSKH, mask, softcap=softcap, sinks_N=sinks_N)
-  return 'reference' if obstacle else 'cudnn'
+  kernel = PLATFORMS.get('cuda' if platform == 'gpu' else platform)
+  obstacles = _obstacles(q_BTNH, k_BSKH, k_BSKH, mask, softcap, sinks_N)
+  return 'reference' if kernel is None or obstacles[kernel] else kernel
+
+
+def _obstacles(q_BTNH, k_BSKH, v_BSKH, mask, softcap, sinks_N) -> dict[str, str | None]:
+  return {
+    'cudnn': cudnn_obstacle(q_BTNH, k_BSKH, mask, softcap=softcap, sinks_N=sinks_N),
+    'native': attend.obstacle(q_BTNH, k_BSKH, v_BSKH, mask),
+  }
 
 
 def cudnn_obstacle(q_BTNH, k_BSKH, mask, *, softcap=None, sinks_N=None) -> str | None:
@@ -138,7 +153,8 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, *, scale, softcap):
   # (4 times with gradients), and within the noise of the best at T=1, S=1024. Only queries are
   # moved by hand; the products write BKGT, so scores are not moved; and the division touches S/H
   # times fewer numbers. XLA still copies K and V to have their heads in front: the forms that
-  # avoid it (one block-diagonal product, sums of elementwise products) were no faster at T=1.
+  # avoid it (one block-diagonal product, sums of elementwise products) were no faster at T=1,
+  # where the native form is.
   q_BKGTH = rearrange(q_BTNH, 'B T (K G) H -> B K G T H', K=k_BSKH.shape[2])
   scores_BKGTS = scale * jnp.einsum(
     'BKGTH,BSKH->BKGTS', q_BKGTH, k_BSKH, preferred_element_type=jnp.float32
@@ -171,6 +187,17 @@ def _exponentials(scores_BKGTS, sinks_N):
   if sinks_N is not None:
     total = total + jnp.exp(sinks - peak)
   return weights_BKGTS, jnp.where(total == 0, 1.0, total)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _native(scale, softcap, q_BTNH, k_BSKH, v_BSKH, mask, sinks_N):
+  return attend.attend(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, scale=scale, softcap=softcap)
+
+
+@_native.defjvp
+def _native_jvp(scale, softcap, primals, tangents):
+  reference = jax.checkpoint(functools.partial(_reference, scale=scale, softcap=softcap))
+  return jax.jvp(reference, primals, tangents)
 
 
 def _cudnn(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, *, window, scale):

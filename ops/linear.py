@@ -1,9 +1,9 @@
 """The only matrix product of the models, and what a weight must offer to take part in it.
 
-Every linear layer calls `matmul(x, w)`. `w` is a `jax.Array` or a `Weight`: a frozen dataclass,
-registered as a pytree, that stands for an array of shape (I, O) and stores it in its own way. What
-it costs and how it multiplies is the type's own business, so a compressed model is the same model
-with other weight types in its tree.
+Every linear layer calls `matmul(x, w)`, or `matmuls` together with those that share its input. `w`
+is a `jax.Array` or a `Weight`: a frozen dataclass, registered as a pytree, that stands for an array
+of shape (I, O) and stores it in its own way. What it costs and how it multiplies is the type's own
+business, so a compressed model is the same model with other weight types in its tree.
 
 A new weight type is a subclass under `@weight_type`; each of its arrays says which axes it has in
 the alphabet of `ops.axes`, in terms of the weight's own I and O (and J for the groups along I).
@@ -12,7 +12,7 @@ That is all that saving, sharding and the contract tests need to know of it.
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,11 @@ class Weight(abc.ABC):
     """Multiplies x[..., I] by the weight: [..., O] in the dtype of x."""
     return matmul(x, self.dense())
 
+  @classmethod
+  def matmuls(cls, x: jax.Array, weights: Sequence['Weight']) -> tuple[jax.Array, ...]:
+    """Multiplies x by several weights of this type: a product each, unless it has a joint form."""
+    return tuple(w.matmul(x) for w in weights)
+
   def round_inputs(self, x: jax.Array) -> jax.Array:
     """Returns x as `matmul` takes it: rounded, by a type that rounds its inputs."""
     return x
@@ -91,11 +96,28 @@ def weight_type(cls):
 
 def matmul(x: jax.Array, w: Matrix) -> jax.Array:
   """Multiplies x[..., I] by w[I, O] and returns [..., O] in the dtype of x."""
-  if x.shape[-1] != w.shape[-2]:
-    raise ValueError(f'x has {x.shape[-1]} inputs, but the weight takes {w.shape[-2]}')
+  _check_inputs(x, w)
   if isinstance(w, Weight):
     return w.matmul(x)
   return jnp.matmul(x, w.astype(x.dtype))
+
+
+def matmuls(x: jax.Array, weights: Sequence[Matrix]) -> tuple[jax.Array, ...]:
+  """Multiplies x[..., I] by each of several weights, together where their type can do that.
+
+  What depends on x alone is then done once. Returns what `matmul` does for each.
+  """
+  kind = type(weights[0])
+  if issubclass(kind, Weight) and all(type(w) is kind for w in weights):
+    for w in weights:
+      _check_inputs(x, w)
+    return kind.matmuls(x, weights)
+  return tuple(matmul(x, w) for w in weights)
+
+
+def _check_inputs(x, w):
+  if x.shape[-1] != w.shape[-2]:
+    raise ValueError(f'x has {x.shape[-1]} inputs, but the weight takes {w.shape[-2]}')
 
 
 def grouped_matmul(x_TI: jax.Array, w: Matrix, group_sizes_E: jax.Array) -> jax.Array:

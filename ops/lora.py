@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ops import axes
-from ops.linear import Matrix, Weight, array, dense, map_values, matmul, weight_type
+from ops.linear import Matrix, Weight, array, dense, map_values, matmul, matmuls, weight_type
 
 
 @weight_type
@@ -39,8 +39,13 @@ class LoraTensor(Weight):
     return self.scale * (self.a_IR.astype(jnp.float32) @ self.b_RO.astype(jnp.float32))
 
   def matmul(self, x):
-    low_R = matmul(x, self.a_IR)
-    return matmul(x, self.base) + self.scale * matmul(low_R, self.b_RO)
+    return self.matmuls(x, [self])[0]
+
+  @classmethod
+  def matmuls(cls, x, weights):
+    lows = matmuls(x, [w.a_IR for w in weights])
+    products = matmuls(x, [w.base for w in weights])
+    return tuple(y + w.scale * matmul(low, w.b_RO) for y, low, w in zip(products, lows, weights))
 
   def map_values(self, fn):
     return dataclasses.replace(self, base=map_values(fn, self.base))

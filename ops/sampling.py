@@ -39,7 +39,7 @@ def sample(logits_BV: jax.Array, config: SamplingConfig, *, key: jax.Array | Non
   """Chooses one token a row: [B] in int32. Greedy choice needs no key."""
   axes.check('BV', logits_BV)
   if config.temperature == 0:
-    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    return jax.lax.platform_dependent(logits_BV, cpu=_top, default=_argmax)
   if key is None:
     raise ValueError(f'drawing at the temperature {config.temperature} needs a random key')
   return jax.random.categorical(key, cut(logits_BV, config), axis=-1).astype(jnp.int32)
@@ -62,6 +62,16 @@ def cut(logits_BV: jax.Array, config: SamplingConfig) -> jax.Array:
     peak_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     logits_BV = _keep(logits_BV, logits_BV >= peak_B1 + math.log(config.min_p))
   return logits_BV
+
+
+def _argmax(logits_BV):
+  return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+
+def _top(logits_BV):
+  # The same token, the first of equals, in a quarter of the time: XLA:CPU's argmax is not
+  # vectorized, and took 5 % of a decode step of a 4-bit model with a vocabulary of 49152.
+  return jax.lax.top_k(logits_BV, 1)[1][:, 0]
 
 
 def _keep(logits_BV, kept_BV):

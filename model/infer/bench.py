@@ -23,7 +23,7 @@ class Bench:
   """`prefill()` runs the prompts, `decode()` the next `steps` tokens of every row.
 
   `forward()` is `prefill()` with the logits of all tokens, not of each row's last alone; `stream()`
-  is `decode()` with each step's tokens read by Python before the next step, as generation does it.
+  is `decode()` with each call's tokens read by Python before the next call, as generation does it.
   """
 
   prefill: Callable[[], jax.Array]
@@ -66,14 +66,15 @@ def prepare(
     logits_BTV, held['cache'] = generate.forward(program, tokens_BT, held['cache'])
     return logits_BTV
 
-  def run_decode(after_step=lambda tokens_B: None):
+  def run_decode(after_call=lambda new_CB: None):
     tokens_B, positions_B, key = jnp.zeros(batch, jnp.int32), jnp.asarray(lengths_B), start[3]
     key = jax.random.clone(key)
-    for _ in range(steps):
-      tokens_B, positions_B, held['cache'], key = decode(
-        program.leaves, tokens_B, positions_B, held['cache'], key
+    for done in range(0, steps, generate.TOKENS_PER_CALL):
+      count = np.int32(min(generate.TOKENS_PER_CALL, steps - done))
+      tokens_B, positions_B, held['cache'], key, new_CB = decode(
+        program.leaves, tokens_B, positions_B, held['cache'], key, count
       )
-      after_step(tokens_B)
+      after_call(new_CB)
     return tokens_B
 
   return Bench(

@@ -4,24 +4,24 @@ import jax
 from flax import nnx
 
 from model.transformer import Transformer, linears
+from ops.kernels import fused
 from ops.kernels.cpu import packed
 from ops.linear import Matrix
 
 
 def prepare(model: Transformer, *, activations: packed.Activations = 'int8') -> Transformer:
-  """Returns the model with its matrices, the head's included, packed for native products.
+  """Returns the model with its matrices, the head's included, in the form the platform multiplies.
 
-  What has no native product, or is packed already, stays as it is, and so does everything on other
-  platforms than a CPU and without the native library. The model itself is not changed; nothing is
-  copied but what is packed. `activations` is 'int8' to round those that meet low-bit integers, or
-  'float'. Call it once where a model is used often: packing reads every weight.
+  On a CPU they are packed for native products, on a TPU or GPU for those that do not widen them. A
+  matrix for which there is none, or that is packed already, stays as it is, and so does everything
+  on a CPU without the native library. The model itself is not changed; nothing is copied but what
+  is packed. `activations` is 'int8' to round those that meet low-bit integers on a CPU, or 'float'.
+  Call it once where a model is used often: packing reads every weight.
   """
-  if jax.default_backend() != 'cpu':
-    return model
   packed_matrices = {}
   for path, linear in linears(model).items():
     w = linear.weight.get_value()
-    fast = packed.pack(w, activations) if _on_one_device(w) else w
+    fast = _pack(w, activations)
     if fast is not w:
       packed_matrices[path] = fast
   if not packed_matrices:
@@ -31,6 +31,13 @@ def prepare(model: Transformer, *, activations: packed.Activations = 'int8') -> 
     if path in packed_matrices:
       linear.weight.set_value(packed_matrices[path])
   return copy
+
+
+def _pack(w: Matrix, activations: packed.Activations) -> Matrix:
+  platform, alone = jax.default_backend(), _on_one_device(w)
+  if platform in fused.KERNELS:
+    return fused.pack(w, platform, one_device=alone)
+  return packed.pack(w, activations) if platform == 'cpu' and alone else w
 
 
 def _on_one_device(w: Matrix) -> bool:

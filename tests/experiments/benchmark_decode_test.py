@@ -1,6 +1,7 @@
 """benchmark_decode: the records it writes, peers beside them, and bad flags."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -99,3 +100,24 @@ def test_transformers_is_timed_on_the_same_shape(make_script, capsys):
   line = json.loads(capsys.readouterr().out)
   assert (line['peer'], line['weights']) == ('transformers', 'float32')
   assert line['prefill_tokens_per_s'] > 0 and line['decode_tokens_per_s'] > 0
+
+
+def test_llama_cpp_gets_the_same_shape(make_script):
+  peer = make_script('peers.llama_cpp_speed')
+  for tied in (True, False):
+    config = presets.preset('smollm2-135m').replace(tied=tied)
+    sizes = [math.prod(shape) for shape in peer.module.tensors(config).values()]
+    assert sum(sizes) == cost.parameters(config).total
+  with pytest.raises(ValueError, match="'q5_0', which is not one of f16, q8_0, q4_0"):
+    peer('--formats=q5_0')
+  with pytest.raises(ValueError, match="'tiny-qwen3' is not one"):
+    peer('--preset=tiny-qwen3')
+
+
+def test_llama_cpp_is_timed(make_script, capsys):
+  pytest.importorskip('llama_cpp')
+  pytest.importorskip('gguf')
+  make_script('peers.llama_cpp_speed')('--preset=tiny-llama', '--prompt=8', '--tokens=2')
+  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert [line['weights'] for line in lines] == ['f16', 'q8_0', 'q4_0']
+  assert all(line['decode_tokens_per_s'] > 0 for line in lines)

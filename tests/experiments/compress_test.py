@@ -129,6 +129,15 @@ def test_the_records_say_what_was_measured(finished):
     assert int8.without_kernel != cpu.available()
 
 
+def test_the_committed_records_show_that_native_products_cost_next_to_no_quality():
+  rows = records.read(ROOT / 'experiments' / 'results' / 'compress_cpu.jsonl')
+  ratios = {
+    row.recipe: row.value('native_ppl_ratio') for row in rows if 'native_ppl_ratio' in row.metrics
+  }
+  assert {'bf16', 'int8', 'int4', 'nf4'} <= set(ratios)
+  assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), abs=0.003)
+
+
 def test_every_saved_model_evaluates_to_its_record(finished):
   out, *_ = finished
   text = (out / 'held_out.txt').read_bytes().decode()

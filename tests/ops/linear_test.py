@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import linear, quantized
+from ops import linear, lora, quantized
 
 # Sums of 16 terms of order 1.
 FLOAT32 = 1e-5
@@ -61,8 +61,10 @@ def test_kernels_are_named_for_what_is_fast():
   assert linear.kernel(jnp.zeros((2, 2), jnp.bfloat16), 'cpu') is None
   assert linear.kernel(jnp.zeros((2, 2), jnp.bfloat16), 'gpu') == 'XLA, bfloat16'
   w_IO = jnp.ones((32, 2))
-  assert 'fused' in linear.kernel(quantized.quantize(w_IO, 'int8'), 'gpu')
-  assert linear.kernel(quantized.quantize(w_IO, 'int8', group_size=16), 'gpu') is None
+  for group_size in (None, 16):
+    w = quantized.quantize(w_IO, 'int8', group_size=group_size)
+    assert 'int8 converted inside the product' in linear.kernel(w, 'gpu')
+  assert linear.kernel(quantized.quantize(w_IO, 'int4'), 'gpu') is None
   assert linear.kernel(quantized.quantize(w_IO, 'int8'), 'cpu') is None
 
 
@@ -96,3 +98,16 @@ def test_registering_a_type_makes_its_arrays_leaves(monkeypatch):
   assert [leaf.shape for leaf in jax.tree.leaves(w)] == [(4, 3)] and w.nbytes == 48
   # The product that a type does not define is that of its dense form.
   np.testing.assert_allclose(linear.matmul(jnp.ones((1, 4)), w), np.full((1, 3), 8.0))
+
+
+def test_products_of_one_input_are_those_of_each(rng):
+  x, shapes = jnp.asarray(rng.normal(size=(2, 16)), jnp.float32), [(16, 6), (16, 4)]
+  arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+  codes = [quantized.quantize(w_IO, 'int8') for w_IO in arrays]
+  adapted = [lora.attach(w, 2, alpha=2.0, key=jax.random.key(0)) for w in codes]
+  adapted = [dataclasses.replace(w, b_RO=w.b_RO + 1) for w in adapted]
+  for weights in (arrays, codes, adapted, [arrays[0], codes[1]], [adapted[0], arrays[1]]):
+    for w, y in zip(weights, linear.matmuls(x, weights), strict=True):
+      np.testing.assert_allclose(y, _exact(x, linear.dense(w)), atol=FLOAT32)
+  with pytest.raises(ValueError, match='x has 16 inputs, but the weight takes 4'):
+    linear.matmuls(x, [codes[0], quantized.quantize(jnp.ones((4, 3)), 'int8')])

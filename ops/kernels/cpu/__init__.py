@@ -1,4 +1,4 @@
-"""Native products for the CPU: C++ behind `jax.ffi`, on XLA's own threads.
+"""Native products and attention for the CPU: C++ behind `jax.ffi`, on XLA's own threads.
 
 `pip install -e .` compiles them where there is a compiler. Loading them runs a self-test for each
 instruction set that the machine has, and picks the best one that passes; one that computes wrongly
@@ -13,8 +13,10 @@ import importlib.machinery
 import platform
 
 import jax
+import numpy as np
 
-TARGET = 'lissom_product'
+PRODUCT = 'lissom_product'
+ATTENTION = 'lissom_attention'
 _MODULE = '_native'
 
 
@@ -43,6 +45,19 @@ def instruction_sets() -> list[str]:
   return list(load().instruction_sets)
 
 
+def number(instruction_set: str | None) -> np.int64:
+  """How the kernels know an instruction set; None is the best.
+
+  Raises ValueError for one that is not usable on this machine.
+  """
+  usable = load().instruction_sets
+  if instruction_set is None:
+    return np.int64(-1)
+  if instruction_set not in usable:
+    raise ValueError(f'{instruction_set!r} is not one of {", ".join(usable) or "none at all"}')
+  return np.int64(usable[instruction_set])
+
+
 @functools.cache
 def load() -> Library:
   """Loads, tests and registers the library, once a process."""
@@ -62,7 +77,8 @@ def load() -> Library:
     return _absent(f'the native products are wrong on this machine: {refused}', refused)
   best = next(iter(usable))
   library.lissom_select(usable[best])
-  jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.lissom_product), platform='cpu')
+  for target in (PRODUCT, ATTENTION):
+    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(library[target]), platform='cpu')
   return Library(instruction_sets=usable, selected=best, refused=refused, why_not='')
 
 

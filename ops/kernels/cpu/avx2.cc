@@ -16,6 +16,8 @@ LISSOM_TARGET_BEGIN("avx2,fma,f16c")
 #include "avx2.h"
 #include "drive.h"
 
+#include "attend.h"
+
 namespace lissom {
 namespace {
 
@@ -27,7 +29,7 @@ bool supported() {
 }  // namespace
 
 extern const Kernels kAvx2 = {"avx2",         supported, quantize, integer<Avx2>,
-                              floating<Avx2>, nullptr};
+                              floating<Avx2>, nullptr,   attend<Avx2>};
 
 }  // namespace lissom
 

@@ -59,6 +59,12 @@ struct Avx2 {
   static inline Float load_float(const float* p) { return _mm256_loadu_ps(p); }
   static inline void store_float(float* p, Float x) { _mm256_storeu_ps(p, x); }
 
+  static inline float sum(Float x) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+
   static inline Float load_bf16(const uint16_t* p) {
     return even_bf16(_mm256_cvtepu16_epi32(quarter(p)));
   }

@@ -53,6 +53,8 @@ struct Avx512 {
   static inline Float load_float(const float* p) { return _mm512_loadu_ps(p); }
   static inline void store_float(float* p, Float x) { _mm512_storeu_ps(p, x); }
 
+  static inline float sum(Float x) { return _mm512_reduce_add_ps(x); }
+
   static inline Float load_bf16(const uint16_t* p) {
     return even_bf16(_mm512_cvtepu16_epi32(half(p)));
   }
@@ -87,6 +89,8 @@ struct Avx512 {
 
 #include "drive.h"
 
+#include "attend.h"
+
 namespace lissom {
 namespace {
 
@@ -99,7 +103,7 @@ bool supported() {
 }  // namespace
 
 extern const Kernels kAvx512 = {"avx512_vnni",    supported, quantize, integer<Avx512>,
-                                floating<Avx512>, nullptr};
+                                floating<Avx512>, nullptr,   attend<Avx512>};
 
 }  // namespace lissom
 

@@ -10,6 +10,7 @@
 
 #include <utility>
 
+#include "attention.h"
 #include "target.h"
 #include "types.h"
 
@@ -86,10 +87,14 @@ void floating_512(const Weights& w, const Rows& x, Output out, Range rows, Range
   kAvx512.floating(w, x, out, rows, range);
 }
 
+void attend_512(const Attention& a, int64_t row, Range slots, Partial out) {
+  kAvx512.attend(a, row, slots, out);
+}
+
 }  // namespace
 
-extern const Kernels kAvx512Bf16 = {"avx512_bf16", supported,    quantize,
-                                    integer_512,   floating_512, half};
+extern const Kernels kAvx512Bf16 = {"avx512_bf16", supported, quantize,  integer_512,
+                                    floating_512,  half,      attend_512};
 
 }  // namespace lissom
 

@@ -17,6 +17,8 @@ LISSOM_TARGET_BEGIN("avxvnni,avx2,fma,f16c")
 #include "avx2.h"
 #include "drive.h"
 
+#include "attend.h"
+
 namespace lissom {
 namespace {
 
@@ -30,7 +32,7 @@ bool supported() {
 }  // namespace
 
 extern const Kernels kAvxVnni = {"avx_vnni",     supported, quantize, integer<Avx2>,
-                                 floating<Avx2>, nullptr};
+                                 floating<Avx2>, nullptr,   attend<Avx2>};
 
 }  // namespace lissom
 

@@ -1,4 +1,4 @@
-// What XLA calls (lissom_product), and what Python asks before it does.
+// What XLA calls (lissom_product, lissom_attention), and what Python asks before it does.
 
 #include <stdlib.h>
 #include <string.h>
@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <thread>
 
+#include "attention.h"
 #include "instruction_sets.h"
 #include "product_call.h"
 #include "self_test.h"
@@ -27,59 +28,133 @@ class PoolScheduler final : public Scheduler {
   ffi::ThreadPool* pool_;
 };
 
-ffi::Error check(const Weights& w, ffi::AnyBuffer x, ffi::AnyBuffer values, ffi::AnyBuffer scales,
-                 ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y) {
-  const auto refuse = [](const char* what) { return ffi::Error::InvalidArgument(what); };
-  const int64_t rows = w.inputs > 0 ? x.element_count() / w.inputs : 0;
+ffi::Error refuse(const char* what) { return ffi::Error::InvalidArgument(what); }
+
+bool is_float(ffi::AnyBuffer a) {
+  return a.element_type() == ffi::F32 || a.element_type() == ffi::BF16;
+}
+
+const Kernels* choose(int64_t instruction_set) {
+  const int64_t chosen = instruction_set < 0 ? selected : instruction_set;
+  const bool usable =
+      chosen < instruction_set_count() && instruction_sets()[chosen]->supported();
+  return usable ? instruction_sets()[chosen] : nullptr;
+}
+
+ffi::Error lacking() { return refuse("lissom: this machine lacks that instruction set"); }
+
+int64_t thread_count(const ffi::ThreadPool& pool, int64_t asked) {
+  return asked > 0 ? asked : std::max<int64_t>(1, pool.num_threads());
+}
+
+ffi::Error check(const Weights& w, ffi::AnyBuffer values, ffi::AnyBuffer scales,
+                 ffi::AnyBuffer zeros) {
   const bool plain = w.format == kBf16 || w.format == kF16;
-  const size_t scale_count = plain ? 0 : w.tiles() * w.groups * kTile;
   if (w.format < 0 || w.format >= kFormats || w.inputs < 1 || w.outputs < 0 || w.groups < 1)
     return refuse("lissom: no such format or shape");
   if (w.groups > 1 && (w.inputs % w.groups || w.group() % 16))
     return refuse("lissom: groups must be multiples of 16 inputs");
-  for (const ffi::DataType type : {x.element_type(), y->element_type()})
-    if (type != ffi::F32 && type != ffi::BF16) return refuse("lissom: x and y are f32 or bf16");
-  if (x.element_count() != static_cast<size_t>(rows * w.inputs) ||
-      y->element_count() != static_cast<size_t>(rows * w.outputs))
-    return refuse("lissom: x or y does not have the shape of the weight");
+  const size_t scale_count = plain ? 0 : w.tiles() * w.groups * kTile;
   if (values.size_bytes() != static_cast<size_t>(w.tiles() * w.tile_bytes()))
     return refuse("lissom: the packed values have a wrong size");
-  if (scales.element_count() != scale_count ||
-      (scale_count && scales.element_type() != ffi::F32 && scales.element_type() != ffi::BF16))
+  if (scales.element_count() != scale_count || (scale_count && !is_float(scales)))
     return refuse("lissom: the scales have a wrong size or type");
   if (zeros.size_bytes() != 0 && (w.format > kInt4 || zeros.size_bytes() != scale_count))
     return refuse("lissom: the zero points have a wrong size");
   return ffi::Error::Success();
 }
 
-ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values,
-                   ffi::AnyBuffer scales, ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y,
-                   int64_t format, int64_t groups, int64_t inputs, int64_t instruction_set,
-                   int64_t outputs, int64_t quantize, int64_t threads) {
+// Arguments: x, then values, scales and zeros of each weight. Results: one a weight.
+ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arrays,
+                   ffi::RemainingRets results, ffi::Span<const int64_t> formats,
+                   ffi::Span<const int64_t> groups, int64_t inputs, int64_t instruction_set,
+                   ffi::Span<const int64_t> outputs, int64_t quantize, int64_t threads) {
+  const size_t count = results.size();
+  if (count < 1 || count > kMostProducts || arrays.size() != 3 * count ||
+      formats.size() != count || groups.size() != count || outputs.size() != count)
+    return refuse("lissom: too many products, or not three arrays for each");
+  if (inputs < 1 || x.element_count() % inputs || !is_float(x))
+    return refuse("lissom: x is f32 or bf16 and has the weight's inputs");
+  Product products[kMostProducts];
+  const int64_t rows = static_cast<int64_t>(x.element_count()) / inputs;
+  for (size_t i = 0; i < count; ++i) {
+    Weights& w = products[i].weights;
+    const auto values = arrays.get<ffi::AnyBuffer>(3 * i);
+    const auto scales = arrays.get<ffi::AnyBuffer>(3 * i + 1);
+    const auto zeros = arrays.get<ffi::AnyBuffer>(3 * i + 2);
+    auto y = results.get<ffi::AnyBuffer>(i);
+    if (!values || !scales || !zeros || !y) return refuse("lissom: arrays are buffers");
+    w.format = static_cast<Format>(formats[i]);
+    w.inputs = inputs;
+    w.outputs = outputs[i];
+    w.groups = groups[i];
+    if (ffi::Error error = check(w, *values, *scales, *zeros); error.failure()) return error;
+    w.values = static_cast<const uint8_t*>(values->untyped_data());
+    w.scales = scales->untyped_data();
+    w.scales_are_f32 = scales->element_type() == ffi::F32;
+    w.zeros = zeros->size_bytes() ? static_cast<const uint8_t*>(zeros->untyped_data()) : nullptr;
+    const bool codes = quantize != 0 && w.format <= kNf4;
+    if ((quantize != 0) != codes || !alike(products[0].weights, w, codes))
+      return refuse("lissom: the weights of one call need rows of one form");
+    if ((*y)->element_count() != static_cast<size_t>(rows * w.outputs) || !is_float(**y))
+      return refuse("lissom: y is f32 or bf16 and has the weight's outputs");
+    products[i].out = {(*y)->untyped_data(), (*y)->element_type() == ffi::BF16};
+  }
   Call call;
-  Weights& w = call.weights;
-  w.format = static_cast<Format>(format);
-  w.inputs = inputs;
-  w.outputs = outputs;
-  w.groups = groups;
-  if (ffi::Error error = check(w, x, values, scales, zeros, y); error.failure()) return error;
-  w.values = static_cast<const uint8_t*>(values.untyped_data());
-  w.scales = scales.untyped_data();
-  w.scales_are_f32 = scales.element_type() == ffi::F32;
-  w.zeros = zeros.size_bytes() ? static_cast<const uint8_t*>(zeros.untyped_data()) : nullptr;
-  const int chosen = instruction_set < 0 ? selected : static_cast<int>(instruction_set);
-  if (chosen >= instruction_set_count() || !instruction_sets()[chosen]->supported())
-    return ffi::Error::InvalidArgument("lissom: this machine lacks that instruction set");
-  call.kernels = instruction_sets()[chosen];
+  call.kernels = choose(instruction_set);
+  if (call.kernels == nullptr) return lacking();
+  call.products = products;
+  call.count = static_cast<int64_t>(count);
   call.x = x.untyped_data();
   call.x_bf16 = x.element_type() == ffi::BF16;
-  call.rows = static_cast<int64_t>(x.element_count()) / inputs;
-  call.quantize = quantize != 0 && w.format <= kNf4;
-  call.out = {y->untyped_data(), y->element_type() == ffi::BF16};
+  call.rows = rows;
+  call.quantize = quantize != 0;
   PoolScheduler scheduler(&pool);
-  Workers workers(&scheduler, threads > 0 ? threads : std::max<int64_t>(1, pool.num_threads()));
+  Workers workers(&scheduler, thread_count(pool, threads));
   if (!multiply(call, workers))
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "lissom: no memory for the activations");
+  return ffi::Error::Success();
+}
+
+bool same(ffi::AnyBuffer::Dimensions a, ffi::AnyBuffer::Dimensions b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end());
+}
+
+using Positions = ffi::Buffer<ffi::S32, 2>;
+
+ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                     Positions q_positions, Positions k_positions, ffi::Buffer<ffi::F32, 1> sinks,
+                     ffi::Result<ffi::AnyBuffer> y, int64_t instruction_set, float scale,
+                     float softcap, int64_t threads, int64_t window) {
+  const auto q_shape = q.dimensions(), k_shape = k.dimensions();
+  if (q_shape.size() != 4 || k_shape.size() != 4 || !same(k_shape, v.dimensions()) ||
+      !same(q_shape, y->dimensions()))
+    return refuse("lissom: q and y are [B, T, N, H], k and v are [B, S, K, H]");
+  Attention a = {};
+  a.batch = q_shape[0], a.queries = q_shape[1], a.heads = q_shape[2], a.width = q_shape[3];
+  a.keys = k_shape[1], a.kv_heads = k_shape[2];
+  if (k_shape[0] != a.batch || k_shape[3] != a.width || a.kv_heads < 1 || a.heads % a.kv_heads ||
+      q_positions.dimensions()[0] != a.batch || q_positions.dimensions()[1] != a.queries ||
+      k_positions.dimensions()[0] != a.batch || k_positions.dimensions()[1] != a.keys ||
+      (sinks.element_count() != 0 && sinks.element_count() != static_cast<size_t>(a.heads)))
+    return refuse("lissom: the queries, keys, positions or sinks do not fit each other");
+  if (!is_float(q) || !is_float(k) || v.element_type() != k.element_type() ||
+      y->element_type() != q.element_type())
+    return refuse("lissom: q and y are of one type, k and v of one type, f32 or bf16");
+  a.q = q.untyped_data(), a.k = k.untyped_data(), a.v = v.untyped_data();
+  a.q_bf16 = q.element_type() == ffi::BF16;
+  a.k_bf16 = k.element_type() == ffi::BF16;
+  a.q_positions = q_positions.typed_data(), a.k_positions = k_positions.typed_data();
+  a.sinks = sinks.element_count() ? sinks.typed_data() : nullptr;
+  a.scale = scale, a.softcap = softcap;
+  a.window = window > 0 ? static_cast<uint32_t>(std::min<int64_t>(window, 1u << 31)) : 1u << 31;
+  a.y = y->untyped_data();
+  const Kernels* kernels = choose(instruction_set);
+  if (kernels == nullptr) return lacking();
+  PoolScheduler scheduler(&pool);
+  Workers workers(&scheduler, thread_count(pool, threads));
+  if (!attend_all(*kernels, a, workers))
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "lissom: no memory for the scores");
   return ffi::Error::Success();
 }
 
@@ -89,22 +164,41 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values
 #define LISSOM_EXPORT extern "C" __attribute__((visibility("default")))
 
 LISSOM_EXPORT XLA_FFI_Error* lissom_product(XLA_FFI_CallFrame* frame) {
+  using Numbers = xla::ffi::Span<const int64_t>;
+  static auto* const handler = xla::ffi::Ffi::Bind()
+                                   .Ctx<xla::ffi::ThreadPool>()
+                                   .Arg<xla::ffi::AnyBuffer>()
+                                   .RemainingArgs()
+                                   .RemainingRets()
+                                   .Attr<Numbers>("formats")
+                                   .Attr<Numbers>("groups")
+                                   .Attr<int64_t>("inputs")
+                                   .Attr<int64_t>("instruction_set")
+                                   .Attr<Numbers>("outputs")
+                                   .Attr<int64_t>("quantize")
+                                   .Attr<int64_t>("threads")
+                                   .To(lissom::product)
+                                   .release();
+  return handler->Call(frame);
+}
+
+LISSOM_EXPORT XLA_FFI_Error* lissom_attention(XLA_FFI_CallFrame* frame) {
   using xla::ffi::AnyBuffer;
   static auto* const handler = xla::ffi::Ffi::Bind()
                                    .Ctx<xla::ffi::ThreadPool>()
                                    .Arg<AnyBuffer>()
                                    .Arg<AnyBuffer>()
                                    .Arg<AnyBuffer>()
-                                   .Arg<AnyBuffer>()
+                                   .Arg<lissom::Positions>()
+                                   .Arg<lissom::Positions>()
+                                   .Arg<xla::ffi::Buffer<xla::ffi::F32, 1>>()
                                    .Ret<AnyBuffer>()
-                                   .Attr<int64_t>("format")
-                                   .Attr<int64_t>("groups")
-                                   .Attr<int64_t>("inputs")
                                    .Attr<int64_t>("instruction_set")
-                                   .Attr<int64_t>("outputs")
-                                   .Attr<int64_t>("quantize")
+                                   .Attr<float>("scale")
+                                   .Attr<float>("softcap")
                                    .Attr<int64_t>("threads")
-                                   .To(lissom::product)
+                                   .Attr<int64_t>("window")
+                                   .To(lissom::attention)
                                    .release();
   return handler->Call(frame);
 }

@@ -16,7 +16,9 @@ The layout is described in types.h. In short: tiles of 32 outputs, within a tile
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -34,6 +36,7 @@ TILE = 32  # outputs
 FORMAT_NUMBERS = {'int8': 0, 'int4': 1, 'nf4': 2, 'bfloat16': 3, 'float16': 4, 'fp8_e4m3': 5}
 STEPS = {'int8': 4, 'int4': 4, 'nf4': 4, 'bfloat16': 2, 'float16': 1, 'fp8_e4m3': 1}
 GROUP_MULTIPLE = 16  # activations are quantized in blocks of at least this many inputs
+MOST_PRODUCTS = 8  # of one native call
 NO_SCALES = np.zeros((0,), np.float32)
 NO_ZEROS = np.zeros((0,), np.uint8)
 
@@ -78,6 +81,30 @@ class PackedTensor(Weight):
 
   def matmul(self, x):
     return product(x, self)
+
+  @classmethod
+  def matmuls(cls, x, weights):
+    """One call for all weights that read the rows in the same form: each form is made once."""
+    forms = {}
+    for i, w in enumerate(weights):
+      forms.setdefault(w.form, []).append(i)
+    products = {}
+    for places in forms.values():
+      for at in range(0, len(places), MOST_PRODUCTS):
+        some = places[at : at + MOST_PRODUCTS]
+        products.update(zip(some, joint_product(x, [weights[i] for i in some])))
+    return tuple(products[i] for i in range(len(weights)))
+
+  @property
+  def form(self) -> tuple[str, int, int]:
+    """What decides how activations are laid out: rounded or not, filled up to what, by blocks."""
+    return self.activations, STEPS[self.format], self.block
+
+  @property
+  def block(self) -> int:
+    """Inputs whose activations share a scale, where they are rounded."""
+    size = 64 if self.groups == 1 else self.inputs // self.groups
+    return next((block for block in (64, 32) if size % block == 0), GROUP_MULTIPLE)
 
   def kernel(self, platform):
     if platform != 'cpu' or not cpu.available():
@@ -152,62 +179,78 @@ def encode(w: Matrix, activations: Activations = 'int8') -> PackedTensor:
   return PackedTensor(values, scales, zeros, w.format, inputs, outputs, form, w.dtype)
 
 
-def product(
-  x: jax.Array, w: PackedTensor, *, instruction_set: str | None = None, threads: int = 0
-) -> jax.Array:
-  """Multiplies x[..., I] by a packed weight: [..., O] in the dtype of x.
+def product(x: jax.Array, w: PackedTensor, **options) -> jax.Array:
+  """Multiplies x[..., I] by a packed weight: [..., O] in the dtype of x; see `joint_product`."""
+  return joint_product(x, [w], **options)[0]
 
-  `instruction_set` and `threads` are for tests: None and 0 take the best set and all threads.
+
+def joint_product(
+  x: jax.Array,
+  weights: Sequence[PackedTensor],
+  *,
+  instruction_set: str | None = None,
+  threads: int = 0,
+) -> tuple[jax.Array, ...]:
+  """Multiplies x[..., I] by up to `MOST_PRODUCTS` packed weights of one `form`, in one call.
+
+  Their rows are laid out once, and threads are woken once. Returns [..., O] in the dtype of x for
+  each. `instruction_set` and `threads` are for tests: None and 0 take the best set and all threads.
 
   Raises ValueError for an instruction set that is not usable on this machine.
   """
-  usable = cpu.load().instruction_sets
-  if instruction_set is not None and instruction_set not in usable:
-    raise ValueError(f'{instruction_set!r} is not one of {", ".join(usable) or "none at all"}')
-  if not usable:
-    return jnp.matmul(x, w.dense().astype(x.dtype))
-  number = -1 if instruction_set is None else usable[instruction_set]
-  return _product(number, threads, x, w)
+  number = cpu.number(instruction_set)
+  if not cpu.available():
+    return _through_xla(x, weights)
+  return _products(number, threads, x, tuple(weights))
+
+
+def _through_xla(x, weights):
+  return tuple(jnp.matmul(x, w.dense().astype(x.dtype)) for w in weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(instruction_set, threads, x, w):
+def _products(instruction_set, threads, x, weights):
   native = functools.partial(_native, instruction_set, threads)
-  through_xla = lambda x, w: jnp.matmul(x, w.dense().astype(x.dtype))
-  return jax.lax.platform_dependent(x, w, cpu=native, default=through_xla)
+  return jax.lax.platform_dependent(x, weights, cpu=native, default=_through_xla)
 
 
-def _forward(instruction_set, threads, x, w):
-  return _product(instruction_set, threads, x, w), w
+def _forward(instruction_set, threads, x, weights):
+  return _products(instruction_set, threads, x, weights), weights
 
 
-def _backward(instruction_set, threads, w, y_bar):
-  return jnp.matmul(y_bar, w.dense().astype(y_bar.dtype).T), None
+def _backward(instruction_set, threads, weights, y_bars):
+  terms = [jnp.matmul(y_bar, w.dense().astype(y_bar.dtype).T) for y_bar, w in zip(y_bars, weights)]
+  return functools.reduce(jnp.add, terms), None
 
 
-_product.defvjp(_forward, _backward)
+_products.defvjp(_forward, _backward)
 
 
-def _native(instruction_set, threads, x, w):
+def _native(instruction_set, threads, x, weights):
   dtype = x.dtype if x.dtype in (jnp.float32, jnp.bfloat16) else jnp.dtype(jnp.float32)
-  rows = math.prod(x.shape[:-1])
-  call = jax.ffi.ffi_call(
-    cpu.TARGET, jax.ShapeDtypeStruct((rows, w.outputs), dtype), vmap_method='sequential'
-  )
-  y = call(
-    x.reshape(rows, w.inputs).astype(dtype),
-    w.values,
-    NO_SCALES if w.scales is None else w.scales,
-    NO_ZEROS if w.zeros is None else w.zeros,
-    format=np.int64(FORMAT_NUMBERS[w.format]),
-    groups=np.int64(w.groups),
-    inputs=np.int64(w.inputs),
-    instruction_set=np.int64(instruction_set),
-    outputs=np.int64(w.outputs),
-    quantize=np.int64(w.activations == 'int8'),
+  rows, first = math.prod(x.shape[:-1]), weights[0]
+  results = [jax.ShapeDtypeStruct((rows, w.outputs), dtype) for w in weights]
+  arrays = [
+    (
+      w.values,
+      NO_SCALES if w.scales is None else w.scales,
+      NO_ZEROS if w.zeros is None else w.zeros,
+    )
+    for w in weights
+  ]
+  numbers = lambda of: np.asarray([of(w) for w in weights], np.int64)
+  products = jax.ffi.ffi_call(cpu.PRODUCT, results, vmap_method='sequential')(
+    x.reshape(rows, first.inputs).astype(dtype),
+    *itertools.chain(*arrays),
+    formats=numbers(lambda w: FORMAT_NUMBERS[w.format]),
+    groups=numbers(lambda w: w.groups),
+    inputs=np.int64(first.inputs),
+    instruction_set=instruction_set,
+    outputs=numbers(lambda w: w.outputs),
+    quantize=np.int64(first.activations == 'int8'),
     threads=np.int64(threads),
   )
-  return y.reshape(*x.shape[:-1], w.outputs).astype(x.dtype)
+  return tuple(y.reshape(*x.shape[:-1], y.shape[-1]).astype(x.dtype) for y in products)
 
 
 def _offset(codes_IO):

@@ -58,6 +58,8 @@ struct Portable {
   }
   static inline void store_float(float* p, Float x) { memcpy(p, &x, sizeof(x)); }
 
+  static inline float sum(Float x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
   static inline Float load_bf16(const uint16_t* p) {
     Float x = {};
     for (int i = 0; i < kLanes; ++i) x[i] = from_bf16(p[i]);
@@ -140,6 +142,8 @@ struct Portable {
 
 #include "drive.h"
 
+#include "attend.h"
+
 namespace lissom {
 namespace {
 
@@ -148,6 +152,6 @@ bool supported() { return true; }
 }  // namespace
 
 extern const Kernels kPortable = {"portable",         supported, quantize, integer<Portable>,
-                                  floating<Portable>, nullptr};
+                                  floating<Portable>, nullptr,   attend<Portable>};
 
 }  // namespace lissom

@@ -2,10 +2,11 @@
 
 #include "product_call.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
+
+#include "scratch.h"
 
 namespace lissom {
 namespace {
@@ -16,28 +17,7 @@ constexpr int64_t kBytesAlone = 128 << 10;
 constexpr int64_t kProductsAlone = 1 << 18;
 constexpr int64_t kPartsPerThread = 4;  // a thread that comes late finds less to do
 
-// Grows, and is kept for the next call from this thread.
-class Scratch {
- public:
-  ~Scratch() { free(data_); }
-  uint8_t* reserve(size_t bytes) {
-    if (bytes > size_) {
-      free(data_);
-      size_ = (bytes + 4095) / 4096 * 4096;
-      data_ = static_cast<uint8_t*>(aligned_alloc(64, size_));
-      if (data_ == nullptr) size_ = 0;
-    }
-    return data_;
-  }
-
- private:
-  uint8_t* data_ = nullptr;
-  size_t size_ = 0;
-};
-
 thread_local Scratch scratch;
-
-int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // The activations in one of their three forms, laid out in scratch memory where they must be.
 struct Prepared {
@@ -51,7 +31,7 @@ struct Prepared {
 };
 
 bool lay_out(const Call& call, Prepared* p) {
-  const Weights& w = call.weights;
+  const Weights& w = call.products[0].weights;
   const int64_t m = call.rows, padded = w.padded_inputs(), blocks = w.blocks();
   const bool ragged = padded != w.inputs;
   p->rows.count = m;
@@ -90,7 +70,7 @@ bool lay_out(const Call& call, Prepared* p) {
 
 // Copies, widens and quantizes some of the rows.
 void fill(const Call& call, const Prepared& p, int64_t begin, int64_t end) {
-  const Weights& w = call.weights;
+  const Weights& w = call.products[0].weights;
   const int64_t padded = w.padded_inputs(), blocks = w.blocks();
   const int64_t width = p.kind == Prepared::kCodes ? w.inputs : padded;
   for (int64_t r = begin; r < end; ++r) {
@@ -116,19 +96,45 @@ void fill(const Call& call, const Prepared& p, int64_t begin, int64_t end) {
   }
 }
 
+// All of a call's tiles, numbered through, and what they cost.
+struct Tiles {
+  int64_t count = 0, bytes = 0, outputs = 0;
+  explicit Tiles(const Call& call) {
+    for (int64_t i = 0; i < call.count; ++i) {
+      const Weights& w = call.products[i].weights;
+      count += w.tiles();
+      bytes += w.tiles() * w.tile_bytes();
+      outputs += w.outputs;
+    }
+  }
+};
+
+template <class Kernel>
+void run_tiles(const Call& call, Kernel kernel, const Rows& x, Range rows, Range tiles) {
+  for (int64_t i = 0, first = 0; i < call.count && first < tiles.end; ++i) {
+    const Product& product = call.products[i];
+    const int64_t count = product.weights.tiles();
+    const Range range = {std::max<int64_t>(tiles.begin - first, 0),
+                         std::min(tiles.end - first, count)};
+    if (range.begin < range.end) kernel(product.weights, x, product.out, rows, range);
+    first += count;
+  }
+}
+
 }  // namespace
 
 bool multiply(const Call& call, Workers& workers) {
-  const Weights& w = call.weights;
-  if (call.rows == 0 || w.outputs == 0) return true;
+  const Weights& w = call.products[0].weights;
+  const Tiles tiles(call);
+  const int64_t m = call.rows;
+  if (m == 0 || tiles.count == 0) return true;
   Prepared p;
   const bool half = w.format == kBf16 && call.x_bf16 && call.kernels->half != nullptr;
   p.kind = call.quantize ? Prepared::kCodes : half ? Prepared::kHalves : Prepared::kFloats;
   if (!lay_out(call, &p)) return false;
 
-  const int64_t tiles = w.tiles(), m = call.rows;
   const bool alone =
-      tiles * w.tile_bytes() < kBytesAlone && m * w.inputs * w.outputs < kProductsAlone;
+      tiles.bytes < kBytesAlone && m * w.inputs * tiles.outputs < kProductsAlone;
   const int64_t threads = alone ? 1 : workers.count();
   const bool fills = p.codes != nullptr || p.floats != nullptr || p.halves != nullptr;
   if (fills && (threads == 1 || m * w.inputs < kProductsAlone / 4)) {
@@ -141,13 +147,13 @@ bool multiply(const Call& call, Workers& workers) {
   const auto kernel = p.kind == Prepared::kCodes    ? call.kernels->integer
                       : p.kind == Prepared::kHalves ? call.kernels->half
                                                     : call.kernels->floating;
-  const int64_t row_parts = tiles >= threads * 2 ? 1 : (m + kRowChunk - 1) / kRowChunk;
-  const int64_t tile_parts = std::min(tiles, threads == 1 ? 1 : threads * kPartsPerThread);
+  const int64_t row_parts = tiles.count >= threads * 2 ? 1 : (m + kRowChunk - 1) / kRowChunk;
+  const int64_t tile_parts = std::min(tiles.count, threads == 1 ? 1 : threads * kPartsPerThread);
   workers.run(row_parts * tile_parts, threads, [&](int64_t i) {
     const int64_t r = i / tile_parts, t = i % tile_parts;
     const Range rows = {m * r / row_parts, m * (r + 1) / row_parts};
-    const Range range = {tiles * t / tile_parts, tiles * (t + 1) / tile_parts};
-    kernel(w, p.rows, call.out, rows, range);
+    const Range range = {tiles.count * t / tile_parts, tiles.count * (t + 1) / tile_parts};
+    run_tiles(call, kernel, p.rows, rows, range);
   });
   return true;
 }

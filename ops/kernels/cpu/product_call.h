@@ -1,4 +1,4 @@
-// One product as its caller describes it.
+// The products of some rows with one weight or several, as their caller describes them.
 
 #ifndef LISSOM_PRODUCT_CALL_H_
 #define LISSOM_PRODUCT_CALL_H_
@@ -8,15 +8,27 @@
 
 namespace lissom {
 
+constexpr int kMostProducts = 8;  // of one call
+
+struct Product {
+  Weights weights;
+  Output out;
+};
+
 struct Call {
   const Kernels* kernels;
-  Weights weights;
+  const Product* products;  // `alike`
+  int64_t count;
   const void* x;  // [rows, inputs]
   bool x_bf16;
   int64_t rows;
   bool quantize;  // the activations
-  Output out;
 };
+
+// Whether rows are laid out for one weight as they are for the other.
+inline bool alike(const Weights& a, const Weights& b, bool quantize) {
+  return a.inputs == b.inputs && a.step() == b.step() && (!quantize || a.block() == b.block());
+}
 
 // Returns false if there is no memory for the activations.
 bool multiply(const Call& call, Workers& workers);

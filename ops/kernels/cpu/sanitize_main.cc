@@ -51,6 +51,13 @@ int wrong_products() {
                  static_cast<int>(rows), static_cast<int>(shape.inputs));
           ++failures;
         }
+    for (const lissom::AttentionShape shape :
+         {lissom::AttentionShape{1, 1, 5, 1, 1, 1}, {3, 1, 70, 9, 3, 64}, {1, 8, 33, 5, 1, 21},
+          {2, 2, 1100, 4, 4, 16}})
+      if (const char* wrong = attention_test(kernels, shape)) {
+        printf("%s: %s is wrong, %d keys\n", kernels.name, wrong, static_cast<int>(shape.keys));
+        ++failures;
+      }
     printf("%s: done\n", kernels.name);
   }
   return failures;

@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "attention.h"
 #include "product_call.h"
 
 namespace lissom {
@@ -116,12 +117,83 @@ bool run(const Kernels& kernels, const Case& c, Shape shape, bool quantize, bool
   for (size_t i = 0; i < x16.size(); ++i) x16[i] = to_bf16(c.x[i]);
   const void* x = bf16 ? static_cast<const void*>(x16.data()) : c.x.data();
   void* out = bf16 ? static_cast<void*>(y16.data()) : y.data();
-  const Call call = {&kernels, c.w, x, bf16, shape.rows, quantize, {out, bf16}};
+  const Product product = {c.w, {out, bf16}};
+  const Call call = {&kernels, &product, 1, x, bf16, shape.rows, quantize};
   Workers alone(nullptr, 1);
   if (!multiply(call, alone)) return false;
   if (bf16) for (size_t i = 0; i < y.size(); ++i) y[i] = from_bf16(y16[i]);
   return near(c, shape, y, bf16 ? kBf16Rounding : kRounding,
               quantize && c.w.format == kNf4 ? kNf4Rounding : 0);
+}
+
+// int8 and int4 weights, of different widths, in one call: each as it is alone.
+bool joint_run(const Kernels& kernels, Shape shape) {
+  const Shape wide = {shape.rows, shape.inputs, shape.outputs + 70, shape.groups};
+  const Case first = make(kInt8, false, shape), second = make(kInt4, true, wide);
+  std::vector<float> y(shape.rows * shape.outputs), z(wide.rows * wide.outputs);
+  const Product products[] = {{first.w, {y.data(), false}}, {second.w, {z.data(), false}}};
+  const Call call = {&kernels, products, 2, first.x.data(), false, shape.rows, true};
+  Workers alone(nullptr, 1);
+  if (!multiply(call, alone)) return false;
+  Case other = second;
+  other.x = first.x;
+  return near(first, shape, y, kRounding, 0) && near(other, wide, z, kRounding, 0);
+}
+
+std::vector<float> draw(int64_t count, uint32_t seed) {
+  Random random = {seed};
+  std::vector<float> x(count);
+  for (float& value : x) value = from_bf16(to_bf16((random.next() % 2001 - 1000.0f) / 1000));
+  return x;
+}
+
+// Attention with a cap, sinks and a window, against its definition in double.
+bool attends(const Kernels& kernels, AttentionShape s, bool bf16, bool late) {
+  const std::vector<float> q = draw(s.batch * s.queries * s.heads * s.width, 1);
+  const std::vector<float> k = draw(s.batch * s.keys * s.kv_heads * s.width, 2);
+  const std::vector<float> v = draw(s.batch * s.keys * s.kv_heads * s.width, 3);
+  const std::vector<float> sinks = draw(s.heads, 4);
+  std::vector<uint16_t> q16(q.size()), k16(k.size()), v16(v.size()), y16(q.size());
+  for (size_t i = 0; i < q.size(); ++i) q16[i] = to_bf16(q[i]);
+  for (size_t i = 0; i < k.size(); ++i) k16[i] = to_bf16(k[i]), v16[i] = to_bf16(v[i]);
+  std::vector<int32_t> q_positions(s.batch * s.queries), k_positions(s.batch * s.keys);
+  const int64_t last = late ? s.keys - 1 : s.keys / 2;
+  for (size_t i = 0; i < q_positions.size(); ++i)
+    q_positions[i] = static_cast<int32_t>(last - i % s.queries);
+  for (size_t i = 0; i < k_positions.size(); ++i)
+    k_positions[i] = static_cast<int32_t>(i % s.keys);
+  std::vector<float> y(q.size());
+  Attention a = {};
+  a.q = bf16 ? static_cast<const void*>(q16.data()) : q.data();
+  a.k = bf16 ? static_cast<const void*>(k16.data()) : k.data();
+  a.v = bf16 ? static_cast<const void*>(v16.data()) : v.data();
+  a.y = bf16 ? static_cast<void*>(y16.data()) : y.data();
+  a.q_bf16 = a.k_bf16 = bf16;
+  a.q_positions = q_positions.data(), a.k_positions = k_positions.data(), a.sinks = sinks.data();
+  a.batch = s.batch, a.queries = s.queries, a.keys = s.keys, a.heads = s.heads;
+  a.kv_heads = s.kv_heads, a.width = s.width;
+  a.scale = 0.5f, a.softcap = late ? 2 : 0, a.window = late ? 100 : 1u << 31;
+  Workers alone(nullptr, 1);
+  if (!attend_all(kernels, a, alone)) return false;
+  for (int64_t i = 0; i < s.batch * s.queries * s.heads; ++i) {
+    const int64_t n = i % s.heads, row = i / s.heads / s.queries, head = n / a.group();
+    double total = exp(sinks[n]);
+    std::vector<double> sums(s.width);
+    for (int64_t key = 0; key < s.keys; ++key) {
+      if (!a.sees(q_positions[i / s.heads], k_positions[row * s.keys + key])) continue;
+      const int64_t at = ((row * s.keys + key) * s.kv_heads + head) * s.width;
+      double score = 0;
+      for (int64_t h = 0; h < s.width; ++h) score += a.scale * q[i * s.width + h] * k[at + h];
+      if (a.softcap > 0) score = a.softcap * tanh(score / a.softcap);
+      total += exp(score);
+      for (int64_t h = 0; h < s.width; ++h) sums[h] += exp(score) * v[at + h];
+    }
+    for (int64_t h = 0; h < s.width; ++h) {
+      const double found = bf16 ? from_bf16(y16[i * s.width + h]) : y[i * s.width + h];
+      if (!(fabs(found - sums[h] / total) <= (bf16 ? kBf16Rounding : kRounding))) return false;
+    }
+  }
+  return true;
 }
 
 }  // namespace
@@ -139,10 +211,19 @@ const char* self_test(const Kernels& kernels, Shape shape) {
       }
     }
   }
+  if (!joint_run(kernels, shape)) return "several products in one call";
+  return nullptr;
+}
+
+const char* attention_test(const Kernels& kernels, AttentionShape shape) {
+  for (const bool bf16 : {false, true})
+    for (const bool late : {false, true})
+      if (!attends(kernels, shape, bf16, late)) return bf16 ? "bf16 attention" : "f32 attention";
   return nullptr;
 }
 
 const char* self_test(const Kernels& kernels) {
+  if (const char* wrong = attention_test(kernels, {2, 3, 150, 6, 2, 40})) return wrong;
   for (const Shape shape : {Shape{3, 96, 40, 3}, Shape{1, 70, 5, 1}}) {
     if (const char* wrong = self_test(kernels, shape)) return wrong;
   }

@@ -73,6 +73,9 @@ struct Range {
   int64_t begin, end;
 };
 
+struct Attention;  // see attention.h
+struct Partial;
+
 // One instruction set. Null where it has no such kernel.
 struct Kernels {
   const char* name;
@@ -82,6 +85,7 @@ struct Kernels {
   void (*integer)(const Weights&, const Rows&, Output, Range rows, Range tiles);
   void (*floating)(const Weights&, const Rows&, Output, Range rows, Range tiles);
   void (*half)(const Weights&, const Rows&, Output, Range rows, Range tiles);  // bf16 by bf16
+  void (*attend)(const Attention&, int64_t row, Range slots, Partial);
 };
 
 extern const Kernels kPortable;

@@ -155,6 +155,16 @@ def test_an_end_token_stops_its_row_and_is_left_out(plain, prompts):
   assert len(steps) == min(8, 1 + max(map(len, found)))
 
 
+@pytest.mark.parametrize('count', [1, 2, 8, 9, 10, 20])
+def test_tokens_are_the_same_however_many_a_call_takes(plain, prompts, count, monkeypatch):
+  steps = []
+  whole = generate(plain, prompts[:2], max_new_tokens=20)
+  monkeypatch.setattr(generation, 'BURST_S', 0.0)  # streamed one by one
+  streamed = generate(plain, prompts[:2], max_new_tokens=count, on_tokens=steps.append)
+  assert streamed == [row[:count] for row in whole] == np.stack(steps, 1).tolist()
+  assert generate(plain, prompts[:2], max_new_tokens=count) == streamed
+
+
 def test_generation_ends_early_where_all_rows_have_ended(plain, prompts):
   first = generate(plain, prompts[:1], max_new_tokens=4)[0]
   steps = []

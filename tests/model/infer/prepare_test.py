@@ -12,6 +12,7 @@ from model.transformer import Transformer, linears, matrices
 from ops import quantized
 from ops.kernels import cpu
 from ops.kernels.cpu.packed import PackedTensor
+from ops.kernels.fused import FusedTensor
 
 LAYER = LayerConfig(query_heads=2, kv_heads=1, head_width=16, ffn_width=64)
 CONFIG = ModelConfig(family='llama', vocab_size=71, width=32, layers=(LAYER,) * 2, max_positions=64)
@@ -57,3 +58,14 @@ def test_plain_float32_and_other_platforms_stay(monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   compressed = _model(lambda w: quantized.quantize(w, 'int8'))
   assert prepare(compressed) is compressed
+
+
+@pytest.mark.parametrize('platform', ['tpu', 'gpu'])
+def test_on_an_accelerator_codes_are_multiplied_without_widening_them(monkeypatch, platform):
+  monkeypatch.setattr(jax, 'default_backend', lambda: platform)
+  model = _model(lambda w: quantized.quantize(w, 'int4', group_size=32))
+  fast = prepare(model)
+  assert all(isinstance(w, FusedTensor) for w in matrices(fast).values())
+  expected = _logits(model)
+  np.testing.assert_allclose(_logits(fast), expected, atol=FLOAT32 * np.abs(expected).max(), rtol=0)
+  assert prepare(fast) is fast

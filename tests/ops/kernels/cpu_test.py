@@ -268,3 +268,32 @@ assert jnp.allclose(linear.matmul(jnp.ones((2, 4)), p), jnp.ones((2, 4)) @ w.den
 def test_the_environment_turns_it_off():
   environment = {**os.environ, 'LISSOM_NATIVE': '0'}
   subprocess.run([sys.executable, '-c', WITHOUT], env=environment, check=True)
+
+
+@native
+@instruction_sets
+def test_products_of_one_input_are_those_of_each_alone(name):
+  forms = [('int8', 70), ('int4 g64', 33), ('int8 asymmetric', 5), ('nf4', 64)]
+  weights = [packed.encode(_weight(format, 192, outputs)) for format, outputs in forms]
+  for rows in (1, 70):
+    x = _rows(rows)
+    together = packed.joint_product(x, weights, instruction_set=name)
+    for w, y in zip(weights, together):
+      np.testing.assert_array_equal(y, packed.product(x, w, instruction_set=name))
+
+
+@native
+def test_one_call_for_the_products_of_one_form():
+  formats = ['int8', 'int4 g64', 'int4 g32', 'bf16', 'f16', 'int8', 'bf16']
+  weights = [packed.encode(_weight(format)) for format in formats] + [
+    packed.encode(_weight('int8', seed=seed)) for seed in range(8)
+  ]
+  x = _rows(2)
+  for w, y in zip(weights, linear.matmuls(x, weights)):
+    np.testing.assert_array_equal(y, linear.matmul(x, w))
+  # 11 of blocks of 64 are two calls; those of 32, bf16 and f16 are one each.
+  text = jax.jit(linear.matmuls).lower(x, weights).as_text()
+  assert text.count(f'@{cpu.PRODUCT}(') == 5
+  gradient = jax.grad(lambda x: sum(y.sum() for y in linear.matmuls(x, weights)))(x)
+  expected = sum(_float64(w.dense()).sum(1) for w in weights)
+  np.testing.assert_allclose(gradient, np.broadcast_to(expected, x.shape), rtol=1e-4, atol=1e-3)

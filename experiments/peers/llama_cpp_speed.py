@@ -1,0 +1,164 @@
+r"""How fast llama.cpp reads a prompt and writes tokens.
+
+  python -m experiments.peers.llama_cpp_speed --formats=f16,q8_0,q4_0
+
+Random weights in the shape of a preset of the Llama family, written as a GGUF file in float16 and
+quantized by llama.cpp itself, on all cores. One JSON line a format: tokens a second of the prefill
+(median of 3, logits after the last token alone) and of decoding at batch 1 (median of the steps).
+
+Device: CPU. Minutes: 1 on two cores. Needs the packages llama-cpp-python and gguf. llama.cpp should
+be compiled for the machine at hand: CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python gguf
+"""
+
+import json
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+
+import numpy as np
+from absl import flags
+
+from experiments import common, shapes
+from model.config import ModelConfig
+
+FILE_TYPES = {'f16': 1, 'q8_0': 7, 'q4_0': 2}  # llama.cpp's numbers
+BYTE_TOKENS = 256
+SPECIAL_TOKENS = (b'<unk>', b'<s>', b'</s>')
+
+FORMATS = flags.DEFINE_list('formats', list(FILE_TYPES), f'Of {", ".join(FILE_TYPES)}.')
+PROMPT = flags.DEFINE_integer('prompt', 512, 'Tokens of the prompt.', lower_bound=1)
+TOKENS = flags.DEFINE_integer('tokens', 64, 'Tokens to decode.', lower_bound=1)
+SHAPE = shapes.define()
+PREFILLS = 3
+
+
+def main() -> None:
+  config = shapes.config(SHAPE)
+  _check(config)
+  with tempfile.TemporaryDirectory() as folder:
+    source = pathlib.Path(folder, 'f16.gguf')
+    _write(config, source)
+    for name in FORMATS.value:
+      print(json.dumps(_time(_quantized(source, name), name, config)), flush=True)
+
+
+def _check(config: ModelConfig) -> None:
+  for name in FORMATS.value:
+    if name not in FILE_TYPES:
+      raise ValueError(f'--formats has {name!r}, which is not one of {", ".join(FILE_TYPES)}')
+  if config.family != 'llama' or len(set(config.layers)) != 1:
+    raise ValueError(f'the file is of a plain Llama; {SHAPE["preset"].value!r} is not one')
+
+
+def _write(config: ModelConfig, path: pathlib.Path) -> None:
+  import gguf  # not a dependency of the rest
+
+  layer, rng = config.layers[0], np.random.default_rng(0)
+  writer = gguf.GGUFWriter(str(path), 'llama')
+  writer.add_context_length(PROMPT.value + TOKENS.value)
+  writer.add_embedding_length(config.width)
+  writer.add_block_count(len(config.layers))
+  writer.add_feed_forward_length(layer.ffn_width)
+  writer.add_head_count(layer.query_heads)
+  writer.add_head_count_kv(layer.kv_heads)
+  writer.add_layer_norm_rms_eps(config.norm_eps)
+  writer.add_rope_dimension_count(layer.head_width)
+  writer.add_rope_freq_base(config.rope.theta)
+  writer.add_vocab_size(config.vocab_size)
+  writer.add_file_type(FILE_TYPES['f16'])
+  _add_tokens(writer, config.vocab_size)
+  for name, shape in tensors(config).items():
+    values = 0.02 * rng.standard_normal(shape, np.float32)
+    writer.add_tensor(name, values.astype(np.float16) if len(shape) > 1 else values + 1)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+
+
+def _add_tokens(writer, vocab_size: int) -> None:
+  """A vocabulary of no meaning: special tokens, bytes, and words."""
+  words = vocab_size - BYTE_TOKENS - len(SPECIAL_TOKENS)
+  as_bytes = [f'<0x{i:02X}>'.encode() for i in range(BYTE_TOKENS)]
+  writer.add_tokenizer_model('llama')
+  writer.add_token_list([*SPECIAL_TOKENS, *as_bytes, *(f't{i}'.encode() for i in range(words))])
+  writer.add_token_scores([0.0] * vocab_size)
+  writer.add_token_types([2, 3, 3] + [6] * BYTE_TOKENS + [1] * words)
+
+
+def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """The names and shapes, (outputs, inputs), of a GGUF file of this shape."""
+  found = {
+    'token_embd.weight': (config.vocab_size, config.width),
+    'output_norm.weight': (config.width,),
+  }
+  if not config.tied:
+    found['output.weight'] = (config.vocab_size, config.width)
+  for i, layer in enumerate(config.layers):
+    queries, keys = layer.query_heads * layer.head_width, layer.kv_heads * layer.head_width
+    block = {
+      'attn_norm': (config.width,),
+      'ffn_norm': (config.width,),
+      'attn_q': (queries, config.width),
+      'attn_k': (keys, config.width),
+      'attn_v': (keys, config.width),
+      'attn_output': (config.width, queries),
+      'ffn_gate': (layer.ffn_width, config.width),
+      'ffn_up': (layer.ffn_width, config.width),
+      'ffn_down': (config.width, layer.ffn_width),
+    }
+    found |= {f'blk.{i}.{name}.weight': shape for name, shape in block.items()}
+  return found
+
+
+def _quantized(source: pathlib.Path, name: str) -> pathlib.Path:
+  import llama_cpp  # not a dependency of the rest
+
+  if name == 'f16':
+    return source
+  target = source.with_name(f'{name}.gguf')
+  params = llama_cpp.llama_model_quantize_default_params()
+  params.ftype, params.nthread = FILE_TYPES[name], os.cpu_count()
+  if llama_cpp.llama_model_quantize(bytes(source), bytes(target), params):
+    raise ValueError(f'llama.cpp could not quantize to {name}')
+  return target
+
+
+def _time(path: pathlib.Path, name: str, config: ModelConfig) -> dict:
+  import llama_cpp
+
+  threads = os.cpu_count()
+  model = llama_cpp.Llama(
+    str(path),
+    n_ctx=PROMPT.value + TOKENS.value,
+    n_batch=PROMPT.value,
+    n_threads=threads,
+    n_threads_batch=threads,
+    verbose=False,
+  )
+  first = BYTE_TOKENS + len(SPECIAL_TOKENS)
+  tokens = np.random.default_rng(0).integers(first, config.vocab_size, PROMPT.value).tolist()
+  model.eval(tokens)
+  prefills = []
+  for _ in range(PREFILLS):
+    model.reset()
+    prefills.append(_seconds(model, tokens))
+  steps = [_seconds(model, [tokens[i % len(tokens)]]) for i in range(TOKENS.value)]
+  return {
+    'peer': 'llama.cpp',
+    'weights': name,
+    'prefill_tokens_per_s': PROMPT.value / statistics.median(prefills),
+    'decode_tokens_per_s': 1 / statistics.median(steps),
+  }
+
+
+def _seconds(model, tokens) -> float:
+  start = time.perf_counter()
+  model.eval(tokens)
+  return time.perf_counter() - start
+
+
+if __name__ == '__main__':
+  common.run(main)

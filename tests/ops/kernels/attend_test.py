@@ -1,0 +1,150 @@
+"""Native attention against its definition in float64: instruction sets, shapes, masks, threads."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ops import attention, masks
+from ops.kernels import cpu
+from ops.kernels.cpu import attend
+from ops.masks import AttentionMask
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.why_not() or 'available')
+instruction_sets = pytest.mark.parametrize('name', cpu.instruction_sets() or [None])
+
+FLOAT32 = 3e-6  # sums of some hundred terms of order one
+BFLOAT16 = 2**-7  # of the result, which is of order one
+SCALE = 0.3
+# (batch, queries, heads, kv_heads, width, keys)
+SHAPES = [(1, 1, 9, 3, 64, 200), (2, 3, 6, 3, 8, 11), (2, 8, 5, 1, 21, 130), (3, 1, 4, 4, 70, 64)]
+run = jax.jit(attend.attend, static_argnames=('scale', 'softcap', 'instruction_set', 'threads'))
+
+
+def _arrays(shape, dtype=jnp.float32):
+  batch, queries, heads, kv_heads, width, keys = shape
+  rng = np.random.default_rng(shape)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+  q = draw(batch, queries, heads, width)
+  k, v = (draw(batch, keys, kv_heads, width) for _ in range(2))
+  starts = rng.integers(0, keys - queries, (batch, 1))
+  positions = jnp.asarray(starts + np.arange(queries), jnp.int32)
+  return q, k, v, positions, jnp.asarray(rng.standard_normal(heads), jnp.float32)
+
+
+def _definition(q, k, v, mask, sinks=None, softcap=None):
+  """The softmax by its definition, in float64; a row that sees nothing gives zeros."""
+  q, k, v = (np.asarray(jnp.asarray(a, jnp.float32), np.float64) for a in (q, k, v))
+  groups = q.shape[2] // k.shape[2]
+  k, v = (np.repeat(a, groups, axis=2) for a in (k, v))
+  scores = SCALE * np.einsum('btnh,bsnh->bnts', q, k)
+  if softcap is not None:
+    scores = softcap * np.tanh(scores / softcap)
+  weights = np.where(np.asarray(mask.dense())[:, None], np.exp(scores), 0.0)
+  total = weights.sum(-1) + (0 if sinks is None else np.exp(np.asarray(sinks))[None, :, None])
+  weights = weights / np.where(total == 0, 1, total)[..., None]
+  return np.einsum('bnts,bsnh->btnh', weights, v)
+
+
+def _check(actual, expected, dtype):
+  assert actual.dtype == dtype
+  bound = FLOAT32 if dtype == jnp.float32 else BFLOAT16
+  np.testing.assert_allclose(np.asarray(actual, np.float64), expected, atol=bound, rtol=bound)
+
+
+@instruction_sets
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_it_is_the_definition(shape, dtype, name):
+  q, k, v, positions, sinks = _arrays(shape, dtype)
+  for window, softcap, sunk in ((None, None, None), (7, None, sinks), (None, 0.8, sinks)):
+    mask = masks.over_cache(positions, k.shape[1], window=window)
+    actual = run(q, k, v, mask, sunk, scale=SCALE, softcap=softcap, instruction_set=name)
+    _check(actual, _definition(q, k, v, mask, sunk, softcap), dtype)
+
+
+def test_queries_in_float32_over_a_cache_in_bfloat16():
+  q, k, v, positions, _ = _arrays(SHAPES[0])
+  mask = masks.over_cache(positions, k.shape[1])
+  k, v = k.astype(jnp.bfloat16), v.astype(jnp.bfloat16)
+  actual = run(q, k, v, mask, None, scale=SCALE, softcap=None)
+  _check(actual, _definition(q, k, v, mask), jnp.float32)
+
+
+def test_slots_in_any_order_and_queries_that_see_none():
+  q, k, v, _, _ = _arrays((2, 2, 4, 2, 16, 90))
+  rng = np.random.default_rng(0)
+  k_positions = np.stack([rng.permutation(90), rng.permutation(90) + 50]).astype(np.int32)
+  mask = AttentionMask(jnp.asarray([[3, 60], [10, 70]], jnp.int32), jnp.asarray(k_positions))
+  actual = run(q, k, v, mask, None, scale=SCALE, softcap=None)
+  _check(actual, _definition(q, k, v, mask), jnp.float32)
+  assert not np.any(actual[1, 0])
+
+
+def test_slots_past_the_query_are_never_read():
+  q, k, v, _, _ = _arrays((1, 1, 4, 2, 16, 256))
+  mask = masks.over_cache(jnp.asarray([[100]], jnp.int32), 256)
+  expected = run(q, k, v, mask, None, scale=SCALE, softcap=None)
+  k, v = (a.at[:, 101:].set(jnp.nan) for a in (k, v))
+  np.testing.assert_array_equal(run(q, k, v, mask, None, scale=SCALE, softcap=None), expected)
+
+
+@pytest.mark.parametrize('keys', [70, 2000])
+def test_neither_threads_nor_other_rows_change_a_bit(keys):
+  q, k, v, _, _ = _arrays((4, 1, 6, 2, 64, keys))
+  positions = jnp.asarray([[keys - 1], [3], [keys // 2], [keys - 9]], jnp.int32)
+  mask = masks.over_cache(positions, keys)
+  alone = run(q, k, v, mask, None, scale=SCALE, softcap=None, threads=1)
+  for threads in (2, 3, 8):
+    shared = run(q, k, v, mask, None, scale=SCALE, softcap=None, threads=threads)
+    np.testing.assert_array_equal(shared, alone)
+  row = masks.over_cache(positions[2:3], keys)
+  single = run(q[2:3], k[2:3], v[2:3], row, None, scale=SCALE, softcap=None)
+  np.testing.assert_array_equal(single[0], alone[2])
+
+
+def test_what_is_not_finite_stays_so():
+  q, k, v, positions, _ = _arrays(SHAPES[0])
+  mask = masks.over_cache(jnp.full_like(positions, 150), k.shape[1])
+  for broken in ((q.at[0, 0, 4, 3].set(jnp.nan), k, v), (q, k.at[0, 7, 1].set(jnp.nan), v)):
+    y = run(*broken, mask, None, scale=SCALE, softcap=None)
+    assert not np.all(np.isfinite(y[0, 0, 3:6])) and np.all(np.isfinite(y[0, 0, :3]))
+
+
+def test_gradients_in_both_directions_are_those_of_the_readable_form():
+  q, k, v, positions, sinks = _arrays((2, 2, 4, 2, 16, 20))
+  mask = masks.over_cache(positions, 20)
+
+  def fn(impl, *arrays):
+    return attention.attention(*arrays, mask, scale=SCALE, sinks_N=sinks, impl=impl)
+
+  native, auto, reference = (
+    functools.partial(fn, impl) for impl in ('native', 'auto', 'reference')
+  )
+  tangents = tuple(jnp.ones_like(a) for a in (q, k, v))
+  for mine, theirs in zip(
+    jax.jvp(native, (q, k, v), tangents), jax.jvp(reference, (q, k, v), tangents)
+  ):
+    np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=1e-5)
+  pull = jax.jit(lambda f: jax.vjp(f, q, k, v)[1](jnp.ones_like(q)), static_argnums=0)
+  for mine, theirs in zip(pull(auto), pull(reference)):
+    np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_it_is_picked_for_few_queries_on_a_cpu():
+  q, k, v, positions, _ = _arrays(SHAPES[0])
+  mask = masks.over_cache(positions, k.shape[1])
+  assert attention.pick(q, k, mask, platform='cpu') == 'native'
+  assert attention.pick(q, k, mask, platform='tpu') == 'reference'
+  text = jax.jit(attention.attention, static_argnames='scale').lower(q, k, v, mask, scale=1.0)
+  assert cpu.ATTENTION in text.as_text()
+  many = jnp.zeros((1, attend.MOST_QUERIES + 1, 9, 64))
+  long = masks.over_cache(jnp.zeros(many.shape[:2], jnp.int32), k.shape[1])
+  assert attention.pick(many, k, long, platform='cpu') == 'reference'
+  with pytest.raises(ValueError, match='up to 8 queries a row, not 9'):
+    attention.attention(many, k, v, long, scale=1.0, impl='native')
+  assert 'float16' in attend.obstacle(q.astype(jnp.float16), k, v, mask)
+  documents = masks.packed(positions, positions)
+  assert 'segments' in attend.obstacle(q, k[:, :1], v[:, :1], documents)
