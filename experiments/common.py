@@ -78,13 +78,14 @@ def load_plugins(paths: list[str]) -> None:
 def calibration_rows(tokenizer, texts, seq_len: int, count: int, seed: int = 0) -> np.ndarray:
   """Rows of tokens from random places of the calibration part: [count, seq_len].
 
-  Of the training part too where that is too short for them. Raises ValueError if there is not even
-  one row in both.
+  Of the training part too where that is too short for them; fewer rows where both hold fewer
+  characters than tokens are asked for. Raises ValueError if there is not even one row in both.
   """
   pool = texts.calibration
   if sum(map(len, pool)) < count * seq_len * CHARACTERS_A_TOKEN:
     pool = (*pool, *texts.train)
-  return corpus.sample_rows(pool, tokenizer.encode, seq_len, count, seed=seed)
+  most = max(1, sum(map(len, pool)) // seq_len)
+  return corpus.sample_rows(pool, tokenizer.encode, seq_len, min(count, most), seed=seed)
 
 
 def check_positive(**values: float | None) -> None:

@@ -177,21 +177,22 @@ def _setting() -> Setting:
     if tokenizer is None:
       raise ValueError(f'{MODEL.value} has no tokenizer; put its tokenizer.json into the folder')
     texts, length = corpus.load(TEXT.value), SEQ_LEN.value
+  rows = 8 if SMOKE.value else ROWS.value
+  draws = [
+    common.calibration_rows(tokenizer, texts, length, rows, seed) for seed in range(SEEDS.value)
+  ]
   limit = 8 if SMOKE.value else WINDOWS.value or None
   held_out = ''.join(texts.held_out)
   if limit:
     held_out = held_out[: 16 * limit * length]  # a token is rarely longer than 16 characters
   windows = perplexity.windows(*tokenizer.encode_with_bytes(held_out), length, limit)
   perplexity.check(model, windows)
-  rows = 8 if SMOKE.value else ROWS.value
   base = perplexity.evaluate(model, windows, progress=common.labelled('base: evaluate'))
   return Setting(
     model=model,
     name=MODEL.value or 'embedded default',
     windows=windows,
-    draws=[
-      common.calibration_rows(tokenizer, texts, length, rows, seed) for seed in range(SEEDS.value)
-    ],
+    draws=draws,
     base_ppl=base.ppl,
   )
 

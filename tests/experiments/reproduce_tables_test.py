@@ -31,8 +31,3 @@ def test_every_recipe_of_the_tables_exists(script):
   assert {name for order in orders for name in order[:2]} <= names
   published = {key.split()[0] for rows in script.module.PUBLISHED.values() for key in rows}
   assert published - {'base'} <= names
-
-
-def test_too_little_text_is_refused(script):
-  with pytest.raises(ValueError, match='rows of 64 tokens are needed for calibration'):
-    script('--smoke', '--seeds=1000000')
