@@ -17,3 +17,12 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 @pytest.fixture
 def rng():
   return np.random.default_rng(0)
+
+
+@pytest.fixture(scope='module')
+def quick_compilation():
+  """Compiling is most of some tests' time, and what is computed does not depend on it."""
+  before = jax.config.read('jax_disable_most_optimizations')
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', before)

@@ -10,12 +10,12 @@ Costs `grid` forward passes of the block on `rows` rows for each of its four gro
 the time where blocks are large, and 21 roundings of each matrix.
 
 Different from the paper and its reference code: no scaling at all is always a candidate, so in that
-measure the scales are never worse than none. The measure is taken on some of the calibration rows,
-which rank the alphas as all of them do. The error is always that of the whole block's output. With
-grouped queries the value and output layers are scaled too, heads that share values alike. An input
-that is zero in all calibration tokens is not scaled. Clipping weighs errors by the covariance of a
-group's inputs, which gives the mean squared error over all calibration tokens exactly, where the
-paper takes a sample of them; and it takes 20 steps, not 10.
+measure the scales are never worse than none. The measure is taken on some of the calibration rows
+(experiments/LOG.md has what more of them gave). The error is always that of the whole block's
+output. With grouped queries the value and output layers are scaled too, heads that share values
+alike. An input that is zero in all calibration tokens is not scaled. Clipping weighs errors by the
+covariance of a group's inputs, which gives the mean squared error over all calibration tokens
+exactly, where the paper takes a sample of them; and it takes 20 steps, not 10.
 
 `duo` divides by the weights' own mean magnitude, s = x**alpha / w**(1 - alpha), as llm-compressor
 does, where w is relative to the largest weight in its quantization group.

@@ -4,7 +4,6 @@ import jax
 from flax import nnx
 
 from model.transformer import Transformer, linears
-from ops.kernels import fused
 from ops.kernels.cpu import packed
 from ops.linear import Matrix
 
@@ -35,9 +34,12 @@ def prepare(model: Transformer, *, activations: packed.Activations = 'int8') -> 
 
 def _pack(w: Matrix, activations: packed.Activations) -> Matrix:
   platform, alone = jax.default_backend(), _on_one_device(w)
-  if platform in fused.KERNELS:
-    return fused.pack(w, platform, one_device=alone)
-  return packed.pack(w, activations) if platform == 'cpu' and alone else w
+  if platform == 'cpu':
+    return packed.pack(w, activations) if alone else w
+  # Imported here, for a CPU has no use for Pallas, and JAX means to remove a part of it.
+  from ops.kernels import fused
+
+  return fused.pack(w, platform, one_device=alone) if platform in fused.KERNELS else w
 
 
 def _on_one_device(w: Matrix) -> bool:

@@ -56,13 +56,7 @@ TRAITS = {
 traits = pytest.mark.parametrize('trait', TRAITS)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def quick_compilation():
-  """Compiling is most of these tests' time, and what is computed does not depend on it."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 @functools.cache

@@ -20,13 +20,7 @@ FORMATS = [('int8', True), ('int4', False), ('int3', True), ('int2', True), ('in
 FLOAT32 = 1e-5  # sums of a few dozen float32 products
 
 
-@pytest.fixture(autouse=True, scope='module')
-def quick_compilation():
-  """Compiling is most of these tests' time, and what is computed does not depend on it."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def _parse(*steps):

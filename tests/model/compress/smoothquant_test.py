@@ -20,13 +20,7 @@ FLOAT32 = 1e-5  # powers and products of a few float32 numbers
 PLAIN = [{'round_to_nearest': {'format': 'int8'}}, {'quantize_activations': {}}]
 
 
-@pytest.fixture(autouse=True, scope='module')
-def quick_compilation():
-  """Compiling is most of these tests' time, and what is computed does not depend on it."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def _parse(*steps):
