@@ -14,7 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops import axes, packing
+from ops import axes, packing, selection
 from ops.linear import Matrix, Weight, array, dense, map_values, weight_type
 
 
@@ -37,21 +37,19 @@ def unstructured_mask(score_IO: jax.Array, sparsity: float, *, per_output: bool)
   axes.check('IO', score_IO)
   if not 0 <= sparsity < 1:
     raise ValueError(f'a sparsity is at least 0 and below 1, not {sparsity}')
-  pool = score_IO if per_output else score_IO.reshape(-1, 1)
-  return keep_highest(pool, round(sparsity * pool.shape[0])).reshape(score_IO.shape)
+  dropped = round(sparsity * (score_IO.shape[0] if per_output else score_IO.size))
+  return selection.lowest_dropped(score_IO, _all(score_IO), dropped, per_output=per_output)
 
 
 def keep_highest(score_IO: jax.Array, dropped: int | jax.Array) -> jax.Array:
   """Drops so many inputs of each output, those with the lowest scores: bool [I, O]."""
-  return _rank(score_IO) >= dropped
+  return selection.lowest_dropped(score_IO, _all(score_IO), dropped, per_output=True)
 
 
 def n_of_m_mask(score_IO: jax.Array, n: int, m: int) -> jax.Array:
   """Keeps the N highest of every M consecutive inputs: bool [I, O]."""
   check_n_of_m(score_IO.shape[0], n, m)
-  groups = jnp.swapaxes(score_IO.reshape(-1, m, score_IO.shape[1]), 0, 1)
-  kept = _rank(groups) >= m - n
-  return jnp.swapaxes(kept, 0, 1).reshape(score_IO.shape)
+  return selection.best_of_each(score_IO, _all(score_IO), n, m)
 
 
 def check_n_of_m(inputs: int, n: int, m: int) -> None:
@@ -62,11 +60,8 @@ def check_n_of_m(inputs: int, n: int, m: int) -> None:
     raise ValueError(f'{inputs} inputs do not divide into groups of {m} for {n}:{m} sparsity')
 
 
-def _rank(score):
-  # Position along axis 0 from the lowest score; of equal scores the earlier ranks higher.
-  order = jnp.argsort(-score, axis=0, stable=True)
-  descending = jnp.argsort(order, axis=0)
-  return score.shape[0] - 1 - descending
+def _all(score_IO):
+  return jnp.ones(score_IO.shape, bool)
 
 
 @weight_type
@@ -114,11 +109,16 @@ def compress(w_IO: jax.Array, mask_IO: jax.Array, n: int, m: int) -> SparseTenso
   check_n_of_m(w_IO.shape[0], n, m)
   grouped = lambda a: a.reshape(-1, m, w_IO.shape[1])
   kept = grouped(mask_IO)
-  # The first n positions of a stable sort by "dropped" are the kept ones, in order.
-  slots = jnp.sort(jnp.argsort(~kept, axis=1, stable=True)[:, :n], axis=1)
-  values = jnp.take_along_axis(jnp.where(kept, grouped(w_IO), 0), slots, axis=1)
+  before = lambda mask: jnp.cumsum(mask, axis=1) - mask
+  # Where fewer than n are kept, the first of the others fill up.
+  stored = jnp.where(kept, before(kept), kept.sum(1, keepdims=True) + before(~kept)) < n
+  goes_to = jnp.where(stored, before(stored), n)
+  slots = jnp.arange(m, dtype=jnp.uint8)[:, None]
+  here = [goes_to == i for i in range(n)]
+  values = jnp.stack([jnp.where(h & kept, grouped(w_IO), 0).sum(1) for h in here], axis=1)
+  indices = jnp.stack([jnp.where(h, slots, 0).sum(1, dtype=jnp.uint8) for h in here], axis=1)
   flat = lambda a: a.reshape(-1, w_IO.shape[1])
-  return SparseTensor(flat(values), packing.pack(flat(slots), _index_bits(m)), n, m)
+  return SparseTensor(flat(values), packing.pack(flat(indices), _index_bits(m)), n, m)
 
 
 def _index_bits(m: int) -> int:

@@ -5,6 +5,10 @@ import os
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+# Two thirds of the suite's time would be compiling. XLA_FLAGS= compiles as users do.
+os.environ.setdefault(
+  'XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+)
 
 import jax
 import numpy as np
@@ -17,12 +21,3 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 @pytest.fixture
 def rng():
   return np.random.default_rng(0)
-
-
-@pytest.fixture(scope='module')
-def quick_compilation():
-  """Compiling is most of some tests' time, and what is computed does not depend on it."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)

@@ -49,7 +49,8 @@ def main() -> None:
   )
   seconds = time.perf_counter() - start
   ppl = _perplexity(model, np.load(work / 'held_out.npy').astype(np.int64))
-  names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+  linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+  names = [n for n in linears if n != 'lm_head']  # which no setting changes
   weights = {f'{n}.weight': model.get_submodule(n).weight.detach().contiguous() for n in names}
   save_file(weights, work / 'peer.safetensors')
   (work / 'peer.json').write_text(json.dumps({'seconds': seconds, 'torch_ppl': ppl}))

@@ -18,7 +18,8 @@ Where it differs from the papers and their code:
 - Scales of a group come from its weights as moved by everything before the group. With `act_order`
   (inputs in falling order of their diagonal) they come from the original weights, so that groups
   stay contiguous; so they do if scales are quantized themselves, which takes all of them at once.
-- Where weights are pruned and quantized, the scales fit those that would be kept as things stand.
+- Where weights are pruned and quantized, the scales fit those that would be kept as things stand,
+  and an N:M mask counts what dropping costs beyond rounding (SparseGPT's code ranks by the first).
 - Inputs that are always zero are rounded like others, never zeroed. Weights that are zero stay so.
 - Kept weights that are not quantized are rounded to the matrix's dtype within the walk.
 """
@@ -29,9 +30,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ops import axes, quantized
+from ops import axes, quantized, selection
 from ops.linear import Matrix, dense
-from ops.solvers import hessian, selection
+from ops.solvers import hessian
 from ops.solvers.walk import Grid, Pruning, Sizes, Walk
 
 __all__ = ['Grid', 'Pruning', 'Solution', 'solve']

@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ops import quantized, sparse
-from ops.solvers import hessian, selection
+from ops import quantized, selection, sparse
+from ops.solvers import hessian
 
 BLOCK = 128  # inputs between two matrix products; also pooled for a threshold, as in SparseGPT
 REACH = 512  # earlier inputs whose errors one matrix product takes in
@@ -140,9 +140,17 @@ class Block:
     columns = jax.lax.dynamic_slice_in_dim(self.inverse_II, start, size, axis=1)
     return _rows(self.moved_IO, start, size) - _product(columns, error_IO)
 
-  def score(self, w_IO: jax.Array, start, size: int) -> jax.Array:
-    """What dropping weights costs, the square root of it: high is kept."""
-    return jnp.abs(w_IO) * _rows(self.stiffness_I, start, size)[:, None]
+  def score(self, w_IO: jax.Array, start, size: int, rounded_IO=None) -> jax.Array:
+    """What dropping weights costs, the square root of it: high is kept.
+
+    Where it is known what kept weights are rounded to, their own error is taken off, so that a
+    weight that would be rounded to zero is dropped for nothing.
+    """
+    size_IO = jnp.abs(w_IO)
+    if rounded_IO is not None:
+      saved_IO = jnp.maximum(rounded_IO * (2 * w_IO - rounded_IO), 0)  # w² - (w - rounded)²
+      size_IO = jnp.sqrt(saved_IO)
+    return size_IO * _rows(self.stiffness_I, start, size)[:, None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,7 +281,9 @@ class Walk:
   def _chunk(self, block, start, within: Within) -> Within:
     size = self.sizes.chunk
     if self._n_of_m:
-      score_IO = block.score(block.current(within.error_IO, start, size), start, size)
+      w_IO = block.current(within.error_IO, start, size)
+      rounded_IO = None if self.grid is None else self._rounded(w_IO, block.start + start, within)
+      score_IO = block.score(w_IO, start, size, rounded_IO)
       live_IO = _rows(within.kept_IO, start, size)
       kept_IO = selection.best_of_each(score_IO, live_IO, self.pruning.n, self.pruning.m)
       within = within._replace(kept_IO=_write(within.kept_IO, kept_IO, start))
@@ -290,6 +300,7 @@ class Walk:
     )
 
   def _rounded(self, w_IO, i, within: Within):
+    """Some inputs' weights on the grid, from input i on; all of them in the same group."""
     if self.grid is None:
       return w_IO.astype(self.dtype).astype(jnp.float32)
     group = i // self.sizes.segment if self.sizes.dynamic else self.group_I[i]

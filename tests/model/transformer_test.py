@@ -56,9 +56,6 @@ TRAITS = {
 traits = pytest.mark.parametrize('trait', TRAITS)
 
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
-
 @functools.cache
 def make(trait) -> Transformer:
   """A model whose parameters are all drawn, so that no trait is hidden by zeros and ones."""

@@ -71,6 +71,17 @@ def test_unstructured_masks_drop_the_lowest_by_numpys_sorting(rng, sparsity, per
   np.testing.assert_array_equal(mask_IO, expected)
 
 
+@pytest.mark.parametrize('per_output', [True, False])
+def test_scores_may_have_any_sign_and_ties(rng, per_output):
+  score_IO = rng.integers(-3, 4, (40, 6)).astype(np.float32) * rng.choice([-0.0, 1.0], (40, 6))
+  mask_IO = sparse.unstructured_mask(jnp.asarray(score_IO), 0.4, per_output=per_output)
+  pool = score_IO if per_output else score_IO.reshape(-1, 1)
+  highest_first = np.argsort(-pool, 0, kind='stable')
+  expected = np.zeros(pool.shape, bool)
+  np.put_along_axis(expected, highest_first[: len(pool) - round(0.4 * len(pool))], True, 0)
+  np.testing.assert_array_equal(mask_IO, expected.reshape(score_IO.shape))
+
+
 def test_the_number_kept_does_not_depend_on_ties():
   for per_output in (True, False):
     mask_IO = sparse.unstructured_mask(jnp.zeros((10, 3)), 0.3, per_output=per_output)

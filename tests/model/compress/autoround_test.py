@@ -20,9 +20,6 @@ FORMATS = [('int8', True), ('int4', False), ('int3', True), ('int2', True), ('in
 FLOAT32 = 1e-5  # sums of a few dozen float32 products
 
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
-
 def _parse(*steps):
   return recipe.parse({'name': 'x', 'steps': list(steps)})
 

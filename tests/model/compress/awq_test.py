@@ -28,9 +28,6 @@ FLOAT32 = 1e-5  # powers and products of a few float32 numbers
 ERRORS = 1e-3
 
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
-
 def _logits(model, tokens_NT):
   graphdef, state = nnx.split(model)
   return np.asarray(jax.jit(lambda state, t: nnx.merge(graphdef, state)(t))(state, tokens_NT))

@@ -38,9 +38,6 @@ FAMILIES = {
 families = pytest.mark.parametrize('family', FAMILIES)
 
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
-
 def _model(config, seed=0) -> Transformer:
   """A model whose parameters are all drawn, so that no trait is hidden by zeros and ones."""
   model, rng = Transformer(config, rngs=nnx.Rngs(0)), np.random.default_rng(seed)

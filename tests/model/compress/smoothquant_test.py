@@ -20,9 +20,6 @@ FLOAT32 = 1e-5  # powers and products of a few float32 numbers
 PLAIN = [{'round_to_nearest': {'format': 'int8'}}, {'quantize_activations': {}}]
 
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
-
 def _parse(*steps):
   return recipe.parse({'name': 'x', 'steps': list(steps)})
 

@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ops import quantized, sparse
-from ops.solvers import hessian, obs, selection, walk
+from ops import quantized, selection, sparse
+from ops.solvers import hessian, obs, walk
 
 SAME = 1e-5  # float32 and a few hundred steps, against float64
 GPTQ = (
@@ -148,7 +148,15 @@ def _exact(w_IO, covariance_II, grid=None, pruning=None, act_order=False, block=
       scales_JO, zeros_JO = _fit(w_IO[rows] * stays, grid)
     if pruning is not None and pruning.n is not None and i % pruning.m == 0:
       rows = slice(i, i + pruning.m)
-      kept_IO[rows] = _best_pattern(score(rows), pruning.n)
+      loss_IO = score(rows)
+      if grid is not None:  # what dropping costs beyond rounding
+        j = order[i] // grid.group if static else 0
+        zero_O = None if zeros_JO is None else zeros_JO[j]
+        rounded_IO = np.stack(
+          [_nearest(w_O, scales_JO[j], zero_O, grid.format) for w_O in w_IO[rows]]
+        )
+        loss_IO = loss_IO - (w_IO[rows] - rounded_IO) ** 2 / inverse_I[rows, None]
+      kept_IO[rows] = _best_pattern(loss_IO, pruning.n)
     value_O = np.where(kept_IO[i], w_IO[i], 0)
     if grid is None:
       value_O = value_O.astype(dtype).astype(np.float64)

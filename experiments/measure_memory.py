@@ -1,0 +1,161 @@
+r"""How much memory compressing a model takes beyond the model itself, in units of one block.
+
+  python -m experiments.measure_memory
+  python -m experiments.measure_memory --shapes=1024x4,1024x8,2048x3 --recipes=gptq_int4
+
+Models of random weights in float32, WIDTHxBLOCKS in the proportions of Llama, are compressed in
+place, each in a process of its own. Two blocks of the same shape are compressed first, so that
+compiling is over; then the process's peak of resident memory, less what it held with the model
+loaded, is divided by the bytes of a block. The calibration rows are few, for their hidden states
+are held too; they are counted, and named beside the rest.
+
+glibc keeps freed buffers of up to 32 MB for itself, up to several blocks of them;
+MALLOC_MMAP_THRESHOLD_, which this script sets for its processes, has them returned. Set it where
+memory is short.
+
+Device: a CPU under Linux. Minutes: 3. Expected: GPTQ below 3 blocks, however deep the model is.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from experiments import common
+from model import presets
+from model.compress import pipeline
+from model.compress import recipe as recipe_module
+from model.config import ModelConfig
+from model.eval import records
+from model.eval.records import Metric, Record
+from model.transformer import Transformer, parameters
+
+MMAP_THRESHOLD_BYTES = 2**22
+HEAD_WIDTH = 64
+FFN_RATIO = 2.75
+VOCAB_SIZE = 256
+
+SHAPES = flags.DEFINE_list('shapes', ['1024x4', '1024x8', '1536x4'], 'WIDTHxBLOCKS of each model.')
+RECIPES = flags.DEFINE_list('recipes', ['gptq_int4', 'wanda_2of4', 'int4'], 'What to apply.')
+ROWS = flags.DEFINE_integer('calibration_rows', 16, 'Rows of calibration text.', lower_bound=1)
+SEQ_LEN = flags.DEFINE_integer('seq_len', 128, 'Tokens a row.', lower_bound=2)
+OUTPUT = flags.DEFINE_string('output', None, 'A .jsonl file to append records to.')
+SMOKE = flags.DEFINE_bool('smoke', False, 'One small shape and recipe.')
+CHILD = flags.DEFINE_string('child', None, 'Internal: the SHAPE:RECIPE to measure here.')
+
+
+def main() -> None:
+  if CHILD.value:
+    shape, recipe = CHILD.value.split(':')
+    print(json.dumps(_measure(shape, recipe)))
+    return
+  if not pathlib.Path('/proc/self/clear_refs').exists():
+    raise ValueError('the peak of resident memory is read from /proc, which Linux alone has')
+  shapes = ['128x3'] if SMOKE.value else SHAPES.value
+  for shape in shapes:
+    _config(shape)
+  names = ['int4'] if SMOKE.value else RECIPES.value
+  for name in names:
+    recipe_module.resolve(name, common.RECIPES)
+  for name in names:
+    for shape in shapes:
+      record = _record(shape, name, _child(shape, name))
+      print(_words(record), flush=True)
+      if OUTPUT.value:
+        records.append(OUTPUT.value, record)
+
+
+def _config(shape: str) -> ModelConfig:
+  """Raises ValueError if the shape is not WIDTHxBLOCKS, with a width of whole heads."""
+  try:
+    width, blocks = map(int, shape.split('x'))
+  except ValueError:
+    raise ValueError(f'--shapes has {shape!r}; a shape is WIDTHxBLOCKS, such as 1024x4') from None
+  if width < 1 or width % HEAD_WIDTH or blocks < 1:
+    raise ValueError(f'--shapes has {shape!r}; a width is a multiple of {HEAD_WIDTH}')
+  base = presets.preset('tiny-llama')
+  heads = width // HEAD_WIDTH
+  layer = dataclasses.replace(
+    base.layers[0],
+    query_heads=heads,
+    kv_heads=heads,
+    head_width=HEAD_WIDTH,
+    ffn_width=int(FFN_RATIO * width),
+  )
+  return base.replace(width=width, layers=(layer,) * blocks, vocab_size=VOCAB_SIZE)
+
+
+def _child(shape: str, recipe: str) -> dict:
+  command = [
+    *(sys.executable, '-m', 'experiments.measure_memory', f'--child={shape}:{recipe}'),
+    *(f'--calibration_rows={ROWS.value}', f'--seq_len={SEQ_LEN.value}'),
+  ]
+  environment = os.environ | {'MALLOC_MMAP_THRESHOLD_': str(MMAP_THRESHOLD_BYTES)}
+  done = subprocess.run(command, capture_output=True, text=True, env=environment)
+  if done.returncode:
+    raise ValueError(f'{shape} with {recipe} failed: {done.stderr.strip()[-500:]}')
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def _measure(shape: str, name: str) -> dict:
+  """Compresses two blocks and then the model, and reads the process's peak: all in bytes."""
+  config, recipe = _config(shape), recipe_module.resolve(name, common.RECIPES)
+  tokens_NT = np.random.default_rng(0).integers(0, VOCAB_SIZE, (ROWS.value, SEQ_LEN.value))
+  _compress(config.replace(layers=config.layers[:2]), recipe, tokens_NT)
+  model = Transformer(config, rngs=nnx.Rngs(0))
+  jax.block_until_ready(nnx.state(model))
+  block = sum(p.get_value().nbytes for p in parameters(model.layers[0]).values())
+  held = _resident('VmRSS')
+  pathlib.Path('/proc/self/clear_refs').write_text('5')  # the peak begins anew
+  pipeline.compress(model, recipe, tokens_NT, in_place=True)
+  return {
+    'model_bytes': sum(p.get_value().nbytes for p in parameters(model).values()),
+    'block_bytes': block,
+    'hidden_bytes': tokens_NT.size * config.width * 4,
+    'extra_bytes': _resident('VmHWM') - held,
+  }
+
+
+def _compress(config, recipe, tokens_NT):
+  pipeline.compress(Transformer(config, rngs=nnx.Rngs(0)), recipe, tokens_NT, in_place=True)
+
+
+def _resident(field: str) -> int:
+  for line in pathlib.Path('/proc/self/status').read_text().splitlines():
+    if line.startswith(f'{field}:'):
+      return 1024 * int(line.split()[1])
+  raise ValueError(f'/proc/self/status has no {field}')
+
+
+def _record(shape: str, name: str, found: dict) -> Record:
+  metrics = {key: Metric(value, 'byte', 1) for key, value in found.items()}
+  metrics['extra_blocks'] = Metric(found['extra_bytes'] / found['block_bytes'], '1', 1)
+  return Record(
+    experiment='measure_memory',
+    recipe=name,
+    command=common.command(),
+    config={'shape': shape, 'calibration_rows': ROWS.value, 'seq_len': SEQ_LEN.value},
+    environment=records.environment(),
+    seed=0,
+    metrics=metrics,
+  )
+
+
+def _words(record: Record) -> str:
+  megabytes = {key: metric.value / 2**20 for key, metric in record.metrics.items()}
+  return (
+    f'{record.recipe}, {record.config["shape"]}: {megabytes["extra_bytes"]:.0f} MB beyond '
+    f'the model, {record.value("extra_blocks"):.2f} blocks of {megabytes["block_bytes"]:.0f} MB '
+    f'(hidden states {megabytes["hidden_bytes"]:.0f} MB of it)'
+  )
+
+
+if __name__ == '__main__':
+  common.run(main)

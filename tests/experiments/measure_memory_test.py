@@ -1,0 +1,33 @@
+"""measure_memory: the peak of a real process; the slow test holds it against the bar."""
+
+import pytest
+
+from model.eval import records
+
+BLOCKS = 3  # what compressing may take beyond the model
+
+
+def test_the_record_counts_what_a_process_held(script, tmp_path, capsys):
+  out = tmp_path / 'memory.jsonl'
+  script('--smoke', f'--output={out}')
+  (row,) = records.read(out)
+  # Four projections, three feed-forward matrices and two norms, in float32.
+  assert row.value('block_bytes') == 4 * (4 * 128 * 128 + 3 * 128 * 352 + 2 * 128)
+  assert row.value('model_bytes') == 3 * row.value('block_bytes') + 4 * (2 * 256 * 128 + 128)
+  assert 0 <= row.value('extra_bytes') < 2**30
+  assert row.value('extra_blocks') == row.value('extra_bytes') / row.value('block_bytes')
+  assert 'int4, 128x3:' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('shape', ['1024', '100x2', '0x3', 'axb', '128x0'])
+def test_shapes_that_are_none_are_refused(script, shape):
+  with pytest.raises(ValueError, match=f'--shapes has {shape!r}'):
+    script(f'--shapes={shape}')
+
+
+@pytest.mark.slow
+def test_compressing_takes_three_blocks_more_than_the_model(script, tmp_path):
+  out = tmp_path / 'memory.jsonl'
+  script('--shapes=1024x4,1536x3', '--recipes=gptq_int4,wanda_2of4', f'--output={out}')
+  for row in records.read(out):
+    assert row.value('extra_blocks') <= BLOCKS, row.config['shape']
