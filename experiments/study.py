@@ -156,8 +156,10 @@ def _speed(study, model, own: bench.Bench, base: Baseline) -> dict[str, Metric]:
   context = own.prompt_length + own.steps // 2
   read = cost.decode_bytes_per_token(model.config, stored, context, model.dtype)
   rate = metrics['decode_tokens_per_s']
+  metrics['decode_bytes_per_token'] = Metric(read, 'byte')
   metrics['decode_bytes_per_s'] = Metric(read * rate.value, 'byte/s', rate.n, read * rate.spread)
   metrics['copy_bandwidth_bytes_per_s'] = base.bandwidth
+  metrics['decode_of_copy'] = Metric(read * rate.value / base.bandwidth.value, '1', rate.n)
   metrics['decode_program_peak_bytes'] = Metric(own.decode_peak_bytes, 'byte')
   return metrics
 

@@ -54,6 +54,7 @@ def parts() -> dict[str, str]:
   return {
     'techniques': techniques(),
     'results': results(RESULTS / 'compress_cpu.jsonl'),
+    'decoding': decoding(RESULTS / 'decode_cpu.jsonl'),
     'tree': '\n'.join(['```', *tree(), '```']),
   }
 
@@ -71,21 +72,59 @@ def techniques() -> str:
 def results(path: pathlib.Path) -> str:
   """The records of one run of the main job as a table, with their command and machine."""
   rows = records.read(path)
+  about = rows[0]
+  versions = about.environment['versions']
+  revision = (about.environment['git_revision'] or 'unknown')[:10]
   lines = [
     '| recipe | perplexity | vs base | KL, nats | linear weights, of bf16 | prefill, vs base '
     '| decode, vs base | |',
     '| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |',
     *(_result_line(row) for row in rows),
   ]
-  about = rows[0]
-  where = f'{about.environment["cpu"]}, {about.environment["cpu_cores"]} cores'
-  versions = about.environment['versions']
-  revision = (about.environment['git_revision'] or 'unknown')[:10]
   lines.append(
-    f'\n`{about.command}` on {where} (jax {versions["jax"]}, revision {revision}, seed '
-    f'{about.seed}); records: [`{path.relative_to(ROOT)}`]({path.relative_to(ROOT)}).'
+    f'\n`{about.command}` on {_machine(about)} (jax {versions["jax"]}, revision {revision}, seed '
+    f'{about.seed}); records: {_link(path)}.'
   )
   return '\n'.join(lines)
+
+
+def decoding(path: pathlib.Path) -> str:
+  """The records of one run of `benchmark_decode` as a table, ours and the peers', at batch 1."""
+  rows = [row for row in records.read(path) if row.config['batch'] == 1]
+  lines = [
+    '| | prefill, tokens/s | decode, tokens/s | decode, vs float32 | decode, of copy bandwidth |',
+    '| --- | ---: | ---: | ---: | ---: |',
+    *(_speed_line(row) for row in rows),
+  ]
+  own = rows[0].config
+  lines.append(
+    f'\n{own["model"]}{"" if own["tied"] else " with a head of its own"}, random weights, a prompt '
+    f'of {own["prompt"]} tokens, {rows[0].metrics["decode_tokens_per_s"].n} interleaved rounds on '
+    f'{_machine(rows[0])}, medians ± half an interquartile range; records with their command: '
+    f'{_link(path)}.'
+  )
+  return '\n'.join(lines)
+
+
+def _speed_line(row: Record) -> str:
+  ours = 'decode_speedup' in row.metrics
+  name = {BASE: 'float32'}.get(row.recipe, row.recipe)
+  cells = [
+    f'Lissom {name}' if ours else name,
+    _spread(row, 'prefill_tokens_per_s', '.0f'),
+    _spread(row, 'decode_tokens_per_s', '.0f'),
+    _spread(row, 'decode_speedup', '.2f') if ours else '',
+    f'{row.value("decode_of_copy"):.0%}' if ours else '',
+  ]
+  return f'| {" | ".join(cells)} |'
+
+
+def _machine(row: Record) -> str:
+  return f'{row.environment["cpu"]}, {row.environment["cpu_cores"]} cores'
+
+
+def _link(path: pathlib.Path) -> str:
+  return f'[`{path.relative_to(ROOT)}`]({path.relative_to(ROOT)})'
 
 
 def _result_line(row: Record) -> str:
@@ -104,10 +143,12 @@ def _result_line(row: Record) -> str:
 
 
 def _ratio(row: Record, name: str) -> str:
-  if row.recipe == BASE:
-    return ''
+  return '' if row.recipe == BASE else _spread(row, name, '.2f')
+
+
+def _spread(row: Record, name: str, digits: str) -> str:
   metric = row.metrics[name]
-  return f'{metric.value:.2f} ± {metric.spread / 2:.2f}'
+  return f'{metric.value:{digits}} ± {metric.spread / 2:{digits}}'
 
 
 def tree() -> Iterator[str]:

@@ -50,6 +50,9 @@ def _check(config: ModelConfig) -> None:
       raise ValueError(f'--formats has {name!r}, which is not one of {", ".join(FILE_TYPES)}')
   if config.family != 'llama' or len(set(config.layers)) != 1:
     raise ValueError(f'the file is of a plain Llama; {SHAPE["preset"].value!r} is not one')
+  least = BYTE_TOKENS + len(SPECIAL_TOKENS) + 1
+  if config.vocab_size < least:
+    raise ValueError(f'the vocabulary holds {least} tokens or more, not {config.vocab_size}')
 
 
 def _write(config: ModelConfig, path: pathlib.Path) -> None:

@@ -112,12 +112,14 @@ def test_llama_cpp_gets_the_same_shape(make_script):
     peer('--formats=q5_0')
   with pytest.raises(ValueError, match="'tiny-qwen3' is not one"):
     peer('--preset=tiny-qwen3')
+  with pytest.raises(ValueError, match='the vocabulary holds 260 tokens or more, not 256'):
+    peer('--preset=tiny-llama')
 
 
 def test_llama_cpp_is_timed(make_script, capsys):
   pytest.importorskip('llama_cpp')
   pytest.importorskip('gguf')
-  make_script('peers.llama_cpp_speed')('--preset=tiny-llama', '--prompt=8', '--tokens=2')
+  make_script('peers.llama_cpp_speed')('--prompt=8', '--tokens=2')
   lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   assert [line['weights'] for line in lines] == ['f16', 'q8_0', 'q4_0']
   assert all(line['decode_tokens_per_s'] > 0 for line in lines)
