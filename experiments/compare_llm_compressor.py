@@ -67,6 +67,7 @@ TEXT = flags.DEFINE_string('text', None, "Text. Default: the source of Python's 
 PEER = flags.DEFINE_string('peer', None, 'Python of the environment that has llm-compressor.')
 NAMES = flags.DEFINE_list('settings', list(SETTINGS), f'Of {", ".join(SETTINGS)}.')
 ROWS = flags.DEFINE_integer('calibration_rows', 128, 'Rows of calibration text.', lower_bound=1)
+SEED = flags.DEFINE_integer('seed', 0, 'Which draw of calibration text.', lower_bound=0)
 SEQ_LEN = flags.DEFINE_integer('seq_len', 128, 'Tokens a row and a window.', lower_bound=2)
 WINDOWS = flags.DEFINE_integer('max_windows', 512, 'Held-out windows.', lower_bound=1)
 ROUNDS = flags.DEFINE_integer('rounds', 1, 'Times that both sides run.', lower_bound=1)
@@ -102,7 +103,7 @@ def _prepare(work, model, tokenizer) -> perplexity.Windows:
     param.set_value(param.get_value().astype(jnp.bfloat16))
   hf.save_pretrained(model, tokenizer, work / 'model')
   texts, length = corpus.load(TEXT.value), SEQ_LEN.value
-  calibration_NT = common.calibration_rows(tokenizer, texts, length, ROWS.value)
+  calibration_NT = common.calibration_rows(tokenizer, texts, length, ROWS.value, SEED.value)
   held_out = ''.join(texts.held_out)[: 12 * WINDOWS.value * length]
   windows = perplexity.windows(*tokenizer.encode_with_bytes(held_out), length, WINDOWS.value)
   np.save(work / 'calibration.npy', calibration_NT)
@@ -136,7 +137,7 @@ def _compare(name, work, model, windows, base_ppl) -> Record:
       'seq_len': SEQ_LEN.value,
     },
     environment=records.environment(),
-    seed=None,
+    seed=SEED.value,
     metrics={
       'base_ppl': Metric(base_ppl, '1', n),
       'ppl': Metric(ppl, '1', n),
