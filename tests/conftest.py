@@ -5,7 +5,7 @@ import os
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
-# Two thirds of the suite's time would be compiling. XLA_FLAGS= compiles as users do.
+# Half of the suite's time would be optimizing what is compiled. XLA_FLAGS= compiles as users do.
 os.environ.setdefault(
   'XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 )
