@@ -45,7 +45,7 @@ class Plan:
   batch_size: int = 8
   steps: int = 3200
   warmup_steps: int = 50
-  learning_rate: float = 4e-3
+  learning_rate: float = 2e-3
   train_characters: int = 10_000_000
 
 
@@ -57,6 +57,7 @@ SMOKE = Plan(
   batch_size=4,
   steps=30,
   warmup_steps=5,
+  learning_rate=4e-3,
   train_characters=200_000,
 )
 
