@@ -36,14 +36,14 @@ class Plan:
   vocab_size: int = 2048
   tokenizer_characters: int = 4_000_000
   width: int = 128
-  layers: int = 2
+  layers: int = 3
   query_heads: int = 2
   kv_heads: int = 1
   head_width: int = 64
   ffn_width: int = 256
   seq_len: int = 128
   batch_size: int = 8
-  steps: int = 3200
+  steps: int = 2400
   warmup_steps: int = 50
   learning_rate: float = 2e-3
   train_characters: int = 10_000_000
@@ -51,6 +51,7 @@ class Plan:
 
 SMOKE = Plan(
   vocab_size=512,
+  layers=2,
   ffn_width=384,
   tokenizer_characters=100_000,
   seq_len=64,

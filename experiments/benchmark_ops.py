@@ -4,10 +4,11 @@ r"""How near the products with compressed matrices come to the memory's speed.
   python -m experiments.benchmark_ops --shapes=4096x22016 --rows=1,8,512 --formats=int4_g128,bf16
 
 For each shape, number of rows and format: the time of one product through XLA's jnp form and
-through the native kernel, in interleaved rounds with the float32 product, and the bytes of weights
-a second beside what the memory was measured to do on the spot: `copy` counts the bytes read and
-written by adding 1 to a long array, `read` those read by summing one. Only matrices past the
-last-level cache say something about the memory; the default shapes are, in every format.
+through the native kernel, in interleaved rounds with the float32 product and with two measures of
+what the memory does at that moment: `copy` counts the bytes read and written by adding 1 to a long
+array, `read` those read by summing one. The bytes of weights a second are given as a share of the
+copy's, the median of the rounds' shares. Only matrices past the last-level cache say something
+about the memory; the default shapes are, in every format.
 
 Device: CPU. Minutes: 3 on two cores. The goal is 80 % of the copy bandwidth for matrix-vector
 products with int8, int4 and bf16 matrices; found on two AVX-512 cores: 81, 86 and 77 %.
@@ -23,9 +24,14 @@ from absl import flags
 
 from experiments import common
 from model.eval import records, timing
-from ops import linear, quantized
+from ops import linear, quantized, sparse
 from ops.kernels import cpu
 from ops.kernels.cpu import packed
+
+
+def _two_of_four(w):
+  return sparse.compress(w, sparse.n_of_m_mask(sparse.magnitude_score(w), 2, 4), 2, 4)
+
 
 FORMATS = {
   'bf16': lambda w: w.astype(jnp.bfloat16),
@@ -37,6 +43,9 @@ FORMATS = {
   'int4_asym': lambda w: quantized.quantize(w, 'int4', group_size=128, symmetric=False),
   'nf4': lambda w: quantized.quantize(w, 'nf4'),
   'fp8': lambda w: quantized.quantize(w, 'fp8_e4m3'),
+  '2of4_bf16': lambda w: _two_of_four(w.astype(jnp.bfloat16)),
+  '2of4_int8': lambda w: _two_of_four(w).map_values(FORMATS['int8']),
+  '2of4_int4_g128': lambda w: _two_of_four(w).map_values(FORMATS['int4_g128']),
 }
 READ_BYTES = 2**28
 
@@ -65,9 +74,8 @@ def main() -> None:
       raise ValueError(f'--formats has {name!r}, which is not one of {", ".join(FORMATS)}')
   if not cpu.available():
     print(f'no native kernels: {cpu.why_not()}')
-  limits = _limits()
   for case in [Case(inputs=256, outputs=512, rows=1)] if SMOKE.value else _cases():
-    for record in _measure(case, names, limits):
+    for record in _measure(case, names):
       print(_words(record))
       if OUTPUT.value:
         records.append(OUTPUT.value, record)
@@ -90,20 +98,18 @@ def _cases() -> list[Case]:
   return cases
 
 
-def _limits() -> dict[str, records.Metric]:
-  """Bytes a second that the memory does, measured now."""
-  size = 2**20 if SMOKE.value else READ_BYTES // 4
-  long = jax.block_until_ready(jnp.ones(size, jnp.float32))
-  read = timing.time_interleaved({'read': functools.partial(jax.jit(jnp.sum), long)})['read']
-  copy = timing.copy_bandwidth(buffer_bytes=4 * size if SMOKE.value else None)
-  return {'copy': copy, 'read': read.rate(4 * size, 'byte/s')}
-
-
-def _measure(case: Case, names, limits) -> list[records.Record]:
+def _measure(case: Case, names) -> list[records.Record]:
   rng = np.random.default_rng(0)
   w_IO = jnp.asarray(rng.normal(size=(case.inputs, case.outputs)), jnp.float32)
   x = jnp.asarray(rng.normal(size=(case.rows, case.inputs)), jnp.float32)
-  weights, calls = {}, {'float32': functools.partial(_product, x, w_IO)}
+  long = jnp.ones(2**20 if SMOKE.value else READ_BYTES // 4, jnp.float32)
+  copy = timing.Copy(buffer_bytes=long.nbytes if SMOKE.value else None)
+  calls = {
+    'float32': functools.partial(_product, x, w_IO),
+    'copy': copy,
+    'read': functools.partial(_sum, long),
+  }
+  weights, limits = {}, {'copy': copy.nbytes, 'read': long.nbytes}
   for name in names:
     w = jax.jit(FORMATS[name])(w_IO)
     if XLA.value:
@@ -120,21 +126,25 @@ def _measure(case: Case, names, limits) -> list[records.Record]:
 
 
 _product = jax.jit(linear.matmul)
+_sum = jax.jit(jnp.sum)
 
 
 def _record(case: Case, name: str, w, times, limits) -> records.Record:
-  metrics = {f'{limit}_bandwidth': metric for limit, metric in limits.items()}
+  metrics = {
+    f'{limit}_bandwidth': times[limit].rate(nbytes, 'byte/s') for limit, nbytes in limits.items()
+  }
   metrics['weight_bytes'] = records.Metric(w.nbytes, 'byte')
   metrics['float32 time'] = timing.summarize(times['float32'].samples_s, 's')
   for key, time in times.items():
     format, _, form = key.partition(' ')
     if format != name:
       continue
-    rate = time.rate(w.nbytes, 'byte/s')
     metrics[f'{form} time'] = timing.summarize(time.samples_s, 's')
-    metrics[f'{form} bandwidth'] = rate
+    metrics[f'{form} bandwidth'] = time.rate(w.nbytes, 'byte/s')
     metrics[f'{form} speedup'] = time.speedup
-    metrics[f'{form} of copy'] = records.Metric(rate.value / limits['copy'].value, '1', rate.n)
+    for limit, nbytes in limits.items():
+      shares = np.divide(times[limit].samples_s, time.samples_s) * w.nbytes / nbytes
+      metrics[f'{form} of {limit}'] = timing.summarize(shares, '1')
   note = linear.kernel(w, 'cpu')
   return records.Record(
     experiment='benchmark_ops',
@@ -155,7 +165,8 @@ def _words(record: records.Record) -> str:
       parts.append(
         f'{form} {record.value(f"{form} time") * 1e3:.2f} ms, '
         f'{record.value(f"{form} bandwidth") / 1e9:.1f} GB/s '
-        f'({record.value(f"{form} of copy"):.0%} of copy), '
+        f'({record.value(f"{form} of copy"):.0%} of copy, '
+        f'{record.value(f"{form} of read"):.0%} of read), '
         f'{record.value(f"{form} speedup"):.2f} x float32'
       )
   shape = f'{config["inputs"]}x{config["outputs"]}, {config["rows"]} rows'

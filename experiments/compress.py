@@ -71,6 +71,7 @@ OUTPUTS = {
 }
 DEFAULT_PPL_RATIO = 1.05
 DEFAULT_SEQ_LEN = 512
+CALIBRATION_TOKENS = 32_768
 
 MODEL = flags.DEFINE_string(
   'model', None, 'Hugging Face folder or hub id to compress. Default: train a small base model.'
@@ -94,7 +95,10 @@ SEQ_LEN = flags.DEFINE_integer(
   lower_bound=2,
 )
 CALIBRATION_ROWS = flags.DEFINE_integer(
-  'calibration_rows', 64, 'Windows of calibration text.', lower_bound=1
+  'calibration_rows',
+  None,
+  f'Windows of calibration text. Default: as many as hold {CALIBRATION_TOKENS:,} tokens.',
+  lower_bound=1,
 )
 MAX_WINDOWS = flags.DEFINE_integer(
   'max_windows', 0, 'Windows of held-out text to measure on; 0 takes all.', lower_bound=0
@@ -232,7 +236,7 @@ def _inputs() -> Inputs:
 
 def _study(inputs: Inputs) -> study.Study:
   seq_len = SEQ_LEN.value or inputs.seq_len
-  rows = 8 if SMOKE.value else CALIBRATION_ROWS.value
+  rows = 8 if SMOKE.value else CALIBRATION_ROWS.value or -(-CALIBRATION_TOKENS // seq_len)
   held_out = ''.join(inputs.texts.held_out)
   tokens_N, ends_N = inputs.tokenizer.encode_with_bytes(held_out)
   limit = 16 if SMOKE.value else MAX_WINDOWS.value or None

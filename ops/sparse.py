@@ -91,10 +91,13 @@ class SparseTensor(Weight):
   def dense(self):
     inputs, outputs = self.shape
     values = dense(self.values).reshape(-1, self.n, 1, outputs)
-    codes = packing.unpack(self.indices, _index_bits(self.m), self.values.shape[0])
     slots = jnp.arange(self.m, dtype=jnp.uint8)[None, None, :, None]
-    here = codes.reshape(-1, self.n, 1, outputs) == slots
+    here = self.positions().reshape(-1, self.n, 1, outputs) == slots
     return jnp.where(here, values, 0).sum(1).astype(self.dtype).reshape(inputs, outputs)
+
+  def positions(self) -> jax.Array:
+    """Which of the M inputs of its group each stored value belongs to: uint8 [I * n / m, O]."""
+    return packing.unpack(self.indices, _index_bits(self.m), self.values.shape[0])
 
   def map_values(self, fn):
     return dataclasses.replace(self, values=map_values(fn, self.values))

@@ -96,26 +96,30 @@ def interquartile_range(samples: Sequence[float]) -> float:
   return float(high - low)
 
 
-def copy_bandwidth(device: jax.Device | None = None, *, buffer_bytes: int | None = None) -> Metric:
-  """Bytes a second that `device` reads and writes, together, when it adds 1 to a long array.
+class Copy:
+  """Adds 1 to a long array at each call, which reads and writes `nbytes` bytes together.
 
   The array is past the last-level cache and is updated in place: fresh output pages would be
   measured otherwise. It is the yardstick for the bytes a second of decoding.
   """
-  device = device or jax.devices()[0]
-  buffer_bytes = buffer_bytes or _past_the_cache(device)
-  increment = jax.jit(lambda x: x + 1, donate_argnums=0)
-  size = max(1, buffer_bytes // 4)
-  with jax.default_device(device):
-    x = jax.block_until_ready(jnp.zeros(size, jnp.int32))
-  for _ in range(MIN_WARMUP):
-    x = jax.block_until_ready(increment(x))
-  samples = []
-  for _ in range(7):
-    start = time.perf_counter()
-    x = jax.block_until_ready(increment(x))
-    samples.append(2 * 4 * size / (time.perf_counter() - start))
-  return summarize(samples, 'byte/s')
+
+  def __init__(self, device: jax.Device | None = None, *, buffer_bytes: int | None = None):
+    device = device or jax.devices()[0]
+    size = max(1, (buffer_bytes or _past_the_cache(device)) // 4)
+    self._increment = jax.jit(lambda x: x + 1, donate_argnums=0)
+    with jax.default_device(device):
+      self._x = jax.block_until_ready(jnp.zeros(size, jnp.int32))
+    self.nbytes = 2 * 4 * size
+
+  def __call__(self) -> jax.Array:
+    self._x = self._increment(self._x)
+    return self._x
+
+
+def copy_bandwidth(device: jax.Device | None = None, *, buffer_bytes: int | None = None) -> Metric:
+  """Bytes a second that `device` reads and writes, together: see `Copy`."""
+  copy = Copy(device, buffer_bytes=buffer_bytes)
+  return time_interleaved({'copy': copy}, rounds=7)['copy'].rate(copy.nbytes, 'byte/s')
 
 
 def seconds(call: Callable[[], Any]) -> float:

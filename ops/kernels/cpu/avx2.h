@@ -18,6 +18,20 @@ struct Avx2 {
   static inline Bytes lookup(const uint8_t* table, Bytes c) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(quarter(table)), c);
   }
+  static inline Bytes flip(Bytes c, int bits) {
+    return _mm256_xor_si256(c, _mm256_set1_epi8(static_cast<char>(bits)));
+  }
+  static inline Bytes load_pairs(const uint8_t* p) { return _mm256_cvtepu16_epi32(quarter(p)); }
+  static inline Bytes places(const uint8_t* p, int n) {
+    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + n % 2 * 8));
+    return _mm256_srli_epi32(_mm256_cvtepu8_epi32(eight), n / 2 * 4);
+  }
+  static inline Bytes put(Bytes pairs, Bytes places, const uint32_t* table) {
+    const __m256i bytes = _mm256_permutevar8x32_epi32(whole(table), places);
+    const __m256i lanes = _mm256_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0, 0x0c0c0c0c,
+                                           0x08080808, 0x04040404, 0);
+    return _mm256_shuffle_epi8(pairs, _mm256_or_si256(bytes, lanes));
+  }
 
   static inline Int set_int(int32_t x) { return _mm256_set1_epi32(x); }
   static inline Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }

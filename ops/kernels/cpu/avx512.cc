@@ -1,6 +1,4 @@
-// AVX-512 with VNNI: 64 products of bytes an instruction; two vectors cover a tile.
-//
-// 8 rows keep 16 sums in registers, so a load of weights feeds 16 dot products.
+// AVX-512 with VNNI: 64 products of bytes an instruction.
 
 #if defined(__x86_64__)
 
@@ -14,79 +12,7 @@
 
 LISSOM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 
-namespace lissom {
-namespace {
-
-struct Avx512 {
-  static constexpr int kLanes = 16, kVectors = 2, kRows = 8;
-  using Bytes = __m512i;
-  using Int = __m512i;
-  using Float = __m512;
-
-  static inline Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
-  static inline Bytes low(Bytes c) { return _mm512_and_si512(c, _mm512_set1_epi8(15)); }
-  static inline Bytes high(Bytes c) { return low(_mm512_srli_epi16(c, 4)); }
-  static inline Bytes lookup(const uint8_t* table, Bytes c) {
-    const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), c);
-  }
-
-  static inline Int set_int(int32_t x) { return _mm512_set1_epi32(x); }
-  static inline Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
-  static inline Int dot(Int sum, Bytes c, int32_t x) {
-    return _mm512_dpbusd_epi32(sum, c, _mm512_set1_epi32(x));
-  }
-  static inline Int dot_nibbles(Int sum, Bytes c, int32_t x) { return dot(sum, c, x); }
-  static inline Int load_zeros(const uint8_t* p) {
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
-  static inline Int subtract_product(Int sum, Int zero, int32_t x) {
-    return _mm512_sub_epi32(sum, _mm512_mullo_epi32(zero, _mm512_set1_epi32(x)));
-  }
-  static inline Float to_float(Int x) { return _mm512_cvtepi32_ps(x); }
-
-  static inline Float set_float(float x) { return _mm512_set1_ps(x); }
-  static inline Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
-  static inline Float negate(Float a) { return _mm512_sub_ps(_mm512_setzero_ps(), a); }
-  static inline Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
-  static inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
-  static inline Float load_float(const float* p) { return _mm512_loadu_ps(p); }
-  static inline void store_float(float* p, Float x) { _mm512_storeu_ps(p, x); }
-
-  static inline float sum(Float x) { return _mm512_reduce_add_ps(x); }
-
-  static inline Float load_bf16(const uint16_t* p) {
-    return even_bf16(_mm512_cvtepu16_epi32(half(p)));
-  }
-  static inline Float even_bf16(Bytes x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
-  static inline Float odd_bf16(Bytes x) {
-    return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(-65536)));
-  }
-  static inline Float load_f16(const uint8_t* p) { return _mm512_cvtph_ps(half(p)); }
-  static inline Float load_fp8(const uint8_t* p) {
-    // As float16 with the exponent's bias off by 8; the conversion knows subnormal numbers.
-    const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    const __m256i sign = _mm256_slli_epi16(_mm256_srli_epi16(x, 7), 15);
-    const __m256i rest = _mm256_srli_epi16(_mm256_slli_epi16(x, 9), 2);
-    return multiply(_mm512_cvtph_ps(_mm256_or_si256(sign, rest)), set_float(256));
-  }
-  static inline Float byte_to_float(Bytes x, int i) {
-    const __m512i c = _mm512_and_si512(_mm512_srli_epi32(x, 8 * i), _mm512_set1_epi32(255));
-    return _mm512_cvtepi32_ps(c);
-  }
-  static inline Float lookup_float(const float* table, Bytes x, int shift) {
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(x, shift), _mm512_loadu_ps(table));
-  }
-
- private:
-  static inline __m256i half(const void* p) {
-    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-  }
-};
-
-}  // namespace
-}  // namespace lissom
-
+#include "avx512.h"
 #include "drive.h"
 
 #include "attend.h"

@@ -47,16 +47,17 @@ int64_t thread_count(const ffi::ThreadPool& pool, int64_t asked) {
   return asked > 0 ? asked : std::max<int64_t>(1, pool.num_threads());
 }
 
-ffi::Error check(const Weights& w, ffi::AnyBuffer values, ffi::AnyBuffer scales,
-                 ffi::AnyBuffer zeros) {
-  const bool plain = w.format == kBf16 || w.format == kF16;
+ffi::Error check(const Weights& w, ffi::AnyBuffer values, ffi::AnyBuffer places,
+                 ffi::AnyBuffer scales, ffi::AnyBuffer zeros) {
   if (w.format < 0 || w.format >= kFormats || w.inputs < 1 || w.outputs < 0 || w.groups < 1)
     return refuse("lissom: no such format or shape");
   if (w.groups > 1 && (w.inputs % w.groups || w.group() % 16))
     return refuse("lissom: groups must be multiples of 16 inputs");
-  const size_t scale_count = plain ? 0 : w.tiles() * w.groups * kTile;
+  const size_t scale_count = w.scaled() ? w.tiles() * w.groups * kTile : 0;
   if (values.size_bytes() != static_cast<size_t>(w.tiles() * w.tile_bytes()))
     return refuse("lissom: the packed values have a wrong size");
+  if (places.size_bytes() != static_cast<size_t>(w.tiles() * w.places_bytes()))
+    return refuse("lissom: the places of 2:4 values have a wrong size");
   if (scales.element_count() != scale_count || (scale_count && !is_float(scales)))
     return refuse("lissom: the scales have a wrong size or type");
   if (zeros.size_bytes() != 0 && (w.format > kInt4 || zeros.size_bytes() != scale_count))
@@ -64,36 +65,39 @@ ffi::Error check(const Weights& w, ffi::AnyBuffer values, ffi::AnyBuffer scales,
   return ffi::Error::Success();
 }
 
-// Arguments: x, then values, scales and zeros of each weight. Results: one a weight.
+// Arguments: x, then values, places, scales and zeros of each weight. Results: one a weight.
 ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arrays,
                    ffi::RemainingRets results, ffi::Span<const int64_t> formats,
                    ffi::Span<const int64_t> groups, int64_t inputs, int64_t instruction_set,
                    ffi::Span<const int64_t> outputs, int64_t quantize, int64_t threads) {
   const size_t count = results.size();
-  if (count < 1 || count > kMostProducts || arrays.size() != 3 * count ||
+  if (count < 1 || count > kMostProducts || arrays.size() != 4 * count ||
       formats.size() != count || groups.size() != count || outputs.size() != count)
-    return refuse("lissom: too many products, or not three arrays for each");
+    return refuse("lissom: too many products, or not four arrays for each");
   if (inputs < 1 || x.element_count() % inputs || !is_float(x))
     return refuse("lissom: x is f32 or bf16 and has the weight's inputs");
   Product products[kMostProducts];
   const int64_t rows = static_cast<int64_t>(x.element_count()) / inputs;
   for (size_t i = 0; i < count; ++i) {
     Weights& w = products[i].weights;
-    const auto values = arrays.get<ffi::AnyBuffer>(3 * i);
-    const auto scales = arrays.get<ffi::AnyBuffer>(3 * i + 1);
-    const auto zeros = arrays.get<ffi::AnyBuffer>(3 * i + 2);
+    const auto values = arrays.get<ffi::AnyBuffer>(4 * i);
+    const auto places = arrays.get<ffi::AnyBuffer>(4 * i + 1);
+    const auto scales = arrays.get<ffi::AnyBuffer>(4 * i + 2);
+    const auto zeros = arrays.get<ffi::AnyBuffer>(4 * i + 3);
     auto y = results.get<ffi::AnyBuffer>(i);
-    if (!values || !scales || !zeros || !y) return refuse("lissom: arrays are buffers");
+    if (!values || !places || !scales || !zeros || !y) return refuse("lissom: arrays are buffers");
     w.format = static_cast<Format>(formats[i]);
     w.inputs = inputs;
     w.outputs = outputs[i];
     w.groups = groups[i];
-    if (ffi::Error error = check(w, *values, *scales, *zeros); error.failure()) return error;
+    if (ffi::Error error = check(w, *values, *places, *scales, *zeros); error.failure())
+      return error;
     w.values = static_cast<const uint8_t*>(values->untyped_data());
+    w.places = static_cast<const uint8_t*>(places->untyped_data());
     w.scales = scales->untyped_data();
     w.scales_are_f32 = scales->element_type() == ffi::F32;
     w.zeros = zeros->size_bytes() ? static_cast<const uint8_t*>(zeros->untyped_data()) : nullptr;
-    const bool codes = quantize != 0 && w.format <= kNf4;
+    const bool codes = quantize != 0 && w.integer();
     if ((quantize != 0) != codes || !alike(products[0].weights, w, codes))
       return refuse("lissom: the weights of one call need rows of one form");
     if ((*y)->element_count() != static_cast<size_t>(rows * w.outputs) || !is_float(**y))

@@ -11,7 +11,8 @@ are widened to float32 in registers, as exact as a float32 product, and multipli
 activations in pairs where the CPU has AVX512-BF16.
 
 The layout is described in types.h. In short: tiles of 32 outputs, within a tile steps of 4 inputs
-(8 and 4 bits), 2 (bf16) or 1 (f16, fp8), what is missing filled with zeros.
+(8 and 4 bits, 2:4), 2 (bf16) or 1 (f16, fp8), what is missing filled with zeros. Of a 2:4 matrix
+the kept values alone are stored and read, with 4 bits for each four inputs that say which they are.
 """
 
 import dataclasses
@@ -29,16 +30,19 @@ from ops.kernels import cpu
 from ops.linear import Matrix, Weight, array, dense, weight_type
 from ops.lora import LoraTensor
 from ops.quantized import FORMATS, NF4_CODEBOOK, QuantizedTensor
+from ops.sparse import SparseTensor
 
 Activations = Literal['int8', 'float']
 
 TILE = 32  # outputs
 FORMAT_NUMBERS = {'int8': 0, 'int4': 1, 'nf4': 2, 'bfloat16': 3, 'float16': 4, 'fp8_e4m3': 5}
 STEPS = {'int8': 4, 'int4': 4, 'nf4': 4, 'bfloat16': 2, 'float16': 1, 'fp8_e4m3': 1}
+SPARSE_NUMBERS = {'int8': 6, 'int4': 7, 'bfloat16': 8}
+SPARSE_STEP = 4
 GROUP_MULTIPLE = 16  # activations are quantized in blocks of at least this many inputs
 MOST_PRODUCTS = 8  # of one native call
 NO_SCALES = np.zeros((0,), np.float32)
-NO_ZEROS = np.zeros((0,), np.uint8)
+NO_BYTES = np.zeros((0,), np.uint8)
 
 
 @weight_type
@@ -48,12 +52,16 @@ class PackedTensor(Weight):
 
   values: [tiles, steps, ...]: uint8 [.., 32, 4] for 8-bit codes (signed ones with 128 added), uint8
     [.., 16, 4] for 4-bit codes (output o low, o + 16 high), bfloat16 [.., 32, 2], float16 or
-    float8_e4m3fn [.., 32, 1].
+    float8_e4m3fn [.., 32, 1]. Of a 2:4 matrix the kept values alone: int8 (nothing added) and
+    bfloat16 [.., 32, 2], int4 (signed) [.., 16, 2].
+  places: uint8 [tiles, steps, 16] for a 2:4 matrix: of an output's four bits, bit i says that input
+    i of the step is kept (output o low, o + 16 high). Else None.
   scales: bfloat16 or float32 [tiles, J, 32]; None for half precision.
   zeros: uint8 [tiles, J, 32] for an asymmetric format, whose codes are unsigned already, else None.
   """
 
   values: jax.Array = array('OI__')
+  places: jax.Array | None = array('OI_')
   scales: jax.Array | None = array('_JO')
   zeros: jax.Array | None = array('_JO')
   format: str
@@ -70,8 +78,15 @@ class PackedTensor(Weight):
   def groups(self) -> int:
     return 1 if self.scales is None else self.scales.shape[-2]
 
+  @property
+  def step(self) -> int:
+    return STEPS[self.format] if self.places is None else SPARSE_STEP
+
   def dense(self):
-    values_IO = _from_tiles(self._codes(), self.outputs)[: self.inputs]
+    values_IO = _from_tiles(self._codes(), self.outputs)
+    if self.places is not None:
+      values_IO = _spread_pairs(values_IO, self.places)
+    values_IO = values_IO[: self.inputs]
     if self.scales is None:
       return values_IO.astype(self.dtype)
     values_IO = values_IO.astype(jnp.float32)
@@ -98,7 +113,7 @@ class PackedTensor(Weight):
   @property
   def form(self) -> tuple[str, int, int]:
     """What decides how activations are laid out: rounded or not, filled up to what, by blocks."""
-    return self.activations, STEPS[self.format], self.block
+    return self.activations, self.step, self.block
 
   @property
   def block(self) -> int:
@@ -109,7 +124,8 @@ class PackedTensor(Weight):
   def kernel(self, platform):
     if platform != 'cpu' or not cpu.available():
       return None
-    return f'native, {cpu.load().selected}, {self.format} by {self.activations} activations'
+    sparse = '' if self.places is None else '2:4 '
+    return f'native, {cpu.load().selected}, {sparse}{self.format} by {self.activations} activations'
 
   def map_values(self, fn):
     raise ValueError(
@@ -119,6 +135,8 @@ class PackedTensor(Weight):
   def _codes(self):
     """Values before scaling as [tiles, steps, 32, inputs a step]."""
     values = self.values
+    if self.places is not None and self.format == 'int8':
+      return jax.lax.bitcast_convert_type(values, jnp.int8)
     if self.format == 'int8':
       return values if self.zeros is not None else values.astype(jnp.int32) - 128
     if self.format not in ('int4', 'nf4'):
@@ -126,6 +144,8 @@ class PackedTensor(Weight):
     codes = jnp.concatenate([values & 15, values >> 4], axis=-2)
     if self.format == 'nf4':
       return jnp.asarray(NF4_CODEBOOK, jnp.float32)[codes]
+    if self.places is not None:
+      codes = codes ^ 8
     return codes if self.zeros is not None else codes.astype(jnp.int32) - 8
 
   def _spread(self, groups):
@@ -137,7 +157,8 @@ def pack(w: Matrix, activations: Activations = 'int8') -> Matrix:
   """Lays out a weight for the native products, or returns it as it is where there is none for it.
 
   There are products for half-precision arrays, for int8, int4, NF4 and fp8 (groups of a multiple
-  of 16 inputs, or whole columns; integer zero points), and for these under a low-rank correction.
+  of 16 inputs, or whole columns; integer zero points), for 2:4 matrices of bf16 and of symmetric
+  int8 and int4, and for these under a low-rank correction.
   """
   if not cpu.available():
     return w
@@ -150,20 +171,30 @@ def can_pack(w: Matrix) -> bool:
   """Whether there is a layout for this weight."""
   if len(w.shape) != 2:
     return False
+  if isinstance(w, SparseTensor):
+    return (w.n, w.m) == (2, 4) and _can_pack_kept(w.values)
   if isinstance(w, QuantizedTensor):
     known = w.format in FORMAT_NUMBERS and (w.zeros is None or w.zeros.dtype == jnp.uint8)
     return known and (w.group_size == w.inputs or w.group_size % GROUP_MULTIPLE == 0)
   return not isinstance(w, Weight) and w.dtype in (jnp.bfloat16, jnp.float16)
 
 
+def _can_pack_kept(w: Matrix) -> bool:
+  if isinstance(w, QuantizedTensor):
+    return can_pack(w) and w.format in SPARSE_NUMBERS and w.zeros is None
+  return not isinstance(w, Weight) and w.dtype == jnp.bfloat16
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def encode(w: Matrix, activations: Activations = 'int8') -> PackedTensor:
   """The packed form of a weight that `can_pack` accepts, whether or not there is a library."""
   inputs, outputs = w.shape
+  if isinstance(w, SparseTensor):
+    return _encode_sparse(w, activations)
   if not isinstance(w, QuantizedTensor):
     name = str(w.dtype)
     values = _to_tiles(w, STEPS[name])
-    return PackedTensor(values, None, None, name, inputs, outputs, 'float', w.dtype)
+    return PackedTensor(values, None, None, None, name, inputs, outputs, 'float', w.dtype)
   signed = w.zeros is None
   codes_IO, zeros = w.values, w.zeros
   if w.format == 'int8':
@@ -172,11 +203,29 @@ def encode(w: Matrix, activations: Activations = 'int8') -> PackedTensor:
     codes_IO = _nibbles(w)
   values = _to_tiles(codes_IO, STEPS[w.format])
   if FORMATS[w.format].bits == 4:
-    values = values[:, :, : TILE // 2] | values[:, :, TILE // 2 :] << 4
+    values = _join_halves(values)
   scales = _to_groups(dense(w.scales))
   zeros = None if signed else _to_groups(zeros)
   form = activations if FORMATS[w.format].bits == 4 or w.format == 'int8' else 'float'
-  return PackedTensor(values, scales, zeros, w.format, inputs, outputs, form, w.dtype)
+  return PackedTensor(values, None, scales, zeros, w.format, inputs, outputs, form, w.dtype)
+
+
+def _encode_sparse(w: SparseTensor, activations) -> PackedTensor:
+  inputs, outputs = w.shape
+  places, kept = _to_places(w), w.values
+  if not isinstance(kept, QuantizedTensor):
+    values = _to_tiles(kept, w.n)
+    return PackedTensor(
+      values, places, None, None, 'bfloat16', inputs, outputs, 'float', kept.dtype
+    )
+  if kept.format == 'int8':
+    values = _to_tiles(jax.lax.bitcast_convert_type(kept.values, jnp.uint8), w.n)
+  else:
+    values = _join_halves(_to_tiles(_nibbles(kept) ^ 8, w.n))
+  scales = _to_groups(dense(kept.scales))
+  return PackedTensor(
+    values, places, scales, None, kept.format, inputs, outputs, activations, kept.dtype
+  )
 
 
 def product(x: jax.Array, w: PackedTensor, **options) -> jax.Array:
@@ -233,8 +282,9 @@ def _native(instruction_set, threads, x, weights):
   arrays = [
     (
       w.values,
+      NO_BYTES if w.places is None else w.places,
       NO_SCALES if w.scales is None else w.scales,
-      NO_ZEROS if w.zeros is None else w.zeros,
+      NO_BYTES if w.zeros is None else w.zeros,
     )
     for w in weights
   ]
@@ -242,7 +292,7 @@ def _native(instruction_set, threads, x, weights):
   products = jax.ffi.ffi_call(cpu.PRODUCT, results, vmap_method='sequential')(
     x.reshape(rows, first.inputs).astype(dtype),
     *itertools.chain(*arrays),
-    formats=numbers(lambda w: FORMAT_NUMBERS[w.format]),
+    formats=numbers(lambda w: (FORMAT_NUMBERS if w.places is None else SPARSE_NUMBERS)[w.format]),
     groups=numbers(lambda w: w.groups),
     inputs=np.int64(first.inputs),
     instruction_set=instruction_set,
@@ -270,6 +320,27 @@ def _to_tiles(a_IO, step: int):
 
 def _from_tiles(tiles, outputs: int):
   return tiles.transpose(1, 3, 0, 2).reshape(-1, tiles.shape[0] * TILE)[:, :outputs]
+
+
+def _join_halves(tiles):
+  return tiles[:, :, : TILE // 2] | tiles[:, :, TILE // 2 :] << 4
+
+
+def _to_places(w: SparseTensor):
+  bits_IO = jnp.uint8(1) << w.positions()
+  four_IO = bits_IO.reshape(-1, w.n, bits_IO.shape[1]).sum(1, dtype=jnp.uint8)
+  return _join_halves(_to_tiles(four_IO, 1))[..., 0]
+
+
+def _spread_pairs(kept_IO, places):
+  outputs = kept_IO.shape[1]
+  both = jnp.concatenate([places & 15, places >> 4], axis=-1)
+  four_IO = both.transpose(1, 0, 2).reshape(both.shape[1], -1)[:, :outputs]
+  kept = four_IO[:, None] >> jnp.arange(SPARSE_STEP, dtype=jnp.uint8)[None, :, None] & 1
+  rank = jnp.cumsum(kept, axis=1) - kept
+  pairs = kept_IO.reshape(-1, 2, outputs)
+  value = jnp.where(rank == 0, pairs[:, :1], pairs[:, 1:])
+  return jnp.where(kept == 1, value, 0).reshape(-1, outputs)
 
 
 def _to_groups(a_JO):

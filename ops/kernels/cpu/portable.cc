@@ -26,6 +26,26 @@ struct Portable {
     for (int i = 0; i < 16; ++i) c[i] = table[c[i]];
     return c;
   }
+  static inline Bytes flip(Bytes c, uint8_t bits) { return c ^ bits; }
+  static inline Bytes load_pairs(const uint8_t* p) {
+    Bytes c = {};
+    for (int i = 0; i < kLanes; ++i) memcpy(reinterpret_cast<uint8_t*>(&c) + 4 * i, p + 2 * i, 2);
+    return c;
+  }
+  // Of each lane its first byte counts.
+  static inline Bytes places(const uint8_t* p, int n) {
+    Bytes c = {};
+    for (int i = 0; i < kLanes; ++i) c[4 * i] = p[n % 4 * kLanes + i] >> n / 4 * 4;
+    return c;
+  }
+  __attribute__((noinline)) static Bytes put(Bytes pairs, Bytes places, const uint32_t* table) {
+    Bytes c = {};
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t byte = table[places[i & 12] & 7] >> 8 * (i & 3) & 255;
+      if (byte < 4) c[i] = pairs[(i & 12) + byte];
+    }
+    return c;
+  }
 
   static inline Int set_int(int32_t x) { return Int{} + x; }
   static inline Int add(Int a, Int b) { return a + b; }

@@ -103,7 +103,7 @@ struct Tiles {
     for (int64_t i = 0; i < call.count; ++i) {
       const Weights& w = call.products[i].weights;
       count += w.tiles();
-      bytes += w.tiles() * w.tile_bytes();
+      bytes += w.tiles() * (w.tile_bytes() + w.places_bytes());
       outputs += w.outputs;
     }
   }
@@ -129,7 +129,11 @@ bool multiply(const Call& call, Workers& workers) {
   const int64_t m = call.rows;
   if (m == 0 || tiles.count == 0) return true;
   Prepared p;
-  const bool half = w.format == kBf16 && call.x_bf16 && call.kernels->half != nullptr;
+  bool half = call.x_bf16 && call.kernels->half != nullptr;
+  for (int64_t i = 0; i < call.count; ++i) {
+    const Format format = call.products[i].weights.format;
+    half = half && (format == kBf16 || format == kBf16Of4);
+  }
   p.kind = call.quantize ? Prepared::kCodes : half ? Prepared::kHalves : Prepared::kFloats;
   if (!lay_out(call, &p)) return false;
 

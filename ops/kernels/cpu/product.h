@@ -53,13 +53,40 @@ inline int32_t load_four(const int8_t* x) {
   return four;
 }
 
+// For the eight values that the lower three bits of 2:4 places can have, which tell apart all pairs:
+// from which bytes of the kept two the bytes of a lane come, 0x80 for none. The lane holds `inputs`
+// inputs of `width` bytes, from input `first` on.
+struct Put {
+  uint32_t bytes[8] = {};
+  constexpr Put(int first, int inputs, int width) {
+    for (int places = 0; places < 16; ++places) {
+      if ((places & 1) + (places >> 1 & 1) + (places >> 2 & 1) + (places >> 3) != 2) continue;
+      uint32_t all = 0;
+      for (int byte = 0; byte < 4; ++byte) {
+        const int input = first + byte / width;
+        int rank = 0;
+        for (int i = 0; i < input; ++i) rank += places >> i & 1;
+        const bool kept = byte / width < inputs && (places >> input & 1);
+        all |= static_cast<uint32_t>(kept ? rank * width + byte % width : 0x80) << 8 * byte;
+      }
+      bytes[places & 7] = all;
+    }
+    bytes[0] = bytes[7] = 0x80808080;
+  }
+};
+
+constexpr Put kPutBytes(0, 4, 1), kPutFirst(0, 2, 2), kPutLast(2, 2, 2);
+
+constexpr int kPlacesBytes = 16;  // of a step
+
 // How a format's codes become the unsigned bytes of the integer product: kVectors of 4 inputs each.
 template <class V>
 struct Int8Codes {
+  static constexpr bool kSparse = false;
   static constexpr int kStepBytes = 128;
   static constexpr int kZero = 128;
   static constexpr float kUnit = 1;
-  static inline void load(const uint8_t* p, typename V::Bytes* c) {
+  static inline void load(const uint8_t* p, const uint8_t* places, typename V::Bytes* c) {
     each<V::kVectors>([&](int n) LISSOM_INLINE { c[n] = V::load(p + n * V::kLanes * 4); });
   }
   static inline typename V::Int dot(typename V::Int sum, typename V::Bytes c, int32_t x) {
@@ -69,10 +96,11 @@ struct Int8Codes {
 
 template <class V>
 struct Int4Codes {
+  static constexpr bool kSparse = false;
   static constexpr int kStepBytes = 64;
   static constexpr int kZero = 8;
   static constexpr float kUnit = 1;
-  static inline void load(const uint8_t* p, typename V::Bytes* c) {
+  static inline void load(const uint8_t* p, const uint8_t* places, typename V::Bytes* c) {
     each<V::kVectors / 2>([&](int n) LISSOM_INLINE {
       const typename V::Bytes both = V::load(p + n * V::kLanes * 4);
       c[n] = V::low(both);
@@ -86,15 +114,46 @@ struct Int4Codes {
 
 template <class V>
 struct Nf4Codes {
+  static constexpr bool kSparse = false;
   static constexpr int kStepBytes = 64;
   static constexpr int kZero = 128;
   static constexpr float kUnit = 1 / kNf4Unit;
-  static inline void load(const uint8_t* p, typename V::Bytes* c) {
-    Int4Codes<V>::load(p, c);
+  static inline void load(const uint8_t* p, const uint8_t* places, typename V::Bytes* c) {
+    Int4Codes<V>::load(p, places, c);
     each<V::kVectors>([&](int n) LISSOM_INLINE { c[n] = V::lookup(kNf4Bytes, c[n]); });
   }
   static inline typename V::Int dot(typename V::Int sum, typename V::Bytes c, int32_t x) {
     return V::dot(sum, c, x);
+  }
+};
+
+// The kept two of four are signed; dropped ones become the code of zero as the others do.
+template <class V>
+struct Int8Of4Codes : Int8Codes<V> {
+  static constexpr bool kSparse = true;
+  static constexpr int kStepBytes = 64;
+  static inline typename V::Bytes vector(const uint8_t* p, const uint8_t* places, int n) {
+    const typename V::Bytes pairs = V::load_pairs(p + n * V::kLanes * 2);
+    return V::flip(V::put(pairs, V::places(places, n), kPutBytes.bytes), 128);
+  }
+  static inline void load(const uint8_t* p, const uint8_t* places, typename V::Bytes* c) {
+    each<V::kVectors>([&](int n) LISSOM_INLINE { c[n] = vector(p, places, n); });
+  }
+};
+
+template <class V>
+struct Int4Of4Codes : Int4Codes<V> {
+  static constexpr bool kSparse = true;
+  static constexpr int kStepBytes = 32;
+  static inline typename V::Bytes vector(const uint8_t* p, const uint8_t* places, int n) {
+    constexpr int kHalf = V::kVectors / 2;
+    const bool high = n >= kHalf;
+    const typename V::Bytes both = V::load_pairs(p + (n - high * kHalf) * V::kLanes * 2);
+    const typename V::Bytes pairs = high ? V::high(both) : V::low(both);
+    return V::flip(V::put(pairs, V::places(places, n), kPutBytes.bytes), 8);
+  }
+  static inline void load(const uint8_t* p, const uint8_t* places, typename V::Bytes* c) {
+    each<V::kVectors>([&](int n) LISSOM_INLINE { c[n] = vector(p, places, n); });
   }
 };
 
@@ -114,6 +173,7 @@ void integer_tile(const Weights& w, const Rows& x, int64_t row, int64_t tile, fl
   const int64_t padded = w.padded_inputs(), block = w.block(), blocks = w.blocks();
   const int64_t group = w.group();
   const uint8_t* p = w.values + tile * w.tile_bytes();
+  const uint8_t* places = w.places + tile * w.places_bytes();
   const int8_t* codes = x.codes + row * padded;
   const float* x_scales = x.scales + row * blocks;
   const int32_t* x_sums = x.sums + row * blocks;
@@ -129,9 +189,10 @@ void integer_tile(const Weights& w, const Rows& x, int64_t row, int64_t tile, fl
     const int8_t* const last = codes + end;
     const auto step = [&](int chain) LISSOM_INLINE {
       typename V::Bytes c[N];
-      Codes::load(p, c);
+      Codes::load(p, places, c);
       __builtin_prefetch(p + kAhead);
       if (Codes::kStepBytes > 64) __builtin_prefetch(p + kAhead + 64);
+      if (Codes::kSparse) __builtin_prefetch(places + kAhead);
       each<R>([&](int r) LISSOM_INLINE {
         const int32_t inputs = load_four(four + r * padded);
         each<N>([&](int n) LISSOM_INLINE {
@@ -140,6 +201,7 @@ void integer_tile(const Weights& w, const Rows& x, int64_t row, int64_t tile, fl
         });
       });
       p += Codes::kStepBytes;
+      if (Codes::kSparse) places += kPlacesBytes;
       four += 4;
     };
     if (kChains == 2) {
@@ -170,9 +232,10 @@ void integer_tile(const Weights& w, const Rows& x, int64_t row, int64_t tile, fl
 // How a format's values become floats: input i of a step, vector n of the tile.
 template <class V>
 struct Int8Values {
+  static constexpr bool kSparse = false;
   static constexpr int kInputs = 4, kStepBytes = 128;
   static constexpr bool kScaled = true;
-  static inline typename V::Float get(const uint8_t* p, int i, int n, bool zeros) {
+  static inline typename V::Float get(const uint8_t* p, const uint8_t*, int i, int n, bool zeros) {
     const typename V::Float c = V::byte_to_float(V::load(p + n * V::kLanes * 4), i);
     return zeros ? c : V::add(c, V::set_float(-128));
   }
@@ -180,6 +243,7 @@ struct Int8Values {
 
 template <class V>
 struct NibbleValues {
+  static constexpr bool kSparse = false;
   static constexpr int kInputs = 4, kStepBytes = 64;
   static constexpr bool kScaled = true;
   static inline typename V::Float look_up(const uint8_t* p, int i, int n, const float* table) {
@@ -192,7 +256,7 @@ struct NibbleValues {
 
 template <class V>
 struct Int4Values : NibbleValues<V> {
-  static inline typename V::Float get(const uint8_t* p, int i, int n, bool zeros) {
+  static inline typename V::Float get(const uint8_t* p, const uint8_t*, int i, int n, bool zeros) {
     const typename V::Float c = NibbleValues<V>::look_up(p, i, n, kInt4Values);
     return zeros ? V::add(c, V::set_float(8)) : c;
   }
@@ -200,16 +264,17 @@ struct Int4Values : NibbleValues<V> {
 
 template <class V>
 struct Nf4Values : NibbleValues<V> {
-  static inline typename V::Float get(const uint8_t* p, int i, int n, bool) {
+  static inline typename V::Float get(const uint8_t* p, const uint8_t*, int i, int n, bool) {
     return NibbleValues<V>::look_up(p, i, n, kNf4Values);
   }
 };
 
 template <class V>
 struct Bf16Values {
+  static constexpr bool kSparse = false;
   static constexpr int kInputs = 2, kStepBytes = 128;
   static constexpr bool kScaled = false;
-  static inline typename V::Float get(const uint8_t* p, int i, int n, bool) {
+  static inline typename V::Float get(const uint8_t* p, const uint8_t*, int i, int n, bool) {
     const typename V::Bytes both = V::load(p + n * V::kLanes * 4);
     return i ? V::odd_bf16(both) : V::even_bf16(both);
   }
@@ -217,19 +282,50 @@ struct Bf16Values {
 
 template <class V>
 struct F16Values {
+  static constexpr bool kSparse = false;
   static constexpr int kInputs = 1, kStepBytes = 64;
   static constexpr bool kScaled = false;
-  static inline typename V::Float get(const uint8_t* p, int, int n, bool) {
+  static inline typename V::Float get(const uint8_t* p, const uint8_t*, int, int n, bool) {
     return V::load_f16(p + n * V::kLanes * 2);
   }
 };
 
 template <class V>
 struct Fp8Values {
+  static constexpr bool kSparse = false;
   static constexpr int kInputs = 1, kStepBytes = 32;
   static constexpr bool kScaled = true;
-  static inline typename V::Float get(const uint8_t* p, int, int n, bool) {
+  static inline typename V::Float get(const uint8_t* p, const uint8_t*, int, int n, bool) {
     return V::load_fp8(p + n * V::kLanes);
+  }
+};
+
+template <class V, class Codes>
+struct Of4Values {
+  static constexpr bool kSparse = true;
+  static constexpr int kInputs = 4, kStepBytes = Codes::kStepBytes;
+  static constexpr bool kScaled = true;
+  static inline typename V::Float get(const uint8_t* p, const uint8_t* places, int i, int n,
+                                      bool) {
+    const typename V::Float c = V::byte_to_float(Codes::vector(p, places, n), i);
+    return V::add(c, V::set_float(-Codes::kZero));
+  }
+};
+
+template <class V>
+struct Bf16Of4Values {
+  static constexpr bool kSparse = true;
+  static constexpr int kInputs = 4, kStepBytes = 128;
+  static constexpr bool kScaled = false;
+  // Inputs 0 and 1, or 2 and 3.
+  static inline typename V::Bytes two(const uint8_t* p, const uint8_t* places, int n, bool last) {
+    const typename V::Bytes pairs = V::load(p + n * V::kLanes * 4);
+    return V::put(pairs, V::places(places, n), last ? kPutLast.bytes : kPutFirst.bytes);
+  }
+  static inline typename V::Float get(const uint8_t* p, const uint8_t* places, int i, int n,
+                                      bool) {
+    const typename V::Bytes both = two(p, places, n, i >= 2);
+    return i % 2 ? V::odd_bf16(both) : V::even_bf16(both);
   }
 };
 
@@ -241,6 +337,7 @@ void floating_tile(const Weights& w, const Rows& x, int64_t row, int64_t tile, f
   constexpr int kUnroll = kChains > kInputs ? kChains / kInputs : 1;
   const int64_t padded = w.padded_inputs(), group = w.group();
   const uint8_t* p = w.values + tile * w.tile_bytes();
+  const uint8_t* places = w.places + tile * w.places_bytes();
   const float* in = x.floats + row * padded;
   each<R * N>([&](int i) LISSOM_INLINE { V::store_float(y + i * V::kLanes, V::set_float(0)); });
   for (int64_t g = 0; g < w.groups; ++g) {
@@ -255,11 +352,12 @@ void floating_tile(const Weights& w, const Rows& x, int64_t row, int64_t tile, f
     const auto step = [&](int u) LISSOM_INLINE {
       __builtin_prefetch(p + kAhead);
       if (Values::kStepBytes > 64) __builtin_prefetch(p + kAhead + 64);
+      if (Values::kSparse) __builtin_prefetch(places + kAhead);
       each<kInputs>([&](int k) LISSOM_INLINE {
         const int chain = (u * kInputs + k) % kChains;
         Float v[N];
         each<N>([&](int n) LISSOM_INLINE {
-          v[n] = Values::get(p, k, n, kZeros);
+          v[n] = Values::get(p, places, k, n, kZeros);
           if (kZeros) v[n] = V::add(v[n], V::negate(zero[n]));
         });
         each<R>([&](int r) LISSOM_INLINE {
@@ -271,6 +369,7 @@ void floating_tile(const Weights& w, const Rows& x, int64_t row, int64_t tile, f
         });
       });
       p += Values::kStepBytes;
+      if (Values::kSparse) places += kPlacesBytes;
       in += kInputs;
     };
     while (in + kUnroll * kInputs <= last) each<kUnroll>(step);

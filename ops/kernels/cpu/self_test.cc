@@ -44,23 +44,34 @@ double weight_at(const Weights& w, int64_t i, int64_t o) {
   const int64_t group = w.groups == 1 ? 0 : i / w.group();
   const int64_t at = (o / kTile * w.groups + group) * kTile + lane;
   const double zero = w.zeros ? w.zeros[at] : w.format == kInt8 ? 128 : 8;
-  const int64_t place = (i / step * kTile + lane) * step + i % step;
+  int64_t in_step = i % step, stored = step;
+  if (w.sparse()) {
+    const uint8_t both = w.places[o / kTile * w.places_bytes() + i / step * 16 + lane % 16];
+    const int places = lane < 16 ? both & 15 : both >> 4;
+    if (!(places >> in_step & 1)) return 0;
+    in_step = __builtin_popcount(places & ((1 << in_step) - 1));
+    stored = 2;
+  }
+  const int64_t place = (i / step * kTile + lane) * stored + in_step;
   uint16_t two = 0;
-  if (w.format == kBf16 || w.format == kF16) memcpy(&two, tile + 2 * place, 2);
-  if (w.format == kBf16) return from_bf16(two);
+  if (w.format == kBf16 || w.format == kF16 || w.format == kBf16Of4)
+    memcpy(&two, tile + 2 * place, 2);
+  if (w.format == kBf16 || w.format == kBf16Of4) return from_bf16(two);
   if (w.format == kF16) return ieee(two, 5, 10);
   const double scale = w.scales_are_f32 ? static_cast<const float*>(w.scales)[at]
                                         : from_bf16(static_cast<const uint16_t*>(w.scales)[at]);
   if (w.format == kInt8) return scale * (tile[place] - zero);
   if (w.format == kFp8) return scale * ieee(tile[place], 4, 3);
-  const uint8_t both = tile[(i / 4 * 16 + lane % 16) * 4 + i % 4];
+  if (w.format == kInt8Of4) return scale * static_cast<int8_t>(tile[place]);
+  const uint8_t both = tile[(i / 4 * 16 + lane % 16) * stored + in_step];
   const int code = lane < 16 ? both & 15 : both >> 4;
+  if (w.format == kInt4Of4) return scale * (code < 8 ? code : code - 16);
   return scale * (w.format == kNf4 ? kNf4Exact[code] : code - zero);
 }
 
 struct Case {
   Weights w = {};
-  std::vector<uint8_t> values, zeros;
+  std::vector<uint8_t> values, places, zeros;
   std::vector<uint16_t> scales;
   std::vector<float> x;
 };
@@ -76,8 +87,12 @@ Case make(Format format, bool with_zeros, Shape shape) {
   for (size_t i = 0; i < c.values.size(); ++i) {
     c.values[i] = static_cast<uint8_t>(random.next());
     if (format == kFp8) c.values[i] &= 0xf7;               // no NaN
-    if ((format == kF16 || format == kBf16) && i % 2) c.values[i] = (c.values[i] & 0x80) | 0x3c;
+    if (!c.w.scaled() && i % 2) c.values[i] = (c.values[i] & 0x80) | 0x3c;
   }
+  static constexpr uint8_t pairs[6] = {3, 5, 6, 9, 10, 12};
+  c.places.resize(c.w.tiles() * c.w.places_bytes());
+  for (uint8_t& places : c.places)
+    places = static_cast<uint8_t>(pairs[random.next() % 6] | pairs[random.next() % 6] << 4);
   c.scales.resize(c.w.tiles() * c.w.groups * kTile);
   for (uint16_t& scale : c.scales) scale = static_cast<uint16_t>(0x3f00 + random.next() % 256);
   c.zeros.resize(c.scales.size());
@@ -90,7 +105,8 @@ Case make(Format format, bool with_zeros, Shape shape) {
     if (i % shape.inputs % 16 == 0) c.x[i] = 127;
   }
   c.w.values = c.values.data();
-  c.w.scales = format == kBf16 || format == kF16 ? nullptr : c.scales.data();
+  c.w.places = c.places.empty() ? nullptr : c.places.data();
+  c.w.scales = c.w.scaled() ? c.scales.data() : nullptr;
   c.w.zeros = with_zeros ? c.zeros.data() : nullptr;
   return c;
 }
@@ -199,13 +215,14 @@ bool attends(const Kernels& kernels, AttentionShape s, bool bf16, bool late) {
 }  // namespace
 
 const char* self_test(const Kernels& kernels, Shape shape) {
-  static const char* const names[kFormats] = {"int8", "int4", "nf4", "bf16", "f16", "fp8"};
+  static const char* const names[kFormats] = {
+      "int8", "int4", "nf4", "bf16", "f16", "fp8", "2:4 int8", "2:4 int4", "2:4 bf16"};
   for (int format = 0; format < kFormats; ++format) {
     for (const bool zeros : {false, true}) {
       if (zeros && format > kInt4) continue;
       const Case c = make(static_cast<Format>(format), zeros, shape);
       for (const bool quantize : {false, true}) {
-        if (quantize && format > kNf4) continue;
+        if (quantize && !c.w.integer()) continue;
         for (const bool bf16 : {false, true})
           if (!run(kernels, c, shape, quantize, bf16)) return names[format];
       }

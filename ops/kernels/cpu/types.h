@@ -8,6 +8,11 @@
 //   int4, nf4   4 inputs a step   [16 outputs][4 inputs] bytes: output o low, o + 16 high
 //   bf16        2 inputs a step   [32 outputs][2 inputs]: 2 products a lane of vdpbf16ps
 //   f16, fp8    1 input a step    [32 outputs]
+//   2:4         4 inputs a step   int8 [32 outputs][2], int4 [16 outputs][2], bf16 [32 outputs][2]:
+//               of each four inputs the two that are kept, in order
+//
+// The places of 2:4 lie beside the values as [tile][step][16] bytes: 4 bits an output, of which bit
+// i says that input i is kept; output o low, o + 16 high.
 //
 // Inputs are filled up with zeros to whole steps. Codes are unsigned, int8 ones with 128 added, as
 // vpdpbusd wants them. Scales (and zero points) lie beside them as [tile][group][32].
@@ -23,26 +28,30 @@ constexpr int kTile = 32;        // outputs
 constexpr int kRowChunk = 64;    // rows that meet a tile's weights before the next tile's turn
 constexpr int kMaxRows = 8;      // rows that any instruction set keeps in registers
 
-enum Format { kInt8, kInt4, kNf4, kBf16, kF16, kFp8, kFormats };
+enum Format { kInt8, kInt4, kNf4, kBf16, kF16, kFp8, kInt8Of4, kInt4Of4, kBf16Of4, kFormats };
 
 struct Weights {
   Format format;
   const uint8_t* values;
-  const void* scales;    // bf16 or f32; null for bf16 and f16 values
+  const uint8_t* places;  // of 2:4, else null
+  const void* scales;     // bf16 or f32; null for bf16 and f16 values
   bool scales_are_f32;
   const uint8_t* zeros;  // null for a symmetric format
   int64_t inputs, outputs, groups;
 
-  int64_t step() const { return format <= kNf4 ? 4 : format == kBf16 ? 2 : 1; }
+  bool sparse() const { return format >= kInt8Of4; }
+  bool scaled() const { return format != kBf16 && format != kF16 && format != kBf16Of4; }
+  bool integer() const { return format <= kNf4 || format == kInt8Of4 || format == kInt4Of4; }
+  int64_t step() const { return integer() || sparse() ? 4 : format == kBf16 ? 2 : 1; }
   int64_t padded_inputs() const { return (inputs + step() - 1) / step() * step(); }
   int64_t tiles() const { return (outputs + kTile - 1) / kTile; }
   int64_t group() const { return groups > 1 ? inputs / groups : padded_inputs(); }
 
   int64_t tile_bytes() const {
-    const int64_t bits = format == kInt4 || format == kNf4 ? 4
-                         : format == kBf16 || format == kF16 ? 16 : 8;
-    return padded_inputs() * kTile * bits / 8;
+    static constexpr int64_t bits[kFormats] = {8, 4, 4, 16, 16, 8, 4, 2, 8};  // an input
+    return padded_inputs() * kTile * bits[format] / 8;
   }
+  int64_t places_bytes() const { return sparse() ? padded_inputs() * kTile / 8 : 0; }  // of a tile
 
   // Activations that share a scale: at most 64, and never across two groups of the weight.
   int64_t block() const {

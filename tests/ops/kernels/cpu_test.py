@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import linear, lora, quantized
+from ops import linear, lora, quantized, sparse
 from ops.kernels import cpu
 from ops.kernels.cpu import packed
 
@@ -32,6 +32,14 @@ def _cast(dtype):
   return lambda w_IO: w_IO.astype(dtype)
 
 
+def _two_of_four(then):
+  def compress(w_IO):
+    mask_IO = sparse.n_of_m_mask(sparse.magnitude_score(w_IO), 2, 4)
+    return sparse.compress(w_IO, mask_IO, 2, 4).map_values(then)
+
+  return compress
+
+
 FORMATS = {
   'int8': _quantize('int8'),
   'int8 g32': _quantize('int8', group_size=32),
@@ -47,8 +55,14 @@ FORMATS = {
   'fp8': _quantize('fp8_e4m3'),
   'bf16': _cast(jnp.bfloat16),
   'f16': _cast(jnp.float16),
+  '2:4 bf16': _two_of_four(_cast(jnp.bfloat16)),
+  '2:4 int8': _two_of_four(_quantize('int8')),
+  '2:4 int8 g32': _two_of_four(_quantize('int8', group_size=32)),
+  '2:4 int4 column': _two_of_four(_quantize('int4', group_size=-1)),
+  '2:4 int4 g32': _two_of_four(_quantize('int4', group_size=32)),
 }
 WHOLE_COLUMN = ['int8', 'int4 column', 'fp8', 'bf16', 'f16']  # any number of inputs
+TWO_OF_FOUR = ['2:4 bf16', '2:4 int8', '2:4 int4 column']  # any multiple of 4
 formats = pytest.mark.parametrize('format', FORMATS)
 
 
@@ -125,7 +139,7 @@ def test_products_are_those_of_the_dense_form(format, name, dtype):
 
 @native
 @instruction_sets
-@pytest.mark.parametrize('format', ['int8', 'int4 asymmetric', 'bf16'])
+@pytest.mark.parametrize('format', ['int8', 'int4 asymmetric', 'bf16', '2:4 bf16', '2:4 int4 g32'])
 @pytest.mark.parametrize('rows', ROWS)
 def test_any_number_of_rows(format, rows, name):
   w = _weight(format)
@@ -145,6 +159,38 @@ def test_odd_shapes(format, shape, name):
       p = packed.encode(w, activations)
       x = _rows(3, shape[0], dtype)
       _check(packed.product(x, p, instruction_set=name), x, w, p)
+
+
+@native
+@instruction_sets
+@pytest.mark.parametrize('format', TWO_OF_FOUR)
+@pytest.mark.parametrize('shape', [(4, 1), (12, 33), (132, 31), (260, 100)])
+def test_odd_shapes_of_two_of_four(format, shape, name):
+  test_odd_shapes(format, shape, name)
+
+
+@native
+def test_two_of_four_and_dense_weights_share_a_call():
+  x = _rows(3, dtype=jnp.bfloat16)
+  weights = [_weight(format, seed=i) for i, format in enumerate(['2:4 int8', 'int8', '2:4 bf16'])]
+  kept = [packed.encode(w, 'float') for w in weights]
+  for y, w, p in zip(packed.joint_product(x, kept), weights, kept):
+    _check(y, x, w, p)
+
+
+@pytest.mark.parametrize(
+  'w',
+  [
+    lambda w: sparse.compress(w, sparse.n_of_m_mask(sparse.magnitude_score(w), 4, 8), 4, 8),
+    lambda w: _two_of_four(_cast(jnp.float32))(w),
+    lambda w: _two_of_four(_quantize('int4', group_size=32, symmetric=False))(w),
+    lambda w: _two_of_four(_quantize('nf4', group_size=32))(w),
+  ],
+  ids=['4:8', 'float32', 'asymmetric', 'nf4'],
+)
+def test_other_sparse_weights_stay_as_they_are(w):
+  w = w(jnp.ones((64, 32), jnp.bfloat16))
+  assert not packed.can_pack(w) and packed.pack(w) is w
 
 
 @native
