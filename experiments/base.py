@@ -1,7 +1,7 @@
 """The embedded default: a small base model, trained on the source of Python's standard library.
 
-It needs no network and two to three minutes on two cores, and is kept for the next run. The order of
-recipes shows on it; their exact numbers belong to it alone.
+It needs no network and two to three minutes on two cores, and is kept for the next run. The order
+of recipes shows on it; their exact numbers belong to it alone.
 """
 
 import dataclasses

@@ -37,7 +37,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import common, shapes, study
-from model import hf, presets
+from model import hf, kv_cache, presets
 from model.compress import pipeline
 from model.compress import recipe as recipe_module
 from model.compress.recipe import Recipe
@@ -60,6 +60,9 @@ PEERS = flags.DEFINE_multi_string('peer', [], 'A command to time in every round;
 PROMPT = flags.DEFINE_integer('prompt', 512, 'Tokens of the prompt.', lower_bound=1)
 TOKENS = flags.DEFINE_integer('tokens', 64, 'Tokens to decode a round.', lower_bound=1)
 BATCHES = flags.DEFINE_list('batches', ['1'], 'Numbers of rows.')
+KV_CACHE = flags.DEFINE_enum(
+  'kv_cache', 'bf16', list(kv_cache.FORMATS), 'How keys and values of past tokens are kept.'
+)
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Interleaved rounds.', lower_bound=timing.MIN_ROUNDS)
 OUTPUT = flags.DEFINE_string('output', None, 'A .jsonl file to append records to.')
 FIGURE = flags.DEFINE_string('figure', None, 'A PNG of tokens a second over the batch.')
@@ -153,9 +156,16 @@ def _subject(name, model, setting, batch) -> Subject:
   ready = prepare(model)
   stored = {path: param.get_value() for path, param in parameters(ready).items()}
   context = setting.prompt + setting.tokens // 2
-  one_row = cost.decode_bytes_per_token(model.config, stored, context, model.dtype)
-  cache = cost.kv_cache_bytes(model.config, context, model.dtype)
-  own = bench.prepare(ready, batch=batch, prompt_length=setting.prompt, steps=setting.tokens)
+  held = (context, model.dtype, KV_CACHE.value)
+  one_row = cost.decode_bytes_per_token(model.config, stored, *held)
+  cache = cost.kv_cache_bytes(model.config, *held)
+  own = bench.prepare(
+    ready,
+    batch=batch,
+    prompt_length=setting.prompt,
+    steps=setting.tokens,
+    cache_format=KV_CACHE.value,
+  )
   return Subject(
     recipe=name,
     batch=batch,
@@ -275,6 +285,7 @@ def _config(setting) -> dict:
     'tied': setting.base.config.tied,
     'prompt': setting.prompt,
     'tokens': setting.tokens,
+    'kv_cache': KV_CACHE.value,
   }
 
 

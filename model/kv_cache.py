@@ -5,6 +5,7 @@ sees only slots up to its own position, so what lies beyond a row's end is never
 slots are overwritten when the row gets there.
 
   float        as they come, in the dtype asked for
+  bf16         bfloat16, whatever the model computes in
   int8, int4   `model.kv_quantized`
 
 Another way to store a cache is another class with the same method, and a row of `FORMATS`.
@@ -21,7 +22,7 @@ from model import kv_rows
 from model.config import LayerConfig, ModelConfig
 from model.kv_quantized import Int4Cache, Int8Cache
 
-CacheFormat = Literal['float', 'int8', 'int4']
+CacheFormat = Literal['float', 'bf16', 'int8', 'int4']
 
 
 class KVCache(Protocol):
@@ -38,7 +39,8 @@ class KVCache(Protocol):
 
     Row b is written from slot positions_BT[b, 0] on, where it ended or anywhere before; the caller
     sees to it that it fits. Padding follows a row's own tokens and repeats their last position.
-    Keys and values are [B, S, K, H] each, S the capacity, in the dtype of the new ones.
+    Keys and values are [B, S, K, H] each, S the capacity, in the dtype of the new ones, or that of
+    the cache where it holds floating numbers: attention widens them as it reads.
     """
 
 
@@ -66,10 +68,19 @@ class FloatCache:
     kv_rows.check(k_BTKH, self.capacity)
     k_BSKH = kv_rows.write(self.k_BSKH, k_BTKH, positions_BT[:, 0])
     v_BSKH = kv_rows.write(self.v_BSKH, v_BTKH, positions_BT[:, 0])
-    return FloatCache(k_BSKH, v_BSKH), k_BSKH.astype(k_BTKH.dtype), v_BSKH.astype(v_BTKH.dtype)
+    return FloatCache(k_BSKH, v_BSKH), k_BSKH, v_BSKH
 
 
-FORMATS = {'float': FloatCache, 'int8': Int8Cache, 'int4': Int4Cache}
+class Bf16Cache:
+  """A `FloatCache` that holds bfloat16 for a model of any dtype."""
+
+  @staticmethod
+  def empty(layer: LayerConfig, batch: int, capacity: int, dtype) -> FloatCache:
+    del dtype
+    return FloatCache.empty(layer, batch, capacity, jnp.bfloat16)
+
+
+FORMATS = {'float': FloatCache, 'bf16': Bf16Cache, 'int8': Int8Cache, 'int4': Int4Cache}
 
 
 def init(

@@ -44,9 +44,10 @@ def attention(
   """Averages the values that each query sees, by the softmax of scale * <query, key>.
 
   A score s becomes softcap * tanh(s / softcap) before it is masked; `sinks_N` is not capped. A
-  query that sees no key gives zeros, and zero gradients. `impl` is 'reference' for the readable
-  form, 'cudnn' or 'native' to insist on a kernel, and 'auto' for what `pick` names on the platform
-  that the program is lowered for. Returns [B, T, N, H] in the dtype of q.
+  query that sees no key gives zeros, and zero gradients. Queries and keys of different dtypes, as a
+  cache may have, meet in the wider one. `impl` is 'reference' for the readable form, 'cudnn' or
+  'native' to insist on a kernel, and 'auto' for what `pick` names on the platform that the program
+  is lowered for. Returns [B, T, N, H] in the dtype of q.
 
   Raises:
     ValueError: shapes that do not fit, or a kernel where it does not apply (the message says why).
@@ -155,7 +156,9 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, *, scale, softcap):
   # times fewer numbers. XLA still copies K and V to have their heads in front: the forms that
   # avoid it (one block-diagonal product, sums of elementwise products) were no faster at T=1,
   # where the native form is.
-  q_BKGTH = rearrange(q_BTNH, 'B T (K G) H -> B K G T H', K=k_BSKH.shape[2])
+  dtype = jnp.promote_types(q_BTNH.dtype, k_BSKH.dtype)
+  k_BSKH, v_BSKH = k_BSKH.astype(dtype), v_BSKH.astype(dtype)
+  q_BKGTH = rearrange(q_BTNH.astype(dtype), 'B T (K G) H -> B K G T H', K=k_BSKH.shape[2])
   scores_BKGTS = scale * jnp.einsum(
     'BKGTH,BSKH->BKGTS', q_BKGTH, k_BSKH, preferred_element_type=jnp.float32
   )

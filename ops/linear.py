@@ -13,7 +13,7 @@ That is all that saving, sharding and the contract tests need to know of it.
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,10 @@ class Weight(abc.ABC):
   # True for a type that changes the inputs and multiplies them with its field `weight`. What is
   # calibrated and compressed is that inner weight, on the inputs that it meets; see `core`.
   transforms_input = False
+
+  # The field with the weight that takes the product over, for a type that adds to it: it changes or
+  # rounds the inputs, or corrects the result. What packs weights for a platform packs that one.
+  passes_to: ClassVar[str | None] = None
 
   @property
   @abc.abstractmethod
@@ -65,7 +69,7 @@ class Weight(abc.ABC):
 
   def kernel(self, platform: str) -> str | None:
     """Names what makes `matmul` fast on 'cpu', 'gpu' or 'tpu', or None if nothing does."""
-    return None
+    return None if self.passes_to is None else kernel(getattr(self, self.passes_to), platform)
 
   @property
   def nbytes(self) -> int:
@@ -151,6 +155,16 @@ def with_core(w: Matrix, new: Matrix) -> Matrix:
   if isinstance(w, Weight) and w.transforms_input:
     return dataclasses.replace(w, weight=with_core(w.weight, new))
   return new
+
+
+def map_inner(fn: Callable[[Matrix], Matrix], w: Matrix) -> Matrix:
+  """Applies `fn` to the weight that takes the product over inside `w`: at last, `w` itself."""
+  field = w.passes_to if isinstance(w, Weight) else None
+  if field is None:
+    return fn(w)
+  inner = getattr(w, field)
+  new = map_inner(fn, inner)
+  return w if new is inner else dataclasses.replace(w, **{field: new})
 
 
 def kernel(w: Matrix, platform: str) -> str | None:

@@ -23,6 +23,8 @@ class LoraTensor(Weight):
   b_RO: jax.Array = array('RO')
   scale: float
 
+  passes_to = 'base'
+
   @property
   def shape(self):
     return self.base.shape

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ops.linear import Matrix, Weight, array, dense, kernel, map_values, matmul, weight_type
+from ops.linear import Matrix, Weight, array, dense, map_values, matmul, weight_type
 
 LARGEST_FACTOR = 64  # wide enough for a matrix unit, narrow enough to save work
 
@@ -76,6 +76,7 @@ class RotatedTensor(Weight):
   inner: int
 
   transforms_input = True
+  passes_to = 'weight'
 
   @property
   def shape(self):
@@ -91,9 +92,6 @@ class RotatedTensor(Weight):
 
   def matmul(self, x):
     return matmul(rotate(x.astype(jnp.float32), inner=self.inner).astype(x.dtype), self.weight)
-
-  def kernel(self, platform):
-    return kernel(self.weight, platform)
 
   def map_values(self, fn):
     return dataclasses.replace(self, weight=map_values(fn, self.weight))

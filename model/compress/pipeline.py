@@ -272,6 +272,6 @@ def describe(w: Matrix) -> str:
     for field in dataclasses.fields(w)
     if 'axes' not in field.metadata and isinstance(value := getattr(w, field.name), str | int)
   ]
-  inner = w.weight if w.transforms_input else getattr(w, 'values', None)
+  inner = getattr(w, w.passes_to or 'values', None)
   nested = f' of {describe(inner)}' if isinstance(inner, Weight) else ''
   return f'{type(w).__name__} {" ".join(static)}{nested}'

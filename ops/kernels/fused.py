@@ -22,11 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from ops import packing
-from ops.activations import ActivationQuantized
 from ops.kernels.gpu import quantized_matmul as gpu
 from ops.kernels.tpu import quantized_matmul as tpu
-from ops.linear import Matrix, Weight, array, dense, matmul, weight_type
-from ops.lora import LoraTensor
+from ops.linear import Matrix, Weight, array, dense, map_inner, matmul, weight_type
 from ops.quantized import FORMATS, NF4_CODEBOOK, UNMEASURED, QuantizedTensor, native
 
 Platform = Literal['tpu', 'gpu']
@@ -148,24 +146,16 @@ def pack(w: Matrix, platform: Platform, *, one_device: bool = True) -> Matrix:
   """
   if len(w.shape) != 2:
     return w
-  inside = _inside(w)
-  if inside:
-    inner = getattr(w, inside)
-    new = pack(inner, platform, one_device=one_device)
-    return w if new is inner else dataclasses.replace(w, **{inside: new})
+  return map_inner(functools.partial(_pack_inner, platform=platform, one_device=one_device), w)
+
+
+def _pack_inner(w: Matrix, platform: Platform, one_device: bool) -> Matrix:
   if not isinstance(w, QuantizedTensor):
     return w
   if one_device and KERNELS[platform].takes(w):
     return _fused(w, platform)
   uniform = platform == 'tpu' and w.packed and FORMATS[w.format].integer
   return _native(w) if uniform else w
-
-
-def _inside(w: Matrix) -> str | None:
-  """The field with the weight that a type multiplies by in the end, if it is not itself."""
-  if isinstance(w, Weight) and w.transforms_input:
-    return 'weight'
-  return {LoraTensor: 'base', ActivationQuantized: 'values'}.get(type(w))
 
 
 @functools.partial(jax.jit, static_argnames='platform')

@@ -49,8 +49,8 @@ def test_it_stores_and_gives_the_dtypes_asked_for(rng):
   new = _filled(rng, 1, 4, 1, 2)
   cache, k, v = cache.update(new, new, _positions([0], 4))
   assert cache.k_BSKH.dtype == cache.v_BSKH.dtype == jnp.bfloat16
-  assert k.dtype == v.dtype == jnp.float32
-  np.testing.assert_array_equal(k, new.astype(jnp.bfloat16).astype(jnp.float32))
+  assert k.dtype == v.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(k, new.astype(jnp.bfloat16))
   np.testing.assert_array_equal(v, k)
 
 
@@ -76,7 +76,7 @@ def test_it_is_donated_in_place(rng):
   assert cache.k_BSKH.is_deleted()
 
 
-@pytest.mark.parametrize('format, capacity', [('float', 4), ('int8', 4), ('int4', 32)])
+@pytest.mark.parametrize('format, capacity', [('float', 4), ('bf16', 4), ('int8', 4), ('int4', 32)])
 def test_more_tokens_than_slots_are_refused(rng, format, capacity):
   (cache, *_) = kv_cache.init(presets.preset('tiny-llama'), 1, 4, format=format)
   heads = presets.preset('tiny-llama').layers[0]
@@ -86,5 +86,5 @@ def test_more_tokens_than_slots_are_refused(rng, format, capacity):
 
 
 def test_an_unknown_format_is_refused():
-  with pytest.raises(ValueError, match='the formats are float, int8, int4'):
+  with pytest.raises(ValueError, match='the formats are float, bf16, int8, int4'):
     kv_cache.init(presets.preset('tiny-llama'), 1, 4, format='int3')

@@ -315,3 +315,16 @@ def test_bad_input_is_refused(rng):
   with pytest.raises(ValueError, match='needs T = S, not 7 and 6'):
     mask = AttentionMask(positions, positions[:, :6], contiguous=True)
     call(q, k[:, :6], v[:, :6], mask)
+
+
+@pytest.mark.parametrize('impl', ['auto', 'reference'])
+@pytest.mark.parametrize('queries', [7, 12])
+def test_queries_and_keys_of_different_dtypes_meet_in_the_wider_one(rng, impl, queries):
+  arrays, mask = qkv(rng, queries=queries, keys=queries), masks.causal(2, queries)
+  rounded = [a.astype(jnp.bfloat16) for a in arrays]
+  for dtype, q, keys in ((jnp.float32, arrays[0], rounded), (jnp.bfloat16, rounded[0], arrays)):
+    y = attention.attention(q, *keys[1:], mask, scale=SCALE, impl=impl)
+    assert y.dtype == dtype
+    expected = loops(q, *keys[1:], mask, scale=SCALE)
+    tolerance = 1e-5 if dtype == jnp.float32 else BFLOAT16 * np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=tolerance)

@@ -26,15 +26,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ops.activations import ActivationQuantized
 from ops.kernels import cpu
-from ops.linear import Matrix, Weight, array, dense, weight_type
-from ops.lora import LoraTensor
+from ops.linear import Matrix, Weight, array, dense, map_inner, weight_type
 from ops.quantized import FORMATS, NF4_CODEBOOK, QuantizedTensor
 from ops.sparse import SparseTensor
 
 Activations = Literal['int8', 'float']
 
 TILE = 32  # outputs
+# Codes of 2 and 3 bits take 4 in memory, as they would have to be taken apart in every product.
+LAYOUTS = {'int2': 'int4', 'int3': 'int4'}
 FORMAT_NUMBERS = {'int8': 0, 'int4': 1, 'nf4': 2, 'bfloat16': 3, 'float16': 4, 'fp8_e4m3': 5}
 STEPS = {'int8': 4, 'int4': 4, 'nf4': 4, 'bfloat16': 2, 'float16': 1, 'fp8_e4m3': 1}
 SPARSE_NUMBERS = {'int8': 6, 'int4': 7, 'bfloat16': 8}
@@ -156,15 +158,22 @@ class PackedTensor(Weight):
 def pack(w: Matrix, activations: Activations = 'int8') -> Matrix:
   """Lays out a weight for the native products, or returns it as it is where there is none for it.
 
-  There are products for half-precision arrays, for int8, int4, NF4 and fp8 (groups of a multiple
-  of 16 inputs, or whole columns; integer zero points), for 2:4 matrices of bf16 and of symmetric
-  int8 and int4, and for these under a low-rank correction.
+  There are products for half-precision arrays, for int8, int4, int3, int2, NF4 and fp8 (groups of a
+  multiple of 16 inputs, or whole columns; integer zero points), for 2:4 matrices of bf16 and of
+  symmetric integers, and for these inside weights that rotate or round their inputs or add a
+  low-rank correction. 2 and 3 bits become 4 in memory.
   """
   if not cpu.available():
     return w
-  if isinstance(w, LoraTensor):
-    return dataclasses.replace(w, base=pack(w.base, activations))
-  return encode(w, activations) if can_pack(w) else w
+  # What is rounded already is codes that have to stay as they are.
+  form = 'float' if _rounds_inputs(w) else activations
+  return map_inner(lambda inner: encode(inner, form) if can_pack(inner) else inner, w)
+
+
+def _rounds_inputs(w: Matrix) -> bool:
+  while isinstance(w, Weight) and w.passes_to and not isinstance(w, ActivationQuantized):
+    w = getattr(w, w.passes_to)
+  return isinstance(w, ActivationQuantized)
 
 
 def can_pack(w: Matrix) -> bool:
@@ -174,14 +183,14 @@ def can_pack(w: Matrix) -> bool:
   if isinstance(w, SparseTensor):
     return (w.n, w.m) == (2, 4) and _can_pack_kept(w.values)
   if isinstance(w, QuantizedTensor):
-    known = w.format in FORMAT_NUMBERS and (w.zeros is None or w.zeros.dtype == jnp.uint8)
+    known = _layout(w) in FORMAT_NUMBERS and (w.zeros is None or w.zeros.dtype == jnp.uint8)
     return known and (w.group_size == w.inputs or w.group_size % GROUP_MULTIPLE == 0)
   return not isinstance(w, Weight) and w.dtype in (jnp.bfloat16, jnp.float16)
 
 
 def _can_pack_kept(w: Matrix) -> bool:
   if isinstance(w, QuantizedTensor):
-    return can_pack(w) and w.format in SPARSE_NUMBERS and w.zeros is None
+    return can_pack(w) and _layout(w) in SPARSE_NUMBERS and w.zeros is None
   return not isinstance(w, Weight) and w.dtype == jnp.bfloat16
 
 
@@ -195,19 +204,19 @@ def encode(w: Matrix, activations: Activations = 'int8') -> PackedTensor:
     name = str(w.dtype)
     values = _to_tiles(w, STEPS[name])
     return PackedTensor(values, None, None, None, name, inputs, outputs, 'float', w.dtype)
-  signed = w.zeros is None
+  signed, layout = w.zeros is None, _layout(w)
   codes_IO, zeros = w.values, w.zeros
-  if w.format == 'int8':
+  if layout == 'int8':
     codes_IO = _offset(codes_IO) if signed else codes_IO.astype(jnp.uint8)
-  if FORMATS[w.format].bits == 4:
+  if FORMATS[layout].bits == 4:
     codes_IO = _nibbles(w)
-  values = _to_tiles(codes_IO, STEPS[w.format])
-  if FORMATS[w.format].bits == 4:
+  values = _to_tiles(codes_IO, STEPS[layout])
+  if FORMATS[layout].bits == 4:
     values = _join_halves(values)
   scales = _to_groups(dense(w.scales))
   zeros = None if signed else _to_groups(zeros)
-  form = activations if FORMATS[w.format].bits == 4 or w.format == 'int8' else 'float'
-  return PackedTensor(values, None, scales, zeros, w.format, inputs, outputs, form, w.dtype)
+  form = activations if FORMATS[layout].bits == 4 or layout == 'int8' else 'float'
+  return PackedTensor(values, None, scales, zeros, layout, inputs, outputs, form, w.dtype)
 
 
 def _encode_sparse(w: SparseTensor, activations) -> PackedTensor:
@@ -224,7 +233,7 @@ def _encode_sparse(w: SparseTensor, activations) -> PackedTensor:
     values = _join_halves(_to_tiles(_nibbles(kept) ^ 8, w.n))
   scales = _to_groups(dense(kept.scales))
   return PackedTensor(
-    values, places, scales, None, kept.format, inputs, outputs, activations, kept.dtype
+    values, places, scales, None, _layout(kept), inputs, outputs, activations, kept.dtype
   )
 
 
@@ -307,9 +316,13 @@ def _offset(codes_IO):
   return jax.lax.bitcast_convert_type(codes_IO, jnp.uint8) ^ 0x80
 
 
+def _layout(w: QuantizedTensor) -> str:
+  return LAYOUTS.get(w.format, w.format)
+
+
 def _nibbles(w: QuantizedTensor):
-  both = jnp.stack([w.values & 15, w.values >> 4], axis=1)
-  return both.reshape(-1, both.shape[-1])[: w.inputs]
+  missing = 8 - 2 ** (FORMATS[w.format].bits - 1)  # of what was added to a signed code
+  return w.stored_codes() + jnp.uint8(missing if w.zeros is None else 0)
 
 
 def _to_tiles(a_IO, step: int):

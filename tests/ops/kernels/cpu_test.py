@@ -1,5 +1,6 @@
 """The native products against numpy: every format, instruction set, shape and number of rows."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import linear, lora, quantized, sparse
+from ops import linear, lora, quantized, rotated, sparse
+from ops.activations import quantize_activations
 from ops.kernels import cpu
 from ops.kernels.cpu import packed
 
@@ -50,6 +52,9 @@ FORMATS = {
   'int4 g192': _quantize('int4', group_size=192),
   'int4 column': _quantize('int4', group_size=-1),
   'int4 asymmetric': _quantize('int4', group_size=64, symmetric=False),
+  'int3': _quantize('int3', group_size=64),
+  'int3 asymmetric': _quantize('int3', group_size=64, symmetric=False),
+  'int2': _quantize('int2', group_size=64),
   'nf4': _quantize('nf4', group_size=64),
   'nf4 double': _quantize('nf4', group_size=64, double=True),
   'fp8': _quantize('fp8_e4m3'),
@@ -60,6 +65,7 @@ FORMATS = {
   '2:4 int8 g32': _two_of_four(_quantize('int8', group_size=32)),
   '2:4 int4 column': _two_of_four(_quantize('int4', group_size=-1)),
   '2:4 int4 g32': _two_of_four(_quantize('int4', group_size=32)),
+  '2:4 int3 g32': _two_of_four(_quantize('int3', group_size=32)),
 }
 WHOLE_COLUMN = ['int8', 'int4 column', 'fp8', 'bf16', 'f16']  # any number of inputs
 TWO_OF_FOUR = ['2:4 bf16', '2:4 int8', '2:4 int4 column']  # any multiple of 4
@@ -343,3 +349,24 @@ def test_one_call_for_the_products_of_one_form():
   gradient = jax.grad(lambda x: sum(y.sum() for y in linear.matmuls(x, weights)))(x)
   expected = sum(_float64(w.dense()).sum(1) for w in weights)
   np.testing.assert_allclose(gradient, np.broadcast_to(expected, x.shape), rtol=1e-4, atol=1e-3)
+
+
+@native
+@pytest.mark.parametrize('format', ['int8', 'int4 column', 'bf16', '2:4 int8'])
+@pytest.mark.parametrize('bits', [8, 4])
+def test_weights_that_round_their_inputs_multiply_their_codes_exactly(format, bits):
+  x, w = _rows(5), _weight(format)
+  for wrap in (lambda w: w, functools.partial(rotated.RotatedTensor, inner=1)):
+    slow = wrap(quantize_activations(w, bits))
+    fast = packed.pack(slow)
+    assert packed.pack(fast) is fast
+    assert linear.kernel(fast, 'cpu').startswith('native') and fast.dtype == slow.dtype
+    tolerance = 1e-5 * float(jnp.abs(x).max() * jnp.abs(linear.dense(w)).sum(0).max())
+    np.testing.assert_allclose(linear.matmul(x, fast), linear.matmul(x, slow), atol=tolerance)
+
+
+@native
+def test_a_weight_under_a_correction_has_its_kernel():
+  w = lora.attach(_weight('int4 g64'), 2, alpha=2.0, key=jax.random.key(0))
+  assert linear.kernel(w, 'cpu') is None
+  assert linear.kernel(packed.pack(w), 'cpu').startswith('native')

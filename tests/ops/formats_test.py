@@ -1,0 +1,80 @@
+"""Clipped ranges against all ranges of the grid, tried in float64 numpy."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from ops.quantized import FORMATS, quantize
+
+TIE = 1e-5  # float32 errors against float64 ones
+jitted = jax.jit(quantize, static_argnames=('format', 'group_size', 'symmetric', 'clip'))
+
+
+def _errors(q, w_IO, norm=2.4):
+  """The sum of the errors' powers, of each group: float64 [J, O]."""
+  moved = np.abs(np.asarray(q.dense(), np.float64) - np.asarray(w_IO, np.float64))
+  return (moved.reshape(-1, q.group_size, w_IO.shape[1]) ** norm).sum(1)
+
+
+@pytest.mark.parametrize('name', FORMATS)
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_clipping_loses_no_more_in_any_group(rng, name, symmetric):
+  if not symmetric and not FORMATS[name].integer:
+    pytest.skip('these formats have no zero points')
+  w_IO = jnp.asarray(rng.standard_t(3, size=(128, 24)), jnp.float32)
+  whole, clipped = (
+    jitted(w_IO, name, group_size=32, symmetric=symmetric, clip=clip) for clip in ('none', 'mse')
+  )
+  before, after = _errors(whole, w_IO), _errors(clipped, w_IO)
+  assert np.all(after <= before * (1 + TIE))
+  if FORMATS[name].bits <= 4:
+    assert after.sum() < 0.95 * before.sum()
+  kept = np.all(np.asarray(whole.scales == clipped.scales), 0)
+  np.testing.assert_array_equal(whole.dense()[:, kept], clipped.dense()[:, kept])
+
+
+def _clipped(w_g, symmetric, bits):
+  """The range, of 81, that loses least: by trying them in float64, as (scale, zero)."""
+  low, high = min(w_g.min(), 0), max(w_g.max(), 0)
+  low, high = (-max(high, -low), max(high, -low)) if symmetric else (low, high)
+  found = []
+  for share in 1 - np.arange(81) / 100:
+    scale = np.float64(np.float32(share * (high - low) / (2**bits - 1)).astype(ml_dtypes.bfloat16))
+    zero = np.clip(np.rint(-share * low / scale), 0, 2**bits - 1)
+    least = -(2 ** (bits - 1)) if symmetric else -zero
+    codes = np.clip(np.rint(w_g / scale), least, least + 2**bits - 1)
+    found.append((np.sum(np.abs(codes * scale - w_g) ** 2.4), scale, zero))
+  return min(found, key=lambda f: f[0])
+
+
+@pytest.mark.parametrize('symmetric', [True, False])
+@pytest.mark.parametrize('name', ['int4', 'int3'])
+def test_the_clipped_range_is_the_best_of_the_grid(rng, name, symmetric):
+  w_IO = rng.standard_t(4, size=(64, 12)).astype(np.float32)
+  q = jitted(jnp.asarray(w_IO), name, group_size=32, symmetric=symmetric, clip='mse')
+  actual = _errors(q, w_IO)
+  same = 0
+  for j, o in np.ndindex(actual.shape):
+    group = w_IO[j * 32 : (j + 1) * 32, o].astype(np.float64)
+    error, scale, zero = _clipped(group, symmetric, FORMATS[name].bits)
+    np.testing.assert_allclose(actual[j, o], error, rtol=1e-3)
+    same += scale == float(q.scales[j, o]) and (symmetric or zero == int(q.zeros[j, o]))
+  assert same >= actual.size - 1  # two ranges may be as good as equal
+
+
+def test_a_range_that_fits_is_not_clipped():
+  w_IO = jnp.arange(-8.0, 8).reshape(16, 1)
+  q = jitted(w_IO, 'int4', group_size=-1, symmetric=False, clip='mse')
+  assert q.scales.tolist() == [[1.0]] and q.zeros.tolist() == [[8]]
+  np.testing.assert_array_equal(q.dense(), w_IO)
+
+
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_clipping_does_not_depend_on_the_unit(rng, symmetric):
+  w_IO = jnp.asarray(rng.standard_t(3, size=(64, 8)), jnp.float32)
+  one = jitted(w_IO, 'int3', group_size=32, symmetric=symmetric, clip='mse')
+  for factor in (2.0**-70, 2.0**60):
+    other = jitted(factor * w_IO, 'int3', group_size=32, symmetric=symmetric, clip='mse')
+    np.testing.assert_array_equal(one.values, other.values)
