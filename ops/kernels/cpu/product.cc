@@ -121,6 +121,13 @@ void run_tiles(const Call& call, Kernel kernel, const Rows& x, Range rows, Range
   }
 }
 
+// Parts are claimed in turn. So that a thread that keeps its place in the turn reads on where it
+// ended, and what it prefetched is its own, the n-th claims of all threads are far apart.
+int64_t in_streams(int64_t claim, int64_t parts, int64_t threads) {
+  if (parts % threads) return claim;
+  return claim % threads * (parts / threads) + claim / threads;
+}
+
 }  // namespace
 
 bool multiply(const Call& call, Workers& workers) {
@@ -154,7 +161,7 @@ bool multiply(const Call& call, Workers& workers) {
   const int64_t row_parts = tiles.count >= threads * 2 ? 1 : (m + kRowChunk - 1) / kRowChunk;
   const int64_t tile_parts = std::min(tiles.count, threads == 1 ? 1 : threads * kPartsPerThread);
   workers.run(row_parts * tile_parts, threads, [&](int64_t i) {
-    const int64_t r = i / tile_parts, t = i % tile_parts;
+    const int64_t r = i / tile_parts, t = in_streams(i % tile_parts, tile_parts, threads);
     const Range rows = {m * r / row_parts, m * (r + 1) / row_parts};
     const Range range = {tiles.count * t / tile_parts, tiles.count * (t + 1) / tile_parts};
     run_tiles(call, kernel, p.rows, rows, range);
