@@ -99,7 +99,8 @@ def decoding(path: pathlib.Path) -> str:
   own = rows[0].config
   lines.append(
     f'\n{own["model"]}{"" if own["tied"] else " with a head of its own"}, random weights, a prompt '
-    f'of {own["prompt"]} tokens, {rows[0].metrics["decode_tokens_per_s"].n} interleaved rounds on '
+    f'of {own["prompt"]} tokens, a {own["kv_cache"]} cache, '
+    f'{rows[0].metrics["decode_tokens_per_s"].n} interleaved rounds on '
     f'{_machine(rows[0])}, medians ± half an interquartile range; records with their command: '
     f'{_link(path)}.'
   )
