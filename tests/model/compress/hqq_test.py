@@ -54,12 +54,11 @@ def test_it_loses_less_than_rounding_to_nearest(w_IO):
 
 
 def test_what_has_no_native_product_is_left_to_xla(w_IO):
-  floating = _run(w_IO).weight
-  integers = quantized.quantize(w_IO, 'int4', group_size=64, symmetric=False)
-  assert packed.can_pack(integers)
-  for w in (floating, quantized.quantize(w_IO, 'int3'), quantized.quantize(w_IO, 'int2')):
-    assert not packed.can_pack(w)
-    assert packed.pack(w) is w
+  for format in ('int4', 'int3'):
+    floating = _run(w_IO, format=format).weight
+    assert floating.format == format and not packed.can_pack(floating)
+    assert packed.pack(floating) is floating
+    assert packed.can_pack(quantized.quantize(w_IO, format, group_size=64, symmetric=False))
 
 
 def test_pruned_weights_that_come_back_are_counted(w_IO):
