@@ -9,8 +9,8 @@ inputs saturate. A rounded input is off by at most half a step, amax / (2 * top)
 
 Where the weight has integer codes and one symmetric scale a column, int8 is multiplied by int8 and
 summed in int32, which is exact up to 133,000 inputs of 8 bits; 4-bit codes take the same way, as
-int8 numbers. Any other weight multiplies the codes of x as floating numbers, which costs a little
-more than no rounding at all.
+int8 numbers. Any other weight multiplies the codes of x as floating numbers, which costs more than
+no rounding at all.
 
 Gradients pass straight through the rounding, but not to inputs that saturate (Bengio et al. 2013,
 https://arxiv.org/abs/1308.3432). `linear.grouped_matmul` multiplies by `dense()` and does not

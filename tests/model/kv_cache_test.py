@@ -88,3 +88,12 @@ def test_more_tokens_than_slots_are_refused(rng, format, capacity):
 def test_an_unknown_format_is_refused():
   with pytest.raises(ValueError, match='the formats are float, bf16, int8, int4'):
     kv_cache.init(presets.preset('tiny-llama'), 1, 4, format='int3')
+
+
+def test_a_bf16_cache_is_bfloat16_whatever_the_model_computes_in(rng):
+  config = presets.preset('tiny-llama')
+  (cache, *_) = kv_cache.init(config, 1, 4, jnp.float32, 'bf16')
+  new = _filled(rng, 1, 4, config.layers[0].kv_heads, config.layers[0].head_width)
+  cache, k, _ = cache.update(new, new, _positions([0], 4))
+  assert cache.k_BSKH.dtype == cache.v_BSKH.dtype == k.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(k, new.astype(jnp.bfloat16))

@@ -14,7 +14,7 @@
 #include "target.h"
 #include "types.h"
 
-LISSOM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+LISSOM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")
 
 namespace lissom {
 namespace {
