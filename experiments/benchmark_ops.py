@@ -29,7 +29,7 @@ from experiments import common
 from model.eval import records, timing
 from ops import linear, quantized, sparse
 from ops.kernels import cpu
-from ops.kernels.cpu import packed
+from ops.kernels.cpu import layout
 
 
 def _two_of_four(w):
@@ -117,10 +117,10 @@ def _measure(case: Case, names) -> list[records.Record]:
     w = jax.jit(FORMATS[name])(w_IO)
     if XLA.value:
       calls[f'{name} xla'] = functools.partial(_product, x, w)
-    fast = packed.pack(w)
+    fast = layout.pack(w)
     if fast is not w:
       calls[f'{name} native'] = functools.partial(_product, x, fast)
-      exact = packed.pack(w, 'float')
+      exact = layout.pack(w, 'float')
       if fast.activations != 'float':
         calls[f'{name} native, float activations'] = functools.partial(_product, x, exact)
     weights[name] = fast

@@ -159,7 +159,7 @@ def _call(command):
 
 def _ours(work: pathlib.Path) -> None:
   """Runs one setting in this process, and writes what the peer writes."""
-  model, _ = hf.load_pretrained(work / 'model', dtype=jnp.float32)
+  model, _ = hf.load_pretrained(work / 'model', dtype=jnp.bfloat16)
   calibration_NT = np.load(work / 'calibration.npy')
   one = recipe_module.parse(json.loads((work / 'recipe.json').read_text()))
   start = time.perf_counter()

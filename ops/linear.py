@@ -176,6 +176,11 @@ def kernel(w: Matrix, platform: str) -> str | None:
   return None if half_on_cpu else f'XLA, {w.dtype}'
 
 
+def on_one_device(w: Matrix) -> bool:
+  """Whether all arrays of a weight are on one device, and the same."""
+  return len({d for leaf in jax.tree.leaves(w) for d in leaf.sharding.device_set}) <= 1
+
+
 def map_values(fn: Callable[[jax.Array], Matrix], w: Matrix) -> Matrix:
   """Applies `fn` to an array, or to the values inside a `Weight`."""
   return w.map_values(fn) if isinstance(w, Weight) else fn(w)

@@ -19,6 +19,7 @@ from model.compress import statistics
 from model.config import ModelConfig
 from model.layers import Block
 from model.transformer import Context, Transformer, linears, parameters
+from ops.kernels.cpu import layout
 from ops.linear import Matrix, core, with_core
 
 Batches = list[tuple[np.ndarray, np.ndarray]]  # (tokens_BT, x_BTD)
@@ -104,11 +105,13 @@ class Stream:
     layers = tuple(linears(block) if layers is None else layers)
     inputs = {layer: core(values[f'{layer}.weight']).shape[-2] for layer in layers}
     total = {layer: statistics.nothing(size, names) for layer, size in inputs.items()}
+    ready = _laid_out(block, values)
     for batch in self.batches:
-      total = _observe(function, layers, names, values, total, batch)
+      total = _observe(function, layers, names, ready, total, batch)
     finished = {layer: statistics.finish(total.pop(layer)) for layer in layers}
-    for layer, measured in finished.items():
-      if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(measured)):
+    finite = _are_finite(finished)
+    for layer in layers:
+      if not finite[layer]:
         path = f'{where}.{layer}'.strip('.')
         raise ValueError(f'the calibration inputs of {path} are not finite; check the weights')
     return finished
@@ -171,8 +174,19 @@ class Stream:
 
   def advance(self, block: Block) -> None:
     """Runs a block over the hidden states."""
+    function, values = split(self.config, block)
+    ready = _laid_out(block, values)
     for i, (tokens_BT, x_BTD) in enumerate(self.batches):
-      self.batches[i] = (tokens_BT, np.asarray(run(self.config, block, tokens_BT, x_BTD)))
+      self.batches[i] = (tokens_BT, np.asarray(_run(function, ready, tokens_BT, x_BTD)))
+
+
+def _laid_out(block: Block, values: Mapping[str, Matrix]) -> dict[str, Matrix]:
+  """The parameters with their matrices in the form that multiplies many rows fastest."""
+  ready = dict(values)
+  if jax.default_backend() == 'cpu':
+    for path in (f'{layer}.weight' for layer in linears(block)):
+      ready[path] = layout.pack_widened(values[path])
+  return ready
 
 
 def run(config: ModelConfig, block: Block, tokens_BT, x_BTD) -> jax.Array:
@@ -191,6 +205,12 @@ def _observe(function, layers, names, values, total, batch):
   function(watched, *batch)
   seen = {layer: statistics.measure(r.seen, names) for layer, r in recorders.items()}
   return {layer: statistics.merge(total[layer], raw) for layer, raw in seen.items()}
+
+
+@jax.jit
+def _are_finite(finished):
+  all_of = lambda tree: jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
+  return {layer: all_of(found).all() for layer, found in finished.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

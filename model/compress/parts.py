@@ -148,11 +148,17 @@ def _check_part(part, recipe):
 
 def _becomes(step, w):
   """What a step makes of a weight, on shapes alone."""
-  row = step.row
+  leaves, structure = jax.tree.flatten(w)
+  return _shapes_after(step.row, step.spec, structure, tuple(leaves))
+
+
+@functools.lru_cache(maxsize=1024)  # blocks are alike, and tracing a solver takes 30 ms
+def _shapes_after(row, spec, structure, leaves):
+  w = jax.tree.unflatten(structure, leaves)
   if row.scope == 'block':
-    return jax.eval_shape(functools.partial(row.becomes, spec=step.spec), w)
+    return jax.eval_shape(functools.partial(row.becomes, spec=spec), w)
   measured = statistics.abstract(w.shape[-2], row.statistics) if row.statistics else {}
   if row.plan:
     measured[PLAN] = jax.ShapeDtypeStruct((), np.float32)
-  after = jax.eval_shape(functools.partial(row, spec=step.spec), core(w), measured).weight
+  after = jax.eval_shape(functools.partial(row, spec=spec), core(w), measured).weight
   return with_core(w, after)

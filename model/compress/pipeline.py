@@ -212,13 +212,17 @@ def _apply_to_block(part, step, run):
     run.ledger.add(part.layer(path), step.technique, _starved(measured))
 
 
-def _starved(measured) -> dict[str, int]:
-  norm = measured.get('input_norm')
-  if norm is None and 'input_covariance' in measured:
-    norm = jnp.diagonal(measured['input_covariance'])
-  if norm is None:
+def _starved(measured) -> dict[str, jax.Array]:
+  if not {'input_norm', 'input_covariance'} & set(measured):
     return {}
-  return {'inputs that no calibration token used': int((norm == 0).sum())}
+  return {'inputs that no calibration token used': _unused(measured)}
+
+
+@jax.jit
+def _unused(measured):
+  norm = measured.get('input_norm')
+  norm = jnp.diagonal(measured['input_covariance']) if norm is None else norm
+  return (norm == 0).sum()
 
 
 def _note_head(model, run):

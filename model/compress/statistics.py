@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.linear import Matrix, Weight, dense, matmul
+from ops.solvers import hessian
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,27 +31,28 @@ def _add(a, b):
   return jax.tree.map(jnp.add, a, b)
 
 
-def _gram(x_TI):
-  # In full float32: what is inverted later must not be rounded to fewer bits by a matrix unit.
-  return jnp.matmul(x_TI.T, x_TI, precision=jax.lax.Precision.HIGHEST)
+def _float(x_TI):
+  return x_TI.astype(jnp.float32)
 
 
 STATISTICS: dict[str, Statistic] = {
   # The L2 norm of each input over all tokens, float32 [I].
-  'input_norm': Statistic(of=lambda x_TI: jnp.square(x_TI).sum(0), merge=_add, finish=jnp.sqrt),
+  'input_norm': Statistic(
+    of=lambda x_TI: jnp.square(_float(x_TI)).sum(0), merge=_add, finish=jnp.sqrt
+  ),
   # The mean of x xᵀ over all tokens, float32 [I, I]: half the Hessian of the squared output error.
   'input_covariance': Statistic(
-    of=lambda x_TI: (_gram(x_TI), jnp.float32(x_TI.shape[0])),
+    of=lambda x_TI: (hessian.gram(x_TI), jnp.float32(x_TI.shape[0])),
     merge=_add,
     finish=lambda total: total[0] / total[1],
   ),
   # The largest magnitude of each input, float32 [I].
   'input_absmax': Statistic(
-    of=lambda x_TI: jnp.abs(x_TI).max(0), merge=jnp.maximum, finish=lambda a: a
+    of=lambda x_TI: jnp.abs(_float(x_TI)).max(0), merge=jnp.maximum, finish=lambda a: a
   ),
   # The mean magnitude of each input, float32 [I].
   'input_absmean': Statistic(
-    of=lambda x_TI: (jnp.abs(x_TI).sum(0), jnp.float32(x_TI.shape[0])),
+    of=lambda x_TI: (jnp.abs(_float(x_TI)).sum(0), jnp.float32(x_TI.shape[0])),
     merge=_add,
     finish=lambda total: total[0] / total[1],
   ),
@@ -85,7 +87,7 @@ class Recorder(Weight):
 
 def measure(seen: list[jax.Array], names: tuple[str, ...]) -> dict[str, Any]:
   """The raw statistics of everything a recorder saw."""
-  tokens_TI = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in seen]).astype(jnp.float32)
+  tokens_TI = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in seen])
   return {name: STATISTICS[name].of(tokens_TI) for name in names}
 
 

@@ -4,8 +4,8 @@ import jax
 from flax import nnx
 
 from model.transformer import Transformer, linears
-from ops.kernels.cpu import packed
-from ops.linear import Matrix
+from ops.kernels.cpu import layout, packed
+from ops.linear import Matrix, on_one_device
 
 
 def prepare(model: Transformer, *, activations: packed.Activations = 'int8') -> Transformer:
@@ -33,14 +33,10 @@ def prepare(model: Transformer, *, activations: packed.Activations = 'int8') -> 
 
 
 def _pack(w: Matrix, activations: packed.Activations) -> Matrix:
-  platform, alone = jax.default_backend(), _on_one_device(w)
+  platform, alone = jax.default_backend(), on_one_device(w)
   if platform == 'cpu':
-    return packed.pack(w, activations) if alone else w
+    return layout.pack(w, activations) if alone else w
   # Imported here, for a CPU has no use for Pallas, and JAX means to remove a part of it.
   from ops.kernels import fused
 
   return fused.pack(w, platform, one_device=alone) if platform in fused.KERNELS else w
-
-
-def _on_one_device(w: Matrix) -> bool:
-  return all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves(w))

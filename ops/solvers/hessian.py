@@ -23,6 +23,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from ops.kernels import cpu
+from ops.kernels.cpu import layout, packed
+
 MOST_RAISES = 6
 
 
@@ -35,10 +38,10 @@ MOST_RAISES = 6
 class Factor:
   """R as the walk reads it, and what went wrong on the way, each a count in int32.
 
-  feedback_II: R_li / R_ii above the diagonal, else 0.  stiffness_I: R_ii, for the Hessian divided
-  by its mean diagonal.  raised: how often damping was multiplied by ten.  singular: 1 if that did
-  not help.  starved: 1 if the Hessian is zero.  deficient: 1 if its rank is, in float32, so that
-  only damping makes it invertible.
+  feedback_II: R_li / R_ii at [i, l] below the diagonal, else 0; so lies Rᵀ as LAPACK writes it, and
+  so it is read.  stiffness_I: R_ii, for the Hessian divided by its mean diagonal.  raised: how
+  often damping was multiplied by ten.  singular: 1 if that did not help.  starved: 1 if the Hessian
+  is zero.  deficient: 1 if its rank is, in float32, so that only damping makes it invertible.
 
   Of a singular or starved Hessian nothing is used: no feedback, and all inputs equally stiff.
   """
@@ -65,14 +68,30 @@ def factor(covariance_II: jax.Array, damping: float, order_I: jax.Array | None =
   damping = jnp.where(starved, 1, damping)
   damped = functools.partial(_damped, covariance_II, order_I[::-1], scale, damping)
   full_rank = _has_full_rank(covariance_II, scale)
-  raised = _raises(damped, full_rank)
-  root_II = damped(raised)[::-1, ::-1]
-  singular = ~jnp.isfinite(root_II).all()
+  raised, lower_II = _raise(damped, covariance_II)
+  root_II = lower_II.T[::-1, ::-1]  # Rᵀ
+  singular = ~_is_finite(root_II)
   usable = ~(singular | starved)
   stiffness_I = jnp.where(usable, jnp.diagonal(root_II), 1)
-  feedback_II = jnp.where(usable, jnp.triu(root_II / stiffness_I[None], 1), 0)
+  feedback_II = jnp.where(usable, jnp.tril(root_II / stiffness_I[:, None], -1), 0)
   flags = singular, starved, usable & ~full_rank
   return Factor(feedback_II, stiffness_I, raised, *(flag.astype(jnp.int32) for flag in flags))
+
+
+def gram(x_TI: jax.Array) -> jax.Array:
+  """xᵀ x of some tokens' inputs, the Hessian's raw form, float32 [I, I].
+
+  Sums are in float32, and of bfloat16 inputs so are the products, which are exact in it. Float32
+  inputs are not rounded to fewer bits by a matrix unit, for what is inverted must not be.
+  """
+  if x_TI.dtype != jnp.bfloat16:
+    x_TI = x_TI.astype(jnp.float32)
+    return jnp.matmul(x_TI.T, x_TI, precision=jax.lax.Precision.HIGHEST)
+  native = lambda x_TI: packed.product(x_TI.T, layout.encode(x_TI), dtype=jnp.float32)
+  through_xla = lambda x_TI: jnp.matmul(x_TI.T, x_TI, preferred_element_type=jnp.float32)
+  return jax.lax.platform_dependent(
+    x_TI, cpu=native if cpu.available() else through_xla, default=through_xla
+  )
 
 
 def mean_diagonal(covariance_II: jax.Array) -> jax.Array:
@@ -91,19 +110,15 @@ def _damped(covariance_II, order_I, scale, damping, raised):
   return _cholesky(hessian_II.at[rows, rows].add(damping * jnp.float32(10) ** raised))
 
 
-def _raises(damped, full_rank):
-  """How often damping must be raised; never where the rank is full.
-
-  Factors that are tried here are not kept, so that a matrix less is held in the usual case.
-  """
+def _raise(damped, like_II):
+  """Damps until there is a factor, or for the last time: how often that was raised, the factor."""
 
   def attempt(state):
-    raised = state[0] + 1
-    return raised, jnp.isfinite(damped(raised)).all()
+    raised, _ = state
+    return raised + 1, damped(raised + 1)
 
-  going_on = lambda state: (state[0] < MOST_RAISES) & ~state[1]
-  search = lambda: jax.lax.while_loop(going_on, attempt, (jnp.int32(-1), False))[0]
-  return jax.lax.cond(full_rank, lambda: jnp.int32(0), search)
+  going_on = lambda state: (state[0] < 0) | (state[0] < MOST_RAISES) & ~_is_finite(state[1])
+  return jax.lax.while_loop(going_on, attempt, (jnp.int32(-1), jnp.zeros_like(like_II)))
 
 
 def _has_full_rank(covariance_II, scale):
@@ -118,8 +133,14 @@ def _has_full_rank(covariance_II, scale):
   correlation_II = covariance_II / scale * inverse_I[:, None] * inverse_I[None]
   diagonal_II = jnp.eye(size, dtype=bool)
   correlation_II = jnp.where(diagonal_II, 1 - size * jnp.finfo(jnp.float32).eps, correlation_II)
-  return jnp.isfinite(_cholesky(correlation_II)).all()
+  return _is_finite(_cholesky(correlation_II))
 
 
 def _cholesky(matrix_II):
-  return jax.lax.linalg.cholesky(matrix_II, symmetrize_input=False)
+  """The lower factor. Of the symmetric matrix it is given the transpose, as LAPACK has columns."""
+  return jax.lax.linalg.cholesky(matrix_II.T, symmetrize_input=False)
+
+
+def _is_finite(factor_II):
+  """Whether a factor is: what is not finite in a row reaches its diagonal."""
+  return jnp.isfinite(jnp.diagonal(factor_II)).all()

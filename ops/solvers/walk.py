@@ -12,12 +12,12 @@ of a group, a mask of N in M) is decided on their weights as they stand at the f
 
 All are loops of XLA: what is compiled does not grow with the matrix.
 
-Two forms of the same triangle serve. With H = R Rᵀ and T = R / diag(R) above the diagonal, a weight
-that is reached is  w_i + sum T_li (w_l - q_l)  over all l before it. That holds for the next input
-only: those behind it have moved together, to  w_j - sum V_kj e_k,  where V = (1 + T)⁻¹ is GPTQ's
-U without its scale, and e_k is what rounding input k changed at the time. Blocks use T on those
-before them, for T is at hand and the changes are exact; within a block it is V, the inverse of a
-triangle of 128 inputs.
+Two forms of the same triangle serve. With H = R Rᵀ and T_il = R_li / R_ii below the diagonal, a
+weight that is reached is  w_i + sum T_il (w_l - q_l)  over all l before it. That holds for the next
+input only: those behind it have moved together, to  w_j - sum V_jk e_k,  where V = (1 + T)⁻¹ is
+GPTQ's Uᵀ without its scale, and e_k is what rounding input k changed at the time. Blocks use T on
+those before them, for T is at hand and the changes are exact; within a block it is V, the inverse
+of a triangle of 128 inputs.
 """
 
 import dataclasses
@@ -137,8 +137,8 @@ class Block:
 
   def current(self, error_IO: jax.Array, start, size: int) -> jax.Array:
     """Some inputs' weights as they stand when the walk has come to the first of them."""
-    columns = jax.lax.dynamic_slice_in_dim(self.inverse_II, start, size, axis=1)
-    return _rows(self.moved_IO, start, size) - _product(columns, error_IO)
+    pull_IO = _product(_rows(self.inverse_II, start, size), error_IO)
+    return _rows(self.moved_IO, start, size) - pull_IO
 
   def score(self, w_IO: jax.Array, start, size: int, rounded_IO=None) -> jax.Array:
     """What dropping weights costs, the square root of it: high is kept.
@@ -226,8 +226,8 @@ class Walk:
 
     def add(i, pull_IO):
       change_IO = _rows(self.original_IO, i * reach, reach) - _rows(w_IO, i * reach, reach)
-      columns = jax.lax.dynamic_slice(feedback_II, (i * reach, start), (reach, size))
-      return pull_IO + _product(columns, change_IO)
+      pulls_II = jax.lax.dynamic_slice(feedback_II, (start, i * reach), (size, reach))
+      return pull_IO + _product(pulls_II, change_IO)
 
     original_IO = _rows(self.original_IO, start, size)
     reaches = (start + reach - 1) // reach
@@ -323,12 +323,12 @@ def _write(a, rows, start):
 
 
 def _inverse(feedback_II):
-  """Of one plus a strictly upper triangle."""
+  """Of one plus a strictly lower triangle, through the transpose, as LAPACK has columns."""
   unit_II = jnp.eye(feedback_II.shape[0], dtype=feedback_II.dtype)
   solve = functools.partial(jax.lax.linalg.triangular_solve, lower=False, unit_diagonal=True)
-  return solve(feedback_II, unit_II, left_side=True)
+  return solve(feedback_II.T, unit_II, left_side=True).T
 
 
-def _product(columns_II, error_IO):
-  """Earlier inputs' errors, summed for each later input by its column: full float32 anywhere."""
-  return jnp.matmul(columns_II.T, error_IO, precision=jax.lax.Precision.HIGHEST)
+def _product(pulls_II, error_IO):
+  """Earlier inputs' errors, summed for each later input by its row: full float32 anywhere."""
+  return jnp.matmul(pulls_II, error_IO, precision=jax.lax.Precision.HIGHEST)

@@ -13,7 +13,7 @@ from flax import nnx
 from model import native, sharding
 from ops import activations, linear, lora, quantized, rotated, sparse
 from ops.kernels import fused
-from ops.kernels.cpu import packed
+from ops.kernels.cpu import layout
 from ops.linear import WEIGHT_TYPES, Weight
 
 INPUTS, OUTPUTS = 64, 32
@@ -64,7 +64,7 @@ EXAMPLES = {
   '2:4': _sparse(2, 4),
   '8:16': _sparse(8, 16),
   '2:4 of int8': _sparse(2, 4, _quantized('int8')),
-  'packed': lambda w_IO: packed.encode(_quantized('int4', group_size=16)(w_IO), 'float'),
+  'packed': lambda w_IO: layout.encode(_quantized('int4', group_size=16)(w_IO), 'float'),
   'fused': lambda w_IO: fused.pack(_quantized('int4', group_size=32)(w_IO), 'tpu'),
   'inputs': _activations(_quantized('int8')),
   'inputs static': _activations(_quantized('int4', group_size=-1), absmax=6),

@@ -1,8 +1,8 @@
-"""Weights laid out for the native products of the CPU, made once when a model is loaded.
+"""Weights laid out for the native products of the CPU, and those products.
 
-`pack` turns a weight into a `PackedTensor` of the same numbers. Its `matmul` reads the packed bytes
-once, from the first to the last, and never widens them in memory; on another platform, or without
-the library, it multiplies by `dense()`.
+A `PackedTensor` stands for the same numbers as the weight that `layout.pack` made it from. Its
+`matmul` reads the packed bytes once, from the first to the last, and never widens them in memory;
+on another platform, or without the library, it multiplies by `dense()`.
 
 Activations are rounded to int8 on the fly by default ('int8'), a scale for each block of up to 64
 inputs (`block_size`), and summed in int32: off by at most sum(|w|) * amax / 254 a block. 'float'
@@ -26,17 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ops.activations import ActivationQuantized
 from ops.kernels import cpu
-from ops.linear import Matrix, Weight, array, dense, map_inner, weight_type
-from ops.quantized import FORMATS, NF4_CODEBOOK, QuantizedTensor
-from ops.sparse import SparseTensor
+from ops.linear import Weight, array, weight_type
+from ops.quantized import NF4_CODEBOOK
 
 Activations = Literal['int8', 'float']
 
 TILE = 32  # outputs
-# Codes of 2 and 3 bits take 4 in memory, as they would have to be taken apart in every product.
-LAYOUTS = {'int2': 'int4', 'int3': 'int4'}
 FORMAT_NUMBERS = {'int8': 0, 'int4': 1, 'nf4': 2, 'bfloat16': 3, 'float16': 4, 'fp8_e4m3': 5}
 STEPS = {'int8': 4, 'int4': 4, 'nf4': 4, 'bfloat16': 2, 'float16': 1, 'fp8_e4m3': 1}
 SPARSE_NUMBERS = {'int8': 6, 'int4': 7, 'bfloat16': 8}
@@ -155,86 +151,17 @@ class PackedTensor(Weight):
     return jnp.repeat(groups_JO.astype(jnp.float32), self.inputs // self.groups, axis=0)
 
 
-def pack(w: Matrix, activations: Activations = 'int8') -> Matrix:
-  """Lays out a weight for the native products, or returns it as it is where there is none for it.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+  """How a product is run.
 
-  There are products for half-precision arrays, for int8, int4, int3, int2, NF4 and fp8 (groups of a
-  multiple of 16 inputs, or whole columns; integer zero points), for 2:4 matrices of bf16 and of
-  symmetric integers, and for these inside weights that rotate or round their inputs or add a
-  low-rank correction. 2 and 3 bits become 4 in memory.
+  dtype: of the result, float32 or bfloat16; None for that of x.  `instruction_set` and `threads`
+  are for tests: None and 0 take the best set and all threads.
   """
-  if not cpu.available():
-    return w
-  # What is rounded already is codes that have to stay as they are.
-  form = 'float' if _rounds_inputs(w) else activations
-  return map_inner(lambda inner: encode(inner, form) if can_pack(inner) else inner, w)
 
-
-def _rounds_inputs(w: Matrix) -> bool:
-  while isinstance(w, Weight) and w.passes_to and not isinstance(w, ActivationQuantized):
-    w = getattr(w, w.passes_to)
-  return isinstance(w, ActivationQuantized)
-
-
-def can_pack(w: Matrix) -> bool:
-  """Whether there is a layout for this weight."""
-  if len(w.shape) != 2:
-    return False
-  if isinstance(w, SparseTensor):
-    return (w.n, w.m) == (2, 4) and _can_pack_kept(w.values)
-  if isinstance(w, QuantizedTensor):
-    known = _layout(w) in FORMAT_NUMBERS and (w.zeros is None or w.zeros.dtype == jnp.uint8)
-    return known and (w.group_size == w.inputs or w.group_size % GROUP_MULTIPLE == 0)
-  return not isinstance(w, Weight) and w.dtype in (jnp.bfloat16, jnp.float16)
-
-
-def _can_pack_kept(w: Matrix) -> bool:
-  if isinstance(w, QuantizedTensor):
-    return can_pack(w) and _layout(w) in SPARSE_NUMBERS and w.zeros is None
-  return not isinstance(w, Weight) and w.dtype == jnp.bfloat16
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def encode(w: Matrix, activations: Activations = 'int8') -> PackedTensor:
-  """The packed form of a weight that `can_pack` accepts, whether or not there is a library."""
-  inputs, outputs = w.shape
-  if isinstance(w, SparseTensor):
-    return _encode_sparse(w, activations)
-  if not isinstance(w, QuantizedTensor):
-    name = str(w.dtype)
-    values = _to_tiles(w, STEPS[name])
-    return PackedTensor(values, None, None, None, name, inputs, outputs, 'float', w.dtype)
-  signed, layout = w.zeros is None, _layout(w)
-  codes_IO, zeros = w.values, w.zeros
-  if layout == 'int8':
-    codes_IO = _offset(codes_IO) if signed else codes_IO.astype(jnp.uint8)
-  if FORMATS[layout].bits == 4:
-    codes_IO = _nibbles(w)
-  values = _to_tiles(codes_IO, STEPS[layout])
-  if FORMATS[layout].bits == 4:
-    values = _join_halves(values)
-  scales = _to_groups(dense(w.scales))
-  zeros = None if signed else _to_groups(zeros)
-  form = activations if FORMATS[layout].bits == 4 or layout == 'int8' else 'float'
-  return PackedTensor(values, None, scales, zeros, layout, inputs, outputs, form, w.dtype)
-
-
-def _encode_sparse(w: SparseTensor, activations) -> PackedTensor:
-  inputs, outputs = w.shape
-  places, kept = _to_places(w), w.values
-  if not isinstance(kept, QuantizedTensor):
-    values = _to_tiles(kept, w.n)
-    return PackedTensor(
-      values, places, None, None, 'bfloat16', inputs, outputs, 'float', kept.dtype
-    )
-  if kept.format == 'int8':
-    values = _to_tiles(jax.lax.bitcast_convert_type(kept.values, jnp.uint8), w.n)
-  else:
-    values = _join_halves(_to_tiles(_nibbles(kept) ^ 8, w.n))
-  scales = _to_groups(dense(kept.scales))
-  return PackedTensor(
-    values, places, scales, None, _layout(kept), inputs, outputs, activations, kept.dtype
-  )
+  dtype: jnp.dtype | None = None
+  instruction_set: str | None = None
+  threads: int = 0
 
 
 def product(x: jax.Array, w: PackedTensor, **options) -> jax.Array:
@@ -243,51 +170,50 @@ def product(x: jax.Array, w: PackedTensor, **options) -> jax.Array:
 
 
 def joint_product(
-  x: jax.Array,
-  weights: Sequence[PackedTensor],
-  *,
-  instruction_set: str | None = None,
-  threads: int = 0,
+  x: jax.Array, weights: Sequence[PackedTensor], **options
 ) -> tuple[jax.Array, ...]:
   """Multiplies x[..., I] by up to `MOST_PRODUCTS` packed weights of one `form`, in one call.
 
   Their rows are laid out once, and threads are woken once. Returns [..., O] in the dtype of x for
-  each. `instruction_set` and `threads` are for tests: None and 0 take the best set and all threads.
+  each; for `options` see `Call`.
 
   Raises ValueError for an instruction set that is not usable on this machine.
   """
-  number = cpu.number(instruction_set)
+  call = Call(**options)
+  cpu.number(call.instruction_set)
+  return _products(call, x, tuple(weights))
+
+
+def _through_xla(call, x, weights):
+  multiply = functools.partial(jnp.matmul, preferred_element_type=call.dtype)
+  return tuple(multiply(x, w.dense().astype(x.dtype)) for w in weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _products(call, x, weights):
   if not cpu.available():
-    return _through_xla(x, weights)
-  return _products(number, threads, x, tuple(weights))
+    return _through_xla(call, x, weights)
+  native, through_xla = (functools.partial(f, call) for f in (_native, _through_xla))
+  return jax.lax.platform_dependent(x, weights, cpu=native, default=through_xla)
 
 
-def _through_xla(x, weights):
-  return tuple(jnp.matmul(x, w.dense().astype(x.dtype)) for w in weights)
+def _forward(call, x, weights):
+  return _products(call, x, weights), (weights, jnp.zeros((), x.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _products(instruction_set, threads, x, weights):
-  native = functools.partial(_native, instruction_set, threads)
-  return jax.lax.platform_dependent(x, weights, cpu=native, default=_through_xla)
-
-
-def _forward(instruction_set, threads, x, weights):
-  return _products(instruction_set, threads, x, weights), weights
-
-
-def _backward(instruction_set, threads, weights, y_bars):
+def _backward(call, saved, y_bars):
+  weights, like_x = saved
   terms = [jnp.matmul(y_bar, w.dense().astype(y_bar.dtype).T) for y_bar, w in zip(y_bars, weights)]
-  return functools.reduce(jnp.add, terms), None
+  return functools.reduce(jnp.add, terms).astype(like_x.dtype), None
 
 
 _products.defvjp(_forward, _backward)
 
 
-def _native(instruction_set, threads, x, weights):
+def _native(call, x, weights):
   dtype = x.dtype if x.dtype in (jnp.float32, jnp.bfloat16) else jnp.dtype(jnp.float32)
   rows, first = math.prod(x.shape[:-1]), weights[0]
-  results = [jax.ShapeDtypeStruct((rows, w.outputs), dtype) for w in weights]
+  results = [jax.ShapeDtypeStruct((rows, w.outputs), call.dtype or dtype) for w in weights]
   arrays = [
     (
       w.values,
@@ -304,45 +230,17 @@ def _native(instruction_set, threads, x, weights):
     formats=numbers(lambda w: (FORMAT_NUMBERS if w.places is None else SPARSE_NUMBERS)[w.format]),
     groups=numbers(lambda w: w.groups),
     inputs=np.int64(first.inputs),
-    instruction_set=instruction_set,
+    instruction_set=cpu.number(call.instruction_set),
     outputs=numbers(lambda w: w.outputs),
     quantize=np.int64(first.activations == 'int8'),
-    threads=np.int64(threads),
+    threads=np.int64(call.threads),
   )
-  return tuple(y.reshape(*x.shape[:-1], y.shape[-1]).astype(x.dtype) for y in products)
-
-
-def _offset(codes_IO):
-  return jax.lax.bitcast_convert_type(codes_IO, jnp.uint8) ^ 0x80
-
-
-def _layout(w: QuantizedTensor) -> str:
-  return LAYOUTS.get(w.format, w.format)
-
-
-def _nibbles(w: QuantizedTensor):
-  missing = 8 - 2 ** (FORMATS[w.format].bits - 1)  # of what was added to a signed code
-  return w.stored_codes() + jnp.uint8(missing if w.zeros is None else 0)
-
-
-def _to_tiles(a_IO, step: int):
-  inputs, outputs = a_IO.shape
-  filled = jnp.pad(a_IO, ((0, -inputs % step), (0, -outputs % TILE)))
-  return filled.reshape(-1, step, filled.shape[1] // TILE, TILE).transpose(2, 0, 3, 1)
+  wanted = call.dtype or x.dtype
+  return tuple(y.reshape(*x.shape[:-1], y.shape[-1]).astype(wanted) for y in products)
 
 
 def _from_tiles(tiles, outputs: int):
   return tiles.transpose(1, 3, 0, 2).reshape(-1, tiles.shape[0] * TILE)[:, :outputs]
-
-
-def _join_halves(tiles):
-  return tiles[:, :, : TILE // 2] | tiles[:, :, TILE // 2 :] << 4
-
-
-def _to_places(w: SparseTensor):
-  bits_IO = jnp.uint8(1) << w.positions()
-  four_IO = bits_IO.reshape(-1, w.n, bits_IO.shape[1]).sum(1, dtype=jnp.uint8)
-  return _join_halves(_to_tiles(four_IO, 1))[..., 0]
 
 
 def _spread_pairs(kept_IO, places):
@@ -354,8 +252,3 @@ def _spread_pairs(kept_IO, places):
   pairs = kept_IO.reshape(-1, 2, outputs)
   value = jnp.where(rank == 0, pairs[:, :1], pairs[:, 1:])
   return jnp.where(kept == 1, value, 0).reshape(-1, outputs)
-
-
-def _to_groups(a_JO):
-  filled = jnp.pad(a_JO, ((0, 0), (0, -a_JO.shape[1] % TILE)))
-  return filled.reshape(a_JO.shape[0], -1, TILE).transpose(1, 0, 2)

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from model.compress import calibrate, pipeline, recipe, registry, statistics
+from model.transformer import parameters
 
 NAMES = tuple(statistics.STATISTICS)
 # Two float32 forward passes that add in different orders.
@@ -220,6 +221,29 @@ def test_half_precision_activations_stay_so(tiny, tokens_NT):
   stream.advance(half.layers[0])
   assert all(x_BTD.dtype == jnp.bfloat16 for _, x_BTD in stream.batches)
   assert all(m['input_norm'].dtype == jnp.float32 for m in measured.values())
+
+
+def test_half_precision_blocks_are_observed_and_run_natively_to_the_same_numbers(
+  tiny, tokens_NT, monkeypatch
+):
+  half = tiny(layers=1)
+  half.dtype = jnp.dtype(jnp.bfloat16)
+  for param in parameters(half).values():
+    param.set_value(param.get_value().astype(jnp.bfloat16))
+  widened, found = [], []
+  for pack in (calibrate.layout.pack_widened, lambda w: widened.append(w) or w):
+    monkeypatch.setattr(calibrate.layout, 'pack_widened', pack)
+    stream = calibrate.Stream(half, calibrate.batches(tokens_NT, 4))
+    found.append(stream.observe(half.layers[0], NAMES))
+    stream.advance(half.layers[0])
+    found.append(np.concatenate([x_BTD for _, x_BTD in stream.batches]).astype(np.float32))
+  assert len(widened) == 2 * 7
+  rounding = 2**-6  # some of bfloat16's, one after the other
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rounding, rounding * np.abs(b).max()),
+    found[:2],
+    found[2:],
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 from model.compress import contracts, recipe, registry
 from model.compress.hqq import HqqSpec
 from ops import quantized, sparse
-from ops.kernels.cpu import packed
+from ops.kernels.cpu import layout
 
 RECIPES = pathlib.Path(__file__).parents[3] / 'experiments' / 'recipes'
 HQQ = registry.lookup('hqq')
@@ -56,9 +56,9 @@ def test_it_loses_less_than_rounding_to_nearest(w_IO):
 def test_what_has_no_native_product_is_left_to_xla(w_IO):
   for format in ('int4', 'int3'):
     floating = _run(w_IO, format=format).weight
-    assert floating.format == format and not packed.can_pack(floating)
-    assert packed.pack(floating) is floating
-    assert packed.can_pack(quantized.quantize(w_IO, format, group_size=64, symmetric=False))
+    assert floating.format == format and not layout.can_pack(floating)
+    assert layout.pack(floating) is floating
+    assert layout.can_pack(quantized.quantize(w_IO, format, group_size=64, symmetric=False))
 
 
 def test_pruned_weights_that_come_back_are_counted(w_IO):

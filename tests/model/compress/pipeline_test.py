@@ -1,12 +1,14 @@
 """The pipeline: what it leaves alone, what it refuses before any work, and what it writes down."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from model.compress import calibrate, pipeline, recipe
+from model.compress import calibrate, pipeline, recipe, registry
 from model.config import LayerConfig
 from model.transformer import Transformer, linears, matrices, parameters
 from ops import quantized, sparse
@@ -250,3 +252,19 @@ def test_check_does_no_work_where_all_is_well(tiny, tokens_NT, monkeypatch):
   steps = {'cast': {}}, {'wanda': {'n': 2, 'm': 4}}, {'round_to_nearest': {'format': 'int4'}}
   pipeline.check(model, _recipe(*steps, head=True), tokens_NT)
   assert all(now is before[path] for path, now in _values(model).items())
+
+
+def test_matrices_that_are_alike_are_checked_once(tiny, monkeypatch):
+  row = registry.TECHNIQUES['round_to_nearest']
+  traced = []
+
+  def function(w, statistics, spec):
+    traced.append(w.shape)
+    return row.function(w, statistics, spec)
+
+  watched = dataclasses.replace(row, function=function)
+  monkeypatch.setitem(registry.TECHNIQUES, 'round_to_nearest', watched)
+  model = tiny(layers=3)
+  pipeline.check(model, _recipe({'round_to_nearest': {'format': 'int8'}}))
+  shapes = [w.shape for block in model.layers for w in pipeline.matrices(block).values()]
+  assert sorted(traced) == sorted(set(shapes)) and len(traced) < len(shapes)

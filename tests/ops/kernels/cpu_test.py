@@ -13,7 +13,7 @@ import pytest
 from ops import linear, lora, quantized, rotated, sparse
 from ops.activations import quantize_activations
 from ops.kernels import cpu
-from ops.kernels.cpu import packed
+from ops.kernels.cpu import layout, packed
 
 native = pytest.mark.skipif(not cpu.available(), reason=cpu.why_not() or 'available')
 instruction_sets = pytest.mark.parametrize('name', cpu.instruction_sets() or [None])
@@ -72,9 +72,9 @@ TWO_OF_FOUR = ['2:4 bf16', '2:4 int8', '2:4 int4 column']  # any multiple of 4
 formats = pytest.mark.parametrize('format', FORMATS)
 
 
-def _weight(format, inputs=192, outputs=70, seed=0):
+def _weight(format, inputs=192, outputs=70, seed=0, dtype=jnp.float32):
   draw = np.random.default_rng([seed, inputs, outputs]).normal(size=(inputs, outputs))
-  return FORMATS[format](jnp.asarray(draw, jnp.float32))
+  return FORMATS[format](jnp.asarray(draw, dtype))
 
 
 def _rows(count, inputs=192, dtype=jnp.float32):
@@ -123,7 +123,7 @@ def _largest(w64, groups):
 def test_packing_keeps_every_number(format, shape):
   w = _weight(format, *shape)
   for activations in ('int8', 'float'):
-    p = packed.encode(w, activations)
+    p = layout.encode(w, activations)
     assert tuple(p.shape) == shape and p.dtype == w.dtype
     # Under jit, second-level scales are multiplied and added in one rounding.
     rtol = 2e-7 if format == 'nf4 double' else 0
@@ -137,7 +137,7 @@ def test_packing_keeps_every_number(format, shape):
 def test_products_are_those_of_the_dense_form(format, name, dtype):
   w = _weight(format)
   for activations in ('int8', 'float'):
-    p = packed.encode(w, activations)
+    p = layout.encode(w, activations)
     for rows in (1, 3):
       x = _rows(rows, dtype=dtype)
       _check(packed.product(x, p, instruction_set=name), x, w, p)
@@ -149,7 +149,7 @@ def test_products_are_those_of_the_dense_form(format, name, dtype):
 @pytest.mark.parametrize('rows', ROWS)
 def test_any_number_of_rows(format, rows, name):
   w = _weight(format)
-  p = packed.encode(w)
+  p = layout.encode(w)
   x = _rows(rows)
   _check(packed.product(x, p, instruction_set=name), x, w, p)
 
@@ -162,7 +162,7 @@ def test_odd_shapes(format, shape, name):
   w = _weight(format, *shape)
   for dtype in (jnp.float32, jnp.bfloat16):
     for activations in ('int8', 'float'):
-      p = packed.encode(w, activations)
+      p = layout.encode(w, activations)
       x = _rows(3, shape[0], dtype)
       _check(packed.product(x, p, instruction_set=name), x, w, p)
 
@@ -179,7 +179,7 @@ def test_odd_shapes_of_two_of_four(format, shape, name):
 def test_two_of_four_and_dense_weights_share_a_call():
   x = _rows(3, dtype=jnp.bfloat16)
   weights = [_weight(format, seed=i) for i, format in enumerate(['2:4 int8', 'int8', '2:4 bf16'])]
-  kept = [packed.encode(w, 'float') for w in weights]
+  kept = [layout.encode(w, 'float') for w in weights]
   for y, w, p in zip(packed.joint_product(x, kept), weights, kept):
     _check(y, x, w, p)
 
@@ -196,14 +196,14 @@ def test_two_of_four_and_dense_weights_share_a_call():
 )
 def test_other_sparse_weights_stay_as_they_are(w):
   w = w(jnp.ones((64, 32), jnp.bfloat16))
-  assert not packed.can_pack(w) and packed.pack(w) is w
+  assert not layout.can_pack(w) and layout.pack(w) is w
 
 
 @native
 @pytest.mark.parametrize('threads', [1, 2, 3, 8])
 @pytest.mark.parametrize('rows', [1, 200])
 def test_the_number_of_threads_changes_no_bit(threads, rows):
-  x, p = _rows(rows, 576), packed.encode(_weight('int4 g64', 576, 1000))
+  x, p = _rows(rows, 576), layout.encode(_weight('int4 g64', 576, 1000))
   alone = packed.product(x, p, threads=1)
   for _ in range(5):
     np.testing.assert_array_equal(packed.product(x, p, threads=threads), alone)
@@ -221,7 +221,7 @@ def test_sums_of_integers_are_exact(format, name):
   x[:, ::16] = 127
   zeros = 0 if w.zeros is None else np.repeat(np.asarray(w.zeros, int), w.group_size, axis=0)
   expected = x @ (np.asarray(w.codes(), int) - zeros)
-  y = packed.product(jnp.asarray(x, jnp.float32), packed.encode(w), instruction_set=name)
+  y = packed.product(jnp.asarray(x, jnp.float32), layout.encode(w), instruction_set=name)
   np.testing.assert_array_equal(np.asarray(y, np.int64), expected)
 
 
@@ -229,7 +229,7 @@ def test_sums_of_integers_are_exact(format, name):
 @instruction_sets
 def test_activations_are_rounded_as_stated(name):
   w = _weight('int4 g32')
-  p = packed.encode(w)
+  p = layout.encode(w)
   x = np.asarray(_rows(4))
   blocks = x.reshape(4, -1, 32)
   amax = np.abs(blocks).max(-1, keepdims=True)
@@ -245,7 +245,7 @@ def test_activations_are_rounded_as_stated(name):
 @native
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_stays_so(bad):
-  p = packed.encode(_weight('int8'))
+  p = layout.encode(_weight('int8'))
   x = _rows(2).at[1, 5].set(bad)
   y = packed.product(x, p)
   assert np.all(np.isfinite(y[0])) and not np.any(np.isfinite(y[1]))
@@ -253,7 +253,7 @@ def test_what_is_not_finite_stays_so(bad):
 
 @native
 def test_no_rows_and_leading_axes():
-  p = packed.encode(_weight('int8'))
+  p = layout.encode(_weight('int8'))
   assert linear.matmul(jnp.zeros((0, 192)), p).shape == (0, 70)
   x = _rows(6)
   folded = linear.matmul(x.reshape(2, 3, 192), p)
@@ -264,7 +264,7 @@ def test_no_rows_and_leading_axes():
 @native
 def test_gradients_and_batches_go_through():
   w = _weight('int8')
-  p = packed.encode(w, 'float')
+  p = layout.encode(w, 'float')
   x = _rows(3)
   gradient = jax.grad(lambda x: linear.matmul(x, p).sum())(x)
   expected = np.broadcast_to(_float64(w.dense()).sum(1), x.shape)
@@ -276,23 +276,23 @@ def test_gradients_and_batches_go_through():
 @native
 def test_what_is_packed_and_what_stays():
   w = _weight('int4 g32')
-  assert isinstance(packed.pack(w), packed.PackedTensor)
-  assert packed.pack(packed.pack(w)).activations == 'int8'
-  assert isinstance(packed.pack(_weight('bf16')), packed.PackedTensor)
+  assert isinstance(layout.pack(w), packed.PackedTensor)
+  assert layout.pack(layout.pack(w)).activations == 'int8'
+  assert isinstance(layout.pack(_weight('bf16')), packed.PackedTensor)
   plain = jnp.zeros((4, 4))
-  assert packed.pack(plain) is plain
+  assert layout.pack(plain) is plain
   adapted = lora.attach(w, 2, alpha=2.0, key=jax.random.key(0))
-  assert isinstance(packed.pack(adapted).base, packed.PackedTensor)
+  assert isinstance(layout.pack(adapted).base, packed.PackedTensor)
   experts = jax.vmap(FORMATS['int8'])(jnp.ones((2, 16, 8)))
-  assert packed.pack(experts) is experts
+  assert layout.pack(experts) is experts
 
 
 @native
 def test_the_kernel_names_its_instruction_set():
-  name = linear.kernel(packed.encode(_weight('int4 g32')), 'cpu')
+  name = linear.kernel(layout.encode(_weight('int4 g32')), 'cpu')
   assert cpu.instruction_sets()[0] in name and 'int4' in name
   with pytest.raises(ValueError, match='mmx'):
-    packed.product(_rows(1), packed.encode(_weight('int8')), instruction_set='mmx')
+    packed.product(_rows(1), layout.encode(_weight('int8')), instruction_set='mmx')
 
 
 def test_the_table_of_nf4_is_that_of_the_format():
@@ -306,11 +306,11 @@ WITHOUT = """
 import jax.numpy as jnp
 from ops import linear, quantized
 from ops.kernels import cpu
-from ops.kernels.cpu import packed
+from ops.kernels.cpu import layout
 w = quantized.quantize(jnp.arange(12.0).reshape(4, 3), 'int8')
 assert not cpu.available() and 'LISSOM_NATIVE' in cpu.why_not(), cpu.why_not()
-assert packed.pack(w) is w
-p = packed.encode(w)
+assert layout.pack(w) is w and layout.pack_widened(w) is w
+p = layout.encode(w)
 assert linear.kernel(p, 'cpu') is None
 assert jnp.allclose(linear.matmul(jnp.ones((2, 4)), p), jnp.ones((2, 4)) @ w.dense(), rtol=1e-5)
 """
@@ -326,7 +326,7 @@ def test_the_environment_turns_it_off():
 @instruction_sets
 def test_products_of_one_input_are_those_of_each_alone(name):
   forms = [('int8', 70), ('int4 g64', 33), ('int8 asymmetric', 5), ('nf4', 64)]
-  weights = [packed.encode(_weight(format, 192, outputs)) for format, outputs in forms]
+  weights = [layout.encode(_weight(format, 192, outputs)) for format, outputs in forms]
   for rows in (1, 70):
     x = _rows(rows)
     together = packed.joint_product(x, weights, instruction_set=name)
@@ -335,10 +335,41 @@ def test_products_of_one_input_are_those_of_each_alone(name):
 
 
 @native
+@pytest.mark.parametrize('format', FORMATS)
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_a_widened_weight_multiplies_as_it_is_multiplied_without_the_library(format, dtype):
+  w = _weight(format, dtype=dtype)
+  wide = layout.pack_widened(w)
+  eight_bits = format in ('fp8', 'int8', 'int8 g32', 'int8 asymmetric')
+  assert (wide is w) == (eight_bits or w.dtype == jnp.float32)
+  np.testing.assert_array_equal(linear.dense(wide), linear.dense(w))
+  x = _rows(70, dtype=w.dtype)
+  scale = np.abs(np.asarray(x, np.float32)) @ np.abs(np.asarray(linear.dense(w), np.float32))
+  off = np.abs(np.asarray(linear.matmul(x, wide), np.float32) - linear.matmul(x, w))
+  assert (off <= 2 * float(jnp.finfo(w.dtype).eps) * scale).all()
+
+
+@native
+def test_inputs_are_changed_before_a_widened_weight():
+  x, int4 = _rows(20, dtype=jnp.bfloat16), _weight('int4 g32', dtype=jnp.bfloat16)
+  for w in (rotated.RotatedTensor(int4, inner=1), quantize_activations(int4)):
+    wide = layout.pack_widened(w)
+    assert type(wide) is type(w) and isinstance(getattr(wide, w.passes_to), packed.PackedTensor)
+    np.testing.assert_allclose(
+      np.asarray(linear.matmul(x, wide), np.float32), linear.matmul(x, w), 2**-6, 2**-5
+    )
+
+
+def test_stacked_weights_are_not_widened():
+  w_EIO = jnp.ones((2, 64, 32), jnp.bfloat16)
+  assert layout.pack_widened(w_EIO) is w_EIO
+
+
+@native
 def test_one_call_for_the_products_of_one_form():
   formats = ['int8', 'int4 g64', 'int4 g32', 'bf16', 'f16', 'int8', 'bf16']
-  weights = [packed.encode(_weight(format)) for format in formats] + [
-    packed.encode(_weight('int8', seed=seed)) for seed in range(8)
+  weights = [layout.encode(_weight(format)) for format in formats] + [
+    layout.encode(_weight('int8', seed=seed)) for seed in range(8)
   ]
   x = _rows(2)
   for w, y in zip(weights, linear.matmuls(x, weights)):
@@ -358,8 +389,8 @@ def test_weights_that_round_their_inputs_multiply_their_codes_exactly(format, bi
   x, w = _rows(5), _weight(format)
   for wrap in (lambda w: w, functools.partial(rotated.RotatedTensor, inner=1)):
     slow = wrap(quantize_activations(w, bits))
-    fast = packed.pack(slow)
-    assert packed.pack(fast) is fast
+    fast = layout.pack(slow)
+    assert layout.pack(fast) is fast
     assert linear.kernel(fast, 'cpu').startswith('native') and fast.dtype == slow.dtype
     tolerance = 1e-5 * float(jnp.abs(x).max() * jnp.abs(linear.dense(w)).sum(0).max())
     np.testing.assert_allclose(linear.matmul(x, fast), linear.matmul(x, slow), atol=tolerance)
@@ -369,4 +400,4 @@ def test_weights_that_round_their_inputs_multiply_their_codes_exactly(format, bi
 def test_a_weight_under_a_correction_has_its_kernel():
   w = lora.attach(_weight('int4 g64'), 2, alpha=2.0, key=jax.random.key(0))
   assert linear.kernel(w, 'cpu') is None
-  assert linear.kernel(packed.pack(w), 'cpu').startswith('native')
+  assert linear.kernel(layout.pack(w), 'cpu').startswith('native')

@@ -94,7 +94,20 @@ def test_a_factor_reproduces_the_damped_hessian():
   covariance_II = _example(48, 5)[1]
   factor = root(covariance_II, damping=0.1)
   unit_II = np.eye(48)
-  root_II = (np.asarray(factor.feedback_II, np.float64) + unit_II) * np.asarray(factor.stiffness_I)
+  root_II = (np.asarray(factor.feedback_II, np.float64).T + unit_II) * np.asarray(
+    factor.stiffness_I
+  )
   h_II = covariance_II / np.diag(covariance_II).mean() + 0.1 * unit_II
   np.testing.assert_allclose(root_II @ root_II.T, h_II, atol=1e-5)
   assert (np.tril(root_II, -1) == 0).all()
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize('shape', [(1, 1), (3, 40), (100, 33), (257, 96)])
+def test_the_gram_matrix_has_float32_sums_of_the_inputs_as_they_are(dtype, shape):
+  x_TI = np.random.default_rng(5).standard_normal(shape).astype(dtype)
+  found = jax.jit(hessian.gram)(jnp.asarray(x_TI))
+  wide_TI = x_TI.astype(np.float64)
+  expected, size = wide_TI.T @ wide_TI, np.abs(wide_TI).T @ np.abs(wide_TI)
+  assert found.dtype == jnp.float32
+  assert (np.abs(found - expected) <= 1e-6 * size).all()
