@@ -1,6 +1,11 @@
 """Reading and writing a stretch of each row of a batch, where every row has its own place."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
+
+from ops.kernels import cpu
 
 # Mapped over rows, slice updates become a scatter, which XLA:CPU runs row by row with bounds
 # checks; unrolled, they are copies in place, but each has to be compiled.
@@ -9,7 +14,31 @@ UNROLLED_ROWS = 8
 
 def write(rows: jax.Array, new: jax.Array, starts_B: jax.Array) -> jax.Array:
   """Puts new[b] into rows[b] from starts_B[b] on, along the second axis. They have to fit."""
-  new, rest = new.astype(rows.dtype), (0,) * (rows.ndim - 2)
+  new = new.astype(rows.dtype)
+  on_cpu = _natively if cpu.available() else _as_integers
+  return jax.lax.platform_dependent(rows, new, starts_B, cpu=on_cpu, default=_through_xla)
+
+
+def _natively(rows, new, starts_B):
+  call = jax.ffi.ffi_call(
+    cpu.WRITE_ROWS,
+    jax.ShapeDtypeStruct(rows.shape, rows.dtype),
+    vmap_method='sequential',
+    input_output_aliases={0: 0},
+  )
+  return call(rows, new, starts_B.astype(jnp.int32))
+
+
+def _as_integers(rows, new, starts_B):
+  """For XLA:CPU, which updates half-precision numbers by widening all of them, once a row."""
+  if rows.dtype not in (jnp.bfloat16, jnp.float16):
+    return _through_xla(rows, new, starts_B)
+  bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
+  return jax.lax.bitcast_convert_type(_through_xla(bits(rows), bits(new), starts_B), rows.dtype)
+
+
+def _through_xla(rows, new, starts_B):
+  rest = (0,) * (rows.ndim - 2)
   if len(rows) > UNROLLED_ROWS:
     write_row = lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start, *rest))
     return jax.vmap(write_row)(rows, new, starts_B)

@@ -20,7 +20,7 @@ from model.config import ModelConfig
 from model.layers import Block
 from model.transformer import Context, Transformer, linears, parameters
 from ops.kernels.cpu import layout
-from ops.linear import Matrix, core, with_core
+from ops.linear import Matrix, core, on_one_device, with_core
 
 Batches = list[tuple[np.ndarray, np.ndarray]]  # (tokens_BT, x_BTD)
 
@@ -183,8 +183,8 @@ class Stream:
 def _laid_out(block: Block, values: Mapping[str, Matrix]) -> dict[str, Matrix]:
   """The parameters with their matrices in the form that multiplies many rows fastest."""
   ready = dict(values)
-  if jax.default_backend() == 'cpu':
-    for path in (f'{layer}.weight' for layer in linears(block)):
+  for path in (f'{layer}.weight' for layer in linears(block)):
+    if jax.default_backend() == 'cpu' and on_one_device(values[path]):
       ready[path] = layout.pack_widened(values[path])
   return ready
 

@@ -7,6 +7,7 @@ import pytest
 
 from model import kv_cache, kv_rows, presets
 from model.kv_cache import FloatCache
+from ops.kernels import cpu
 
 
 def _filled(rng, *shape, dtype=jnp.float32):
@@ -32,16 +33,41 @@ def test_rows_are_written_from_their_own_slots_on(rng):
   np.testing.assert_array_equal(seen_v, expected_v)
 
 
-@pytest.mark.parametrize('batch', [2, kv_rows.UNROLLED_ROWS + 1])
-def test_stretches_of_rows_against_numpy(rng, batch):
-  rows, new = _filled(rng, batch, 9, 3), _filled(rng, batch, 4, 3)
+@pytest.mark.parametrize('native', [True, False])
+@pytest.mark.parametrize('batch', [1, 2, kv_rows.UNROLLED_ROWS + 1])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16', 'int8', 'uint8'])
+def test_stretches_of_rows_against_numpy(rng, batch, dtype, native, monkeypatch):
+  if native and not cpu.available():
+    pytest.skip(cpu.why_not())
+  monkeypatch.setattr(cpu, 'available', lambda: native)
+  rows, new = (100 * _filled(rng, batch, length, 3) for length in (9, 4))
+  rows, new = jnp.abs(rows).astype(dtype), jnp.abs(new)
   starts, written = np.arange(batch) % 6, np.array(rows)
   for b in range(batch):
-    written[b, starts[b] : starts[b] + 4] = new[b]
+    written[b, starts[b] : starts[b] + 4] = new[b].astype(dtype)
   starts_B = jnp.asarray(starts)
-  found = jax.jit(kv_rows.write)(rows, new, starts_B)
+  found = jax.jit(lambda *arrays: kv_rows.write(*arrays))(rows, new, starts_B)
+  assert found.dtype == rows.dtype
   np.testing.assert_array_equal(found, written)
-  np.testing.assert_array_equal(kv_rows.read(found, starts_B, 4), new)
+  np.testing.assert_array_equal(kv_rows.read(found, starts_B, 4), new.astype(dtype))
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_rows_that_are_kept_are_not_written_into(rng, dtype):
+  rows, new = _filled(rng, 3, 9, 2).astype(dtype), _filled(rng, 3, 1, 2)
+  before = np.array(rows)
+  found = jax.jit(lambda *arrays: kv_rows.write(*arrays))(rows, new, jnp.array([0, 8, 3]))
+  np.testing.assert_array_equal(rows, before)
+  assert (np.asarray(found) != before).any()
+  given_up = jax.jit(lambda *arrays: kv_rows.write(*arrays), donate_argnums=0)
+  np.testing.assert_array_equal(given_up(rows, new, jnp.array([0, 8, 3])), found)
+
+
+@pytest.mark.skipif(not cpu.available(), reason=cpu.why_not() or 'available')
+def test_native_writing_refuses_what_does_not_fit():
+  rows = jnp.zeros((2, 4, 3))
+  with pytest.raises(jax.errors.JaxRuntimeError, match='do not fit'):
+    kv_rows.write(rows, jnp.zeros((2, 5, 3)), jnp.zeros(2, jnp.int32))
 
 
 def test_it_stores_and_gives_the_dtypes_asked_for(rng):

@@ -17,6 +17,7 @@ import numpy as np
 
 PRODUCT = 'lissom_product'
 ATTENTION = 'lissom_attention'
+WRITE_ROWS = 'lissom_write_rows'
 _MODULE = '_native'
 
 
@@ -77,7 +78,7 @@ def load() -> Library:
     return _absent(f'the native products are wrong on this machine: {refused}', refused)
   best = next(iter(usable))
   library.lissom_select(usable[best])
-  for target in (PRODUCT, ATTENTION):
+  for target in (PRODUCT, ATTENTION, WRITE_ROWS):
     jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(library[target]), platform='cpu')
   return Library(instruction_sets=usable, selected=best, refused=refused, why_not='')
 

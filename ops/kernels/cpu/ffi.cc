@@ -1,4 +1,5 @@
-// What XLA calls (lissom_product, lissom_attention), and what Python asks before it does.
+// What XLA calls (lissom_product, lissom_attention, lissom_write_rows), and what Python asks before it
+// does.
 
 #include <stdlib.h>
 #include <string.h>
@@ -162,6 +163,31 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
   return ffi::Error::Success();
 }
 
+// Puts new[b] into rows[b] from starts[b] on, along the second axis; y is rows itself, or a copy. What
+// would reach over an end is moved to fit, as in XLA.
+ffi::Error write_rows(ffi::AnyBuffer rows, ffi::AnyBuffer new_rows, ffi::Buffer<ffi::S32, 1> starts,
+                      ffi::Result<ffi::AnyBuffer> y) {
+  const auto shape = rows.dimensions(), part = new_rows.dimensions();
+  if (shape.size() < 2 || part.size() != shape.size() || part[0] != shape[0] ||
+      part[1] > shape[1] || !std::equal(shape.begin() + 2, shape.end(), part.begin() + 2) ||
+      rows.element_type() != new_rows.element_type() ||
+      starts.element_count() != static_cast<size_t>(shape[0]) || !same(shape, y->dimensions()) ||
+      y->element_type() != rows.element_type())
+    return refuse("lissom: the new rows or their places do not fit the rows");
+  uint8_t* to = static_cast<uint8_t*>(y->untyped_data());
+  const uint8_t* from = static_cast<const uint8_t*>(new_rows.untyped_data());
+  if (to != rows.untyped_data()) memcpy(to, rows.untyped_data(), rows.size_bytes());
+  if (new_rows.size_bytes() == 0) return ffi::Error::Success();
+  const int64_t row_bytes = static_cast<int64_t>(rows.size_bytes()) / shape[0];
+  const int64_t part_bytes = static_cast<int64_t>(new_rows.size_bytes()) / shape[0];
+  for (int64_t b = 0; b < shape[0]; ++b) {
+    const int64_t last = shape[1] - part[1];
+    const int64_t start = std::min(std::max<int64_t>(starts.typed_data()[b], 0), last);
+    memcpy(to + b * row_bytes + start * (row_bytes / shape[1]), from + b * part_bytes, part_bytes);
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace lissom
 
@@ -203,6 +229,18 @@ LISSOM_EXPORT XLA_FFI_Error* lissom_attention(XLA_FFI_CallFrame* frame) {
                                    .Attr<int64_t>("threads")
                                    .Attr<int64_t>("window")
                                    .To(lissom::attention)
+                                   .release();
+  return handler->Call(frame);
+}
+
+LISSOM_EXPORT XLA_FFI_Error* lissom_write_rows(XLA_FFI_CallFrame* frame) {
+  using xla::ffi::AnyBuffer;
+  static auto* const handler = xla::ffi::Ffi::Bind()
+                                   .Arg<AnyBuffer>()
+                                   .Arg<AnyBuffer>()
+                                   .Arg<xla::ffi::Buffer<xla::ffi::S32, 1>>()
+                                   .Ret<AnyBuffer>()
+                                   .To(lissom::write_rows)
                                    .release();
   return handler->Call(frame);
 }
