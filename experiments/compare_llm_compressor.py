@@ -4,10 +4,10 @@ r"""Our calibrated compression beside llm-compressor's, on one checkpoint and on
       --peer=PEER_VENV/bin/python --output=out/peer.jsonl
 
 Both sides start from the same bfloat16 weights and the same calibration tokens, calibrate with
-bfloat16 activations, compress the matrices of the blocks, and are measured by the same perplexity on the same held-out windows; the
-peer's is also computed by torch in its own process, as a check of ours. Seconds are those of the
-compressing call in a fresh process, compilation included, loading and saving left out. Each setting
-is run `--rounds` times on either side in turn.
+bfloat16 activations, compress the matrices of the blocks, and are measured by the same perplexity
+on the same held-out windows; the peer's is also computed by torch in its own process, as a check of
+ours. Seconds are those of the compressing call in a fresh process, compilation included, loading
+and saving left out. Each setting is run `--rounds` times on either side in turn.
 
 PEER_VENV: pip install torch==2.13.0 llmcompressor. It cannot share our environment's transformers.
 
