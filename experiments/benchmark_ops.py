@@ -12,9 +12,9 @@ about the memory; the default shapes are, in every format.
 
 Device: CPU. Minutes: 3 on two cores, 1 with --noxla. The goal is 80 % of the copy bandwidth for
 matrix-vector products with int8, int4 and bf16 matrices. Found on two AVX-512 cores of a shared
-machine: 57, 59 and 60 %, which is 103, 99 and 105 % of what reading alone does there; in a quieter
-hour, not in the same rounds: 81, 86 and 77 %. 2:4 matrices take 0.66 (bf16), 0.70 (int8) and 0.80
-(int4) of the dense ones' time.
+machine: 57, 59 and 60 %, which is 103, 99 and 105 % of what reading alone does there; the medians
+of nine more runs are 65, 61 and 67 %. 2:4 matrices take 0.66 (bf16), 0.70 (int8) and 0.80 (int4) of
+the dense ones' time.
 """
 
 import dataclasses

@@ -1,5 +1,5 @@
-// What XLA calls (lissom_product, lissom_attention, lissom_write_rows), and what Python asks before it
-// does.
+// What XLA calls (lissom_product, lissom_attention, lissom_write_rows), and what Python asks
+// before it does.
 
 #include <stdlib.h>
 #include <string.h>
@@ -163,8 +163,8 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
   return ffi::Error::Success();
 }
 
-// Puts new[b] into rows[b] from starts[b] on, along the second axis; y is rows itself, or a copy. What
-// would reach over an end is moved to fit, as in XLA.
+// Puts new[b] into rows[b] from starts[b] on, along the second axis; y is rows itself, or a copy.
+// What would reach over an end is moved to fit, as in XLA.
 ffi::Error write_rows(ffi::AnyBuffer rows, ffi::AnyBuffer new_rows, ffi::Buffer<ffi::S32, 1> starts,
                       ffi::Result<ffi::AnyBuffer> y) {
   const auto shape = rows.dimensions(), part = new_rows.dimensions();
