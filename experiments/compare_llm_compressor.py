@@ -104,11 +104,11 @@ def _prepare(work, model, tokenizer) -> perplexity.Windows:
     param.set_value(param.get_value().astype(jnp.bfloat16))
   hf.save_pretrained(model, tokenizer, work / 'model')
   texts, length = corpus.load(TEXT.value), SEQ_LEN.value
-  calibration_NT = common.calibration_rows(tokenizer, texts, length, ROWS.value, SEED.value)
+  calibration_BT = common.calibration_rows(tokenizer, texts, length, ROWS.value, SEED.value)
   held_out = ''.join(texts.held_out)[: 12 * WINDOWS.value * length]
   windows = perplexity.windows(*tokenizer.encode_with_bytes(held_out), length, WINDOWS.value)
-  np.save(work / 'calibration.npy', calibration_NT)
-  np.save(work / 'held_out.npy', windows.tokens_NT)
+  np.save(work / 'calibration.npy', calibration_BT)
+  np.save(work / 'held_out.npy', windows.tokens_BT)
   return windows
 
 
@@ -126,7 +126,7 @@ def _compare(name, work, model, windows, base_ppl) -> Record:
     peer_seconds.append(peer['seconds'])
   ppl = perplexity.evaluate(hf.load_pretrained(work / 'ours')[0], windows).ppl
   peer_ppl = perplexity.evaluate(_peers_model(work, model.config), windows).ppl
-  n = windows.tokens_NT[:, 1:].size
+  n = windows.tokens_BT[:, 1:].size
   return Record(
     experiment='compare_llm_compressor',
     recipe=name,
@@ -166,10 +166,10 @@ def _call(command):
 def _ours(work: pathlib.Path) -> None:
   """Runs one setting in this process, and writes what the peer writes."""
   model, _ = hf.load_pretrained(work / 'model', dtype=jnp.bfloat16)
-  calibration_NT = np.load(work / 'calibration.npy')
+  calibration_BT = np.load(work / 'calibration.npy')
   one = recipe_module.parse(json.loads((work / 'recipe.json').read_text()))
   start = time.perf_counter()
-  model, _ = pipeline.compress(model, one, calibration_NT)
+  model, _ = pipeline.compress(model, one, calibration_BT)
   jax.block_until_ready([p.get_value() for p in parameters(model).values()])
   seconds = time.perf_counter() - start
   hf.save_pretrained(model, None, work / 'ours', recipe=one.to_dict())

@@ -158,7 +158,7 @@ def main() -> None:
   inputs = _inputs()
   work = _study(inputs)
   for one in recipes:
-    pipeline.check(work.base, one, work.calibration_NT)
+    pipeline.check(work.base, one, work.calibration_BT)
   costs = []
   if BUDGET_MEGABYTES.value is not None:
     found, costs = search.find(work, choices, BUDGET_MEGABYTES.value)
@@ -238,20 +238,20 @@ def _study(inputs: Inputs) -> study.Study:
   seq_len = SEQ_LEN.value or inputs.seq_len
   rows = 8 if SMOKE.value else CALIBRATION_ROWS.value or -(-CALIBRATION_TOKENS // seq_len)
   held_out = ''.join(inputs.texts.held_out)
-  tokens_N, ends_N = inputs.tokenizer.encode_with_bytes(held_out)
+  tokens_T, ends_T = inputs.tokenizer.encode_with_bytes(held_out)
   limit = 16 if SMOKE.value else MAX_WINDOWS.value or None
-  text = perplexity.windows(tokens_N, ends_N, seq_len, limit)
+  text = perplexity.windows(tokens_T, ends_T, seq_len, limit)
   perplexity.check(inputs.model, text)
   prompt_length = min(PROMPT_LENGTH.value, inputs.model.config.max_positions // 2)
-  calibration_NT = common.calibration_rows(inputs.tokenizer, inputs.texts, seq_len, rows)
+  calibration_BT = common.calibration_rows(inputs.tokenizer, inputs.texts, seq_len, rows)
   settings = {
     'model': inputs.name,
     **inputs.trained,
     'corpus': inputs.texts.source,
     'corpus_fingerprint': inputs.texts.fingerprint,
     'seq_len': seq_len,
-    'windows': len(text.tokens_NT),
-    'calibration_rows': len(calibration_NT),
+    'windows': len(text.tokens_BT),
+    'calibration_rows': len(calibration_BT),
     'activations': str(inputs.model.dtype),
     'batch': study.BATCH,
     'prompt_length': prompt_length,
@@ -259,7 +259,7 @@ def _study(inputs: Inputs) -> study.Study:
   }
   return study.Study(
     base=inputs.model,
-    calibration_NT=calibration_NT,
+    calibration_BT=calibration_BT,
     text=text,
     settings=settings,
     environment=records.environment(),
@@ -297,12 +297,12 @@ def _write_held_out(folder, inputs, work):
   the same windows come out, and no other.
   """
   held_out = ''.join(inputs.texts.held_out)
-  tokens_N, ends_N = inputs.tokenizer.encode_with_bytes(held_out)
-  size, seq_len = work.text.tokens_NT.size, work.text.seq_len
-  for end in ends_N[size - 1 : size - 1 + seq_len]:
+  tokens_T, ends_T = inputs.tokenizer.encode_with_bytes(held_out)
+  size, seq_len = work.text.tokens_BT.size, work.text.seq_len
+  for end in ends_T[size - 1 : size - 1 + seq_len]:
     text = held_out.encode()[:end].decode(errors='ignore')
-    again_N = inputs.tokenizer.encode(text)
-    if len(again_N) < size + seq_len and np.array_equal(again_N[:size], tokens_N[:size]):
+    again_T = inputs.tokenizer.encode(text)
+    if len(again_T) < size + seq_len and np.array_equal(again_T[:size], tokens_T[:size]):
       break
   else:
     text = held_out

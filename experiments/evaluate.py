@@ -53,8 +53,8 @@ PLUGINS = common.define_plugins()
 def main() -> None:
   common.load_plugins(PLUGINS.value)
   model, tokenizer, text = _inputs()
-  tokens_N, ends_N = tokenizer.encode_with_bytes(text)
-  windows = perplexity.windows(tokens_N, ends_N, SEQ_LEN.value, MAX_WINDOWS.value or None)
+  tokens_T, ends_T = tokenizer.encode_with_bytes(text)
+  windows = perplexity.windows(tokens_T, ends_T, SEQ_LEN.value, MAX_WINDOWS.value or None)
   sharding.shard(model, common.mesh(MESH))
   base = _load(BASE.value)[0] if BASE.value else None
   if base is not None and base.config.vocab_size != model.config.vocab_size:

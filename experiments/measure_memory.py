@@ -107,18 +107,18 @@ def _child(shape: str, recipe: str) -> dict:
 def _measure(shape: str, name: str) -> dict:
   """Compresses two blocks and then the model, and reads the process's peak: all in bytes."""
   config, recipe = _config(shape), recipe_module.resolve(name, common.RECIPES)
-  tokens_NT = np.random.default_rng(0).integers(0, VOCAB_SIZE, (ROWS.value, SEQ_LEN.value))
-  _compress(config.replace(layers=config.layers[:2]), recipe, tokens_NT)
+  tokens_BT = np.random.default_rng(0).integers(0, VOCAB_SIZE, (ROWS.value, SEQ_LEN.value))
+  _compress(config.replace(layers=config.layers[:2]), recipe, tokens_BT)
   model = Transformer(config, rngs=nnx.Rngs(0))
   jax.block_until_ready(nnx.state(model))
   found = {
     'model_bytes': _bytes(model),
     'block_bytes': _bytes(model.layers[0]),
-    'hidden_bytes': tokens_NT.size * config.width * 4,
+    'hidden_bytes': tokens_BT.size * config.width * 4,
   }
   held = _resident('VmRSS')
   pathlib.Path('/proc/self/clear_refs').write_text('5')  # the peak begins anew
-  pipeline.compress(model, recipe, tokens_NT, in_place=True)
+  pipeline.compress(model, recipe, tokens_BT, in_place=True)
   return found | {'extra_bytes': _resident('VmHWM') - held}
 
 
@@ -126,8 +126,8 @@ def _bytes(module: nnx.Module) -> int:
   return sum(param.get_value().nbytes for param in parameters(module).values())
 
 
-def _compress(config, recipe, tokens_NT):
-  pipeline.compress(Transformer(config, rngs=nnx.Rngs(0)), recipe, tokens_NT, in_place=True)
+def _compress(config, recipe, tokens_BT):
+  pipeline.compress(Transformer(config, rngs=nnx.Rngs(0)), recipe, tokens_BT, in_place=True)
 
 
 def _resident(field: str) -> int:

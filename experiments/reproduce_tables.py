@@ -201,10 +201,10 @@ def _run(setting: Setting, one) -> Record:
   calibrated = any(pipeline.calibrated(step) for step in one.steps)
   draws = setting.draws if calibrated else [None]
   ppls, seconds, events = [], [], []
-  for seed, rows_NT in enumerate(draws):
+  for seed, rows_BT in enumerate(draws):
     start = time.perf_counter()
     progress = common.labelled(f'{one.name}, draw {seed}')
-    model, ledger = pipeline.compress(setting.model, one, rows_NT, progress=progress)
+    model, ledger = pipeline.compress(setting.model, one, rows_BT, progress=progress)
     jax.block_until_ready([p.get_value() for p in parameters(model).values()])
     seconds.append(time.perf_counter() - start)
     ppls.append(perplexity.evaluate(model, setting.windows, progress=progress).ppl)
@@ -220,7 +220,7 @@ def _run(setting: Setting, one) -> Record:
       'model': setting.name,
       'recipe': one.to_dict(),
       'seq_len': setting.windows.seq_len,
-      'windows': len(setting.windows.tokens_NT),
+      'windows': len(setting.windows.tokens_BT),
       'calibration_rows': 0 if draws[0] is None else len(draws[0]),
       'draws_ppl': ppls,
     },

@@ -26,7 +26,7 @@ def find(work: Study, choices: Sequence[Recipe], megabytes: float) -> tuple[Reci
   found, options = budget.search(
     work.base,
     budget.treatments(choices),
-    work.calibration_NT,
+    work.calibration_BT,
     round(megabytes * MEGABYTE),
     first=recipe.load(common.RECIPES / f'{FIRST}.yaml').steps,
     progress=common.labelled('budget: sensitivity'),

@@ -29,7 +29,7 @@ class Study:
   """What all recipes of a study share."""
 
   base: Transformer
-  calibration_NT: np.ndarray
+  calibration_BT: np.ndarray
   text: perplexity.Windows
   settings: dict  # what the records say of model, text and protocol
   environment: dict
@@ -70,7 +70,7 @@ def run(
   start = time.perf_counter()
   progress = common.labelled(f'{recipe.name}: compress')
   model, ledger = pipeline.compress(
-    study.base, recipe, study.calibration_NT, progress=progress, resume=resume
+    study.base, recipe, study.calibration_BT, progress=progress, resume=resume
   )
   jax.block_until_ready([p.get_value() for p in parameters(model).values()])
   compress_s = time.perf_counter() - start

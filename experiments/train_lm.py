@@ -162,8 +162,8 @@ def _data(plan, texts, tokenizer) -> PackedDataset:
 def _windows(plan, texts, tokenizer) -> perplexity.Windows:
   seq_len = plan.seq_len
   sample = excerpts(texts.held_out, HELD_OUT_WINDOWS * seq_len * CHARACTERS_A_TOKEN)
-  ids_N, ends_N = tokenizer.encode_with_bytes('\n'.join(sample))
-  return perplexity.windows(ids_N, ends_N, seq_len, HELD_OUT_WINDOWS)
+  ids_T, ends_T = tokenizer.encode_with_bytes('\n'.join(sample))
+  return perplexity.windows(ids_T, ends_T, seq_len, HELD_OUT_WINDOWS)
 
 
 def _record(plan, texts, result, quality, train_s) -> records.Record:

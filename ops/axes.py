@@ -22,6 +22,8 @@ ALPHABET = {
   'O': 'matrix output',
   'J': 'scale groups along the input',
   'P': 'cache pages',
+  'A': 'candidates of a search',
+  'W': 'rotated width of a head',
 }
 
 

@@ -126,7 +126,7 @@ def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
   `cos` and `sin` come from `cos_sin`. Computes in float32; returns the shape and dtype of x.
   """
-  axes.check('BTNH,BTR,BTR', x_BTNH, cos, sin)
+  axes.check('BTNH,BTW,BTW', x_BTNH, cos, sin)
   width = cos.shape[-1]
   if width > x_BTNH.shape[-1]:
     raise ValueError(f'{width} elements cannot rotate in heads that are {x_BTNH.shape[-1]} wide')

@@ -35,15 +35,15 @@ def main() -> None:
   work = pathlib.Path(sys.argv[1])
   setting = json.loads((work / 'settings.json').read_text())
   model = transformers.AutoModelForCausalLM.from_pretrained(work / 'model', dtype=torch.bfloat16)
-  tokens_NT = np.load(work / 'calibration.npy').astype(np.int64)
-  rows = [{'input_ids': row, 'attention_mask': [1] * len(row)} for row in tokens_NT.tolist()]
+  tokens_BT = np.load(work / 'calibration.npy').astype(np.int64)
+  rows = [{'input_ids': row, 'attention_mask': [1] * len(row)} for row in tokens_BT.tolist()]
   start = time.perf_counter()
   oneshot(
     model=model,
     dataset=Dataset.from_list(rows),
     recipe=[_modifier(setting)],
     num_calibration_samples=len(rows),
-    max_seq_length=tokens_NT.shape[1],
+    max_seq_length=tokens_BT.shape[1],
     shuffle_calibration_samples=False,
     batch_size=setting['batch'],
   )
@@ -74,11 +74,11 @@ def _modifier(setting):
 
 
 @torch.inference_mode()
-def _perplexity(model, tokens_NT) -> float:
+def _perplexity(model, tokens_BT) -> float:
   model = model.float().eval()
   total, count = 0.0, 0
-  for i in range(0, len(tokens_NT), EVALUATION_ROWS):
-    tokens = torch.from_numpy(tokens_NT[i : i + EVALUATION_ROWS])
+  for i in range(0, len(tokens_BT), EVALUATION_ROWS):
+    tokens = torch.from_numpy(tokens_BT[i : i + EVALUATION_ROWS])
     logits = model(tokens).logits[:, :-1].float()
     nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     total, count = total + float(nll) * tokens[:, 1:].numel(), count + tokens[:, 1:].numel()

@@ -152,10 +152,10 @@ def _best(site, trials, spec):
   together = folding.Trials(tuple(trials), spec.grid)
   arrays = tuple(zip(scales, means, strict=True))
   errors = site.errors(together, arrays, len(trials) * spec.grid, spec.rows)
-  errors_GA = np.where(np.isfinite(errors), errors, np.inf).reshape(len(trials), spec.grid)
-  best_G = errors_GA.argmin(1)
-  found = [scales_AP[k] for scales_AP, k in zip(scales, best_G, strict=True)]
-  return found, errors_GA.min(1) < errors_GA[:, 0]
+  errors = np.where(np.isfinite(errors), errors, np.inf).reshape(len(trials), spec.grid)
+  best = errors.argmin(1)
+  found = [scales_AO[k] for scales_AO, k in zip(scales, best, strict=True)]
+  return found, errors.min(1) < errors[:, 0]
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -171,27 +171,27 @@ def _all_candidates(means, parameters, groups, spec):
 def _folded(parameters, scales, groups):
   """What folding the scales into all groups changes, and those of each layer's inputs."""
   values, rows = {}, {}
-  for group, scales_P in zip(groups, scales, strict=True):
-    changed, rows_I = folding.apply({**parameters, **values}, group, scales_P)
+  for group, scales_O in zip(groups, scales, strict=True):
+    changed, rows_I = folding.apply({**parameters, **values}, group, scales_O)
     values |= changed
     rows |= dict.fromkeys(group.consumers, rows_I)
   return values, rows
 
 
 def _candidates(mean_I, weights, group, spec) -> jax.Array:
-  """The scales of each alpha, of which the first is none: [A, P], around 1."""
-  x_P = group.tie(mean_I, jnp.mean)
+  """The scales of each alpha, of which the first is none: [A, O], around 1."""
+  x_O = group.tie(mean_I, jnp.mean)
   alphas_A1 = jnp.arange(spec.grid, dtype=jnp.float32)[:, None] / spec.grid
-  scales_AP = x_P[None] ** alphas_A1
+  scales_AO = x_O[None] ** alphas_A1
   if spec.duo:
-    w_P = group.tie(_relative_size(weights, spec), jnp.mean)
-    scales_AP = scales_AP / (w_P[None] ** (1 - alphas_A1) + SMALLEST_SCALE)
-  live_P = x_P[None] > 0
-  scales_AP = jnp.maximum(scales_AP, SMALLEST_SCALE)
-  high_A1 = jnp.where(live_P, scales_AP, 0).max(1, keepdims=True)
-  low_A1 = jnp.where(live_P, scales_AP, jnp.inf).min(1, keepdims=True)
-  scales_AP = jnp.where(live_P, scales_AP / jnp.sqrt(high_A1 * low_A1), 1)
-  return scales_AP.at[0].set(1)
+    w_O = group.tie(_relative_size(weights, spec), jnp.mean)
+    scales_AO = scales_AO / (w_O[None] ** (1 - alphas_A1) + SMALLEST_SCALE)
+  live_O = x_O[None] > 0
+  scales_AO = jnp.maximum(scales_AO, SMALLEST_SCALE)
+  high_A1 = jnp.where(live_O, scales_AO, 0).max(1, keepdims=True)
+  low_A1 = jnp.where(live_O, scales_AO, jnp.inf).min(1, keepdims=True)
+  scales_AO = jnp.where(live_O, scales_AO / jnp.sqrt(high_A1 * low_A1), 1)
+  return scales_AO.at[0].set(1)
 
 
 def _relative_size(weights, spec):

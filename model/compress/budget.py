@@ -69,18 +69,18 @@ def treatments(recipes: Iterable[Recipe]) -> list[Treatment]:
 def measure(
   model: Transformer,
   choices: Sequence[Treatment],
-  calibration_NT: np.ndarray,
+  calibration_BT: np.ndarray,
   *,
   progress: Callable = iter,
 ) -> list[Option]:
   """Measures every treatment of every matrix of the blocks, one at a time.
 
-  `calibration_NT` is [rows, length] of token ids; `progress` wraps the list of blocks.
+  `calibration_BT` is [rows, length] of token ids; `progress` wraps the list of blocks.
   """
   for choice in choices:
     if choice.steps:
-      pipeline.check(model, Recipe(name=choice.name, steps=choice.steps), calibration_NT)
-  tokens = calibrate.batches(calibration_NT, pipeline.CALIBRATION_BATCH)
+      pipeline.check(model, Recipe(name=choice.name, steps=choice.steps), calibration_BT)
+  tokens = calibrate.batches(calibration_BT, pipeline.CALIBRATION_BATCH)
   stream = calibrate.Stream(model, tokens)
   expected = _through(model, stream.batches, 0)
   blocks = [part for part in parts(model) if part.is_block]
@@ -220,7 +220,7 @@ class Found:
 def search(
   model: Transformer,
   choices: Sequence[Treatment],
-  calibration_NT: np.ndarray,
+  calibration_BT: np.ndarray,
   budget_bytes: int,
   *,
   first: Sequence[Step] = (),
@@ -233,9 +233,9 @@ def search(
   is no matrix. `options` are the costs if they are known, from an earlier search with the same
   model, text, treatments and `first`. Raises ValueError if nothing fits.
   """
-  start, _ = pipeline.compress(model, Recipe(name='first', steps=tuple(first)), calibration_NT)
+  start, _ = pipeline.compress(model, Recipe(name='first', steps=tuple(first)), calibration_BT)
   if options is None:
-    options = measure(start, choices, calibration_NT, progress=progress)
+    options = measure(start, choices, calibration_BT, progress=progress)
   treated = {option.layer for option in options}
   everything = sum(p.get_value().nbytes for p in parameters(start).values())
   rest = everything - sum(w.nbytes for path, w in matrices(start).items() if path in treated)
@@ -248,22 +248,22 @@ def search(
   found = []
   for allocation in allocations:
     one = recipe_of('budget', allocation, choices, first)
-    result, _ = pipeline.compress(model, one, calibration_NT)
+    result, _ = pipeline.compress(model, one, calibration_BT)
     nbytes = sum(p.get_value().nbytes for p in parameters(result).values())
     if nbytes > budget_bytes:
       raise ValueError(f'{one.description}: {nbytes:,} bytes do not fit into {budget_bytes:,}')
     predicted = sum(cost[item] for item in allocation.items())
-    kl = _whole_kl(model, result, calibration_NT)
+    kl = _whole_kl(model, result, calibration_BT)
     found.append(Found(recipe=one, nbytes=nbytes, kl=kl, predicted=predicted))
   return min(found, key=lambda f: f.kl), options
 
 
-def _whole_kl(model, other, calibration_NT) -> float:
+def _whole_kl(model, other, calibration_BT) -> float:
   """The mean KL divergence of a compressed model from the model, in nats a token."""
   total = 0.0
-  for tokens_BT in calibrate.batches(calibration_NT, pipeline.CALIBRATION_BATCH):
+  for tokens_BT in calibrate.batches(calibration_BT, pipeline.CALIBRATION_BATCH):
     total += float(_model_kl(*nnx.split(model), *nnx.split(other), tokens_BT))
-  return total / calibration_NT.size
+  return total / calibration_BT.size
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

@@ -33,9 +33,9 @@ STAGES = (
 )
 
 
-def batches(tokens_NT: np.ndarray, batch_size: int) -> list[np.ndarray]:
+def batches(tokens_BT: np.ndarray, batch_size: int) -> list[np.ndarray]:
   """Cuts calibration rows into batches; the last may be smaller."""
-  return [tokens_NT[i : i + batch_size] for i in range(0, len(tokens_NT), batch_size)]
+  return [tokens_BT[i : i + batch_size] for i in range(0, len(tokens_BT), batch_size)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,10 +36,10 @@ Parameters = Mapping[str, Matrix]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-  """A producer, which puts out P channels, and the linear layers that read them.
+  """A producer, which puts out O channels, and the linear layers that read them.
 
   norm_offset: what is added to a norm's scale; None if the producer is a linear layer.
-  copies: each of P channels is read so often, in runs of `run` (query heads of a key/value head).
+  copies: each of O channels is read so often, in runs of `run` (query heads of a key/value head).
   """
 
   producer: str
@@ -48,14 +48,14 @@ class Group:
   copies: int = 1
   run: int = 1
 
-  def spread(self, scales_P: jax.Array) -> jax.Array:
+  def spread(self, scales_O: jax.Array) -> jax.Array:
     """The scale of each of the consumers' inputs, [I]."""
     if self.copies == 1:
-      return scales_P
-    return jnp.repeat(scales_P.reshape(-1, self.run), self.copies, axis=0).reshape(-1)
+      return scales_O
+    return jnp.repeat(scales_O.reshape(-1, self.run), self.copies, axis=0).reshape(-1)
 
   def tie(self, values_I: jax.Array, fn: Callable) -> jax.Array:
-    """Joins what the inputs have that read the same channel: fn(array, axis), [P]."""
+    """Joins what the inputs have that read the same channel: fn(array, axis), [O]."""
     return fn(values_I.reshape(-1, self.copies, self.run), axis=1).reshape(-1)
 
   @property
@@ -96,41 +96,41 @@ def obstacle(parameters: Parameters, group: Group) -> str | None:
   return None
 
 
-def realised(parameters: Parameters, group: Group, scales_P: jax.Array) -> jax.Array:
-  """The nearest scales that the producer can be divided by as it is stored, float32 [P]."""
-  scales_P = scales_P.astype(jnp.float32)
+def realised(parameters: Parameters, group: Group, scales_O: jax.Array) -> jax.Array:
+  """The nearest scales that the producer can be divided by as it is stored, float32 [O]."""
+  scales_O = scales_O.astype(jnp.float32)
   if group.norm_offset is None:
-    return scales_P
-  stored_P = parameters[f'{group.producer}.scale']
-  before_P = stored_P.astype(jnp.float32) + group.norm_offset
-  divided_P = (before_P / scales_P - group.norm_offset).astype(stored_P.dtype)
-  after_P = divided_P.astype(jnp.float32) + group.norm_offset
+    return scales_O
+  stored_O = parameters[f'{group.producer}.scale']
+  before_O = stored_O.astype(jnp.float32) + group.norm_offset
+  divided_O = (before_O / scales_O - group.norm_offset).astype(stored_O.dtype)
+  after_O = divided_O.astype(jnp.float32) + group.norm_offset
   # A channel that is zero, or would be rounded to zero, is left as it is.
-  lost_P = (before_P == 0) | (after_P == 0)
-  return jnp.where(lost_P, 1, before_P / jnp.where(lost_P, 1, after_P))
+  lost_O = (before_O == 0) | (after_O == 0)
+  return jnp.where(lost_O, 1, before_O / jnp.where(lost_O, 1, after_O))
 
 
-def fold(parameters: Parameters, group: Group, scales_P: jax.Array) -> dict[str, jax.Array]:
+def fold(parameters: Parameters, group: Group, scales_O: jax.Array) -> dict[str, jax.Array]:
   """Divides a producer by positive scales and multiplies its consumers: what changes, by path.
 
   The block's output stays what it was, but for rounding to the stored types.
   """
-  scales_P = realised(parameters, group, scales_P)
-  changed = _divided(parameters, group, scales_P)
-  rows_I1 = group.spread(scales_P)[:, None]
+  scales_O = realised(parameters, group, scales_O)
+  changed = _divided(parameters, group, scales_O)
+  rows_I1 = group.spread(scales_O)[:, None]
   for layer in group.consumers:
     w_IO = parameters[f'{layer}.weight']
     changed[f'{layer}.weight'] = (w_IO.astype(jnp.float32) * rows_I1).astype(w_IO.dtype)
   return changed
 
 
-def _divided(parameters, group, scales_P):
+def _divided(parameters, group, scales_O):
   changed = {}
   for path in group.parameters[:2]:
     before = parameters.get(path)
     if before is not None:
       offset = group.norm_offset or 0.0 if path.endswith('.scale') else 0.0
-      scales = scales_P if before.ndim == 1 else scales_P[None]
+      scales = scales_O if before.ndim == 1 else scales_O[None]
       after = (before.astype(jnp.float32) + offset) / scales - offset
       changed[path] = after.astype(before.dtype)
   return changed
@@ -148,10 +148,10 @@ class Trial:
   store: Callable[[jax.Array, jax.Array], Matrix]
 
   def __call__(self, parameters: Parameters, arrays: Any, k: jax.Array) -> dict[str, Matrix]:
-    scales_AP, measured_I = arrays
-    scales_P = realised(parameters, self.group, scales_AP[k])
-    changed = fold(parameters, self.group, scales_P)
-    scaled_I = measured_I / self.group.spread(scales_P)
+    scales_AO, measured_I = arrays
+    scales_O = realised(parameters, self.group, scales_AO[k])
+    changed = fold(parameters, self.group, scales_O)
+    scaled_I = measured_I / self.group.spread(scales_O)
     for layer in self.targets:
       changed[f'{layer}.weight'] = self.store(changed[f'{layer}.weight'], scaled_I)
     return changed
@@ -179,8 +179,8 @@ class Trials:
 
 @functools.partial(jax.jit, static_argnums=1)
 def apply(
-  parameters: Parameters, group: Group, scales_P: jax.Array
+  parameters: Parameters, group: Group, scales_O: jax.Array
 ) -> tuple[dict[str, jax.Array], jax.Array]:
   """What folding changes, and the realised scale of each of the consumers' inputs, [I]."""
-  scales_P = realised(parameters, group, scales_P)
-  return fold(parameters, group, scales_P), group.spread(scales_P)
+  scales_O = realised(parameters, group, scales_O)
+  return fold(parameters, group, scales_O), group.spread(scales_O)

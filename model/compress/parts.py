@@ -62,7 +62,7 @@ def targets(part: Part, step: Step, recipe: Recipe) -> list[str]:
   return [path for path in found if step.matches(part.layer(path))]
 
 
-def check(model: Transformer, recipe: Recipe, calibration_NT: np.ndarray | None = None) -> None:
+def check(model: Transformer, recipe: Recipe, calibration_BT: np.ndarray | None = None) -> None:
   """Runs the recipe on shapes alone, so that what cannot work is refused before any work.
 
   Raises ValueError naming the recipe, the technique and the layer.
@@ -70,10 +70,10 @@ def check(model: Transformer, recipe: Recipe, calibration_NT: np.ndarray | None 
   for i, step in enumerate(recipe.steps):
     _check_scope(model, recipe, i)
     _check_patterns(model, recipe, step)
-    if calibrated(step) and calibration_NT is None:
+    if calibrated(step) and calibration_BT is None:
       raise ValueError(f'recipe {recipe.name}: {step.technique} needs calibration text')
     if calibrated(step):
-      _check_calibration(model, calibration_NT)
+      _check_calibration(model, calibration_BT)
   for part in parts(model):
     _check_part(part, recipe)
 
@@ -118,11 +118,11 @@ def _layers(model, step, recipe) -> Iterable[str]:
   return [part.layer(path) for part in parts(model) for path in targets(part, step, recipe)]
 
 
-def _check_calibration(model, calibration_NT):
-  shape, vocabulary = np.shape(calibration_NT), model.config.vocab_size
+def _check_calibration(model, calibration_BT):
+  shape, vocabulary = np.shape(calibration_BT), model.config.vocab_size
   if len(shape) != 2 or 0 in shape:
     raise ValueError(f'calibration text is rows of token ids [rows, length], not {shape}')
-  low, high = int(np.min(calibration_NT)), int(np.max(calibration_NT))
+  low, high = int(np.min(calibration_BT)), int(np.max(calibration_BT))
   if low < 0 or high >= vocabulary:
     raise ValueError(
       f'the calibration text has the token {low if low < 0 else high}, outside the vocabulary of '

@@ -47,7 +47,7 @@ class _Run:
 def compress(
   model: Transformer,
   recipe: Recipe,
-  calibration_NT: np.ndarray | None = None,
+  calibration_BT: np.ndarray | None = None,
   *,
   progress: Callable[[list], Iterator] = iter,
   in_place: bool = False,
@@ -55,7 +55,7 @@ def compress(
 ) -> tuple[Transformer, Ledger]:
   """Returns a compressed copy of a model, and the ledger.
 
-  `calibration_NT` is [rows, length] of token ids; only recipes with calibrated steps need it.
+  `calibration_BT` is [rows, length] of token ids; only recipes with calibrated steps need it.
   `progress` wraps the list of parts, as tqdm does. `in_place` compresses the model itself, so that
   no block is held longer than it is needed. `resume` is a folder that keeps each finished block
   until the end; what an interrupted run of the same recipe, model and text left there is used.
@@ -64,16 +64,16 @@ def compress(
     ValueError: before any work, if a step does not fit a layer, a pattern matches no layer, or
       calibration tokens are missing or not the model's; if calibration meets NaN or infinity.
   """
-  check(model, recipe, calibration_NT)
-  kept = Progress.open(resume, model, recipe, calibration_NT)
+  check(model, recipe, calibration_BT)
+  kept = Progress.open(resume, model, recipe, calibration_BT)
   model = model if in_place else nnx.clone(model)
   run = _Run(recipe, Ledger(), {})
   _transform(model, run)
   if any(calibrated(step) for step in recipe.steps):
-    run.plans = _plans(model, recipe, calibration_NT)
+    run.plans = _plans(model, recipe, calibration_BT)
   for i, part in enumerate(progress(parts(model))):
-    if part.is_block and run.stream is None and calibration_NT is not None:
-      run.stream = _stream(model, recipe, calibration_NT)  # the embedding is compressed by now
+    if part.is_block and run.stream is None and calibration_BT is not None:
+      run.stream = _stream(model, recipe, calibration_BT)  # the embedding is compressed by now
     if part.is_block and kept.has(i):
       run.ledger.extend(kept.restore(i, part.module, run.stream))
       continue
@@ -94,18 +94,18 @@ def _transform(model, run):
       run.ledger.add('model', step.technique, step.row.function(model, step.spec))
 
 
-def _plans(model, recipe, calibration_NT) -> dict[int, dict[str, jax.Array]]:
+def _plans(model, recipe, calibration_BT) -> dict[int, dict[str, jax.Array]]:
   """Lets the steps that divide something among the layers look at the whole model first."""
   plans = {}
   for i, step in enumerate(recipe.steps):
     if step.row.plan is not None:
-      shares = step.row.plan(_survey(model, step, recipe, calibration_NT), step.spec)
+      shares = step.row.plan(_survey(model, step, recipe, calibration_BT), step.spec)
       plans[i] = {layer: jnp.float32(share) for layer, share in shares.items()}
   return plans
 
 
-def _survey(model, step, recipe, calibration_NT):
-  stream = _stream(model, recipe, calibration_NT)
+def _survey(model, step, recipe, calibration_BT):
+  stream = _stream(model, recipe, calibration_BT)
   for part in parts(model):
     if not part.is_block:
       continue
@@ -116,10 +116,10 @@ def _survey(model, step, recipe, calibration_NT):
     stream.advance(part.module)
 
 
-def _stream(model, recipe, calibration_NT):
+def _stream(model, recipe, calibration_BT):
   if not any(calibrated(step) for step in recipe.steps):
     return None
-  return calibrate.Stream(model, calibrate.batches(calibration_NT, CALIBRATION_BATCH))
+  return calibrate.Stream(model, calibrate.batches(calibration_BT, CALIBRATION_BATCH))
 
 
 def _compress(part: Part, run: _Run) -> None:

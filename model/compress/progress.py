@@ -45,7 +45,7 @@ class Progress:
     folder: str | os.PathLike | None,
     model: Transformer,
     recipe: Recipe,
-    calibration_NT: np.ndarray | None,
+    calibration_BT: np.ndarray | None,
   ) -> 'Progress':
     """Opens or makes a folder. Raises ValueError if it belongs to another compression."""
     if folder is None:
@@ -55,7 +55,7 @@ class Progress:
       'recipe': recipe.to_dict(),
       'config': configs.to_json(model.config),
       'weights': _fingerprint(native.flatten(model)[0].values()),
-      'calibration': _fingerprint([] if calibration_NT is None else [calibration_NT]),
+      'calibration': _fingerprint([] if calibration_BT is None else [calibration_BT]),
     }
     text = json.dumps(plan, sort_keys=True)
     digest = json.dumps({'digest': hashlib.sha256(text.encode()).hexdigest()})

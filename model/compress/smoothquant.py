@@ -162,10 +162,10 @@ def _smoothed(site, spec):
       events |= {layer: {why: 1} for layer in targets}
       continue
     absmax_I = site.statistics[targets[0]]['input_absmax']
-    scales_P = _scales(site, group, targets, absmax_I, spec)
+    scales_O = _scales(site, group, targets, absmax_I, spec)
     merged = {**site.parameters, **values}
     own = {path: merged[path] for path in group.parameters if path in merged}
-    changed, rows_I = folding.apply(own, group, scales_P)
+    changed, rows_I = folding.apply(own, group, scales_O)
     values |= changed
     absmax |= dict.fromkeys(group.consumers, absmax_I / rows_I)
   return values, absmax, events
@@ -173,28 +173,28 @@ def _smoothed(site, spec):
 
 def _scales(site, group, targets, absmax_I, spec):
   weights = [site.parameters[f'{layer}.weight'] for layer in group.consumers]
-  scales_AP = _candidates(absmax_I, weights, group, spec)
+  scales_AO = _candidates(absmax_I, weights, group, spec)
   if spec.alpha is not None:
-    return scales_AP[0]
+    return scales_AO[0]
   trial = folding.Trial(group, targets, Stored.of(spec))
-  errors = site.errors(trial, (scales_AP, absmax_I), len(scales_AP), spec.rows)
-  return scales_AP[int(np.argmin(np.where(np.isfinite(errors), errors, np.inf)))]
+  errors = site.errors(trial, (scales_AO, absmax_I), len(scales_AO), spec.rows)
+  return scales_AO[int(np.argmin(np.where(np.isfinite(errors), errors, np.inf)))]
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _candidates(absmax_I, weights, group, spec) -> jax.Array:
-  """The scales of the one alpha, or none and those of the grid: [A, P]."""
-  x_P = group.tie(absmax_I, jnp.max)
+  """The scales of the one alpha, or none and those of the grid: [A, O]."""
+  x_O = group.tie(absmax_I, jnp.max)
   sizes_I = jnp.stack([jnp.abs(w.astype(jnp.float32)).max(1) for w in weights]).max(0)
-  w_P = group.tie(sizes_I, jnp.max)
-  dead_P = (x_P == 0) | (w_P == 0)
-  x_P, w_P = jnp.where(dead_P, 1, x_P), jnp.where(dead_P, 1, w_P)
+  w_O = group.tie(sizes_I, jnp.max)
+  dead_O = (x_O == 0) | (w_O == 0)
+  x_O, w_O = jnp.where(dead_O, 1, x_O), jnp.where(dead_O, 1, w_O)
   if spec.alpha is not None:
     alphas_A1 = jnp.full((1, 1), spec.alpha, jnp.float32)
   else:
     alphas_A1 = jnp.linspace(0, 1, spec.grid + 1, dtype=jnp.float32)[:, None]
-  scales_AP = x_P[None] ** alphas_A1 / w_P[None] ** (1 - alphas_A1)
-  scales_AP = jnp.maximum(scales_AP, SMALLEST_SCALE)
+  scales_AO = x_O[None] ** alphas_A1 / w_O[None] ** (1 - alphas_A1)
+  scales_AO = jnp.maximum(scales_AO, SMALLEST_SCALE)
   if spec.alpha is None:
-    scales_AP = jnp.concatenate([jnp.ones_like(scales_AP[:1]), scales_AP])
-  return scales_AP
+    scales_AO = jnp.concatenate([jnp.ones_like(scales_AO[:1]), scales_AO])
+  return scales_AO

@@ -38,6 +38,8 @@ def hidden(
     x_BTD, cache = model.hidden(tokens_BT, positions_BT=positions_BT, cache=cache)
     return cache, x_BTD
 
-  pieces = tuple(rearrange(a, 'B (P T) -> P B T', T=piece) for a in (padded_BT, positions_BT))
-  _, x_PBTD = jax.lax.scan(feed, cache, pieces)
-  return rearrange(x_PBTD, 'P B T D -> B (P T) D')[:, :length]
+  pieces = tuple(
+    rearrange(a, 'B (piece T) -> piece B T', T=piece) for a in (padded_BT, positions_BT)
+  )
+  _, hidden = jax.lax.scan(feed, cache, pieces)
+  return rearrange(hidden, 'piece B T D -> B (piece T) D')[:, :length]

@@ -31,18 +31,18 @@ CHUNK = 512  # tokens whose logits exist at once
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Windows:
-  """Evaluation text: tokens_NT int32 [windows, seq_len], and the bytes of the predicted tokens."""
+  """Evaluation text: tokens_BT int32 [windows, seq_len], and the bytes of the predicted tokens."""
 
-  tokens_NT: np.ndarray
+  tokens_BT: np.ndarray
   predicted_bytes: int
 
   @property
   def seq_len(self) -> int:
-    return self.tokens_NT.shape[1]
+    return self.tokens_BT.shape[1]
 
   @property
   def predicted(self) -> int:
-    return self.tokens_NT.shape[0] * (self.seq_len - 1)
+    return self.tokens_BT.shape[0] * (self.seq_len - 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,24 +74,24 @@ class Quality:
     return None if self.flips is None else self.flips / self.tokens
 
 
-def windows(tokens_N, ends_N, seq_len: int, max_windows: int | None = None) -> Windows:
+def windows(tokens_T, ends_T, seq_len: int, max_windows: int | None = None) -> Windows:
   """Cuts a tokenized text into windows.
 
-  `ends_N`: the UTF-8 bytes of the text up to the end of each token.
+  `ends_T`: the UTF-8 bytes of the text up to the end of each token.
   Raises ValueError if the text is shorter than one window.
   """
   if seq_len < 2:
     raise ValueError(f'a window needs at least 2 tokens to predict one, not {seq_len}')
-  count = len(tokens_N) // seq_len
+  count = len(tokens_T) // seq_len
   if count == 0:
     raise ValueError(
-      f'the text has {len(tokens_N)} tokens, fewer than one window of {seq_len}; '
+      f'the text has {len(tokens_T)} tokens, fewer than one window of {seq_len}; '
       'give a longer text or a smaller seq_len'
     )
   count = min(count, max_windows or count)
-  tokens_NT = np.asarray(tokens_N[: count * seq_len], np.int32).reshape(count, seq_len)
-  ends_NT = np.asarray(ends_N[: count * seq_len]).reshape(count, seq_len)
-  return Windows(tokens_NT=tokens_NT, predicted_bytes=int((ends_NT[:, -1] - ends_NT[:, 0]).sum()))
+  tokens_BT = np.asarray(tokens_T[: count * seq_len], np.int32).reshape(count, seq_len)
+  ends_BT = np.asarray(ends_T[: count * seq_len]).reshape(count, seq_len)
+  return Windows(tokens_BT=tokens_BT, predicted_bytes=int((ends_BT[:, -1] - ends_BT[:, 0]).sum()))
 
 
 def evaluate(
@@ -114,10 +114,10 @@ def evaluate(
     if one is not None:
       check(one, text)
   batch = max(1, TOKENS_A_BATCH // text.seq_len)
-  starts = list(range(0, len(text.tokens_NT), batch))
+  starts = list(range(0, len(text.tokens_BT), batch))
   totals = np.zeros(3)
   for start in progress(starts):
-    tokens_BT = text.tokens_NT[start : start + batch]
+    tokens_BT = text.tokens_BT[start : start + batch]
     with jax.default_matmul_precision('highest'):
       sums = _window_sums(model, base, tokens_BT, cache_format)
     totals += np.asarray(jax.device_get(sums), np.float64).sum((1, 2))
@@ -167,13 +167,13 @@ def _sums(graphdef, base_graphdef, cache_format, state, base_state, tokens_BT, b
   base_x_TD = x_TD if base is None else flat(base_x_BTD)
 
   def measure(chunk):
-    x_CD, base_x_CD, labels_C = chunk
-    logits_CV = model.logits(x_CD)
-    base_logits_CV = logits_CV if base is None else base.logits(base_x_CD)
-    nll_C = -jnp.take_along_axis(jax.nn.log_softmax(logits_CV), labels_C[:, None], 1)[:, 0]
-    kl_C = losses.kl_divergence(base_logits_CV, logits_CV)
-    flips_C = (logits_CV.argmax(-1) != base_logits_CV.argmax(-1)).astype(jnp.float32)
-    return jnp.stack([nll_C, kl_C, flips_C])
+    x_TD, base_x_TD, labels_T = chunk
+    logits_TV = model.logits(x_TD)
+    base_logits_TV = logits_TV if base is None else base.logits(base_x_TD)
+    nll_T = -jnp.take_along_axis(jax.nn.log_softmax(logits_TV), labels_T[:, None], 1)[:, 0]
+    kl_T = losses.kl_divergence(base_logits_TV, logits_TV)
+    flips_T = (logits_TV.argmax(-1) != base_logits_TV.argmax(-1)).astype(jnp.float32)
+    return jnp.stack([nll_T, kl_T, flips_T])
 
   count = labels_T.shape[0]
   padding = -count % CHUNK

@@ -66,15 +66,15 @@ def prepare(
     logits_BTV, held['cache'] = generate.forward(program, tokens_BT, held['cache'])
     return logits_BTV
 
-  def run_decode(after_call=lambda new_CB: None):
+  def run_decode(after_call=lambda new_TB: None):
     tokens_B, positions_B, key = jnp.zeros(batch, jnp.int32), jnp.asarray(lengths_B), start[3]
     key = jax.random.clone(key)
     for done in range(0, steps, generate.TOKENS_PER_CALL):
       count = np.int32(min(generate.TOKENS_PER_CALL, steps - done))
-      tokens_B, positions_B, held['cache'], key, new_CB = decode(
+      tokens_B, positions_B, held['cache'], key, new_TB = decode(
         program.leaves, tokens_B, positions_B, held['cache'], key, count
       )
-      after_call(new_CB)
+      after_call(new_TB)
     return tokens_B
 
   return Bench(

@@ -64,7 +64,7 @@ class Program:
   def decode(self, tokens_B, positions_B, cache, key, count: int, config: SamplingConfig):
     """Runs `count` tokens a row, each sampled from what came before.
 
-    Returns (tokens_B, positions_B, cache, key, new_CB): the last tokens, and all new ones, of which
+    Returns (tokens_B, positions_B, cache, key, new_TB): the last tokens, and all new ones, of which
     the first `count` of `TOKENS_PER_CALL` rows are filled. All arguments are donated but `count`.
     """
     return _decode(self.static, config, self.leaves, tokens_B, positions_B, cache, key, count)
@@ -87,17 +87,17 @@ def _prefill(static, leaves, tokens_BT, lengths_B, cache):
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4, 5, 6))
 def _decode(static, config, leaves, tokens_B, positions_B, cache, key, count):
   def step(i, carry):
-    tokens_B, positions_B, cache, key, new_CB = carry
+    tokens_B, positions_B, cache, key, new_TB = carry
     # XLA moves what does not change out of a loop: whole matrices, widened, if it were let.
     held, tokens_B = jax.lax.optimization_barrier((leaves, tokens_B))
     model = _merge(static, held)
     x_BTD, cache = model.hidden(tokens_B[:, None], positions_BT=positions_B[:, None], cache=cache)
     key, now = jax.random.split(key)
     tokens_B = sampling.sample(model.logits(x_BTD[:, 0]), config, key=now)
-    return tokens_B, positions_B + 1, cache, key, new_CB.at[i].set(tokens_B)
+    return tokens_B, positions_B + 1, cache, key, new_TB.at[i].set(tokens_B)
 
-  new_CB = jnp.zeros((TOKENS_PER_CALL, len(tokens_B)), jnp.int32)
-  return jax.lax.fori_loop(0, count, step, (tokens_B, positions_B, cache, key, new_CB))
+  new_TB = jnp.zeros((TOKENS_PER_CALL, len(tokens_B)), jnp.int32)
+  return jax.lax.fori_loop(0, count, step, (tokens_B, positions_B, cache, key, new_TB))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -165,10 +165,10 @@ def generate(
   output.take(np.asarray(tokens_B)[None])
   while not output.done:
     start = time.perf_counter()
-    tokens_B, positions_B, cache, key, new_CB = program.decode(
+    tokens_B, positions_B, cache, key, new_TB = program.decode(
       tokens_B, positions_B, cache, key, np.int32(count), sampling_config
     )
-    output.take(np.asarray(new_CB)[:count])
+    output.take(np.asarray(new_TB)[:count])
     step_s = (time.perf_counter() - start) / count
     longest = TOKENS_PER_CALL if on_tokens is None else int(BURST_S / step_s)
     count = min(max(longest, 1), TOKENS_PER_CALL, max(output.left, 1))
@@ -182,9 +182,9 @@ class _Output:
     self.left, self.eos_ids, self.on_tokens = max_new_tokens, eos_ids, on_tokens
     self.steps, self.ended_B, self.done = [], False, False
 
-  def take(self, new_CB):
+  def take(self, new_TB):
     """Takes steps up to the last one that is wanted."""
-    for tokens_B in new_CB:
+    for tokens_B in new_TB:
       if self.done:
         return
       self.steps.append(tokens_B)

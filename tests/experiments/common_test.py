@@ -8,7 +8,7 @@ from experiments import common
 def test_calibration_rows_come_from_the_calibration_part_and_are_no_more_than_the_text_has():
   tokenizer = types.SimpleNamespace(encode=lambda text: [ord(letter) for letter in text])
   texts = types.SimpleNamespace(calibration=('a' * 999,), train=('b' * 500,))
-  rows_NT = common.calibration_rows(tokenizer, texts, 10, 24)
-  assert rows_NT.shape == (24, 10) and (rows_NT == ord('a')).all()
-  rows_NT = common.calibration_rows(tokenizer, texts, 10, 1000)
-  assert rows_NT.shape == (149, 10) and {*rows_NT.ravel()} == {ord('a'), ord('b')}
+  rows_BT = common.calibration_rows(tokenizer, texts, 10, 24)
+  assert rows_BT.shape == (24, 10) and (rows_BT == ord('a')).all()
+  rows_BT = common.calibration_rows(tokenizer, texts, 10, 1000)
+  assert rows_BT.shape == (149, 10) and {*rows_BT.ravel()} == {ord('a'), ord('b')}

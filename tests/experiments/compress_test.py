@@ -176,17 +176,17 @@ def test_held_out_text_gives_its_windows_again(script, tmp_path):
   words = [('ab' * n + 'c' * n) for n in range(3, 40)]
   tokenizer = Tokenizer.train_bpe(words * 2, 300)
   module, texts = script.module, ''.join(words[5:])
-  tokens_N, ends_N = tokenizer.encode_with_bytes(texts)
+  tokens_T, ends_T = tokenizer.encode_with_bytes(texts)
   for seq_len in range(2, 9):
-    for limit in range(1, len(tokens_N) // seq_len):
-      text = module.perplexity.windows(tokens_N, ends_N, seq_len, limit)
+    for limit in range(1, len(tokens_T) // seq_len):
+      text = module.perplexity.windows(tokens_T, ends_T, seq_len, limit)
       corpus = type('Corpus', (), {'held_out': [texts]})
       work = type('Work', (), {'text': text})
       inputs = type('Inputs', (), {'texts': corpus, 'tokenizer': tokenizer})
       module._write_held_out(tmp_path, inputs, work)
       again = tokenizer.encode_with_bytes((tmp_path / 'held_out.txt').read_text())
       found = module.perplexity.windows(*again, seq_len)
-      np.testing.assert_array_equal(found.tokens_NT, text.tokens_NT)
+      np.testing.assert_array_equal(found.tokens_BT, text.tokens_BT)
       assert found.predicted_bytes == text.predicted_bytes
 
 

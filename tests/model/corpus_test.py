@@ -124,21 +124,21 @@ def _letters(text):
 
 def test_rows_begin_with_lines_anywhere_and_are_repeatable():
   texts = [''.join(f'{name}{i:03}\n' for i in range(200)) for name in 'ab']
-  rows_NT = corpus.sample_rows(texts, _letters, 20, 64, seed=3)
-  assert rows_NT.shape == (64, 20) and rows_NT.dtype == np.int32
-  rows = [''.join(map(chr, row)) for row in rows_NT]
+  rows_BT = corpus.sample_rows(texts, _letters, 20, 64, seed=3)
+  assert rows_BT.shape == (64, 20) and rows_BT.dtype == np.int32
+  rows = [''.join(map(chr, row)) for row in rows_BT]
   assert all(row[0] in 'ab' and row[4] == '\n' for row in rows)
   # A row that does not reach the end of its text is a stretch of it.
   assert sum(any(row in text for text in texts) for row in rows) > 56
   assert 20 < sum(row[0] == 'a' for row in rows) < 44
   assert len(set(rows)) > 48
-  assert (corpus.sample_rows(texts, _letters, 20, 64, seed=3) == rows_NT).all()
-  assert (corpus.sample_rows(texts, _letters, 20, 64, seed=4) != rows_NT).any()
+  assert (corpus.sample_rows(texts, _letters, 20, 64, seed=3) == rows_BT).all()
+  assert (corpus.sample_rows(texts, _letters, 20, 64, seed=4) != rows_BT).any()
 
 
 def test_rows_go_on_in_another_text_where_one_is_short():
-  rows_NT = corpus.sample_rows(['abc\n', 'xyz\n'], _letters, 8, 16)
-  rows = {''.join(map(chr, row)) for row in rows_NT}
+  rows_BT = corpus.sample_rows(['abc\n', 'xyz\n'], _letters, 8, 16)
+  rows = {''.join(map(chr, row)) for row in rows_BT}
   assert rows == {a + b for a in ('abc\n', 'xyz\n') for b in ('abc\n', 'xyz\n')}
 
 

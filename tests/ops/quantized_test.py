@@ -207,22 +207,22 @@ def test_no_weight_moves_further_than_a_step(rng, name, symmetric):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _dense_and_product(w_CIO, name, group, symmetric, double):
+def _dense_and_product(cases, name, group, symmetric, double):
   def run(w_IO):
     q = quantize(w_IO, name, group_size=group, symmetric=symmetric, double=double)
     return q.dense(), q.matmul(jnp.full((1, 64), 1e-3))
 
-  return jax.vmap(run)(w_CIO)
+  return jax.vmap(run)(cases)
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(('name', 'symmetric', 'double'), DOUBLES)
 def test_nothing_becomes_nan(rng, name, symmetric, double, dtype):
-  w_CIO = np.stack(list(_edge_cases(rng).values()))
+  cases = np.stack(list(_edge_cases(rng).values()))
   if dtype == jnp.float16:
-    w_CIO = np.clip(w_CIO, -2e4, 2e4)  # it would be infinite before it is quantized
+    cases = np.clip(cases, -2e4, 2e4)  # it would be infinite before it is quantized
   for group in (-1, 32):
-    dense, product = _dense_and_product(jnp.asarray(w_CIO, dtype), name, group, symmetric, double)
+    dense, product = _dense_and_product(jnp.asarray(cases, dtype), name, group, symmetric, double)
     assert dense.dtype == dtype
     assert np.isfinite(np.asarray(dense, np.float32)).all()
     assert np.isfinite(np.asarray(product)).all()

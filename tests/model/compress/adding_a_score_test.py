@@ -19,10 +19,10 @@ def own_registry(monkeypatch):
 
 
 @pytest.fixture
-def work(tiny, tokens_NT):
-  text = perplexity.windows(tokens_NT.reshape(-1), np.arange(tokens_NT.size), 10)
+def work(tiny, tokens_BT):
+  text = perplexity.windows(tokens_BT.reshape(-1), np.arange(tokens_BT.size), 10)
   shared = {'settings': {}, 'environment': {}, 'seed': 0, 'rounds': 5, 'prompt_length': 8}
-  return study.Study(base=tiny(), calibration_NT=tokens_NT, text=text, **shared)
+  return study.Study(base=tiny(), calibration_BT=tokens_BT, text=text, **shared)
 
 
 def test_ten_lines(work):

@@ -124,9 +124,9 @@ def _nearest_error(site, spec):
   'format, symmetric', [('int3', True), pytest.param('int2', False, marks=pytest.mark.slow)]
 )
 def test_what_is_stored_is_what_was_optimised_and_far_better_than_the_nearest(
-  tiny, tokens_NT, site_of, format, symmetric
+  tiny, tokens_BT, site_of, format, symmetric
 ):
-  site, seen = site_of(tiny(), tokens_NT), []
+  site, seen = site_of(tiny(), tokens_BT), []
 
   def descend(descent, learned, grids):
     learned = site.descend(descent, learned, grids)
@@ -146,9 +146,9 @@ def test_what_is_stored_is_what_was_optimised_and_far_better_than_the_nearest(
   assert changes.events == {layer: {} for layer in site.targets}
 
 
-def test_it_is_never_worse_than_rounding_to_nearest(tiny, tokens_NT):
+def test_it_is_never_worse_than_rounding_to_nearest(tiny, tokens_BT):
   # One step of 1 moves every offset and every range to its bound.
-  compressed, ledger = pipeline.compress(tiny(), _parse(_step(steps=1)), tokens_NT)
+  compressed, ledger = pipeline.compress(tiny(), _parse(_step(steps=1)), tokens_BT)
   nearest = {'round_to_nearest': {'format': 'int3', 'group_size': 16}}
   plain, _ = pipeline.compress(tiny(), _parse(nearest))
   assert _arrays(compressed) == _arrays(plain)
@@ -170,27 +170,27 @@ def _stopping(parts):
     yield part
 
 
-def test_blocks_share_a_compilation_and_a_killed_run_goes_on(tiny, tokens_NT, tmp_path):
+def test_blocks_share_a_compilation_and_a_killed_run_goes_on(tiny, tokens_BT, tmp_path):
   one, before = _parse(_step(steps=12)), calibrate._descend._cache_size()
-  whole, ledger = pipeline.compress(tiny(), one, tokens_NT)
+  whole, ledger = pipeline.compress(tiny(), one, tokens_BT)
   assert calibrate._descend._cache_size() - before <= 1
   assert sum(row.stored.startswith('QuantizedTensor int3') for row in ledger.layers) == 14
   assert not ledger.events
   with pytest.raises(Killed):
-    pipeline.compress(tiny(), one, tokens_NT, resume=tmp_path / 'kept', progress=_stopping)
-  again, _ = pipeline.compress(tiny(), one, tokens_NT, resume=tmp_path / 'kept')
+    pipeline.compress(tiny(), one, tokens_BT, resume=tmp_path / 'kept', progress=_stopping)
+  again, _ = pipeline.compress(tiny(), one, tokens_BT, resume=tmp_path / 'kept')
   assert _arrays(again) == _arrays(whole)
-  other, _ = pipeline.compress(tiny(), _parse(_step(steps=12, seed=1)), tokens_NT)
+  other, _ = pipeline.compress(tiny(), _parse(_step(steps=12, seed=1)), tokens_BT)
   assert _arrays(other) != _arrays(whole)
 
 
-def test_targets_alone_change_zeros_stay_and_another_group_is_an_event(tiny, tokens_NT):
+def test_targets_alone_change_zeros_stay_and_another_group_is_an_event(tiny, tokens_BT):
   model, only = tiny(layers=1), ['*.down', '*.key']
   steps = [
     {'magnitude': {'sparsity': 0.4}},
     _step(symmetric=False, group_size=None) | {'only': only},
   ]
-  compressed, ledger = pipeline.compress(model, _parse(*steps), tokens_NT)
+  compressed, ledger = pipeline.compress(model, _parse(*steps), tokens_BT)
   expected = matrices(pipeline.compress(model, _parse(steps[0]))[0])
   for path, w in matrices(compressed).items():
     if path.endswith(('.down', '.key')):
@@ -202,9 +202,9 @@ def test_targets_alone_change_zeros_stay_and_another_group_is_an_event(tiny, tok
 
 
 @pytest.mark.slow
-def test_weights_behind_a_rotation_are_rounded(tiny, tokens_NT):
+def test_weights_behind_a_rotation_are_rounded(tiny, tokens_BT):
   one = _parse({'rotate': {}}, _step() | {'only': ['*.down']})
-  compressed, _ = pipeline.compress(tiny(layers=1, width=64), one, tokens_NT)
+  compressed, _ = pipeline.compress(tiny(layers=1, width=64), one, tokens_BT)
   w = matrices(compressed)['layers.0.ffn.down']
   assert isinstance(w, RotatedTensor) and isinstance(core(w), QuantizedTensor)
 
@@ -224,11 +224,11 @@ def test_options_that_make_no_sense_are_refused(options, message):
     _parse({'autoround': options})
 
 
-def test_matrices_that_cannot_be_rounded_are_refused_before_any_work(tiny, tokens_NT):
+def test_matrices_that_cannot_be_rounded_are_refused_before_any_work(tiny, tokens_BT):
   twice = _parse({'round_to_nearest': {}}, {'autoround': {}})
   with pytest.raises(ValueError, match='autoround rounds plain matrices, not a QuantizedTensor'):
-    pipeline.check(tiny(), twice, tokens_NT)
+    pipeline.check(tiny(), twice, tokens_BT)
   with pytest.raises(ValueError, match='does not divide'):
-    pipeline.check(tiny(), _parse({'autoround': {'group_size': 7}}), tokens_NT)
+    pipeline.check(tiny(), _parse({'autoround': {'group_size': 7}}), tokens_BT)
   with pytest.raises(ValueError, match='needs calibration text'):
     pipeline.check(tiny(), _parse({'autoround': {}}))

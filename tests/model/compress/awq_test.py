@@ -28,9 +28,9 @@ FLOAT32 = 1e-5  # powers and products of a few float32 numbers
 ERRORS = 1e-3
 
 
-def _logits(model, tokens_NT):
+def _logits(model, tokens_BT):
   graphdef, state = nnx.split(model)
-  return np.asarray(jax.jit(lambda state, t: nnx.merge(graphdef, state)(t))(state, tokens_NT))
+  return np.asarray(jax.jit(lambda state, t: nnx.merge(graphdef, state)(t))(state, tokens_BT))
 
 
 def _parse(*steps):
@@ -72,9 +72,9 @@ def test_scales_are_those_of_the_formula(rng):
   mean_I[5] = 0
   weights = [rng.standard_normal((32, 6)).astype(np.float32) for _ in range(2)]
   group = folding.Group(producer='n', consumers=('a', 'b'))
-  found_AP = awq._candidates(jnp.asarray(mean_I), [jnp.asarray(w) for w in weights], group, SPEC)
+  found_AO = awq._candidates(jnp.asarray(mean_I), [jnp.asarray(w) for w in weights], group, SPEC)
   expected = [_numpy_scales(mean_I.astype(np.float64), k / GRID) for k in range(GRID)]
-  np.testing.assert_allclose(found_AP, expected, rtol=FLOAT32)
+  np.testing.assert_allclose(found_AO, expected, rtol=FLOAT32)
 
   w = np.abs(np.concatenate(weights, 1)).astype(np.float64)
   relative = np.concatenate([half / (half.max(0) + 1e-6) for half in (w[:16], w[16:])]).mean(1)
@@ -95,7 +95,7 @@ def test_scales_are_those_of_the_formula(rng):
 def torch_block(tmp_path):
   """A function (model, tokens) -> a function ({their name: array}) -> output of its block 0."""
 
-  def load(model, tokens_NT):
+  def load(model, tokens_BT):
     hf.save_pretrained(model, None, tmp_path / 'hf')
     other = transformers.LlamaForCausalLM.from_pretrained(tmp_path / 'hf', dtype=torch.float64)
     layer, seen = other.eval().model.layers[0], []
@@ -105,7 +105,7 @@ def torch_block(tmp_path):
       for name, value in changes.items():
         layer.get_parameter(name).data = torch.from_numpy(np.array(value, np.float64))
       with torch.no_grad():
-        other(torch.from_numpy(np.asarray(tokens_NT, np.int64)))
+        other(torch.from_numpy(np.asarray(tokens_BT, np.int64)))
       return seen.pop()
 
     return run
@@ -114,17 +114,17 @@ def torch_block(tmp_path):
 
 
 def test_errors_of_the_grid_are_those_of_transformers_and_the_best_is_taken(
-  tiny, tokens_NT, site_of, torch_block
+  tiny, tokens_BT, site_of, torch_block
 ):
   model = _with_outliers(tiny())
-  site = site_of(model, tokens_NT, STATISTICS)
+  site = site_of(model, tokens_BT, STATISTICS)
   group, measured = _group(site, 'ffn_norm'), site.statistics['ffn.up']['input_absmean']
-  scales_AP = awq._candidates(measured, [], group, SPEC)
+  scales_AO = awq._candidates(measured, [], group, SPEC)
   trial = folding.Trial(group, group.consumers, Rounded(SPEC.rounding))
-  found = site.errors(trial, (scales_AP, measured), GRID)
+  found = site.errors(trial, (scales_AO, measured), GRID)
 
   values = {path: np.asarray(v, np.float64) for path, v in site.parameters.items()}
-  run, errors = torch_block(model, tokens_NT), []
+  run, errors = torch_block(model, tokens_BT), []
   original = run({})
   for k in range(GRID):
     s = _numpy_scales(np.asarray(measured, np.float64), k / GRID)
@@ -144,8 +144,8 @@ def test_errors_of_the_grid_are_those_of_transformers_and_the_best_is_taken(
 
 
 @pytest.mark.parametrize('producer', ['attention_norm', 'attention.value', 'ffn_norm', 'ffn.up'])
-def test_it_is_never_worse_than_rounding_to_nearest(tiny, tokens_NT, site_of, producer):
-  site = site_of(tiny(seed=3), tokens_NT, STATISTICS)
+def test_it_is_never_worse_than_rounding_to_nearest(tiny, tokens_BT, site_of, producer):
+  site = site_of(tiny(seed=3), tokens_BT, STATISTICS)
   group = _group(site, producer)
   site = dataclasses.replace(site, targets=group.consumers)
   changes = awq.awq(site, dataclasses.replace(SPEC, clip_search=False)).parameters
@@ -167,9 +167,9 @@ class _Given:
     return arrays
 
 
-def test_outliers_are_what_it_is_for(tiny, tokens_NT, site_of):
+def test_outliers_are_what_it_is_for(tiny, tokens_BT, site_of):
   model = _with_outliers(tiny())
-  site = site_of(model, tokens_NT, STATISTICS)
+  site = site_of(model, tokens_BT, STATISTICS)
   scaled = awq.awq(site, dataclasses.replace(SPEC, clip_search=False)).parameters
   plain = {
     path: quantize(w, 'int3', group_size=16, symmetric=False)
@@ -206,8 +206,8 @@ def test_clipping_takes_the_best_range_of_each_group(rng, format, bits):
   assert shrunk > 2
 
 
-def test_query_and_key_are_not_clipped(tiny, tokens_NT, site_of):
-  site = site_of(tiny(), tokens_NT, STATISTICS)
+def test_query_and_key_are_not_clipped(tiny, tokens_BT, site_of):
+  site = site_of(tiny(), tokens_BT, STATISTICS)
   clipped = awq.awq(site, SPEC).parameters
   plain = awq.awq(site, dataclasses.replace(SPEC, clip_search=False)).parameters
   same = {
@@ -218,12 +218,12 @@ def test_query_and_key_are_not_clipped(tiny, tokens_NT, site_of):
   assert {path for path in same if same[path]} == {'attention.query.weight', 'attention.key.weight'}
 
 
-def test_inputs_that_never_occur_are_left_alone(tiny, tokens_NT):
+def test_inputs_that_never_occur_are_left_alone(tiny, tokens_BT):
   model = tiny(layers=1)
   norm = model.layers[0].ffn_norm
   norm.scale.set_value(norm.scale.get_value().at[3].set(0))
   compressed, ledger = pipeline.compress(
-    model, _parse({'awq': {'format': 'int3', 'grid': 2}}), tokens_NT
+    model, _parse({'awq': {'format': 'int3', 'grid': 2}}), tokens_BT
   )
   for value in parameters(compressed).values():
     assert np.isfinite(np.asarray(dense(value.get_value()), np.float32)).all()
@@ -234,24 +234,24 @@ def test_inputs_that_never_occur_are_left_alone(tiny, tokens_NT):
   assert any('no calibration token' in event.event for event in ledger.events)
 
 
-def test_without_quantization_the_model_stays_what_it_was(tiny, tokens_NT):
+def test_without_quantization_the_model_stays_what_it_was(tiny, tokens_BT):
   model = _with_outliers(tiny())
   steps = [{'awq': {'quantize': False, 'grid': 4}, 'only': ['*.gate', '*.key', '*.output']}]
-  scaled, _ = pipeline.compress(model, _parse(*steps), tokens_NT)
-  expected = _logits(model, tokens_NT)
+  scaled, _ = pipeline.compress(model, _parse(*steps), tokens_BT)
+  expected = _logits(model, tokens_BT)
   np.testing.assert_allclose(
-    _logits(scaled, tokens_NT), expected, atol=1e-4 * np.abs(expected).max()
+    _logits(scaled, tokens_BT), expected, atol=1e-4 * np.abs(expected).max()
   )
   ratio = scaled.layers[1].ffn_norm.scale.get_value() / model.layers[1].ffn_norm.scale.get_value()
   assert np.abs(np.log(ratio)).max() > 0.1
 
 
-def test_a_recipe_stores_saves_and_compiles_once_for_all_blocks(tiny, tokens_NT, tmp_path):
+def test_a_recipe_stores_saves_and_compiles_once_for_all_blocks(tiny, tokens_BT, tmp_path):
   model = tiny(layers=3)
   before = calibrate._errors._cache_size()
   # An own group size, so that no other test has compiled it.
   step = {'awq': {'format': 'int4', 'group_size': 8, 'grid': 3}}
-  compressed, ledger = pipeline.compress(model, _parse(step), tokens_NT)
+  compressed, ledger = pipeline.compress(model, _parse(step), tokens_BT)
   assert calibrate._errors._cache_size() - before == 1
   for linear in linears(compressed).values():
     weight = linear.weight.get_value()
@@ -260,17 +260,17 @@ def test_a_recipe_stores_saves_and_compiles_once_for_all_blocks(tiny, tokens_NT,
   assert sum(row.stored.startswith('QuantizedTensor') for row in ledger.layers) == 21
   hf.save_pretrained(compressed, None, tmp_path / 'm', recipe=_parse(step).to_dict())
   loaded, _ = hf.load_pretrained(tmp_path / 'm')
-  np.testing.assert_array_equal(_logits(loaded, tokens_NT), _logits(compressed, tokens_NT))
+  np.testing.assert_array_equal(_logits(loaded, tokens_BT), _logits(compressed, tokens_BT))
 
 
-def test_what_could_not_be_scaled_is_in_the_ledger(tiny, tokens_NT):
+def test_what_could_not_be_scaled_is_in_the_ledger(tiny, tokens_BT):
   layer = dataclasses.replace(tiny().config.layers[0], gated=False, activation='gelu')
   config = tiny().config.replace(norm='layer', layers=(layer,))
   model = Transformer(config, rngs=nnx.Rngs(0))
   step = {'round_to_nearest': {'format': 'int8'}, 'only': ['*.value']}
   rest = ['*.query', '*.key', '*.output', '*.up', '*.down']
   awq_step = {'awq': {'grid': 2, 'group_size': 16}, 'only': rest}
-  _, ledger = pipeline.compress(model, _parse(step, awq_step), tokens_NT)
+  _, ledger = pipeline.compress(model, _parse(step, awq_step), tokens_BT)
   found = {(event.layer, event.event) for event in ledger.events if 'grid' not in event.event}
   stored = 'not scaled, for attention.value.weight is a QuantizedTensor'
   assert found >= {
@@ -297,11 +297,11 @@ def test_options_that_make_no_sense_are_refused(options, message):
     _parse({'awq': options})
 
 
-def test_matrices_that_cannot_be_scaled_are_refused_before_any_work(tiny, tokens_NT):
+def test_matrices_that_cannot_be_scaled_are_refused_before_any_work(tiny, tokens_BT):
   with pytest.raises(ValueError, match=r'awq on .*: .*does not divide'):
-    pipeline.check(tiny(), _parse({'awq': {'group_size': 7}}), tokens_NT)
+    pipeline.check(tiny(), _parse({'awq': {'group_size': 7}}), tokens_BT)
   pruned = _parse({'magnitude': {'n': 2, 'm': 4}}, {'awq': {}})
   with pytest.raises(ValueError, match=f'scales plain matrices, not a {SparseTensor.__name__}'):
-    pipeline.check(tiny(), pruned, tokens_NT)
+    pipeline.check(tiny(), pruned, tokens_BT)
   with pytest.raises(ValueError, match='needs calibration text'):
     pipeline.check(tiny(), _parse({'awq': {}}))

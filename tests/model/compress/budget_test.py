@@ -70,8 +70,8 @@ def test_tiny_costs_and_large_sizes_are_told_apart():
   assert budget.allocate(options, 2 * 10**9 + 5 * 10**8) == {'l0': 'b', 'l1': 'a', 'l2': 'a'}
 
 
-def _logits(model, tokens_NT):
-  return np.asarray(_run(*nnx.split(model), tokens_NT), np.float64)
+def _logits(model, tokens_BT):
+  return np.asarray(_run(*nnx.split(model), tokens_BT), np.float64)
 
 
 _run = jax.jit(lambda graphdef, state, tokens: nnx.merge(graphdef, state)(tokens), static_argnums=0)
@@ -87,19 +87,19 @@ def _kl(p, q):
   return (np.exp(p) * (p - q)).sum(-1).mean()
 
 
-def test_costs_are_those_of_the_whole_model(tiny, tokens_NT):
+def test_costs_are_those_of_the_whole_model(tiny, tokens_BT):
   model = tiny(layers=2)
-  options = budget.measure(model, budget.treatments(RECIPES), tokens_NT)
+  options = budget.measure(model, budget.treatments(RECIPES), tokens_BT)
   assert len(options) == 2 * 7 * 4
-  expected = _logits(model, tokens_NT)
+  expected = _logits(model, tokens_BT)
   by_name = {(o.layer, o.treatment): o for o in options}
   for layer, name in [('layers.0.ffn.down', 'int4'), ('layers.1.attention.key', 'half')]:
     steps = [{**step, 'only': [layer]} for step in _plain(name)]
     one = recipe.parse({'name': 'x', 'steps': steps, 'sequential': 'none'})
-    treated, _ = pipeline.compress(model, one, tokens_NT)
+    treated, _ = pipeline.compress(model, one, tokens_BT)
     option = by_name[layer, name]
     assert option.nbytes == matrices(treated)[layer].nbytes
-    kl = _kl(expected, _logits(treated, tokens_NT))
+    kl = _kl(expected, _logits(treated, tokens_BT))
     assert option.kl == pytest.approx(kl, rel=0.02, abs=TOLERANCE) and kl > 1e-4
   left = [o for o in options if o.treatment == 'as it is']
   assert all(o.kl == 0 and o.nbytes == matrices(model)[o.layer].nbytes for o in left)
@@ -111,41 +111,41 @@ def _plain(name):
 
 
 @pytest.mark.parametrize('count', [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_budgets_are_kept_and_beat_uniform_treatment(tiny, tokens_NT, rng, count):
+def test_budgets_are_kept_and_beat_uniform_treatment(tiny, tokens_BT, rng, count):
   model, choices = tiny(layers=2), budget.treatments(RECIPES)
   uniform = {}
   for choice in choices:
     allocation = dict.fromkeys([p for p in linears(model) if p.startswith('layers.')], choice.name)
     one = budget.recipe_of('u', allocation, choices, CAST)
-    treated, _ = pipeline.compress(model, one, tokens_NT)
+    treated, _ = pipeline.compress(model, one, tokens_BT)
     nbytes = sum(p.get_value().nbytes for p in parameters(treated).values())
-    uniform[choice.name] = nbytes, _kl(_logits(model, tokens_NT), _logits(treated, tokens_NT))
+    uniform[choice.name] = nbytes, _kl(_logits(model, tokens_BT), _logits(treated, tokens_BT))
   smallest, largest = (f(n for n, _ in uniform.values()) for f in (min, max))
   options = None
   for limit in rng.integers(smallest, largest + 1000, count):
     found, options = budget.search(
-      model, choices, tokens_NT, int(limit), first=CAST, options=options
+      model, choices, tokens_BT, int(limit), first=CAST, options=options
     )
-    again, _ = pipeline.compress(model, found.recipe, tokens_NT)
+    again, _ = pipeline.compress(model, found.recipe, tokens_BT)
     nbytes = sum(p.get_value().nbytes for p in parameters(again).values())
     assert nbytes == found.nbytes <= limit
-    kl = _kl(_logits(model, tokens_NT), _logits(again, tokens_NT))
+    kl = _kl(_logits(model, tokens_BT), _logits(again, tokens_BT))
     assert found.kl == pytest.approx(kl, rel=0.02, abs=TOLERANCE)
     best = min(kl for n, kl in uniform.values() if n <= limit)
     assert kl <= best * 1.02 + TOLERANCE
 
 
-def test_the_recipe_can_be_written_down_and_read_again(tiny, tokens_NT):
+def test_the_recipe_can_be_written_down_and_read_again(tiny, tokens_BT):
   model, choices = tiny(layers=2), budget.treatments(RECIPES)
-  found, options = budget.search(model, choices, tokens_NT, 60_000, first=CAST)
+  found, options = budget.search(model, choices, tokens_BT, 60_000, first=CAST)
   assert recipe.parse(found.recipe.to_dict()) == found.recipe
   names = {o.treatment for o in options}
   assert names == {'as it is', 'int8', 'int4', 'half'} and 'found under' in found.recipe.description
 
 
-def test_a_budget_that_nothing_fits_says_what_is_needed(tiny, tokens_NT):
+def test_a_budget_that_nothing_fits_says_what_is_needed(tiny, tokens_BT):
   with pytest.raises(ValueError, match=r'at least [0-9,]+ bytes'):
-    budget.search(tiny(), budget.treatments(RECIPES), tokens_NT, 30_000, first=CAST)
+    budget.search(tiny(), budget.treatments(RECIPES), tokens_BT, 30_000, first=CAST)
 
 
 def test_what_does_not_treat_one_matrix_is_refused():
@@ -154,7 +154,7 @@ def test_what_does_not_treat_one_matrix_is_refused():
       budget.treatments([_recipe('x', step)])
 
 
-def test_dense_of_a_treated_matrix_is_what_is_measured(tiny, tokens_NT):
+def test_dense_of_a_treated_matrix_is_what_is_measured(tiny, tokens_BT):
   model = tiny(layers=1)
   one = recipe.parse({'name': 'x', 'steps': [{'round_to_nearest': {'format': 'int4'}}]})
   treated, _ = pipeline.compress(model, one)
@@ -162,5 +162,5 @@ def test_dense_of_a_treated_matrix_is_what_is_measured(tiny, tokens_NT):
   for path, linear in linears(plain).items():
     linear.weight.set_value(dense(matrices(treated)[path]))
   np.testing.assert_allclose(
-    _logits(treated, tokens_NT), _logits(plain, tokens_NT), atol=1e-5, rtol=0
+    _logits(treated, tokens_BT), _logits(plain, tokens_BT), atol=1e-5, rtol=0
   )

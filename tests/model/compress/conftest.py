@@ -48,19 +48,19 @@ def tiny():
 
 
 @pytest.fixture
-def tokens_NT(rng):
+def tokens_BT(rng):
   """Calibration rows; the last token of the vocabulary does not occur."""
   return rng.integers(0, VOCABULARY - 1, (6, 10), np.int32)
 
 
 @pytest.fixture(scope='session')
 def site_of():
-  """A function (model, tokens_NT, statistics) -> the site of its first block, in batches of 4."""
+  """A function (model, tokens_BT, statistics) -> the site of its first block, in batches of 4."""
   return _site
 
 
-def _site(model, tokens_NT, statistics=()):
-  stream = calibrate.Stream(model, calibrate.batches(tokens_NT, 4))
+def _site(model, tokens_BT, statistics=()):
+  stream = calibrate.Stream(model, calibrate.batches(tokens_BT, 4))
   block = model.layers[0]
   return Site(
     config=model.config,
@@ -75,9 +75,9 @@ def _site(model, tokens_NT, statistics=()):
 
 @pytest.fixture
 def torch_inputs(tmp_path):
-  """A function (model, tokens_NT) -> {layer: inputs [tokens, I]}, by hooks in transformers."""
+  """A function (model, tokens_BT) -> {layer: inputs [tokens, I]}, by hooks in transformers."""
 
-  def capture(model, tokens_NT):
+  def capture(model, tokens_BT):
     folder = tmp_path / 'exported'
     hf.save_pretrained(_densified(model), None, folder)
     other = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -87,7 +87,7 @@ def torch_inputs(tmp_path):
         path = f'layers.{i}.{ours}'
         layer.get_submodule(theirs).register_forward_pre_hook(_note(seen, path))
     with torch.no_grad():
-      other(torch.from_numpy(np.asarray(tokens_NT, np.int64)))
+      other(torch.from_numpy(np.asarray(tokens_BT, np.int64)))
     return seen
 
   return capture

@@ -66,8 +66,8 @@ def _width(values, group) -> int:
 
 def _change(block, group, rng, fold=folding.fold):
   values = _values(block)
-  scales_P = jnp.asarray(10 ** rng.uniform(-1.5, 1.5, _width(values, group)), jnp.float32)
-  for path, value in fold(values, group, scales_P).items():
+  scales_O = jnp.asarray(10 ** rng.uniform(-1.5, 1.5, _width(values, group)), jnp.float32)
+  for path, value in fold(values, group, scales_O).items():
     parameters(block)[path].set_value(value)
 
 
@@ -105,8 +105,8 @@ def test_each_part_of_a_group_matters(family, rng):
   expected, state = run(model), nnx.split(model)[1]
   state = jax.tree.map(lambda a: a, state)
 
-  def consumers_only(values, group, scales_P):
-    changed = folding.fold(values, group, scales_P)
+  def consumers_only(values, group, scales_O):
+    changed = folding.fold(values, group, scales_O)
     return {path: w for path, w in changed.items() if path not in group.parameters[:2]}
 
   for group in folding.groups(config, config.layers[0]):
@@ -144,13 +144,13 @@ def test_heads_that_share_values_share_scales():
   layer = LayerConfig(query_heads=6, kv_heads=2, head_width=4, ffn_width=8)
   config = ModelConfig(family='llama', vocab_size=3, width=5, layers=(layer,), max_positions=4)
   group = folding.groups(config, layer)[1]
-  scales_P, expected = np.arange(1.0, 9), np.zeros(24)
+  scales_O, expected = np.arange(1.0, 9), np.zeros(24)
   for head in range(6):
     for channel in range(4):
-      expected[head * 4 + channel] = scales_P[(head // 3) * 4 + channel]
-  np.testing.assert_array_equal(group.spread(jnp.asarray(scales_P)), expected)
+      expected[head * 4 + channel] = scales_O[(head // 3) * 4 + channel]
+  np.testing.assert_array_equal(group.spread(jnp.asarray(scales_O)), expected)
   values_I = np.random.default_rng(0).random(24).astype(np.float32)
-  tied = [max(values_I[expected == scale]) for scale in scales_P]
+  tied = [max(values_I[expected == scale]) for scale in scales_O]
   np.testing.assert_array_equal(group.tie(jnp.asarray(values_I), jnp.max), tied)
 
 
@@ -186,10 +186,10 @@ def test_a_scale_that_is_stored_coarsely_is_made_up_for(rng):
   for block in model.layers:
     for group in folding.groups(config, block.layer):
       if group.producer in norms:
-        scales_P = jnp.asarray(10 ** rng.uniform(0, 3, 64), jnp.float32)
-        wanted = np.asarray(folding.realised(_values(block), group, scales_P) / scales_P)
+        scales_O = jnp.asarray(10 ** rng.uniform(0, 3, 64), jnp.float32)
+        wanted = np.asarray(folding.realised(_values(block), group, scales_O) / scales_O)
         assert np.abs(wanted - 1).max() > 0.1  # or nothing would be tested
-        for path, value in folding.fold(_values(block), group, scales_P).items():
+        for path, value in folding.fold(_values(block), group, scales_O).items():
           parameters(block)[path].set_value(value)
   assert model.layers[0].attention_norm.scale.get_value().dtype == jnp.bfloat16
   np.testing.assert_allclose(run(model), expected, atol=UNCHANGED * np.abs(expected).max())

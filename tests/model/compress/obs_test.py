@@ -198,20 +198,20 @@ def test_options_that_make_no_sense(message, spec, options):
   ],
   ids=str,
 )
-def test_a_model_has_smaller_output_errors_than_without_calibration(step, tiny, tokens_NT):
+def test_a_model_has_smaller_output_errors_than_without_calibration(step, tiny, tokens_BT):
   (name, options), *_ = step.items()
   other = [{'round_to_nearest': {'format': 'int4', 'group_size': options['group_size']}}]
   if name == 'sparsegpt':
     other = [{'wanda': {'n': 2, 'm': 4}}, *other]
-  ours, ledger = _compressed(tiny(layers=1), [step], tokens_NT)
-  theirs, _ = _compressed(tiny(layers=1), other, tokens_NT)
-  expected = tiny(layers=1)(tokens_NT)
-  moved = [float(jnp.abs(model(tokens_NT) - expected).mean()) for model in (ours, theirs)]
+  ours, ledger = _compressed(tiny(layers=1), [step], tokens_BT)
+  theirs, _ = _compressed(tiny(layers=1), other, tokens_BT)
+  expected = tiny(layers=1)(tokens_BT)
+  moved = [float(jnp.abs(model(tokens_BT) - expected).mean()) for model in (ours, theirs)]
   assert moved[0] < moved[1]
   told = {(row.layer, row.event) for row in ledger.events}  # of 80 inputs, by 60 tokens
   assert ('layers.0.ffn.down', 'Hessian of deficient rank, held up by its damping') in told
 
 
-def _compressed(model, steps, tokens_NT):
+def _compressed(model, steps, tokens_BT):
   data = [step | {'only': ['*.ffn.*']} for step in steps]
-  return pipeline.compress(model, recipe.parse({'name': 'x', 'steps': data}), tokens_NT)
+  return pipeline.compress(model, recipe.parse({'name': 'x', 'steps': data}), tokens_BT)

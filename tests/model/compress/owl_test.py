@@ -65,13 +65,13 @@ def test_blocks_that_are_alike_get_the_same(rng):
 
 
 @pytest.mark.parametrize('technique', ['owl', 'owl_sparsegpt'])
-def test_the_model_is_as_sparse_as_asked(tiny, tokens_NT, technique):
+def test_the_model_is_as_sparse_as_asked(tiny, tokens_BT, technique):
   model = tiny(layers=3)
   for i, path in enumerate(['layers.0.ffn.up', 'layers.2.attention.key']):
     weight = linears(model)[path].weight
     weight.set_value(weight.get_value().at[: 4 * (i + 1), :5].set(9.0))
   one = recipe.parse({'name': 'x', 'steps': [{technique: {'sparsity': 0.6, 'threshold': 3.0}}]})
-  compressed, _ = pipeline.compress(model, one, tokens_NT)
+  compressed, _ = pipeline.compress(model, one, tokens_BT)
   zeros, total, of_block = 0, 0, []
   for path, w in matrices(compressed).items():
     if path.startswith('layers.'):

@@ -53,9 +53,9 @@ TARGETS = [
 
 
 @pytest.mark.parametrize('step, expected', TARGETS)
-def test_what_is_not_targeted_stays_bitwise_the_same(tiny, tokens_NT, step, expected):
+def test_what_is_not_targeted_stays_bitwise_the_same(tiny, tokens_BT, step, expected):
   model = tiny()
-  compressed, _ = pipeline.compress(model, _recipe(step), tokens_NT)
+  compressed, _ = pipeline.compress(model, _recipe(step), tokens_BT)
   changed = _changed(_values(model), _values(compressed))
   assert {path.removesuffix('.weight') for path in changed} == {
     f'layers.{path}' for path in expected
@@ -80,28 +80,28 @@ def test_cast_reaches_every_parameter(tiny):
   assert ledger.events == []
 
 
-def test_the_input_model_is_never_changed(tiny, tokens_NT):
+def test_the_input_model_is_never_changed(tiny, tokens_BT):
   model = tiny()
   before = {path: np.array(w) for path, w in _values(model).items()}
   steps = {'cast': {}}, {'wanda': {'n': 2, 'm': 4}}, INT8
-  compressed, _ = pipeline.compress(model, _recipe(*steps, head=True), tokens_NT)
+  compressed, _ = pipeline.compress(model, _recipe(*steps, head=True), tokens_BT)
   assert _changed(before, _values(model)) == set()
   assert _changed(before, _values(compressed)) == set(before)
   assert compressed is not model
 
 
-def test_the_same_inputs_give_the_same_model(tiny, tokens_NT):
+def test_the_same_inputs_give_the_same_model(tiny, tokens_BT):
   one = _recipe(WANDA, {'round_to_nearest': {'format': 'int4'}})
-  first, second = (pipeline.compress(tiny(), one, tokens_NT)[0] for _ in range(2))
+  first, second = (pipeline.compress(tiny(), one, tokens_BT)[0] for _ in range(2))
   assert _changed(_values(first), _values(second)) == set()
 
 
-def test_wanda_is_what_numpy_computes(tiny, tokens_NT, torch_inputs):
+def test_wanda_is_what_numpy_computes(tiny, tokens_BT, torch_inputs):
   model = tiny()
-  compressed, _ = pipeline.compress(model, _recipe(WANDA, sequential='blocks'), tokens_NT)
+  compressed, _ = pipeline.compress(model, _recipe(WANDA, sequential='blocks'), tokens_BT)
   first = _recipe({**WANDA, 'only': ['layers.0.*']}, sequential='blocks')
-  half_done, _ = pipeline.compress(model, first, tokens_NT)
-  sources = (torch_inputs(model, tokens_NT), torch_inputs(half_done, tokens_NT))
+  half_done, _ = pipeline.compress(model, first, tokens_BT)
+  sources = (torch_inputs(model, tokens_BT), torch_inputs(half_done, tokens_BT))
   for i, inputs in enumerate(sources):
     for path, x_TI in inputs.items():
       if path.startswith(f'layers.{i}.'):
@@ -113,9 +113,9 @@ def test_wanda_is_what_numpy_computes(tiny, tokens_NT, torch_inputs):
         np.testing.assert_array_equal(matrices(compressed)[path], expected_IO, err_msg=path)
 
 
-def test_steps_compose_into_nested_weights(tiny, tokens_NT):
+def test_steps_compose_into_nested_weights(tiny, tokens_BT):
   steps = {'cast': {}}, {'wanda': {'n': 2, 'm': 4}}, INT8
-  compressed, ledger = pipeline.compress(tiny(), _recipe(*steps), tokens_NT)
+  compressed, ledger = pipeline.compress(tiny(), _recipe(*steps), tokens_BT)
   weight = matrices(compressed)['layers.0.ffn.up']
   assert isinstance(weight, sparse.SparseTensor)
   assert isinstance(weight.values, quantized.QuantizedTensor)
@@ -153,11 +153,11 @@ def test_a_group_size_that_was_asked_for_is_no_event(tiny):
   assert pipeline.compress(tiny(), _recipe(step))[1].events == []
 
 
-def test_inputs_that_no_token_used_are_an_event(tiny, tokens_NT):
+def test_inputs_that_no_token_used_are_an_event(tiny, tokens_BT):
   model = tiny()
   scale = model.layers[1].ffn_norm.scale
   scale.set_value(scale.get_value().at[:5].set(0))
-  _, ledger = pipeline.compress(model, _recipe(WANDA), tokens_NT)
+  _, ledger = pipeline.compress(model, _recipe(WANDA), tokens_BT)
   expected = [('layers.1.ffn.gate', '5'), ('layers.1.ffn.up', '5')]
   assert [(row['layer'], row['detail']) for row in ledger.to_rows()] == expected
   assert ledger.events[0].event == 'inputs that no calibration token used'
@@ -172,9 +172,9 @@ def test_overflow_is_an_event(tiny):
   assert [(row['layer'], row['detail']) for row in ledger.to_rows()] == [('layers.0.ffn.up', '3')]
 
 
-def test_a_head_that_calibration_does_not_reach_is_an_event(tiny, tokens_NT):
+def test_a_head_that_calibration_does_not_reach_is_an_event(tiny, tokens_BT):
   model = tiny()
-  compressed, ledger = pipeline.compress(model, _recipe(WANDA, INT8, head=True), tokens_NT)
+  compressed, ledger = pipeline.compress(model, _recipe(WANDA, INT8, head=True), tokens_BT)
   assert [(row['layer'], row['technique']) for row in ledger.to_rows()] == [('head', 'wanda')]
   assert isinstance(matrices(compressed)['head'], quantized.QuantizedTensor)
 
@@ -245,12 +245,12 @@ def test_calibration_text_beyond_learned_positions_is_refused(tiny):
     pipeline.check(model, _recipe(WANDA), np.zeros((2, 9), np.int32))
 
 
-def test_check_does_no_work_where_all_is_well(tiny, tokens_NT, monkeypatch):
+def test_check_does_no_work_where_all_is_well(tiny, tokens_BT, monkeypatch):
   model = tiny()
   monkeypatch.setattr(calibrate, 'Stream', _forbidden)
   before = _values(model)
   steps = {'cast': {}}, {'wanda': {'n': 2, 'm': 4}}, {'round_to_nearest': {'format': 'int4'}}
-  pipeline.check(model, _recipe(*steps, head=True), tokens_NT)
+  pipeline.check(model, _recipe(*steps, head=True), tokens_BT)
   assert all(now is before[path] for path, now in _values(model).items())
 
 

@@ -42,29 +42,29 @@ def _rows(ledger):
 
 
 @pytest.fixture(scope='module')
-def tokens_NT():
+def tokens_BT():
   return np.random.default_rng(0).integers(0, 60, (6, 10), np.int32)
 
 
 @pytest.fixture(scope='module')
-def whole(tiny, tokens_NT):
-  model, ledger = pipeline.compress(tiny(layers=3), RECIPE, tokens_NT)
+def whole(tiny, tokens_BT):
+  model, ledger = pipeline.compress(tiny(layers=3), RECIPE, tokens_BT)
   return _bytes(model), _rows(ledger)
 
 
 @pytest.mark.parametrize('count', range(6))
-def test_it_goes_on_where_it_was_stopped(tiny, tokens_NT, tmp_path, whole, count):
+def test_it_goes_on_where_it_was_stopped(tiny, tokens_BT, tmp_path, whole, count):
   folder, done = tmp_path / 'progress', []
   with pytest.raises(Killed):
     pipeline.compress(
-      tiny(layers=3), RECIPE, tokens_NT, resume=folder, progress=_stopping_after(count)
+      tiny(layers=3), RECIPE, tokens_BT, resume=folder, progress=_stopping_after(count)
     )
   kept = len(list(folder.glob('block_*.safetensors')))
   assert kept == min(max(count - 1, 0), 3)  # the embedding comes before the blocks
   model, ledger = pipeline.compress(
     tiny(layers=3),
     RECIPE,
-    tokens_NT,
+    tokens_BT,
     resume=folder,
     progress=lambda parts: done.extend(parts) or parts,
   )
@@ -72,21 +72,21 @@ def test_it_goes_on_where_it_was_stopped(tiny, tokens_NT, tmp_path, whole, count
   assert not folder.exists()
 
 
-def test_stopped_again_and_again(tiny, tokens_NT, tmp_path, whole):
+def test_stopped_again_and_again(tiny, tokens_BT, tmp_path, whole):
   folder = tmp_path / 'progress'
   for count in (2, 2, 3, 4, 1):
     with pytest.raises(Killed):
       pipeline.compress(
-        tiny(layers=3), RECIPE, tokens_NT, resume=folder, progress=_stopping_after(count)
+        tiny(layers=3), RECIPE, tokens_BT, resume=folder, progress=_stopping_after(count)
       )
-  model, ledger = pipeline.compress(tiny(layers=3), RECIPE, tokens_NT, resume=folder)
+  model, ledger = pipeline.compress(tiny(layers=3), RECIPE, tokens_BT, resume=folder)
   assert (_bytes(model), _rows(ledger)) == whole
 
 
-def test_finished_blocks_are_not_compressed_again(tiny, tokens_NT, tmp_path, monkeypatch):
+def test_finished_blocks_are_not_compressed_again(tiny, tokens_BT, tmp_path, monkeypatch):
   folder, observed = tmp_path / 'progress', []
   with pytest.raises(Killed):
-    pipeline.compress(tiny(layers=3), RECIPE, tokens_NT, resume=folder, progress=_stopping_after(3))
+    pipeline.compress(tiny(layers=3), RECIPE, tokens_BT, resume=folder, progress=_stopping_after(3))
   real = pipeline.calibrate.Stream.observe
 
   def observe(self, block, names, where='', layers=None):
@@ -94,7 +94,7 @@ def test_finished_blocks_are_not_compressed_again(tiny, tokens_NT, tmp_path, mon
     return real(self, block, names, where, layers)
 
   monkeypatch.setattr(pipeline.calibrate.Stream, 'observe', observe)
-  pipeline.compress(tiny(layers=3), RECIPE, tokens_NT, resume=folder)
+  pipeline.compress(tiny(layers=3), RECIPE, tokens_BT, resume=folder)
   assert set(observed) == {'layers.2'}
 
 
@@ -109,24 +109,24 @@ CHANGES = {
 
 
 @pytest.mark.parametrize('change', [*CHANGES, 'model'])
-def test_progress_of_something_else_is_refused(tiny, tokens_NT, tmp_path, change):
+def test_progress_of_something_else_is_refused(tiny, tokens_BT, tmp_path, change):
   folder, model = tmp_path / 'progress', tiny(layers=3)
   with pytest.raises(Killed):
-    pipeline.compress(model, RECIPE, tokens_NT, resume=folder, progress=_stopping_after(3))
+    pipeline.compress(model, RECIPE, tokens_BT, resume=folder, progress=_stopping_after(3))
   if change == 'model':
     scale = model.final_norm.scale
     scale.set_value(2 * scale.get_value())
-    arguments = RECIPE, model, tokens_NT
+    arguments = RECIPE, model, tokens_BT
   else:
-    arguments = CHANGES[change](RECIPE, model, tokens_NT)
+    arguments = CHANGES[change](RECIPE, model, tokens_BT)
   with pytest.raises(ValueError, match='something else than the progress'):
     pipeline.compress(arguments[1], arguments[0], arguments[2], resume=folder)
 
 
-def test_a_folder_of_somebody_elses_is_refused(tiny, tokens_NT, tmp_path):
+def test_a_folder_of_somebody_elses_is_refused(tiny, tokens_BT, tmp_path):
   (tmp_path / 'thesis.tex').write_text('chapter 1')
   with pytest.raises(ValueError, match='something else'):
-    pipeline.compress(tiny(), RECIPE, tokens_NT, resume=tmp_path)
+    pipeline.compress(tiny(), RECIPE, tokens_BT, resume=tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ['thesis.tex']
 
 
@@ -141,7 +141,7 @@ SCRIPT = """
   folder = pathlib.Path(sys.argv[1])
   config = presets.preset('tiny-llama')
   model = Transformer(config, rngs=nnx.Rngs(0))
-  tokens_NT = np.random.default_rng(0).integers(0, config.vocab_size, (4, 16)).astype(np.int32)
+  tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (4, 16)).astype(np.int32)
   one = recipe.parse({'name': 'x', 'steps': [{'wanda': {}}, {'round_to_nearest': {}}]})
 
   def progress(parts):
@@ -149,7 +149,7 @@ SCRIPT = """
       print(i, flush=True)
       yield part
 
-  model, _ = pipeline.compress(model, one, tokens_NT, resume=folder / 'progress', progress=progress)
+  model, _ = pipeline.compress(model, one, tokens_BT, resume=folder / 'progress', progress=progress)
   hf.save_pretrained(model, None, folder / 'model', recipe=one.to_dict())
 """
 
@@ -176,9 +176,9 @@ def test_a_process_that_is_killed_leaves_the_same_file(tmp_path):
   assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_in_place_gives_the_same_and_changes_the_model(tiny, tokens_NT, whole):
+def test_in_place_gives_the_same_and_changes_the_model(tiny, tokens_BT, whole):
   model = tiny(layers=3)
-  same, ledger = pipeline.compress(model, RECIPE, tokens_NT, in_place=True)
+  same, ledger = pipeline.compress(model, RECIPE, tokens_BT, in_place=True)
   assert same is model
   assert (_bytes(model), _rows(ledger)) == whole
   assert jax.tree.leaves(model)

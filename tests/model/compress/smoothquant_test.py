@@ -36,9 +36,9 @@ def _with_outliers(model, size=100.0, every=16):
   return model
 
 
-def _logits(model, tokens_NT):
+def _logits(model, tokens_BT):
   graphdef, state = nnx.split(model)
-  return np.asarray(jax.jit(lambda state, t: nnx.merge(graphdef, state)(t))(state, tokens_NT))
+  return np.asarray(jax.jit(lambda state, t: nnx.merge(graphdef, state)(t))(state, tokens_BT))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +75,8 @@ def test_scales_are_those_of_the_formula(rng, alpha):
 
 
 @pytest.mark.parametrize('activations', ['dynamic', 'static'])
-def test_what_is_stored_is_smoothed_and_rounded(tiny, tokens_NT, site_of, activations):
-  site = site_of(_with_outliers(tiny()), tokens_NT, STATISTICS)
+def test_what_is_stored_is_smoothed_and_rounded(tiny, tokens_BT, site_of, activations):
+  site = site_of(_with_outliers(tiny()), tokens_BT, STATISTICS)
   changes = smoothquant.smoothquant(site, SmoothQuantSpec(activations=activations)).parameters
   values = {path: np.asarray(v, np.float64) for path, v in site.parameters.items()}
   stages = (('attention_norm', calibrate.STAGES[0]), ('ffn_norm', calibrate.STAGES[2]))
@@ -101,9 +101,9 @@ def test_what_is_stored_is_smoothed_and_rounded(tiny, tokens_NT, site_of, activa
       assert stored.scale is None
 
 
-def test_the_search_takes_what_moves_the_block_least(tiny, tokens_NT, site_of):
+def test_the_search_takes_what_moves_the_block_least(tiny, tokens_BT, site_of):
   model = _with_outliers(tiny())
-  site = site_of(model, tokens_NT, STATISTICS)
+  site = site_of(model, tokens_BT, STATISTICS)
   site = dataclasses.replace(site, targets=('ffn.gate', 'ffn.up'))
   errors = {}
   for alpha in (None, 0.0, 0.3, 0.5, 0.8, 1.0):
@@ -120,26 +120,26 @@ def test_the_search_takes_what_moves_the_block_least(tiny, tokens_NT, site_of):
 
 
 @pytest.mark.parametrize('static', [False, True])
-def test_outliers_are_what_it_is_for(tiny, tokens_NT, static):
+def test_outliers_are_what_it_is_for(tiny, tokens_BT, static):
   model = _with_outliers(tiny())
-  expected = _logits(model, tokens_NT)
+  expected = _logits(model, tokens_BT)
   plain = [PLAIN[0], {'quantize_activations_static' if static else 'quantize_activations': {}}]
   smooth = {'smoothquant': {'activations': 'static' if static else 'dynamic'}}
   error = {}
   for name, steps in (('plain', plain), ('smooth', [smooth])):
-    compressed, _ = pipeline.compress(model, _parse(*steps), tokens_NT)
-    error[name] = np.square(_logits(compressed, tokens_NT) - expected).mean()
+    compressed, _ = pipeline.compress(model, _parse(*steps), tokens_BT)
+    error[name] = np.square(_logits(compressed, tokens_BT) - expected).mean()
   # Steps that are 5 to 100 times as wide make squares that are far more than 10 times as large.
   assert error['smooth'] < 0.1 * error['plain']
 
 
 @pytest.mark.parametrize('fold', ['norms', 'all'])
-def test_without_quantization_the_model_stays_what_it_was(tiny, tokens_NT, fold):
+def test_without_quantization_the_model_stays_what_it_was(tiny, tokens_BT, fold):
   model = _with_outliers(tiny(layers=1))
   step = {'smoothquant': {'quantize': False, 'fold': fold}}
-  smoothed, _ = pipeline.compress(model, _parse(step), tokens_NT)
-  expected = _logits(model, tokens_NT)
-  actual = _logits(smoothed, tokens_NT)
+  smoothed, _ = pipeline.compress(model, _parse(step), tokens_BT)
+  expected = _logits(model, tokens_BT)
+  actual = _logits(smoothed, tokens_BT)
   np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
   before, after = matrices(model), matrices(smoothed)
   same = {path.split('.')[-1] for path in after if np.array_equal(before[path], after[path])}
@@ -154,9 +154,9 @@ def test_without_quantization_the_model_stays_what_it_was(tiny, tokens_NT, fold)
     [{'round_to_nearest': {'format': 'int4'}}, {'quantize_activations_static': {'bits': 4}}],
   ],
 )
-def test_a_model_is_the_same_when_saved_and_loaded(tiny, tokens_NT, tmp_path, steps):
+def test_a_model_is_the_same_when_saved_and_loaded(tiny, tokens_BT, tmp_path, steps):
   one = _parse(*steps)
-  compressed, ledger = pipeline.compress(tiny(layers=1), one, tokens_NT)
+  compressed, ledger = pipeline.compress(tiny(layers=1), one, tokens_BT)
   stored = {row.stored for row in ledger.layers if row.layer.startswith('layers.')}
   assert len(stored) in (1, 2, 3)
   assert all(
@@ -165,7 +165,7 @@ def test_a_model_is_the_same_when_saved_and_loaded(tiny, tokens_NT, tmp_path, st
   hf.save_pretrained(compressed, None, tmp_path / 'm', recipe=one.to_dict())
   loaded, _ = hf.load_pretrained(tmp_path / 'm')
   assert isinstance(loaded.layers[0].ffn.up.weight.get_value(), ActivationQuantized)
-  np.testing.assert_array_equal(_logits(loaded, tokens_NT), _logits(compressed, tokens_NT))
+  np.testing.assert_array_equal(_logits(loaded, tokens_BT), _logits(compressed, tokens_BT))
 
 
 @pytest.mark.parametrize('name', ['quantize_activations', 'quantize_activations_static'])
@@ -174,14 +174,14 @@ def test_contracts(name, bits):
   contracts.check(name, ActivationSpec(bits=bits))
 
 
-def test_what_could_not_be_scaled_is_in_the_ledger(tiny, tokens_NT):
+def test_what_could_not_be_scaled_is_in_the_ledger(tiny, tokens_BT):
   model = tiny(layers=1)
   only = ['*.query', '*.key', '*.ffn.*']
   steps = [
     {'round_to_nearest': {}, 'only': ['*.value']},
     {'smoothquant': {}, 'only': only},
   ]
-  compressed, ledger = pipeline.compress(model, _parse(*steps), tokens_NT)
+  compressed, ledger = pipeline.compress(model, _parse(*steps), tokens_BT)
   found = {(event.layer, event.event) for event in ledger.events}
   why = 'not scaled, for attention.value.weight is a QuantizedTensor'
   assert found >= {('layers.0.attention.query', why), ('layers.0.attention.key', why)}
@@ -219,11 +219,11 @@ def test_the_dataclasses_refuse_the_same():
     ActivationSpec(bits=5)
 
 
-def test_matrices_that_cannot_be_scaled_are_refused_before_any_work(tiny, tokens_NT):
+def test_matrices_that_cannot_be_scaled_are_refused_before_any_work(tiny, tokens_BT):
   twice = _parse(*PLAIN, {'smoothquant': {}})
   with pytest.raises(ValueError, match='scales plain matrices, not a ActivationQuantized'):
-    pipeline.check(tiny(), twice, tokens_NT)
+    pipeline.check(tiny(), twice, tokens_BT)
   with pytest.raises(ValueError, match='quantized already, to 8 bits'):
-    pipeline.check(tiny(), _parse(*PLAIN, PLAIN[1]), tokens_NT)
+    pipeline.check(tiny(), _parse(*PLAIN, PLAIN[1]), tokens_BT)
   with pytest.raises(ValueError, match='needs calibration text'):
     pipeline.check(tiny(), _parse({'quantize_activations_static': {}}))

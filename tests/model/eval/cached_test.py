@@ -85,15 +85,15 @@ def test_int4_is_exact_in_the_first_page_and_farther_off_than_int8_after_it(name
 
 
 def test_perplexity_goes_through_the_cache():
-  model, tokens_NT = _model('rotary'), np.asarray(_tokens(), np.int32)
-  text = perplexity.Windows(tokens_NT=tokens_NT, predicted_bytes=100)
+  model, tokens_BT = _model('rotary'), np.asarray(_tokens(), np.int32)
+  text = perplexity.Windows(tokens_BT=tokens_BT, predicted_bytes=100)
   plain = perplexity.evaluate(model, text)
   one = perplexity.evaluate(model, text, cache_format='float')
   assert one.nll_sum == pytest.approx(plain.nll_sum, rel=1e-6)
   found = perplexity.evaluate(model, text, base=model, cache_format='int4')
   logits = np.asarray(jax.jit(_logits)(_hidden('rotary', 'int4')[:, :-1]), np.float64)
   log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-  expected = -np.take_along_axis(log_p, tokens_NT[:, 1:, None], 2).sum()
+  expected = -np.take_along_axis(log_p, tokens_BT[:, 1:, None], 2).sum()
   assert found.nll_sum == pytest.approx(expected, rel=1e-5)
   assert abs(found.nll_sum - plain.nll_sum) > 1e-5 * plain.nll_sum
   assert found.kl_to_base > 1e-6
@@ -105,6 +105,6 @@ def _logits(x_BTD):
 
 
 def test_an_unknown_format_is_refused():
-  text = perplexity.Windows(tokens_NT=np.zeros((1, 4), np.int32), predicted_bytes=4)
+  text = perplexity.Windows(tokens_BT=np.zeros((1, 4), np.int32), predicted_bytes=4)
   with pytest.raises(ValueError, match="'int5' is no format of a cache"):
     perplexity.evaluate(_model('rotary'), text, cache_format='int5')

@@ -57,15 +57,15 @@ def _folder(path, family, tokenizer, seed=0):
   return model
 
 
-def _torch_logits(model, ids_N):
-  count = len(ids_N) // SEQ_LEN
-  windows = torch.tensor(ids_N[: count * SEQ_LEN], dtype=torch.long).reshape(count, SEQ_LEN)
+def _torch_logits(model, ids_T):
+  count = len(ids_T) // SEQ_LEN
+  windows = torch.tensor(ids_T[: count * SEQ_LEN], dtype=torch.long).reshape(count, SEQ_LEN)
   with torch.no_grad():
     return windows, model(windows).logits[:, :-1].double()
 
 
-def _torch_nll(model, ids_N):
-  windows, logits = _torch_logits(model, ids_N)
+def _torch_nll(model, ids_T):
+  windows, logits = _torch_logits(model, ids_T)
   flat = logits.reshape(-1, logits.shape[-1])
   return torch.nn.functional.cross_entropy(flat, windows[:, 1:].reshape(-1), reduction='sum')
 
@@ -81,9 +81,9 @@ def test_perplexity_is_that_of_transformers(family, tokenizer, tmp_path):
   text = ''.join(TEXTS)
   quality = perplexity.evaluate(model, _windows(own_tokenizer, text))
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-  ids_N = theirs(text, add_special_tokens=False)['input_ids']
-  nll = float(_torch_nll(other, ids_N))
-  count = len(ids_N) // SEQ_LEN * (SEQ_LEN - 1)
+  ids_T = theirs(text, add_special_tokens=False)['input_ids']
+  nll = float(_torch_nll(other, ids_T))
+  count = len(ids_T) // SEQ_LEN * (SEQ_LEN - 1)
   assert quality.tokens == count
   assert quality.nll_sum == pytest.approx(nll, rel=TOLERANCE)
   assert quality.ppl == pytest.approx(math.exp(nll / count), rel=TOLERANCE)
@@ -94,8 +94,8 @@ def test_kl_and_flips_are_those_of_torch(tokenizer, tmp_path):
   others = [_folder(tmp_path / str(i), 'Llama', tokenizer, seed=i) for i in range(2)]
   models = [hf.load_pretrained(tmp_path / str(i))[0] for i in range(2)]
   text = ''.join(TEXTS)
-  ids_N = tokenizer.encode(text)
-  (_, base), (_, own) = (_torch_logits(other, ids_N) for other in others)
+  ids_T = tokenizer.encode(text)
+  (_, base), (_, own) = (_torch_logits(other, ids_T) for other in others)
   quality = perplexity.evaluate(models[1], _windows(tokenizer, text), base=models[0])
   log_p, log_q = base.log_softmax(-1), own.log_softmax(-1)
   kl = float((log_p.exp() * (log_p - log_q)).sum())
@@ -105,7 +105,7 @@ def test_kl_and_flips_are_those_of_torch(tokenizer, tmp_path):
   assert 0 < flips <= quality.tokens
   assert quality.flip_rate == flips / quality.tokens
   assert quality.kl_to_base == pytest.approx(kl / quality.tokens, rel=TOLERANCE)
-  assert quality.nll_sum == pytest.approx(float(_torch_nll(others[1], ids_N)), rel=TOLERANCE)
+  assert quality.nll_sum == pytest.approx(float(_torch_nll(others[1], ids_T)), rel=TOLERANCE)
 
 
 @pytest.fixture(scope='module')
@@ -130,18 +130,18 @@ def test_bits_per_byte_count_the_bytes_of_the_predicted_tokens(llama, tokenizer,
   windows = _windows(tokenizer, text)
   quality = perplexity.evaluate(llama, windows)
   size = 0
-  for row in windows.tokens_NT:
+  for row in windows.tokens_BT:
     # A byte-level token is written with one letter a byte.
     size += sum(map(len, letters.convert_ids_to_tokens(row[1:].tolist())))
   # Where a window cuts a character, all of its bytes count on one side: at most 3 an edge.
-  assert windows.predicted_bytes == pytest.approx(size, abs=6 * len(windows.tokens_NT))
+  assert windows.predicted_bytes == pytest.approx(size, abs=6 * len(windows.tokens_BT))
   bits = quality.nll_sum / math.log(2) / windows.predicted_bytes
   assert quality.bits_per_byte == pytest.approx(bits, rel=1e-12)
 
 
 def test_bytes_of_plain_text_are_exact(tokenizer):
   windows = _windows(tokenizer, TEXTS[1])
-  size = sum(len(tokenizer.decode(row[1:].tolist()).encode()) for row in windows.tokens_NT)
+  size = sum(len(tokenizer.decode(row[1:].tolist()).encode()) for row in windows.tokens_BT)
   assert windows.predicted_bytes == size
 
 
@@ -163,14 +163,14 @@ def test_batches_and_chunks_do_not_matter(llama, tokenizer, monkeypatch):
 
 
 def test_windows_follow_the_protocol():
-  ends_N = np.cumsum(np.arange(1, 12))
-  text = perplexity.windows(np.arange(11), ends_N, 4)
-  assert text.tokens_NT.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+  ends_T = np.cumsum(np.arange(1, 12))
+  text = perplexity.windows(np.arange(11), ends_T, 4)
+  assert text.tokens_BT.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
   assert text.predicted == 6
   assert text.predicted_bytes == (2 + 3 + 4) + (6 + 7 + 8)
-  assert perplexity.windows(np.arange(11), ends_N, 4, max_windows=1).tokens_NT.shape == (1, 4)
-  assert perplexity.windows(np.arange(11), ends_N, 4, max_windows=9).tokens_NT.shape == (2, 4)
-  assert perplexity.windows(np.arange(4), ends_N, 4).tokens_NT.shape == (1, 4)
+  assert perplexity.windows(np.arange(11), ends_T, 4, max_windows=1).tokens_BT.shape == (1, 4)
+  assert perplexity.windows(np.arange(11), ends_T, 4, max_windows=9).tokens_BT.shape == (2, 4)
+  assert perplexity.windows(np.arange(4), ends_T, 4).tokens_BT.shape == (1, 4)
 
 
 @pytest.mark.parametrize('tokens', [0, 1, SEQ_LEN - 1])
@@ -205,7 +205,7 @@ def test_progress_sees_every_batch(llama, tokenizer, monkeypatch):
     return iter(items)
 
   perplexity.evaluate(llama, text, progress=progress)
-  assert len(seen) == len(text.tokens_NT)
+  assert len(seen) == len(text.tokens_BT)
 
 
 def test_a_hopeless_model_has_an_infinite_perplexity():
