@@ -172,5 +172,5 @@ def test_widths_that_cannot_rotate_are_refused():
   with pytest.raises(ValueError, match='4 or more'):
     rope.frequencies(RopeConfig(kind='ntk'), 2, 1)
   cos, sin = rope.cos_sin(jnp.zeros((1, 2), jnp.int32), RopeConfig(), 16)
-  with pytest.raises(ValueError, match='16 elements cannot rotate in heads that are 8 wide'):
+  with pytest.raises(ValueError, match='the rotary width 16 exceeds the head width 8'):
     rope.rotate(jnp.zeros((1, 2, 3, 8)), cos, sin)
