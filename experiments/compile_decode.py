@@ -40,7 +40,7 @@ FORMATS = {
   'nf4': lambda w: quantized.quantize(w, 'nf4'),
   'fp8': lambda w: quantized.quantize(w, 'fp8_e4m3'),
 }
-CACHE_AXES = 'BTK_'
+CACHE_AXES = 'BSK_'
 
 PRESET = flags.DEFINE_string('preset', 'llama-3.1-8b', 'A shape of model/presets.py.')
 TARGET = flags.DEFINE_string('target', 'v5e:2x2', 'A TPU topology, h200 or cpu.')

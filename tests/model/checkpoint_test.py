@@ -97,9 +97,9 @@ def test_an_earlier_checkpoint_is_never_overwritten(model, saved):
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path):
-  with pytest.raises(ValueError, match='is no checkpoint of ours'):
+  with pytest.raises(ValueError, match='is not a checkpoint that'):
     checkpoint.load(tmp_path)
-  with pytest.raises(ValueError, match='is no checkpoint of ours'):
+  with pytest.raises(ValueError, match='is not a checkpoint that'):
     checkpoint.load(tmp_path / 'nowhere')
 
 

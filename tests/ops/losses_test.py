@@ -87,7 +87,7 @@ def test_the_logits_of_all_tokens_never_exist(rng, backward):
 
 def test_a_chunk_of_nothing_is_refused(rng):
   x, w, labels = problem(rng, **SIZES)
-  with pytest.raises(ValueError, match='at least one token, not 0'):
+  with pytest.raises(ValueError, match='at least 1 token, not 0'):
     chunked(x, w, labels, 0)
   with pytest.raises(ValueError, match='axis T'):
     chunked(x, w, labels[:, :5], 4)

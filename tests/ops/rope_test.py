@@ -167,7 +167,7 @@ def test_a_config_that_makes_no_sense_is_refused(fields, message):
 
 
 def test_widths_that_cannot_rotate_are_refused():
-  with pytest.raises(ValueError, match='cannot be 7'):
+  with pytest.raises(ValueError, match='even and at least 2, not 7'):
     rope.frequencies(RopeConfig(), 7, 1)
   with pytest.raises(ValueError, match='4 or more'):
     rope.frequencies(RopeConfig(kind='ntk'), 2, 1)

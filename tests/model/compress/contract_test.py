@@ -111,7 +111,7 @@ BROKEN = {
   'of zeros: dense\\(\\) is not finite': lambda w: w / jnp.abs(w).max(),
   'of a constant: dense\\(\\) is not finite': lambda w: w / (w.max() - 1),
   'happened -1 times': lambda w: Outcome(w, {'odd': -1}),
-  'another result when it is compiled anew': _noisy,
+  'another result when it is compiled again': _noisy,
   'saving|weight type': Unregistered,
 }
 
@@ -133,7 +133,7 @@ def test_decisions_that_depend_on_values_are_refused(broken):
 def test_a_product_that_differs_from_dense_is_named(broken, monkeypatch):
   monkeypatch.setattr(contracts, '_check_stored', lambda name, weight: None)
   broken(lambda w, statistics, spec: WrongProduct(w))
-  with pytest.raises(AssertionError, match='matmul is off'):
+  with pytest.raises(AssertionError, match='matmul and dense\(\) differ'):
     contracts.check('broken')
 
 

@@ -209,4 +209,4 @@ def test_what_is_compressed_already_is_an_obstacle():
   assert folding.obstacle(values, group) is None
   values['attention.value.weight'] = quantize(values['attention.value.weight'], 'int8')
   reason = folding.obstacle(values, group)
-  assert reason == 'not scaled, for attention.value.weight is a QuantizedTensor'
+  assert reason == 'not scaled, because attention.value.weight is a QuantizedTensor'

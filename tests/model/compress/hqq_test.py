@@ -14,7 +14,7 @@ from ops.kernels.cpu import layout
 
 RECIPES = pathlib.Path(__file__).parents[3] / 'experiments' / 'recipes'
 HQQ = registry.lookup('hqq')
-LOST = 'weights that were zero and are not, for zero points are no integers'
+LOST = 'zeros that became nonzero, because zero points are not integers'
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_what_n_of_m_pruning_dropped_stays_zero(w_IO):
 def test_a_group_that_does_not_divide_is_halved_and_noted():
   outcome = _run(jnp.ones((96, 4)) / 3)
   assert outcome.weight.group_size == 32
-  assert outcome.events['group size, for 64 does not divide 96 inputs'] == 32
+  assert outcome.events['group size, because 64 does not divide 96 inputs'] == 32
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ WRONG = {
   'name that leaves its folder': (_recipe(name='../x'), "needs a name .* not '../x'"),
   'hidden name': (_recipe(name='.x'), 'needs a name'),
   'name of two lines': (_recipe(name='x\n'), 'needs a name'),
-  'description': (_recipe(description=['a']), 'description is a text'),
+  'description': (_recipe(description=['a']), 'description must be a string'),
   'head': (_recipe(head='yes'), "head is true or false, not 'yes'"),
   'head of number': (_recipe(head=1), 'head is true or false, not 1'),
   'no steps': ({'name': 'x'}, 'needs a list of steps'),

@@ -183,7 +183,7 @@ def test_what_could_not_be_scaled_is_in_the_ledger(tiny, tokens_BT):
   ]
   compressed, ledger = pipeline.compress(model, _parse(*steps), tokens_BT)
   found = {(event.layer, event.event) for event in ledger.events}
-  why = 'not scaled, for attention.value.weight is a QuantizedTensor'
+  why = 'not scaled, because attention.value.weight is a QuantizedTensor'
   assert found >= {('layers.0.attention.query', why), ('layers.0.attention.key', why)}
   assert isinstance(compressed.layers[0].attention.key.weight.get_value(), ActivationQuantized)
 
