@@ -57,7 +57,7 @@ def test_it_records_speeds_beside_the_base_and_the_peers(script, tmp_path, peer,
 
 BAD = {
   'a calibrated recipe': (['--recipes=wanda50'], 'random weights need no calibration'),
-  'a batch that is no number': (['--batches=1,two'], 'whole numbers'),
+  'a batch that is no number': (['--batches=1,two'], 'must be integers'),
   'no batch': (['--batches=0'], 'above 0'),
   'an unknown preset': (['--preset=smolm'], 'did you mean'),
   'an unknown recipe': (['--recipes=int5'], 'unknown recipe'),
@@ -112,7 +112,7 @@ def test_llama_cpp_gets_the_same_shape(make_script):
     peer('--formats=q5_0')
   with pytest.raises(ValueError, match="'tiny-qwen3' is not one"):
     peer('--preset=tiny-qwen3')
-  with pytest.raises(ValueError, match='the vocabulary holds 260 tokens or more, not 256'):
+  with pytest.raises(ValueError, match='the vocabulary needs at least 260 tokens, not 256'):
     peer('--preset=tiny-llama')
 
 

@@ -133,7 +133,7 @@ def test_decisions_that_depend_on_values_are_refused(broken):
 def test_a_product_that_differs_from_dense_is_named(broken, monkeypatch):
   monkeypatch.setattr(contracts, '_check_stored', lambda name, weight: None)
   broken(lambda w, statistics, spec: WrongProduct(w))
-  with pytest.raises(AssertionError, match='matmul and dense\(\) differ'):
+  with pytest.raises(AssertionError, match=r'matmul and dense\(\) differ'):
     contracts.check('broken')
 
 

@@ -98,8 +98,8 @@ def test_excerpts_take_an_equal_share_of_each_text():
   [
     ([], {'seq_len': 4, 'batch_size': 1}, 'no text to train on'),
     ([[]], {'seq_len': 4, 'batch_size': 1}, 'no text to train on'),
-    ([[1]], {'seq_len': 0, 'batch_size': 1}, 'seq_len 0'),
-    ([[1]], {'seq_len': 4, 'batch_size': 0}, 'batch_size 0'),
+    ([[1]], {'seq_len': 0, 'batch_size': 1}, 'at least 1, not 0 and 1'),
+    ([[1]], {'seq_len': 4, 'batch_size': 0}, 'at least 1, not 4 and 0'),
   ],
 )
 def test_bad_input_is_refused(documents, settings, match):
