@@ -56,7 +56,7 @@ def test_records_have_speeds_relative_to_the_base_and_the_peers(script, tmp_path
 
 
 BAD = {
-  'a calibrated recipe': (['--recipes=wanda50'], 'random weights need no calibration'),
+  'a calibrated recipe': (['--recipes=wanda50'], 'needs calibration, and there is no text'),
   'a batch that is no number': (['--batches=1,two'], 'must be integers'),
   'no batch': (['--batches=0'], 'above 0'),
   'an unknown preset': (['--preset=smolm'], 'did you mean'),
@@ -110,7 +110,7 @@ def test_llama_cpp_gets_the_same_shape(make_script):
     assert sum(sizes) == cost.parameters(config).total
   with pytest.raises(ValueError, match="'q5_0', which is not one of f16, q8_0, q4_0"):
     peer('--formats=q5_0')
-  with pytest.raises(ValueError, match="'tiny-qwen3' is not one"):
+  with pytest.raises(ValueError, match="'tiny-qwen3' is not a plain Llama"):
     peer('--preset=tiny-qwen3')
   with pytest.raises(ValueError, match='the vocabulary needs at least 260 tokens, not 256'):
     peer('--preset=tiny-llama')
