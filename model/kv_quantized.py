@@ -1,7 +1,6 @@
 """Stores keys and values as 8-bit or 4-bit codes and decodes them when they are read.
 
-int8   x = code * scale with one symmetric scale per token and head. A token is encoded once and
-       never read for later ones, so the codes do not depend on how many tokens a call has.
+int8   x = code * scale with one symmetric scale per token and head.
 int4   x = code * scale + minimum, after Liu et al. (2024), "KIVI",
        https://arxiv.org/abs/2402.02750. Keys are grouped by `PAGE` tokens of one channel, because a
        few channels are large in all tokens; values by up to `CHANNELS` channels of one token. A
@@ -11,8 +10,8 @@ int4   x = code * scale + minimum, after Liu et al. (2024), "KIVI",
 A call with int4 sees its own tokens and the page in which it begins exactly, and all earlier pages
 as they are stored. Tokens that are fed one by one or page by page therefore see the same keys and
 values. A longer prompt sees itself exactly, as in the paper, and no query depends on a scale to
-which a later token contributed. The codes stored for given keys and values do not depend on how
-many tokens a call has.
+which a later token contributed. In both formats, the codes stored for given keys and values do not
+depend on how many tokens a call has.
 
 Differs from the paper: a page of values is encoded together with the page of keys, where the paper
 keeps the values of the last tokens exact in a rolling window; and there are no fewer than 4 bits.

@@ -1,4 +1,4 @@
-"""Reads and writes a range of each row of a batch, at a start of its own for each row."""
+"""Reads and writes a range of each row of a batch; each row has its own start."""
 
 import functools
 

@@ -78,7 +78,7 @@ def attention(
   if not branches:
     return reference(*arguments)
   # All branches must save the same arrays for the backward pass, so JAX pads each branch with zeros
-  # for what only another one saves. Checkpointing makes the reference save its arguments alone;
+  # for what only another one saves. Checkpointing makes the reference save only its arguments;
   # otherwise the cuDNN branch would allocate the reference's scores.
   return jax.lax.platform_dependent(*arguments, **branches, default=jax.checkpoint(reference))
 

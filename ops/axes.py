@@ -55,6 +55,6 @@ def _bind(part, shape, sizes):
     raise ValueError(f'{part} has {len(letters)} axes, but the array has the shape {shape}')
   for letter, size in zip(letters, trailing):
     if letter not in ALPHABET:
-      raise ValueError(f'{letter!r} in {part} is no axis letter; ops/axes.py lists them')
+      raise ValueError(f'{letter!r} in {part} is not an axis letter; ops/axes.py lists them')
     if sizes.setdefault(letter, size) != size:
       raise ValueError(f'axis {letter} of {part}{shape} is {size}, but was {sizes[letter]}')

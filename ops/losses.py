@@ -50,7 +50,7 @@ def kl_divergence(p_logits: jax.Array, q_logits: jax.Array) -> jax.Array:
 
   The result is accurate even where p and q almost agree, as those of a model and its compressed
   form do: a divergence of 1e-8 has a relative error of at most 1 %. A token with a p-logit of -inf
-  adds nothing; a token with a q-logit of -inf alone makes the divergence infinite.
+  adds nothing. A token whose q-logit is -inf but whose p-logit is not makes it infinite.
   """
   axes.check('...V,...V', p_logits, q_logits)
   if p_logits.shape != q_logits.shape:

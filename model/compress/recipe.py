@@ -184,8 +184,8 @@ def load(path: str | pathlib.Path) -> Recipe:
 def resolve(name: str, folder: pathlib.Path) -> Recipe:
   """Finds a recipe by a path to a YAML file, a file name in `folder`, or the name of a technique.
 
-  A technique alone gets its default options. Raises ValueError with the nearest names if there is
-  no such recipe.
+  The name of a technique gives one step with default options. Raises ValueError with the nearest
+  names if there is no such recipe.
   """
   if name.endswith(('.yaml', '.yml')):
     if not pathlib.Path(name).is_file():
