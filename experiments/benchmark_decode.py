@@ -1,4 +1,4 @@
-r"""How fast a model reads a prompt and writes tokens in each format, beside what the memory allows.
+r"""Measures the prefill and decode speed of a model in each format, beside the memory's bandwidth.
 
   python -m experiments.benchmark_decode
   python -m experiments.benchmark_decode --batches=1,2,4,8,16,32 --recipes=int8 --figure=batches.png
@@ -6,16 +6,15 @@ r"""How fast a model reads a prompt and writes tokens in each format, beside wha
   python -m experiments.benchmark_decode --peer='python -m experiments.peers.llama_cpp_speed'
 
 The model is a preset with random weights (`--preset`, `--scale`, `--untie`) or a checkpoint
-(`--model`). Each round times every recipe and then runs every peer as a process of its own, so that
-both sides meet the same machine; ratios are medians of the rounds' ratios. A peer is a command that
-prints one JSON line a configuration with the keys peer, weights, prefill_tokens_per_s and
-decode_tokens_per_s; it is timed at batch 1.
+(`--model`). Each round times every recipe and then runs every peer in a process of its own, so that
+both sides run under the same load; ratios are medians of the rounds' ratios. A peer is a command
+that prints one JSON line per configuration with the keys peer, weights, prefill_tokens_per_s and
+decode_tokens_per_s. It is timed at batch 1.
 
-`prefill` computes the logits after the last token, as generation needs them; `forward` those of all
-tokens. `stream` is decoding as `generate` does it: a few tokens a call, which Python reads before
-the next call.
-What Python and the dispatch cost is bounded from above by the `stream` of a model with as many
-layers and next to no arithmetic.
+`prefill` computes the logits of the last token, as generation needs them; `forward` those of all
+tokens. `decode` runs without interruption; in `stream`, as in `generate`, Python reads the tokens
+of each call before the next call. The time spent in Python and in dispatching is reported as an
+upper bound: the `stream` time of a model with equally many layers and almost no arithmetic.
 
 Device: any. Minutes: 4 on two cores. Found there, with an AVX-512 processor: bf16 decodes 2.4, int8
 3.6, int4 5.4 and 2:4 in bf16 3.6 times as fast as float32.
@@ -54,24 +53,24 @@ PEER_KEYS = ('peer', 'weights', 'prefill_tokens_per_s', 'decode_tokens_per_s')
 SHAPE = shapes.define()
 MODEL = flags.DEFINE_string('model', None, 'A Hugging Face folder, instead of a preset.')
 RECIPES = flags.DEFINE_list(
-  'recipes', ['bf16', 'int8', 'int4'], 'What to time beside float32; the head is compressed too.'
+  'recipes', ['bf16', 'int8', 'int4'], 'Recipes to time beside float32, on the head too.'
 )
 PEERS = flags.DEFINE_multi_string('peer', [], 'A command to time in every round; may be repeated.')
 PROMPT = flags.DEFINE_integer('prompt', 512, 'Tokens of the prompt.', lower_bound=1)
-TOKENS = flags.DEFINE_integer('tokens', 64, 'Tokens to decode a round.', lower_bound=1)
-BATCHES = flags.DEFINE_list('batches', ['1'], 'Numbers of rows.')
+TOKENS = flags.DEFINE_integer('tokens', 64, 'Tokens to decode per round.', lower_bound=1)
+BATCHES = flags.DEFINE_list('batches', ['1'], 'Batch sizes.')
 KV_CACHE = flags.DEFINE_enum(
-  'kv_cache', 'bf16', list(kv_cache.FORMATS), 'How keys and values of past tokens are kept.'
+  'kv_cache', 'bf16', list(kv_cache.FORMATS), 'The format of the key/value cache.'
 )
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Interleaved rounds.', lower_bound=timing.MIN_ROUNDS)
 OUTPUT = flags.DEFINE_string('output', None, 'A .jsonl file to append records to.')
-FIGURE = flags.DEFINE_string('figure', None, 'A PNG of tokens a second over the batch.')
+FIGURE = flags.DEFINE_string('figure', None, 'A PNG to draw tokens/s over the batch size into.')
 SMOKE = flags.DEFINE_bool('smoke', False, 'A tiny model, one recipe, few tokens.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-  """What is timed: the base, the recipes, and how much of each phase."""
+  """The base model, the recipes, and the lengths and batch sizes that are timed."""
 
   base: Transformer
   recipes: tuple[Recipe, ...]
@@ -82,7 +81,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject:
-  """One model in one format at one batch, ready to run."""
+  """One model in one format at one batch size, compiled."""
 
   recipe: str
   batch: int
@@ -117,16 +116,16 @@ def _setting() -> Setting:
   for recipe in recipes:
     if any(step.row.statistics for step in recipe.steps):
       raise ValueError(
-        f'{recipe.name} is calibrated, and random weights need no calibration; its format decides '
-        'the speed, so time the recipe that rounds to nearest'
+        f'{recipe.name} needs calibration, and there is no text here; the speed depends only on '
+        'the format, so time the recipe that rounds to nearest'
       )
   for command in PEERS.value:
     if not shlex.split(command):
-      raise ValueError('--peer is a command, and it is empty')
+      raise ValueError('--peer must be a command, not an empty string')
   try:
     batches = tuple(map(int, BATCHES.value))
   except ValueError:
-    raise ValueError(f'--batches are whole numbers, not {",".join(BATCHES.value)}') from None
+    raise ValueError(f'--batches must be integers, not {",".join(BATCHES.value)}') from None
   for batch in batches:
     common.check_positive(batches=batch)
   return Setting(
@@ -176,7 +175,7 @@ def _subject(name, model, setting, batch) -> Subject:
 
 
 def _outside_s(config: ModelConfig) -> float:
-  """Seconds a token of decoding with as many parameters and next to no arithmetic."""
+  """Returns the seconds per token of decoding with as many parameters and almost no arithmetic."""
   small = tuple(
     dataclasses.replace(layer, query_heads=1, kv_heads=1, head_width=8, ffn_width=8)
     for layer in config.layers
@@ -187,7 +186,7 @@ def _outside_s(config: ModelConfig) -> float:
 
 
 def _rounds(subjects, setting) -> dict[tuple[str, int, str], list[float]]:
-  """Tokens a second: (recipe or peer, batch, phase) -> one number a round."""
+  """Measures tokens/s: (recipe or peer, batch, phase) -> one number per round."""
   samples = collections.defaultdict(list)
   for subject in subjects:
     for phase in PHASES:
@@ -307,7 +306,7 @@ def _words(record: Record) -> str:
       f'decode {record.value("decode_speedup"):.2f} x float32, '
       f'{record.value("decode_bytes_per_s") / 1e9:.1f} GB/s '
       f'({record.value("decode_of_copy"):.0%} of copy); outside the program at most '
-      f'{outside_ms:.2f} ms a token',
+      f'{outside_ms:.2f} ms per token',
       *against,
       *record.notes,
     ]
@@ -315,7 +314,7 @@ def _words(record: Record) -> str:
 
 
 def _draw(results: list[Record], path: str) -> None:
-  """Tokens a second over the batch, one line a recipe."""
+  """Draws tokens/s over the batch size, one line per recipe."""
   lines = collections.defaultdict(list)
   for record in results:
     speed = record.metrics['decode_tokens_per_s']
@@ -326,7 +325,7 @@ def _draw(results: list[Record], path: str) -> None:
   for name, rows in lines.items():
     batches, values, spreads = zip(*sorted(rows))
     axes.errorbar(batches, values, spreads, marker='o', capsize=2, label=name)
-  axes.set(xscale='log', yscale='log', xlabel='rows of the batch', ylabel='tokens a second')
+  axes.set(xscale='log', yscale='log', xlabel='batch size', ylabel='tokens/s')
   axes.set_xticks(batches, [str(batch) for batch in batches])
   axes.minorticks_off()
   axes.legend()

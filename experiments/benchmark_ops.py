@@ -1,20 +1,20 @@
-r"""How near the products with compressed matrices come to the memory's speed.
+r"""Measures how close the products with compressed matrices come to the memory's bandwidth.
 
   python -m experiments.benchmark_ops --output=out/ops.jsonl
   python -m experiments.benchmark_ops --shapes=4096x22016 --rows=1,8,512 --formats=int4_g128,bf16
 
-For each shape, number of rows and format: the time of one product through XLA's jnp form and
-through the native kernel, in interleaved rounds with the float32 product and with two measures of
-what the memory does at that moment: `copy` counts the bytes read and written by adding 1 to a long
-array, `read` those read by summing one. The bytes of weights a second are given as a share of the
-copy's, the median of the rounds' shares. Only matrices past the last-level cache say something
-about the memory; the default shapes are, in every format.
+For each shape, number of rows and format, it times one product through XLA's jnp form and one
+through the native kernel. The rounds are interleaved with the float32 product and with two
+measurements of the memory bandwidth at that moment: `copy` adds 1 to a long array and counts the
+bytes read and written; `read` sums such an array and counts the bytes read. The weight bytes per
+second are reported as fractions of both, each the median over the rounds. A matrix must exceed the
+last-level cache for this to measure memory; the default shape does in every format.
 
 Device: CPU. Minutes: 3 on two cores, 1 with --noxla. The goal is 80 % of the copy bandwidth for
 matrix-vector products with int8, int4 and bf16 matrices. Found on two AVX-512 cores of a shared
-machine: 57, 59 and 60 %, which is 103, 99 and 105 % of what reading alone does there; the medians
-of nine more runs are 65, 61 and 67 %. 2:4 matrices take 0.66 (bf16), 0.70 (int8) and 0.80 (int4) of
-the dense ones' time.
+machine: 57, 59 and 60 %, which is 103, 99 and 105 % of the read bandwidth there; the medians of
+nine more runs are 65, 61 and 67 % of the copy bandwidth. 2:4 matrices take 0.66 (bf16), 0.70 (int8)
+and 0.80 (int4) of the time of dense ones.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ FORMATS = {
 READ_BYTES = 2**28
 
 SHAPES = flags.DEFINE_list('shapes', ['4096x22016'], 'Matrices as INPUTSxOUTPUTS.')
-ROWS = flags.DEFINE_list('rows', ['1'], 'Numbers of rows that meet a matrix.')
+ROWS = flags.DEFINE_list('rows', ['1'], 'Numbers of rows that are multiplied by a matrix.')
 NAMES = flags.DEFINE_list('formats', list(FORMATS), f'Of {", ".join(FORMATS)}.')
 XLA = flags.DEFINE_bool('xla', True, "Time XLA's jnp form of each format too; it can be slow.")
 ROUNDS = flags.DEFINE_integer('rounds', 7, 'Interleaved rounds.', lower_bound=timing.MIN_ROUNDS)
@@ -94,7 +94,7 @@ def _cases() -> list[Case]:
     ]
   except ValueError as error:
     raise ValueError(
-      f'--shapes are like 4096x11008 and --rows numbers, not {SHAPES.value} and {ROWS.value}'
+      f'--shapes must be like 4096x11008 and --rows integers, not {SHAPES.value} and {ROWS.value}'
     ) from error
   for case in cases:
     common.check_positive(**dataclasses.asdict(case))

@@ -1,16 +1,16 @@
-r"""Whether a compressed model decodes on a device that is not here, with its weights as stored.
+r"""Compiles decoding for a device that is not present, and checks that no weight is widened.
 
   python -m experiments.compile_decode --formats=int8,int4 --output=out/compiled.jsonl
   python -m experiments.compile_decode --preset=llama-2-7b --target=h200
   python -m experiments.compile_decode --target=v5e:2x2 --mesh_model=4 --capacity=8192
 
-Compiles the greedy decoding loop of a preset with the target's own compiler, from shapes alone:
-no weight is made. For each format: the bytes of arguments, the bytes that it needs beside
-them, and every buffer that holds a weight in a wider type than it is stored in, of which there
-should be none. Nothing is run, so nothing is said of speed.
+The greedy decoding loop of a preset is compiled by the target's own compiler, from shapes only; no
+weights are allocated. For each format it reports the bytes of the arguments, the bytes needed
+beside them, and every buffer that holds a weight in a wider type than the stored one, of which
+there should be none. Nothing is run, so speed is not measured.
 
 Targets: a TPU topology (pip install 'lissom[tpu]'), h200 (pip install 'lissom[cuda]'), or cpu.
-Device: CPU. Minutes: 1 a format for an 8B model. Expected for llama-3.1-8b on a v5e with 16 GB:
+Device: CPU. Minutes: 1 per format for an 8B model. Expected for llama-3.1-8b on a v5e with 16 GB:
 int8, int4 and nf4 fit, and nothing is widened.
 """
 
@@ -40,7 +40,7 @@ FORMATS = {
   'nf4': lambda w: quantized.quantize(w, 'nf4'),
   'fp8': lambda w: quantized.quantize(w, 'fp8_e4m3'),
 }
-CACHE_AXES = 'BTK_'
+CACHE_AXES = 'BSK_'
 
 PRESET = flags.DEFINE_string('preset', 'llama-3.1-8b', 'A shape of model/presets.py.')
 TARGET = flags.DEFINE_string('target', 'v5e:2x2', 'A TPU topology, h200 or cpu.')
@@ -76,7 +76,7 @@ def _target(name: str) -> tuple[str, list[jax.Device]]:
 
 
 def _model(config, name: str, platform: str, mesh) -> Transformer:
-  """The shapes of a model with its matrices in a format, as the platform multiplies them."""
+  """Returns the shapes of a model whose matrices have a format, packed for the platform."""
   model = abstract(config, jnp.bfloat16)
 
   def compress(w_IO):
@@ -136,7 +136,7 @@ def _record(name, model, compiled, mesh) -> records.Record:
 
 
 def _of_one_device(w: linear.Matrix) -> linear.Matrix:
-  """The shapes of the part of a weight that one device holds."""
+  """Returns the shapes of the part of a weight that one device holds."""
   shard = lambda a: jax.ShapeDtypeStruct(a.sharding.shard_shape(a.shape), a.dtype)
   return jax.tree.map(shard, w)
 
@@ -145,7 +145,7 @@ def _words(record: records.Record) -> str:
   config, metrics = record.config, record.metrics
   sizes = ', '.join(
     f'{metrics[f"{what}_bytes"].value / 1e9:.3f} GB {words}'
-    for what, words in (('needed', 'a device'), ('argument', 'of it arguments'))
+    for what, words in (('needed', 'per device'), ('argument', 'of it arguments'))
   )
   temporary = metrics['temporary_bytes'].value / 1e6
   line = f'{config["preset"]}, {record.recipe}, {config["target"]}: {sizes}, {temporary:.1f} MB'

@@ -1,17 +1,17 @@
-r"""How much memory compressing a model takes beyond the model itself, in units of one block.
+r"""Measures the memory that compression needs beyond the model itself, in units of one block.
 
   python -m experiments.measure_memory
   python -m experiments.measure_memory --shapes=1024x4,1024x8,2048x3 --recipes=gptq_int4
 
-Models of random weights in float32, WIDTHxBLOCKS in the proportions of Llama, are compressed in
-place, each in a process of its own. Two blocks of the same shape are compressed first, so that
-compiling is over; then the process's peak of resident memory, less what it held with the model
-loaded, is divided by the bytes of a block. The calibration rows are few, for their hidden states
-are held too; they are counted, and named beside the rest.
+The models have random float32 weights and Llama's proportions; WIDTHxBLOCKS gives their size. Each
+is compressed in place, in a process of its own. Two blocks of the same shape are compressed first,
+so that everything is compiled. Then the increase of the process's resident memory, from the loaded
+model to the peak, is divided by the bytes of one block. It includes the hidden states of the
+calibration rows, which are also reported separately; there are few rows to keep them small.
 
-glibc keeps freed buffers of up to 32 MB for itself, up to several blocks of them;
-MALLOC_MMAP_THRESHOLD_, which this script sets for its processes, has them returned. Set it where
-memory is short.
+glibc does not return freed buffers of up to 32 MB to the system, which can add up to several
+blocks. This script sets MALLOC_MMAP_THRESHOLD_ for its processes, so that they are returned; set it
+too when memory is scarce.
 
 Device: a CPU under Linux. Minutes: 5. Expected: GPTQ 2.5 blocks, however deep the model is.
 """
@@ -43,9 +43,9 @@ FFN_RATIO = 2.75
 VOCAB_SIZE = 256
 
 SHAPES = flags.DEFINE_list('shapes', ['1024x4', '1024x8', '1536x4'], 'WIDTHxBLOCKS of each model.')
-RECIPES = flags.DEFINE_list('recipes', ['gptq_int4', 'wanda_2of4', 'int4'], 'What to apply.')
+RECIPES = flags.DEFINE_list('recipes', ['gptq_int4', 'wanda_2of4', 'int4'], 'Recipes to apply.')
 ROWS = flags.DEFINE_integer('calibration_rows', 16, 'Rows of calibration text.', lower_bound=1)
-SEQ_LEN = flags.DEFINE_integer('seq_len', 128, 'Tokens a row.', lower_bound=2)
+SEQ_LEN = flags.DEFINE_integer('seq_len', 128, 'Tokens per row.', lower_bound=2)
 OUTPUT = flags.DEFINE_string('output', None, 'A .jsonl file to append records to.')
 SMOKE = flags.DEFINE_bool('smoke', False, 'One small shape and recipe.')
 CHILD = flags.DEFINE_string('child', None, 'Internal: the SHAPE:RECIPE to measure here.')
@@ -57,7 +57,7 @@ def main() -> None:
     print(json.dumps(_measure(shape, recipe)))
     return
   if not pathlib.Path('/proc/self/clear_refs').exists():
-    raise ValueError('the peak of resident memory is read from /proc, which Linux alone has')
+    raise ValueError('the peak of resident memory is read from /proc, which only Linux has')
   shapes = ['128x3'] if SMOKE.value else SHAPES.value
   for shape in shapes:
     _config(shape)
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def _config(shape: str) -> ModelConfig:
-  """Raises ValueError if the shape is not WIDTHxBLOCKS, with a width of whole heads."""
+  """Builds the config of WIDTHxBLOCKS. Raises ValueError if it is malformed."""
   try:
     width, blocks = map(int, shape.split('x'))
   except ValueError:
@@ -105,7 +105,7 @@ def _child(shape: str, recipe: str) -> dict:
 
 
 def _measure(shape: str, name: str) -> dict:
-  """Compresses two blocks and then the model, and reads the process's peak: all in bytes."""
+  """Compresses two blocks, then the model, and returns the process's peak and sizes in bytes."""
   config, recipe = _config(shape), recipe_module.resolve(name, common.RECIPES)
   tokens_BT = np.random.default_rng(0).integers(0, VOCAB_SIZE, (ROWS.value, SEQ_LEN.value))
   _compress(config.replace(layers=config.layers[:2]), recipe, tokens_BT)
@@ -117,7 +117,7 @@ def _measure(shape: str, name: str) -> dict:
     'hidden_bytes': tokens_BT.size * config.width * 4,
   }
   held = _resident('VmRSS')
-  pathlib.Path('/proc/self/clear_refs').write_text('5')  # the peak begins anew
+  pathlib.Path('/proc/self/clear_refs').write_text('5')  # resets the peak
   pipeline.compress(model, recipe, tokens_BT, in_place=True)
   return found | {'extra_bytes': _resident('VmHWM') - held}
 

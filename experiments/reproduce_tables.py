@@ -1,17 +1,18 @@
-r"""The tables of the compression papers, ours beside theirs where the checkpoint is one of theirs.
+r"""Reproduces the tables of the compression papers, with the published numbers for their models.
 
   python -m experiments.reproduce_tables
   python -m experiments.reproduce_tables --model=DIR --text=WIKITEXT --seq_len=2048 \
       --paper_model=llama-2-7b --calibration_rows=128 --output=out/tables.jsonl
 
-Without a checkpoint it runs on the embedded default, where the papers have no rows, but the order
-of the methods can be compared. Each recipe is calibrated on `--seeds` different draws of the
-calibration text; perplexities are means over them, and deterministic recipes run once. The papers'
-numbers are on WikiText-2 (raw, test part) with windows of 2048 tokens, and of 4096 where it says
-so; what they were calibrated on differs (C4, the Pile).
+Without a checkpoint it uses the embedded default. The papers have no rows for it, but the order of
+the methods can be compared. Each recipe is calibrated on `--seeds` different draws of the
+calibration text, and perplexities are means over the draws; recipes without calibration run once.
+The published numbers are on WikiText-2 (raw, test part) with windows of 2048 tokens, or of 4096
+where marked. The papers' calibration texts differ (C4, the Pile).
 
-Device: any. Minutes: 25 on two cores for a model of 4 M parameters. `ORDERS` has what the papers
-found better than what; each is printed with the perplexities and whether it holds.
+Device: any. Minutes: 25 on two cores for a model of 4 M parameters. `ORDERS` lists which method the
+papers found better than which; each pair is printed with both perplexities and whether the order
+holds.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from model.eval import perplexity, records
 from model.eval.records import Metric, Record
 from model.transformer import parameters
 
-# Recipes by table. `reproduce_tables --recipes` takes any others.
+# Recipes by table. `--recipes` takes any others.
 TABLES = {
   'weights': (
     'bf16 int4 int4_clip int4_asym gptq_int4 gptq_int4_asym awq_int4 hqq_int4 nf4 '
@@ -48,7 +49,7 @@ TABLES = {
   ),
   'activations': 'w8a8 smoothquant_w8a8 w4a4 rotate_w4a4_nearest rotate_w4a4 rotate_w4a8',
 }
-# (better or equal, worse, strictly): what the papers found, and what we hold ourselves to.
+# (better, worse, whether strictly): the orders that the papers found, and that we expect.
 ORDERS = (
   ('gptq_int3', 'int3', True),
   ('awq_int3', 'int3_asym', True),
@@ -127,11 +128,13 @@ PUBLISHED = {
 
 MODEL = flags.DEFINE_string('model', None, 'Hugging Face folder or hub id. Default: embedded.')
 TEXT = flags.DEFINE_string('text', None, 'Text for calibration and evaluation.')
-PAPER_MODEL = flags.DEFINE_enum('paper_model', None, list(PUBLISHED), 'Which of the papers’ it is.')
+PAPER_MODEL = flags.DEFINE_enum(
+  'paper_model', None, list(PUBLISHED), 'The model of the papers to print the numbers of.'
+)
 RECIPES = flags.DEFINE_list('recipes', None, f'Default: those of {", ".join(TABLES)}.')
 SEEDS = flags.DEFINE_integer('seeds', 3, 'Draws of calibration text.', lower_bound=1)
-ROWS = flags.DEFINE_integer('calibration_rows', 128, 'Rows a draw.', lower_bound=1)
-SEQ_LEN = flags.DEFINE_integer('seq_len', 128, 'Tokens a row and a window.', lower_bound=2)
+ROWS = flags.DEFINE_integer('calibration_rows', 128, 'Rows per draw.', lower_bound=1)
+SEQ_LEN = flags.DEFINE_integer('seq_len', 128, 'Tokens per row and per window.', lower_bound=2)
 WINDOWS = flags.DEFINE_integer('max_windows', 1024, 'Held-out windows; 0: all.', lower_bound=0)
 OUTPUT = flags.DEFINE_string('output', None, 'A .jsonl file to append records to.')
 SMOKE = flags.DEFINE_bool('smoke', False, 'The smallest base model and two recipes.')
@@ -139,7 +142,7 @@ SMOKE = flags.DEFINE_bool('smoke', False, 'The smallest base model and two recip
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-  """The model, what it is measured on, and the text that calibration rows are drawn from."""
+  """The model, the windows that it is evaluated on, and the draws of calibration rows."""
 
   model: object
   name: str
@@ -184,7 +187,7 @@ def _setting() -> Setting:
   limit = 8 if SMOKE.value else WINDOWS.value or None
   held_out = ''.join(texts.held_out)
   if limit:
-    held_out = held_out[: 16 * limit * length]  # a token is rarely longer than 16 characters
+    held_out = held_out[: 16 * limit * length]  # few tokens are longer than 16 characters
   windows = perplexity.windows(*tokenizer.encode_with_bytes(held_out), length, limit)
   perplexity.check(model, windows)
   base = perplexity.evaluate(model, windows, progress=common.labelled('base: evaluate'))

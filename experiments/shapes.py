@@ -1,4 +1,4 @@
-"""The flags that name a model's shape: a preset, made wider, its head untied."""
+"""Defines the flags for a model's shape: a preset, its width factor, and whether it is untied."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from model.config import ModelConfig
 
 
 def define() -> dict[str, flags.FlagHolder]:
-  """The flags; `config` reads them."""
+  """Defines the flags, which `config` reads."""
   return {
     'preset': flags.DEFINE_string('preset', 'smollm2-135m', 'A shape of model/presets.py.'),
     'scale': flags.DEFINE_integer(
@@ -20,13 +20,13 @@ def define() -> dict[str, flags.FlagHolder]:
 
 
 def config(holders: dict[str, flags.FlagHolder]) -> ModelConfig:
-  """The shape that the flags ask for. Raises ValueError if there is no such preset."""
+  """Returns the config that the flags describe. Raises ValueError if the preset is unknown."""
   shape = scaled(presets.preset(holders['preset'].value), holders['scale'].value)
   return shape.replace(tied=False) if holders['untie'].value else shape
 
 
 def scaled(shape: ModelConfig, factor: int) -> ModelConfig:
-  """A shape with `factor` times the width, heads and feed-forward, and the same depth."""
+  """Returns a config with `factor` times the width, heads and feed-forward, and the same depth."""
   wider = tuple(
     dataclasses.replace(
       layer,

@@ -1,7 +1,7 @@
-"""Orbax checkpoints of models with any weight types, which load onto any mesh.
+"""Saves models with any weight types as Orbax checkpoints and loads them onto any mesh.
 
-The arrays go to Orbax as one flat tree; the config and the layout of the weights lie beside them as
-JSON, so that the weights can be rebuilt, and sharded for a mesh, before any array is read.
+Orbax stores the arrays as one flat tree. The config and the layout of the weights are stored beside
+them as JSON, so that the weight types and their shardings are known before any array is read.
 """
 
 import pathlib
@@ -18,10 +18,10 @@ from model.transformer import Transformer, abstract, parameters
 
 
 def save(path: str | pathlib.Path, model: Transformer) -> None:
-  """Writes a checkpoint; it appears whole or not at all. Raises ValueError if `path` exists."""
+  """Writes a checkpoint, atomically. Raises ValueError if `path` exists."""
   path = pathlib.Path(path).absolute()
   if path.exists():
-    raise ValueError(f'the checkpoint {path} exists already; name a new one')
+    raise ValueError(f'the checkpoint {path} exists already; choose another path')
   arrays, layout = native.flatten(model)
   about = {
     'config': configs.to_json(model.config),
@@ -37,13 +37,13 @@ def save(path: str | pathlib.Path, model: Transformer) -> None:
 
 
 def load(path: str | pathlib.Path, mesh: Mesh | None = None) -> Transformer:
-  """Reads a checkpoint, each array straight to its place on the mesh (None: one device).
+  """Reads a checkpoint, each array directly to its devices of the mesh (None: one device).
 
-  Raises ValueError if there is no checkpoint.
+  Raises ValueError if `path` is not a checkpoint.
   """
   path = pathlib.Path(path).absolute()
   if not (path / 'about').is_dir():
-    raise ValueError(f'{path} is no checkpoint of ours')
+    raise ValueError(f'{path} is not a checkpoint that `checkpoint.save` wrote')
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
     about = checkpointer.restore(path, ocp.args.Composite(about=ocp.args.JsonRestore())).about
     model = _abstract(about, mesh)

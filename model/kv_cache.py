@@ -1,14 +1,14 @@
-"""Keys and values of the tokens seen so far, one `KVCache` a layer, in the format of one's choice.
+"""Caches the keys and values of past tokens, one `KVCache` per layer, in one of several formats.
 
-Slot s of a row holds position s of that row. Rows of a batch may have different lengths: a query
-sees only slots up to its own position, so what lies beyond a row's end is never read, and padded
-slots are overwritten when the row gets there.
+Slot s of a row holds position s of that row. The rows of a batch may have different lengths: a
+query sees only slots up to its own position, so slots past the end of a row are never read, and
+slots with padding are overwritten when the row reaches them.
 
-  float        as they come, in the dtype asked for
-  bf16         bfloat16, whatever the model computes in
-  int8, int4   `model.kv_quantized`
+  float        the requested dtype
+  bf16         bfloat16, whatever the dtype of the model
+  int8, int4   low-bit codes (`model.kv_quantized`)
 
-Another way to store a cache is another class with the same method, and a row of `FORMATS`.
+A new format is a class with the methods of `KVCache` and `empty`, and an entry of `FORMATS`.
 """
 
 import dataclasses
@@ -26,21 +26,22 @@ CacheFormat = Literal['float', 'bf16', 'int8', 'int4']
 
 
 class KVCache(Protocol):
-  """One layer's keys and values; a pytree, so that a jitted program can take and donate it."""
+  """The keys and values of one layer; a pytree, so that a jitted program can take and donate it."""
 
   @property
   def capacity(self) -> int:
-    """Tokens that a row can hold."""
+    """The number of tokens that a row can hold."""
 
   def update(
     self, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array
   ) -> tuple['KVCache', jax.Array, jax.Array]:
-    """Stores T new tokens a row; returns the cache, and all keys and values that they may see.
+    """Stores T new tokens per row; returns the cache, and all keys and values that they may see.
 
-    Row b is written from slot positions_BT[b, 0] on, where it ended or anywhere before; the caller
-    sees to it that it fits. Padding follows a row's own tokens and repeats their last position.
-    Keys and values are [B, S, K, H] each, S the capacity, in the dtype of the new ones, or that of
-    the cache where it holds floating numbers: attention widens them as it reads.
+    Row b is written from slot positions_BT[b, 0] on, which is at most its previous length; the
+    caller ensures that the tokens fit. Padding comes after the tokens of a row and repeats their
+    last position. The returned keys and values are [B, S, K, H], where S is the capacity. A
+    floating-point cache returns its own dtype, which attention widens as it reads; others return
+    the dtype of the new keys and values.
     """
 
 
@@ -49,14 +50,14 @@ class KVCache(Protocol):
 )
 @dataclasses.dataclass(frozen=True)
 class FloatCache:
-  """Keys and values, each [B, S, K, H], bf16 or f32."""
+  """Keys and values in a floating-point type, each [B, S, K, H]."""
 
   k_BSKH: jax.Array
   v_BSKH: jax.Array
 
   @classmethod
   def empty(cls, layer: LayerConfig, batch: int, capacity: int, dtype) -> 'FloatCache':
-    # Zeros, not empty: masked slots are multiplied by zero, and 0 * NaN is NaN.
+    # Not uninitialised: masked slots are multiplied by zero, and 0 * NaN is NaN.
     shape = (batch, capacity, layer.kv_heads, layer.head_width)
     return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -90,15 +91,16 @@ def init(
   dtype=jnp.float32,
   format: CacheFormat = 'float',
 ) -> tuple[KVCache, ...]:
-  """Allocates an empty cache for `batch` rows of up to `capacity` tokens, one entry a layer.
+  """Allocates an empty cache for `batch` rows of up to `capacity` tokens, one entry per layer.
 
-  What a format keeps in floating point is in `dtype`. 'int4' rounds the capacity up to whole pages.
+  `dtype` is that of the floating-point keys and values that a format stores; 'bf16' ignores it.
+  'int4' rounds the capacity up to whole pages.
   """
   check_format(format)
   return tuple(FORMATS[format].empty(layer, batch, capacity, dtype) for layer in config.layers)
 
 
 def check_format(format: str) -> None:
-  """Raises ValueError if there is no such format of a cache."""
+  """Raises ValueError if there is no cache format of this name."""
   if format not in FORMATS:
-    raise ValueError(f'{format!r} is no format of a cache; the formats are {", ".join(FORMATS)}')
+    raise ValueError(f'{format!r} is not a cache format; the formats are {", ".join(FORMATS)}')

@@ -1,24 +1,25 @@
-"""Key/value caches of 8-bit and 4-bit codes, decoded as they are read.
+"""Stores keys and values as 8-bit or 4-bit codes and decodes them when they are read.
 
-int8   One symmetric scale a token and head: x = code * scale. A token is stored once and never
-       looked at again, so nothing depends on how many tokens came at a time.
-int4   After Liu et al. (2024), "KIVI", https://arxiv.org/abs/2402.02750: x = code * scale +
-       minimum, keys in groups of `PAGE` tokens of one channel, for a few channels are large in
-       all tokens, values in groups of up to `CHANNELS` channels of one token. A page needs all of
-       its tokens, so the tokens of a row's last page are kept as they came until it is complete.
+int8   x = code * scale with one symmetric scale per token and head.
+int4   x = code * scale + minimum, after Liu et al. (2024), "KIVI",
+       https://arxiv.org/abs/2402.02750. Keys are grouped by `PAGE` tokens of one channel, because a
+       few channels are large in all tokens; values by up to `CHANNELS` channels of one token. A
+       page can be encoded only when all of its tokens are known, so the tokens of the last,
+       incomplete page of a row are kept exact.
 
-A call sees its own tokens, and the page in which it begins, exactly, and all pages before as they
-are stored. So tokens fed one by one, or page by page, see the same things; a longer prompt sees
-itself exactly, as in the paper, and no query sees a scale that a later token had a part in. What
-is stored for given keys and values does not depend on how many of them came at a time.
+A call with int4 sees its own tokens and the page in which it begins exactly, and all earlier pages
+as they are stored. Tokens that are fed one by one or page by page therefore see the same keys and
+values. A longer prompt sees itself exactly, as in the paper, and no query depends on a scale to
+which a later token contributed. In both formats, the codes stored for given keys and values do not
+depend on how many tokens a call has.
 
-Different from the paper: a page of values is stored when the page of keys is, where the paper keeps
-the last tokens' values exact by a window that rolls; and the smallest bit width here is 4.
+Differs from the paper: a page of values is encoded together with the page of keys, where the paper
+keeps the values of the last tokens exact in a rolling window; and there are no fewer than 4 bits.
 
-Scales and minima are float16, not bfloat16: they are small, and a minimum that is large beside its
-group's range needs the mantissa. Magnitudes of keys and values must stay below 65504. Bytes a token
-and head of width 64: int8 132, int4 80 (and `PAGE` exact tokens a row), bfloat16 256. The decoded
-keys and values of one layer at a time are a temporary of the program.
+Scales and minima are float16, not bfloat16: their magnitudes are small, and a minimum that is large
+relative to the range of its group needs the longer mantissa. Keys and values must be smaller than
+65504 in magnitude. Bytes per token and head of width 64: int8 132, int4 80 (and `PAGE` exact tokens
+per row), bfloat16 256. The program holds the decoded keys and values of one layer at a time.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from model.config import LayerConfig
 PAGE = 32  # tokens
 CHANNELS = 32
 SCALE_DTYPE = jnp.float16
-SMALLEST_SCALE = 2.0**-24  # the least float16 above zero: a constant group has no range
+SMALLEST_SCALE = 2.0**-24  # the smallest positive float16; a constant group has a range of zero
 
 
 def _pytree(cls):
@@ -45,7 +46,7 @@ def _pytree(cls):
 @_pytree
 @dataclasses.dataclass(frozen=True)
 class Tokens8:
-  """Keys or values of one layer: int8 codes, and a scale a token and head."""
+  """Keys or values of one layer: int8 codes, and one scale per token and head."""
 
   codes_BSKH: jax.Array
   scales_BSK: jax.Array
@@ -76,7 +77,7 @@ class Int8Cache:
 
   @classmethod
   def empty(cls, layer: LayerConfig, batch: int, capacity: int, dtype) -> 'Int8Cache':
-    del dtype  # nothing is kept in floating point
+    del dtype  # no keys or values are stored in floating point
     shape = (batch, capacity, layer.kv_heads, layer.head_width)
     side = lambda: Tokens8(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:3], SCALE_DTYPE))
     return cls(side(), side())
@@ -95,40 +96,40 @@ class Int8Cache:
 @_pytree
 @dataclasses.dataclass(frozen=True)
 class Pages4:
-  """Keys or values of one layer in P pages of S tokens: 4-bit codes, two channels a byte.
+  """Keys or values of one layer in P pages of `PAGE` tokens: 4-bit codes, two channels per byte.
 
-  Channel h < H/2 is in the low half of byte h, channel h + H/2 in the high one. Scales and minima
-  are [B, P, 1, K, H] for groups of tokens, and [B, P, S, K, J] for J groups of channels.
+  Byte h < H/2 holds channel h in its low half and channel h + H/2 in its high half. Scales and
+  minima are [B, P, 1, K, H] for groups of tokens, and [B, P, PAGE, K, J] for J groups of channels.
   """
 
-  codes: jax.Array  # uint8 [B, P, S, K, H/2]
+  codes: jax.Array  # uint8 [B, P, PAGE, K, H/2]
   scales: jax.Array
   minima: jax.Array
 
   def decode(self) -> jax.Array:
-    """Returns float32 [B, P, S, K, H]."""
+    """Returns float32 [B, P, PAGE, K, H]."""
     codes = jnp.concatenate([self.codes & 15, self.codes >> 4], axis=-1).astype(jnp.float32)
     return codes * _spread(self.scales, codes) + _spread(self.minima, codes)
 
 
-def encode_keys(x_BPSKH: jax.Array) -> Pages4:
-  """Quantizes each channel over the tokens of a page."""
-  x_BPSKH = x_BPSKH.astype(jnp.float32)
-  return _encode(x_BPSKH, x_BPSKH.min(2, keepdims=True), x_BPSKH.max(2, keepdims=True))
+def encode_keys(x_BP_KH: jax.Array) -> Pages4:
+  """Quantizes keys in groups of one channel over the tokens of a page."""
+  x_BP_KH = x_BP_KH.astype(jnp.float32)
+  return _encode(x_BP_KH, x_BP_KH.min(2, keepdims=True), x_BP_KH.max(2, keepdims=True))
 
 
-def encode_values(x_BPSKH: jax.Array) -> Pages4:
-  """Quantizes each token over groups of neighbouring channels."""
-  x_BPSKH = x_BPSKH.astype(jnp.float32)
-  width = math.gcd(x_BPSKH.shape[-1], CHANNELS)
-  groups = rearrange(x_BPSKH, 'B P S K (J H) -> B P S K J H', H=width)
-  return _encode(x_BPSKH, groups.min(-1), groups.max(-1))
+def encode_values(x_BP_KH: jax.Array) -> Pages4:
+  """Quantizes values in groups of neighbouring channels of one token."""
+  x_BP_KH = x_BP_KH.astype(jnp.float32)
+  width = math.gcd(x_BP_KH.shape[-1], CHANNELS)
+  groups = rearrange(x_BP_KH, 'B P page K (J width) -> B P page K J width', width=width)
+  return _encode(x_BP_KH, groups.min(-1), groups.max(-1))
 
 
-def _encode(x_BPSKH, low, high) -> Pages4:
+def _encode(x_BP_KH, low, high) -> Pages4:
   minima = _stored(low)
   scales = _stored_scale((high - minima.astype(jnp.float32)) * (1 / 15))
-  steps = (x_BPSKH - _spread(minima, x_BPSKH)) / _spread(scales, x_BPSKH)
+  steps = (x_BP_KH - _spread(minima, x_BP_KH)) / _spread(scales, x_BP_KH)
   codes = jnp.clip(jnp.round(steps), 0, 15).astype(jnp.uint8)
   half = codes.shape[-1] // 2
   return Pages4(codes[..., :half] | codes[..., half:] << 4, scales, minima)
@@ -137,7 +138,7 @@ def _encode(x_BPSKH, low, high) -> Pages4:
 @_pytree
 @dataclasses.dataclass(frozen=True)
 class Int4Cache:
-  """The 'int4' format. `recent` keys and values are those of page `page_B[b]` of a row, exact."""
+  """The 'int4' format; row b keeps the exact keys and values of its page page_B[b] in `recent`."""
 
   keys: Pages4
   values: Pages4
@@ -174,7 +175,7 @@ class Int4Cache:
     k_BSKH = self._seen(self.keys, self.recent_k_BSKH, k_BTKH, positions_BT[:, 0])
     v_BSKH = self._seen(self.values, self.recent_v_BSKH, v_BTKH, positions_BT[:, 0])
     length = k_BTKH.shape[1]
-    # The page of the next token; where the cache is full, the last one.
+    # The page of the next token, or the last page if the cache is full.
     page_B = jnp.minimum((positions_BT[:, -1] + 1) // PAGE, self.capacity // PAGE - 1)
     cache = Int4Cache(
       keys=_stored_pages(self.keys, k_BSKH, positions_BT[:, 0], length, encode_keys),
@@ -186,10 +187,10 @@ class Int4Cache:
     return cache, k_BSKH.astype(k_BTKH.dtype), v_BSKH.astype(v_BTKH.dtype)
 
   def _seen(self, pages: Pages4, recent_BSKH, new_BTKH, starts_B):
-    """Everything stored, with the page in which the new tokens begin and themselves exact."""
-    all_BSKH = rearrange(pages.decode(), 'B P S K H -> B (P S) K H').astype(recent_BSKH.dtype)
+    """Decodes all pages and inserts the exact new tokens and the exact page in which they begin."""
+    all_BSKH = rearrange(pages.decode(), 'B P page K H -> B (P page) K H').astype(recent_BSKH.dtype)
     first_B = starts_B // PAGE
-    # A row that was taken back to an earlier page finds that page as it was stored.
+    # After a rewind to an earlier page, that page is read as it was stored.
     stored_BSKH = kv_rows.read(all_BSKH, first_B * PAGE, PAGE)
     exact_B = (first_B == self.page_B)[:, None, None, None]
     page_BSKH = jnp.where(exact_B, recent_BSKH, stored_BSKH)
@@ -198,19 +199,19 @@ class Int4Cache:
 
 
 def _stored_pages(pages: Pages4, seen_BSKH, starts_B, length: int, encode) -> Pages4:
-  """`pages` with those encoded that the new tokens may complete, from the one they begin in on.
+  """Encodes the pages that the new tokens reach, from the page in which they begin.
 
-  A page that is still incomplete is encoded for nothing: it is read from `recent`, and encoded
-  again with its other tokens.
+  The codes of a page that is still incomplete are not used: the page is read from `recent`, and is
+  encoded again when its other tokens arrive.
   """
   reached, first_B = -(-length // PAGE), starts_B // PAGE
   window_BSKH = kv_rows.read(seen_BSKH, first_B * PAGE, reached * PAGE)
-  new = encode(rearrange(window_BSKH, 'B (P S) K H -> B P S K H', S=PAGE))
+  new = encode(rearrange(window_BSKH, 'B (P page) K H -> B P page K H', page=PAGE))
   return jax.tree.map(lambda old, new: kv_rows.write(old, new, first_B), pages, new)
 
 
 def _spread(groups, like):
-  """One float32 a channel, where `groups` has one a group of neighbouring channels."""
+  """Repeats the value of each group of neighbouring channels for all of its channels: float32."""
   return jnp.repeat(groups.astype(jnp.float32), like.shape[-1] // groups.shape[-1], axis=-1)
 
 
@@ -219,5 +220,5 @@ def _stored_scale(x):
 
 
 def _stored(x):
-  # XLA may leave a rounding out between two computations in float32; codes need the stored number.
+  # XLA may skip a rounding between two float32 computations; the codes must use the stored value.
   return jax.lax.optimization_barrier(x.astype(SCALE_DTYPE))

@@ -1,4 +1,4 @@
-"""Reading and writing a stretch of each row of a batch, where every row has its own place."""
+"""Reads and writes a range of each row of a batch; each row has its own start."""
 
 import functools
 
@@ -7,13 +7,13 @@ import jax.numpy as jnp
 
 from ops.kernels import cpu
 
-# Mapped over rows, slice updates become a scatter, which XLA:CPU runs row by row with bounds
-# checks; unrolled, they are copies in place, but each has to be compiled.
+# A vmapped slice update becomes a scatter, which XLA:CPU runs row by row with bounds checks.
+# Unrolled updates are copies in place, but each of them has to be compiled.
 UNROLLED_ROWS = 8
 
 
 def write(rows: jax.Array, new: jax.Array, starts_B: jax.Array) -> jax.Array:
-  """Puts new[b] into rows[b] from starts_B[b] on, along the second axis. They have to fit."""
+  """Writes new[b] into rows[b] from index starts_B[b] on, along the second axis; it must fit."""
   new = new.astype(rows.dtype)
   on_cpu = _natively if cpu.available() else _as_integers
   return jax.lax.platform_dependent(rows, new, starts_B, cpu=on_cpu, default=_through_xla)
@@ -30,7 +30,7 @@ def _natively(rows, new, starts_B):
 
 
 def _as_integers(rows, new, starts_B):
-  """For XLA:CPU, which updates half-precision numbers by widening all of them, once a row."""
+  """Writes 16-bit floats as integers, because XLA:CPU would widen all of them for each row."""
   if rows.dtype not in (jnp.bfloat16, jnp.float16):
     return _through_xla(rows, new, starts_B)
   bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
@@ -48,7 +48,7 @@ def _through_xla(rows, new, starts_B):
 
 
 def read(rows: jax.Array, starts_B: jax.Array, length: int) -> jax.Array:
-  """Returns `length` entries of each row from starts_B[b] on, along the second axis."""
+  """Returns `length` entries of each row from index starts_B[b] on, along the second axis."""
   read_row = lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, length)
   return jax.vmap(read_row)(rows, starts_B)
 

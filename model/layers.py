@@ -1,9 +1,8 @@
-"""The parts of a decoder block, as NNX modules.
+"""Defines the parts of a decoder block as NNX modules.
 
-Every matrix is the `weight` of a `Linear`, stored (I, O), and is multiplied by `ops.linear.matmul`
-or `matmuls` alone, so any `Weight` can take its place. `axes` names the two axes of a matrix by the
-letters of `ops.axes`; `model.sharding` turns them into mesh axes. All axes of a layer come from its
-arrays.
+Every matrix is the `weight` of a `Linear`, has the shape (I, O), and is multiplied only by
+`ops.linear.matmul` or `matmuls`, so that any `Weight` can take its place. `axes` names the two axes
+of a matrix by the letters of `ops.axes`; `model.sharding` maps them to mesh axes.
 """
 
 import jax
@@ -46,13 +45,13 @@ class Linear(nnx.Module):
 
 
 def apply(x: jax.Array, *linears: Linear) -> tuple[jax.Array, ...]:
-  """Applies several linear layers to one input, so that their products can share work."""
+  """Applies several linear layers to the same input, so that their products can share work."""
   products = matmuls(x, [linear.weight.get_value() for linear in linears])
   return tuple(linear.add_bias(y) for linear, y in zip(linears, products))
 
 
 class Norm(nnx.Module):
-  """RMS or layer norm over the last axis, with the traits of the model's family."""
+  """RMS norm or layer norm over the last axis, with the family's epsilon and offset."""
 
   def __init__(self, width: int, config: ModelConfig, *, dtype, kind: str | None = None):
     self.kind = kind or config.norm
@@ -67,7 +66,7 @@ class Norm(nnx.Module):
 
 
 class Table(nnx.Module):
-  """A table of vectors looked up by index: token or position embeddings."""
+  """A table of vectors that are looked up by index: token or position embeddings."""
 
   def __init__(self, rows: int, width: int, *, axes: tuple[str, str], rngs, dtype):
     self.table = nnx.Param(INIT_STDDEV * jax.random.normal(rngs.params(), (rows, width), dtype))
@@ -99,7 +98,7 @@ class Attention(nnx.Module):
 
   def __call__(self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None):
     """Returns (y_BTD, cache). `angles` is (cos, sin) or None."""
-    heads = lambda x: rearrange(x, 'b t (n h) -> b t n h', h=self.layer.head_width)
+    heads = lambda x: rearrange(x, 'B T (heads H) -> B T heads H', H=self.layer.head_width)
     q_BTNH, k_BTKH, v_BTKH = map(heads, apply(x_BTD, self.query, self.key, self.value))
     if self.query_norm is not None:
       q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
@@ -110,11 +109,11 @@ class Attention(nnx.Module):
     scale = self.layer.query_scale or self.layer.head_width**-0.5
     softcap = self.layer.attention_softcap
     y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, scale=scale, softcap=softcap)
-    return self.output(rearrange(y_BTNH, 'b t n h -> b t (n h)')), cache
+    return self.output(rearrange(y_BTNH, 'B T N H -> B T (N H)')), cache
 
 
 class FeedForward(nnx.Module):
-  """down(act(gate(x)) * up(x)), or down(act(up(x))) where the family has no gate."""
+  """down(act(gate(x)) * up(x)), or down(act(up(x))) in families without a gate."""
 
   def __init__(self, config: ModelConfig, layer: LayerConfig, *, rngs, dtype):
     self.activation = layer.activation
@@ -158,5 +157,5 @@ class Block(nnx.Module):
 
 
 def _residual_stddev(config: ModelConfig) -> float:
-  # GPT-2's initialisation: the variance of the residual stream stays constant with depth.
+  # GPT-2's initialisation keeps the variance of the residual stream independent of the depth.
   return INIT_STDDEV / (2 * len(config.layers)) ** 0.5

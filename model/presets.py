@@ -1,7 +1,7 @@
-"""Named architectures, with the parameter counts that their authors published.
+"""Builds the configs of named architectures and lists their published parameter counts.
 
-The numbers come from the models' own config files. The `tiny-*` shapes have each family's traits at
-a size for tests; their counts are those of the same shapes in Hugging Face transformers.
+The numbers come from the models' own config files. The `tiny-*` shapes have the traits of each
+family at a size for tests; their counts are those of the same shapes in Hugging Face transformers.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ PARAMETERS = {
 
 
 def preset(name: str) -> ModelConfig:
-  """The config of a named architecture.
+  """Returns the config of a named architecture.
 
   Raises:
-    ValueError: there is no such name; the message lists the nearest.
+    ValueError: the name is unknown; the message lists the nearest names.
   """
   if name not in _BUILDERS:
     near = difflib.get_close_matches(name.lower(), _BUILDERS, n=3, cutoff=0.4)
@@ -48,7 +48,7 @@ def preset(name: str) -> ModelConfig:
 
 
 def names() -> list[str]:
-  """The names that `preset` knows, sorted."""
+  """Returns the names that `preset` accepts, sorted."""
   return sorted(_BUILDERS)
 
 

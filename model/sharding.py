@@ -1,10 +1,11 @@
-"""Where arrays live: one table from axis letters to mesh axes. Models never name mesh axes.
+"""Places arrays on a device mesh by one table from axis letters to mesh axes.
 
-A matrix names its two axes (`Linear.axes`), a weight type the axes of its arrays in terms of the
-matrix's I and O; the table does the rest. GSPMD propagates from there, so the same jitted functions
-run on one device or many. A mesh axis that does not divide an array's axis leaves it replicated.
+Models never name mesh axes. A matrix names its two axes by letters (`Linear.axes`), and a weight
+type names the axes of its arrays in terms of the I and O of the matrix. The table gives the mesh
+axes of the parameters, and GSPMD propagates them through the program, so the same jitted functions
+run on one device or on many. An axis whose size is not a multiple of its mesh axes is replicated.
 
-Axes of the mesh: `data` splits the batch, `fsdp` batch and parameters, `model` heads, feed-forward
+Mesh axes: `data` splits the batch; `fsdp` the batch and the parameters; `model` heads, feed-forward
 and vocabulary.
 """
 
@@ -21,7 +22,7 @@ from ops.linear import Matrix, Weight
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
   'B': ('data', 'fsdp'),
-  'T': None,
+  'S': None,
   'D': 'fsdp',
   'F': 'model',
   'N': 'model',
@@ -32,7 +33,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, model: int = 1, devices=None) -> Mesh:
-  """Lays devices out as a mesh. Raises ValueError if there are too few."""
+  """Arranges devices as a mesh. Raises ValueError if there are too few."""
   devices = jax.devices() if devices is None else devices
   needed = data * fsdp * model
   if needed > len(devices):
@@ -46,7 +47,7 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, model: int = 1, devices=None) -> 
 
 
 def sharding(mesh: Mesh, letters: str | tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
-  """The sharding of one array with these axes."""
+  """Returns the sharding of one array whose axes have these letters."""
   spec = []
   for letter, size in zip(letters, shape, strict=True):
     axis = RULES[letter]
@@ -59,7 +60,7 @@ def sharding(mesh: Mesh, letters: str | tuple[str, ...], shape: tuple[int, ...])
 
 
 def weight_shardings(mesh: Mesh, w: Matrix, axes: tuple[str, str]):
-  """The shardings of a matrix: one, or a weight of the same type with one for each array."""
+  """Returns the sharding of a plain matrix, or a weight of w's type that holds its shardings."""
   if not isinstance(w, Weight):
     return sharding(mesh, axes, w.shape)
   letters = {'I': axes[0], 'J': axes[0], 'O': axes[1], 'R': '_', '_': '_'}
@@ -73,13 +74,13 @@ def weight_shardings(mesh: Mesh, w: Matrix, axes: tuple[str, str]):
 
 
 def shard(model: nnx.Module, mesh: Mesh) -> None:
-  """Moves every parameter of a model to its place on the mesh."""
+  """Moves every parameter of a model to its devices of the mesh."""
   for param, places in shardings_of(model, mesh):
     param.set_value(jax.device_put(param.get_value(), places))
 
 
 def shardings_of(model: nnx.Module, mesh: Mesh) -> Iterator[tuple[nnx.Param, Any]]:
-  """Each parameter with the shardings of its arrays."""
+  """Yields each parameter with the shardings of its arrays."""
   for _, module in nnx.iter_modules(model):
     for value in vars(module).values():
       if isinstance(value, nnx.Param):
@@ -87,7 +88,7 @@ def shardings_of(model: nnx.Module, mesh: Mesh) -> Iterator[tuple[nnx.Param, Any
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The sharding of token batches [B, T]."""
+  """Returns the sharding of token batches [B, T]."""
   return NamedSharding(mesh, PartitionSpec(RULES['B']))
 
 

@@ -1,9 +1,9 @@
-"""One decoder-only transformer for every model family, configured layer by layer.
+"""Defines one decoder-only transformer for all model families, configured layer by layer.
 
   model(tokens_BT) -> logits_BTV
 
-A compressed model is this same class with other weight types in its parameters. Hot paths split it
-once and jit the pure function: `graphdef, state = nnx.split(model)`.
+A compressed model is an instance of the same class with other weight types in its parameters. Hot
+paths split the model once and jit the pure function: `graphdef, state = nnx.split(model)`.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ Cache = tuple[KVCache, ...]
 class Transformer(nnx.Module):
   """Token and position embeddings, blocks, a final norm and a head.
 
-  `dtype` is that of the activations, and of freshly initialised parameters. Parameters keep the
-  dtype they are stored in and are cast where they are used.
+  `dtype` is the dtype of activations and of newly initialised parameters. Parameters keep the dtype
+  in which they are stored and are cast where they are used.
   """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
@@ -35,7 +35,7 @@ class Transformer(nnx.Module):
     self.embedding = Table(config.vocab_size, config.width, axes=('V', 'D'), **make)
     learned = config.rope is None
     self.positions = (
-      Table(config.max_positions, config.width, axes=('T', 'D'), **make) if learned else None
+      Table(config.max_positions, config.width, axes=('_', 'D'), **make) if learned else None
     )
     self.layers = nnx.List([Block(config, layer, **make) for layer in config.layers])
     self.final_norm = Norm(config.width, config, dtype=dtype)
@@ -45,9 +45,9 @@ class Transformer(nnx.Module):
     )
 
   def __call__(self, tokens_BT, *, positions_BT=None, segments_BT=None) -> jax.Array:
-    """Predicts the next token at every position: logits_BTV, float32.
+    """Predicts the next token at every position: logits_BTV in float32.
 
-    `segments_BT` separates packed documents: a token attends to its own segment alone.
+    `segments_BT` separates packed documents: a token attends only to its own segment.
     """
     x_BTD, _ = self.hidden(tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT)
     return self.logits(x_BTD)
@@ -55,10 +55,10 @@ class Transformer(nnx.Module):
   def hidden(
     self, tokens_BT, *, positions_BT=None, segments_BT=None, cache: Cache | None = None
   ) -> tuple[jax.Array, Cache | None]:
-    """Returns the normalised last hidden states x_BTD, and the cache with these tokens in it.
+    """Returns the normalized last hidden states x_BTD, and the cache with these tokens added.
 
-    With a cache, `positions_BT` is required: row b is written from slot positions_BT[b, 0] on, a
-    token sees every cached token at or before its position, and padding repeats the last position.
+    A cache requires `positions_BT`: row b is written from slot positions_BT[b, 0] on, a token sees
+    every cached token at or before its position, and padding repeats the last position.
     """
     x_BTD = self.embed(tokens_BT, positions_BT)
     context = Context.of(self.config, tokens_BT, positions_BT, segments_BT, cache)
@@ -69,7 +69,7 @@ class Transformer(nnx.Module):
     return self.final_norm(x_BTD), cache and tuple(caches)
 
   def embed(self, tokens_BT, positions_BT=None) -> jax.Array:
-    """Looks up token (and learned position) embeddings: x_BTD in the model's dtype."""
+    """Looks up the token embeddings, plus learned position embeddings: x_BTD in `dtype`."""
     sizes = axes.check('BT,BT', tokens_BT, positions_BT)
     x_BTD = self.embedding(tokens_BT).astype(self.dtype)
     if self.config.embedding_scale != 1.0:
@@ -81,7 +81,7 @@ class Transformer(nnx.Module):
     return x_BTD
 
   def logits(self, x: jax.Array) -> jax.Array:
-    """Turns normalised hidden states [..., D] into float32 logits [..., V]."""
+    """Maps normalized hidden states [..., D] to float32 logits [..., V]."""
     if self.head is None:
       y = jnp.matmul(x, self.embedding.table.get_value().astype(x.dtype).T)
     else:
@@ -92,9 +92,10 @@ class Transformer(nnx.Module):
 
 
 class Context:
-  """What all blocks of one forward pass share: positions, rotary angles and masks.
+  """The positions, rotary angles and mask that all blocks of one forward pass share.
 
-  Built once a pass by `of`; layers with the same window or rotary width share mask and angles.
+  `of` builds it once per pass. Layers with the same rotary width share their angles, and each layer
+  sets its own window in the mask.
   """
 
   def __init__(self, config: ModelConfig, mask: AttentionMask):
@@ -124,7 +125,7 @@ class Context:
     return cls(config, mask)
 
   def run(self, block: Block, x_BTD, cache: KVCache | None = None):
-    """Applies one block: (x_BTD, cache)."""
+    """Applies one block and returns (x_BTD, cache)."""
     mask = dataclasses.replace(self.mask, window=block.layer.window)
     return block(x_BTD, self._angles(block), mask, cache)
 
@@ -142,12 +143,12 @@ def _arange(batch: int, length: int) -> jax.Array:
 
 
 def abstract(config: ModelConfig, dtype=jnp.float32) -> Transformer:
-  """The model with `jax.ShapeDtypeStruct`s for parameters: something to load into."""
+  """Builds a model with `jax.ShapeDtypeStruct`s as parameters, to load arrays into."""
   return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype))
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Param]:
-  """Every parameter by its dotted path, such as 'layers.0.attention.query.weight'."""
+  """Returns every parameter by its dotted path, such as 'layers.0.attention.query.weight'."""
   return {
     '.'.join(map(str, (*path, name))): value
     for path, module in nnx.iter_modules(model)
@@ -157,7 +158,7 @@ def parameters(model: nnx.Module) -> dict[str, nnx.Param]:
 
 
 def linears(model: nnx.Module) -> dict[str, Linear]:
-  """Every linear layer by its dotted path, such as 'layers.0.attention.query'."""
+  """Returns every linear layer by its dotted path, such as 'layers.0.attention.query'."""
   return {
     '.'.join(map(str, path)): module
     for path, module in nnx.iter_modules(model)
@@ -166,5 +167,5 @@ def linears(model: nnx.Module) -> dict[str, Linear]:
 
 
 def matrices(model: nnx.Module) -> dict[str, Matrix]:
-  """The weight of every linear layer, the head's included, by the layer's dotted path."""
+  """Returns the weight of every linear layer, including the head, by the layer's dotted path."""
   return {path: linear.weight.get_value() for path, linear in linears(model).items()}

@@ -1,14 +1,16 @@
-"""Grouped-query attention: one readable form, and fused kernels where they apply.
+"""Computes grouped-query attention, by a readable reference form or by a fused kernel.
 
-Vaswani et al. (2017), https://arxiv.org/abs/1706.03762, with the heads grouped after Ainslie et al.
+Vaswani et al. (2017), https://arxiv.org/abs/1706.03762, with heads grouped after Ainslie et al.
 (2023), https://arxiv.org/abs/2305.13245: query head n reads key/value head n // G. Scores may be
-capped (Gemma 2, https://arxiv.org/abs/2408.00118), and each head may have a sink: one more logit
-in the denominator that has no value (gpt-oss, https://arxiv.org/abs/2508.10925).
+capped (Gemma 2, https://arxiv.org/abs/2408.00118). Each head may have an attention sink, a logit
+that counts in the denominator and has no value (gpt-oss, https://arxiv.org/abs/2508.10925).
 
-The readable form ('reference') holds all scores, B N T S float32 numbers, forward and for the
-backward pass. cuDNN holds none of them, on NVIDIA GPUs, for causal and windowed self-attention in
-bfloat16 or float16. Nor does the native form for a few queries a row over a cache, on a CPU. A
-window saves neither work nor memory in the reference.
+The implementations differ in memory and in scope:
+
+  reference  stores all scores, [B, N, T, S] in float32, for the forward and the backward pass; a
+             window saves neither work nor memory
+  cudnn      stores no scores; NVIDIA GPUs, causal or windowed self-attention in bfloat16 or float16
+  native     stores no scores; CPUs, a few queries per row over a cache
 """
 
 import functools
@@ -26,7 +28,7 @@ Implementation = Literal['auto', 'reference', 'cudnn', 'native']
 
 PLATFORMS = {'cuda': 'cudnn', 'cpu': 'native'}  # platform -> its kernel
 
-# Far below any score, and finite: with infinity, a row that sees no key would give NaN.
+# Far below any score, but finite: with -inf, a query that sees no key would give NaN.
 _MASKED = -1e30
 
 
@@ -41,16 +43,18 @@ def attention(
   sinks_N: jax.Array | None = None,
   impl: Implementation = 'auto',
 ) -> jax.Array:
-  """Averages the values that each query sees, by the softmax of scale * <query, key>.
+  """Averages the values that each query sees, weighted by softmax(scale * <query, key>).
 
-  A score s becomes softcap * tanh(s / softcap) before it is masked; `sinks_N` is not capped. A
-  query that sees no key gives zeros, and zero gradients. Queries and keys of different dtypes, as a
-  cache may have, meet in the wider one. `impl` is 'reference' for the readable form, 'cudnn' or
-  'native' to insist on a kernel, and 'auto' for what `pick` names on the platform that the program
-  is lowered for. Returns [B, T, N, H] in the dtype of q.
+  With `softcap`, a score s becomes softcap * tanh(s / softcap) before masking; `sinks_N` is not
+  capped. A query that sees no key gives zeros and zero gradients. If queries and keys have
+  different dtypes (a cache may have its own), the products use the wider one.
+
+  `impl` is 'reference', 'cudnn' or 'native' to require that implementation; 'auto' uses the one
+  that `pick` names for the platform that the program is lowered for. Returns [B, T, N, H] in the
+  dtype of q.
 
   Raises:
-    ValueError: shapes that do not fit, or a kernel where it does not apply (the message says why).
+    ValueError: the shapes disagree, or the required kernel does not apply (the message says why).
   """
   _check(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
   reference = functools.partial(_reference, scale=scale, softcap=softcap)
@@ -73,8 +77,9 @@ def attention(
   }
   if not branches:
     return reference(*arguments)
-  # The branches must save the same things for the backward pass, so what one saves the other pads
-  # with zeros: checkpointed, the reference saves its arguments, and cuDNN need not pad the scores.
+  # All branches must save the same arrays for the backward pass, so JAX pads each branch with zeros
+  # for what only another one saves. Checkpointing makes the reference save only its arguments;
+  # otherwise the cuDNN branch would allocate the reference's scores.
   return jax.lax.platform_dependent(*arguments, **branches, default=jax.checkpoint(reference))
 
 
@@ -87,10 +92,10 @@ def pick(
   softcap: float | None = None,
   sinks_N: jax.ShapeDtypeStruct | None = None,
 ) -> Implementation:
-  """Names what `impl='auto'` becomes on 'cpu', 'gpu' ('cuda') or 'tpu': a kernel or 'reference'.
+  """Names the implementation that `impl='auto'` uses on 'cpu', 'gpu' (or 'cuda') or 'tpu'.
 
-  Only shapes and dtypes are looked at, so arrays will do too; values are taken to be as the keys.
-  `cudnn_obstacle` and `ops.kernels.cpu.attend.obstacle` give the reasons.
+  Reads shapes and dtypes only, so arrays may be passed too. Values are assumed to have the shape
+  and dtype of the keys. `cudnn_obstacle` and `ops.kernels.cpu.attend.obstacle` give the reasons.
   """
   kernel = PLATFORMS.get('cuda' if platform == 'gpu' else platform)
   obstacles = _obstacles(q_BTNH, k_BSKH, k_BSKH, mask, softcap, sinks_N)
@@ -105,7 +110,7 @@ def _obstacles(q_BTNH, k_BSKH, v_BSKH, mask, softcap, sinks_N) -> dict[str, str 
 
 
 def cudnn_obstacle(q_BTNH, k_BSKH, mask, *, softcap=None, sinks_N=None) -> str | None:
-  """Says in words why cuDNN cannot take this attention, or None if it can."""
+  """Returns the reason why cuDNN cannot compute this attention, or None if it can."""
   width = q_BTNH.shape[-1]
   if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16) or k_BSKH.dtype != q_BTNH.dtype:
     return f'cuDNN takes bfloat16 or float16, not {q_BTNH.dtype} with {k_BSKH.dtype}'
@@ -122,11 +127,11 @@ def cudnn_obstacle(q_BTNH, k_BSKH, mask, *, softcap=None, sinks_N=None) -> str |
 
 @functools.cache
 def _library_obstacle(q_shape, k_shape, dtype):
-  """What JAX itself objects to: cuDNN not installed, too old, or too old a GPU for the width.
+  """Returns JAX's own objection: cuDNN is missing or too old, or the GPU is too old for the width.
 
-  JAX checks these while it traces, and more with gradients than without. As
-  `lax.platform_dependent` traces for every platform, without asking first a program that is only
-  meant for a CPU would fail on a machine without cuDNN.
+  JAX raises it while tracing, and it checks more when gradients are traced. The check is needed
+  because `lax.platform_dependent` traces the branches of all platforms: without it, a program for
+  a CPU would fail on a machine without cuDNN.
   """
   q, k = jax.ShapeDtypeStruct(q_shape, dtype), jax.ShapeDtypeStruct(k_shape, dtype)
   fn = lambda q, k: _cudnn(q, k, k, None, None, window=None, scale=1.0)
@@ -149,13 +154,13 @@ def _check(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N):
 
 
 def _reference(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, *, scale, softcap):
-  # Of a dozen forms on XLA:CPU (float32, N=9, K=3, H=64, 2 cores), this one was among the best
-  # at T=S=512, 1.5 to 2 times faster than mapping over G or dividing before the product with V
-  # (4 times with gradients), and within the noise of the best at T=1, S=1024. Only queries are
-  # moved by hand; the products write BKGT, so scores are not moved; and the division touches S/H
-  # times fewer numbers. XLA still copies K and V to have their heads in front: the forms that
-  # avoid it (one block-diagonal product, sums of elementwise products) were no faster at T=1,
-  # where the native form is.
+  # A dozen forms were timed on XLA:CPU (float32, N=9, K=3, H=64, 2 cores). At T=S=512 this one was
+  # among the fastest: 1.5 to 2 times faster (4 times with gradients) than mapping over G or
+  # dividing before the product with V. At T=1, S=1024 it equals the fastest within noise.
+  # Only the queries are transposed; the products write the BKGT order, so scores are not
+  # transposed; and dividing after the product with V touches S/H times fewer numbers. XLA still
+  # copies K and V to put their heads first. Forms without these copies (one block-diagonal product,
+  # sums of elementwise products) were no faster at T=1, where the native form is used.
   dtype = jnp.promote_types(q_BTNH.dtype, k_BSKH.dtype)
   k_BSKH, v_BSKH = k_BSKH.astype(dtype), v_BSKH.astype(dtype)
   q_BKGTH = rearrange(q_BTNH.astype(dtype), 'B T (K G) H -> B K G T H', K=k_BSKH.shape[2])
@@ -177,14 +182,14 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, *, scale, softcap):
 
 
 def _exponentials(scores_BKGTS, sinks_N):
-  """The softmax over S as numerators and a denominator (1 where there is nothing to see)."""
-  # The peak of a row without keys lies above _MASKED, so that its numerators are exactly zero.
+  """Returns the numerators of the softmax over S and their sum (1 for a query without keys)."""
+  # The peak is at least _MASKED / 2, so the numerators of a query without keys are exactly zero.
   peak = jnp.max(scores_BKGTS, axis=-1, keepdims=True, initial=_MASKED / 2)
   if sinks_N is not None:
     kv_heads = scores_BKGTS.shape[1]
     sinks = rearrange(sinks_N.astype(jnp.float32), '(K G) -> 1 K G 1 1', K=kv_heads)
     peak = jnp.maximum(peak, sinks)
-  peak = jax.lax.stop_gradient(peak)  # it cancels
+  peak = jax.lax.stop_gradient(peak)  # it cancels in the quotient
   weights_BKGTS = jnp.exp(scores_BKGTS - peak)
   total = jnp.sum(weights_BKGTS, axis=-1, keepdims=True)
   if sinks_N is not None:
@@ -204,12 +209,13 @@ def _native_jvp(scale, softcap, primals, tangents):
 
 
 def _cudnn(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, *, window, scale):
-  del mask, sinks_N  # `cudnn_obstacle` has seen that causality and the window are all there is
+  del mask, sinks_N  # `cudnn_obstacle` admits causal masks with a window only, and no sinks
   length = q_BTNH.shape[1]
-  # JAX 0.10 refuses gradients of odd lengths. One more position at the end, which no query before
-  # it can see, makes the length even.
+  # JAX 0.10 refuses gradients of odd lengths. An added position at the end makes the length even;
+  # causality hides it from all queries before it.
   filled = [jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH)]
-  # JAX counts the keys before the query; the causal flag must be set, or the future leaks in.
+  # JAX's window counts the keys before the query. It does not imply causality: without `is_causal`,
+  # later keys would be seen.
   local_window_size = None if window is None else (window - 1, 0)
   out_BTNH = jax.nn.dot_product_attention(
     *filled,

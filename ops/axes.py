@@ -1,6 +1,7 @@
-"""One letter an axis, everywhere: in names (`q_BTNH`), in einsum strings and in checks.
+"""Gives each array axis one letter and checks the shapes of arrays against these letters.
 
-After Noam Shazeer, "Shape Suffixes" (2024). `check` costs nothing under jit, for shapes are static.
+The letters are the same in names (`q_BTNH`), in einsum strings and in checks. After Noam Shazeer,
+"Shape Suffixes" (2024). `check` costs nothing under jit, because shapes are static.
 """
 
 ALPHABET = {
@@ -11,7 +12,7 @@ ALPHABET = {
   'F': 'feed-forward width',
   'N': 'query heads',
   'K': 'key/value heads',
-  'G': 'query heads a key/value head',
+  'G': 'query heads per key/value head',
   'H': 'head width',
   'V': 'vocabulary',
   'L': 'layers',
@@ -20,7 +21,7 @@ ALPHABET = {
   'R': 'adapter rank',
   'I': 'matrix input',
   'O': 'matrix output',
-  'J': 'scale groups along the input',
+  'J': 'groups along the matrix input',
   'P': 'cache pages',
   'A': 'candidates of a search',
   'W': 'rotated width of a head',
@@ -28,10 +29,10 @@ ALPHABET = {
 
 
 def check(spec: str, *arrays) -> dict[str, int]:
-  """Binds the letters of `spec` to the sizes of `arrays` and returns them.
+  """Binds the letters of `spec` to the sizes of `arrays` and returns these sizes by letter.
 
-  `spec` has one comma-separated part an array: letters, after an optional `...` that stands for any
-  leading axes. `None` may stand in for an array that is absent.
+  `spec` has one comma-separated part per array: an optional `...` for any leading axes, then one
+  letter per axis. An absent array is given as `None`.
 
   Raises:
     ValueError: the ranks or sizes disagree; the message names the axis.
@@ -54,6 +55,6 @@ def _bind(part, shape, sizes):
     raise ValueError(f'{part} has {len(letters)} axes, but the array has the shape {shape}')
   for letter, size in zip(letters, trailing):
     if letter not in ALPHABET:
-      raise ValueError(f'{letter!r} in {part} is no axis letter; ops/axes.py lists them')
+      raise ValueError(f'{letter!r} in {part} is not an axis letter; ops/axes.py lists them')
     if sizes.setdefault(letter, size) != size:
       raise ValueError(f'axis {letter} of {part}{shape} is {size}, but was {sizes[letter]}')

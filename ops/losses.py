@@ -1,11 +1,11 @@
-"""Cross entropy that never holds all logits, and the Kullback-Leibler divergence.
+"""Computes cross entropy without storing all logits, and the Kullback-Leibler divergence.
 
-With a vocabulary of 100,000 the logits of a batch outweigh everything else in training. Cross
-entropy here takes hidden states and the function that makes logits of them, works through the
-positions in chunks, and makes the logits of a chunk again in the backward pass: one more product
-with the head buys B T V numbers of memory. After the observation in Wijmans et al. (2024),
-https://arxiv.org/abs/2411.09009; their kernel keeps even a chunk's logits in fast memory, this
-leaves that to XLA.
+With a vocabulary of 100,000 the logits of a batch take more memory than anything else in training.
+`cross_entropy` therefore takes hidden states and the function that maps them to logits, processes
+the positions in chunks, and recomputes the logits of a chunk in the backward pass. It saves B T V
+numbers of memory and costs one more product with the head. After Wijmans et al. (2024),
+https://arxiv.org/abs/2411.09009. Their kernel also keeps the logits of a chunk in fast memory; here
+XLA decides that.
 """
 
 from collections.abc import Callable
@@ -27,18 +27,18 @@ def cross_entropy(
 
   Args:
     x_BTD: hidden states after the final norm.
-    labels_BT: the token to predict at each position; negative ones are ignored and give 0.
-    unembed: makes logits [..., V] of x[..., D]. It may close over parameters; gradients flow there.
-    chunk: the most tokens, over all rows, whose logits exist at a time (but always at least one
-      position of each row).
+    labels_BT: the token to predict at each position; a negative label is ignored and gives 0.
+    unembed: maps x[..., D] to logits [..., V]. It may close over parameters; they get gradients.
+    chunk: the maximum number of tokens, over all rows, whose logits are stored at a time. A chunk
+      has at least one position of each row.
 
   Returns:
-    [B, T] in float32. The caller divides by the number of labels that count.
+    [B, T] in float32. The caller divides by the number of labels that are not negative.
   """
   sizes = axes.check('BTD,BT', x_BTD, labels_BT)
   if chunk < 1:
-    raise ValueError(f'a chunk holds at least one token, not {chunk}')
-  # Chunks cut T and keep B whole, so that a batch spread over devices stays where it is.
+    raise ValueError(f'chunk must be at least 1 token, not {chunk}')
+  # Chunks split T and not B, so that a batch that is sharded over devices is not moved.
   columns = min(max(1, chunk // sizes['B']), sizes['T'])
   chunks = (_chunked(x_BTD, columns, 0), _chunked(labels_BT, columns, -1))
   nll = jax.lax.map(jax.checkpoint(lambda args: _nll(unembed(args[0]), args[1])), chunks)
@@ -48,9 +48,9 @@ def cross_entropy(
 def kl_divergence(p_logits: jax.Array, q_logits: jax.Array) -> jax.Array:
   """Computes KL(p || q) in nats between the softmax of two logits[..., V]: [...] in float32.
 
-  Accurate even where the two almost agree, as a model and its compressed twin do: a divergence of
-  1e-8 is still right to a hundredth. A token that p rules out (-inf) counts nothing; one that only
-  q rules out makes the divergence infinite.
+  The result is accurate even where p and q almost agree, as those of a model and its compressed
+  form do: a divergence of 1e-8 has a relative error of at most 1 %. A token with a p-logit of -inf
+  adds nothing. A token whose q-logit is -inf but whose p-logit is not makes it infinite.
   """
   axes.check('...V,...V', p_logits, q_logits)
   if p_logits.shape != q_logits.shape:
@@ -59,15 +59,16 @@ def kl_divergence(p_logits: jax.Array, q_logits: jax.Array) -> jax.Array:
   log_q = jax.nn.log_softmax(q_logits.astype(jnp.float32))
   p, q = jnp.exp(log_p), jnp.exp(log_q)
   ratio = jnp.where(p > 0, log_q - log_p, 0.0)
-  # sum(q - p) is zero, and q - p - p log(q/p) is never negative: in this sum the rounding of the
-  # logarithms has only second-order effects, while in the usual one it drowns a KL below 1e-6.
+  # sum(q - p) is zero, so KL = sum(q - p - p log(q/p)), whose terms are never negative. Rounding of
+  # the logarithms has a second-order effect on this sum. In the usual sum it has a first-order
+  # effect, which exceeds a KL below 1e-6.
   near = (p > 0) & (ratio < 1)
   gap = jnp.where(near, p * jnp.expm1(jnp.minimum(ratio, 1.0)), q - p)
   return jnp.sum(gap - p * ratio, axis=-1)
 
 
 def _chunked(array, columns, fill):
-  """[B, T, ...] to [chunks, B, columns, ...], with T filled up to a whole number of chunks."""
+  """Splits [B, T, ...] into [chunks, B, columns, ...]; T is padded to a multiple of `columns`."""
   batch, length, *rest = array.shape
   missing = -length % columns
   widths = [(0, 0), (0, missing)] + [(0, 0)] * len(rest)

@@ -1,8 +1,9 @@
-"""Which keys a query may see: causality, a sliding window and segments, kept as positions.
+"""Describes which keys a query may see by positions, a sliding window and segments.
 
-An `AttentionMask` is two or four small integer arrays. `dense` makes the [B, T, S] booleans for the
-readable form; a kernel that masks by position never needs them. Segments (several documents packed
-into one row) are numbers that must agree; any integers will do.
+An `AttentionMask` holds two or four small integer arrays. `dense` expands them to [B, T, S]
+booleans for the reference attention; kernels that mask by position do not need these. Segments
+separate the documents that are packed into one row: a query sees keys with its own segment number,
+which may be any integer.
 """
 
 import dataclasses
@@ -15,11 +16,11 @@ from ops import axes
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
-  """Query t sees key s if k <= q and q - k < window for their positions, in the same segment.
+  """Lets a query at position q see a key at position k if 0 <= q - k < window and segments agree.
 
-  `window` counts the query itself; None means no window. `contiguous` promises that queries and
-  keys are both at the positions 0..T-1 and that there are no segments, so that a kernel's own
-  causal flag and window say it all; it cannot be checked under jit, and `causal` sets it.
+  `window` counts the query itself; None means no window. `contiguous` states that queries and keys
+  both have the positions 0..T-1 and no segments, so that the causal flag and the window of a kernel
+  describe the whole mask. It cannot be checked under jit; `causal` sets it.
   """
 
   q_positions_BT: jax.Array
@@ -38,7 +39,7 @@ class AttentionMask:
       raise ValueError(f'a window holds at least one key, not {self.window}')
 
   def dense(self) -> jax.Array:
-    """The mask as booleans [B, T, S]: True where the query sees the key."""
+    """Returns the mask as booleans [B, T, S]: True where the query sees the key."""
     axes.check('BT,BS,BT,BS', *self._arrays())
     distance_BTS = self.q_positions_BT[:, :, None] - self.k_positions_BS[:, None, :]
     seen_BTS = distance_BTS >= 0
@@ -60,7 +61,7 @@ jax.tree_util.register_dataclass(
 
 
 def causal(batch: int, length: int, *, window: int | None = None) -> AttentionMask:
-  """Makes the mask of whole sequences that attend to themselves, from position 0 on."""
+  """Builds the causal mask of whole sequences, at the positions 0..length-1."""
   positions_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
   return AttentionMask(positions_BT, positions_BT, window=window, contiguous=True)
 
@@ -68,7 +69,7 @@ def causal(batch: int, length: int, *, window: int | None = None) -> AttentionMa
 def packed(
   positions_BT: jax.Array, segments_BT: jax.Array, *, window: int | None = None
 ) -> AttentionMask:
-  """Makes the mask of rows that hold several documents, each seen by itself alone."""
+  """Builds the causal mask of rows of several documents, each of which sees itself only."""
   axes.check('BT,BT', positions_BT, segments_BT)
   return AttentionMask(positions_BT, positions_BT, segments_BT, segments_BT, window=window)
 
@@ -76,9 +77,9 @@ def packed(
 def over_cache(
   q_positions_BT: jax.Array, cache_length: int, *, window: int | None = None
 ) -> AttentionMask:
-  """Makes the mask of queries over a cache whose slot s holds the key of position s.
+  """Builds the causal mask of queries over a cache whose slot s holds the key of position s.
 
-  Slots that are not written yet lie after every query, so causality hides them.
+  Slots that are not written yet come after every query, so causality hides them.
   """
   batch = axes.check('BT', q_positions_BT)['B']
   k_positions_BS = jnp.broadcast_to(

@@ -1,11 +1,11 @@
-"""Small integers of 1 to 8 bits as a stream of bits along the first axis of a matrix.
+"""Packs integers of 1 to 8 bits into a stream of bits along the first axis of a matrix.
 
-Code i of a column occupies the bits [i * bits, (i + 1) * bits) of its stream, and byte k the bits
-[8 * k, 8 * k + 8), the earliest in the low bits. So two consecutive rows share a byte at 4 bits,
-and eight rows share three bytes at 3 bits, where a code may lie across the edge of two bytes.
+Each column is one stream. Code i occupies the bits [i * bits, (i + 1) * bits) of the stream, and
+byte k holds the bits [8 * k, 8 * k + 8), the first of them lowest. At 4 bits, two consecutive rows
+share a byte; at 3 bits, eight rows share three bytes, and a code may straddle two bytes.
 
-The pattern repeats every `codes` rows and `size` bytes; a width that divides 8 repeats every byte,
-with one shift a code. The cost is one shift more for each edge that is crossed.
+The pattern repeats every `codes` rows and `size` bytes. Each code costs one shift, and one more if
+it straddles two bytes.
 """
 
 import functools
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 
 def pack(codes_IO: jax.Array, bits: int) -> jax.Array:
-  """Packs codes in [0, 2**bits) into uint8 [ceil(I * bits / 8), O]; missing bits are 0.
+  """Packs codes in [0, 2**bits) into uint8 [ceil(I * bits / 8), O]; unused bits are 0.
 
   Raises ValueError unless `bits` is 1 to 8.
   """
@@ -32,7 +32,7 @@ def pack(codes_IO: jax.Array, bits: int) -> jax.Array:
 
 
 def unpack(packed: jax.Array, bits: int, rows: int) -> jax.Array:
-  """Gives back the first `rows` rows of codes as uint8 [rows, O]. Raises ValueError as `pack`."""
+  """Unpacks the first `rows` rows of codes: uint8 [rows, O]. Raises ValueError as `pack` does."""
   codes, size = _pattern(bits)
   stored, outputs = packed.shape
   parts = jnp.pad(packed, ((0, -stored % size), (0, 0))).reshape(-1, size, outputs)
@@ -45,7 +45,7 @@ def unpack(packed: jax.Array, bits: int, rows: int) -> jax.Array:
 
 
 def _pattern(bits: int) -> tuple[int, int]:
-  """Codes and bytes after which the layout repeats."""
+  """Returns the numbers of codes and bytes after which the layout repeats."""
   if bits not in range(1, 9):
     raise ValueError(f'codes of {bits} bits do not fit a byte; use 1 to 8')
   common = math.gcd(bits, 8)
@@ -57,7 +57,7 @@ def _meets(code: int, bits: int, byte: int) -> bool:
 
 
 def _shifted(values, left: int):
-  # uint8 drops what is shifted out at either end.
+  # uint8 drops the bits that are shifted out at either end.
   return values << left if left >= 0 else values >> -left
 
 

@@ -1,26 +1,25 @@
-"""Rotary position embedding, and the ways to stretch it over longer contexts.
+"""Computes rotary position embeddings, including the variants that extend the context length.
 
-Su et al. (2021), https://arxiv.org/abs/2104.09864: pair i of a head's elements turns by the angle
-position * frequency[i], with frequency[i] = theta ** (-2 i / width). The kinds change the
-frequencies, with d = `rotary_width`:
+Su et al. (2021), https://arxiv.org/abs/2104.09864: pair i of a head's elements is rotated by the
+angle position * frequency[i], with frequency[i] = theta ** (-2 i / d) and d = `rotary_width`. The
+kinds differ in the frequencies:
 
-  plain    as above
-  linear   divided by `factor`; Chen et al. (2023), https://arxiv.org/abs/2306.15595
-  ntk      theta * factor ** (d / (d - 2)): the fastest pair keeps its frequency, the slowest is
-           divided by `factor`; bloc97 (2023), analysed in the YaRN paper
-  dynamic  as ntk, by the factor that the present length asks for, and plain up to
-           `original_max_positions`
-  llama3   slow pairs divided by `factor`, fast ones kept, a linear ramp between; Grattafiori et al.
-           (2024), https://arxiv.org/abs/2407.21783
-  yarn     the same idea with a ramp over pair indices, and cos and sin multiplied by an attention
+  plain    the formula above
+  linear   all frequencies divided by `factor`; Chen et al. (2023), https://arxiv.org/abs/2306.15595
+  ntk      theta multiplied by factor ** (d / (d - 2)): the fastest pair keeps its frequency, and
+           the slowest is divided by `factor`; bloc97 (2023), analysed in the YaRN paper
+  dynamic  plain up to `original_max_positions`; beyond, ntk with a factor that grows with the
+           length of the row
+  llama3   slow pairs divided by `factor`, fast pairs kept, a linear ramp between; Grattafiori et
+           al. (2024), https://arxiv.org/abs/2407.21783
+  yarn     as llama3 with a ramp over pair indices, and cos and sin multiplied by an attention
            factor; Peng et al. (2023), https://arxiv.org/abs/2309.00071
 
-The numbers are those of Hugging Face transformers (`modeling_rope_utils`), which ntk is not part
-of. One difference: there, a 'dynamic' model goes by the longest row of a batch and remembers the
-longest input it has seen; here the frequencies of a row depend on that row in the present call
-alone, so keys that were cached at a shorter length keep the angles of that length. Pairs are
-(i, i + d/2), Llama's half-split convention on the Hub, not the neighbours (2i, 2i + 1) of the RoPE
-paper.
+The results equal those of Hugging Face transformers (`modeling_rope_utils`), which has no ntk,
+except for 'dynamic'. There, the longest row of a batch decides, and the model remembers the longest
+input that it has seen. Here, the frequencies of a row depend only on that row in the present call,
+so keys that were cached at a shorter length keep the angles of that length. A pair is
+(i, i + d/2), Llama's half-split convention on the Hub, not (2i, 2i + 1) as in the RoPE paper.
 """
 
 import dataclasses
@@ -35,10 +34,10 @@ from ops import axes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-  """How positions turn into angles.
+  """The parameters that map positions to angles.
 
-  `kind` is one of 'plain', 'linear', 'ntk', 'dynamic', 'llama3', 'yarn'. Fields that a kind does
-  not use stay at their defaults.
+  `kind` is one of 'plain', 'linear', 'ntk', 'dynamic', 'llama3' and 'yarn'. Fields that a kind does
+  not use keep their defaults.
   """
 
   theta: float = 10000.0
@@ -75,15 +74,15 @@ class RopeConfig:
 def frequencies(
   config: RopeConfig, rotary_width: int, length: int | jax.Array
 ) -> tuple[jax.Array, float]:
-  """Computes how fast each pair of elements turns.
+  """Computes the angular frequency of each pair of elements.
 
-  `length` is the largest position plus one: a number, or an array of any shape for rows of their
-  own lengths; only the kind 'dynamic' looks at it. Returns the angular frequencies in radians a
-  position, float32 [rotary_width / 2] (behind the axes of `length`, if it is looked at), and the
-  factor that cos and sin are to be multiplied by.
+  `length` is the largest position plus one: a number, or an array of lengths of any shape. Only the
+  kind 'dynamic' reads it. Returns the frequencies in radians per position, float32
+  [rotary_width / 2] ([*length.shape, rotary_width / 2] for 'dynamic'), and the factor by which cos
+  and sin are multiplied.
 
   Raises:
-    ValueError: the width is odd, or too small for its kind.
+    ValueError: the width is odd, or too small for the kind.
   """
   _check_width(config, rotary_width)
   factor = 1.0
@@ -109,10 +108,10 @@ def cos_sin(
 ) -> tuple[jax.Array, jax.Array]:
   """Computes the cosines and sines that `rotate` takes: two [B, T, rotary_width] in float32.
 
-  Both halves of the last axis are equal; the attention factor is multiplied in.
+  The two halves of the last axis are equal. The attention factor is included.
   """
   axes.check('BT', positions_BT)
-  # A row's length is its own: what lies beside it in the batch must not change its angles.
+  # Each row has its own length: the other rows of the batch must not change its angles.
   lengths_B1 = jnp.max(positions_BT, axis=1, keepdims=True) + 1
   values, factor = frequencies(config, rotary_width, lengths_B1)
   values = jnp.broadcast_to(values, (positions_BT.shape[0], 1, rotary_width // 2))
@@ -122,14 +121,15 @@ def cos_sin(
 
 
 def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates the first `cos.shape[-1]` elements of each head and passes the others through.
+  """Rotates the first `cos.shape[-1]` elements of each head and keeps the others.
 
-  `cos` and `sin` come from `cos_sin`. Computes in float32; returns the shape and dtype of x.
+  `cos` and `sin` are the results of `cos_sin`. Computes in float32 and returns the shape and dtype
+  of x.
   """
   axes.check('BTNH,BTW,BTW', x_BTNH, cos, sin)
   width = cos.shape[-1]
   if width > x_BTNH.shape[-1]:
-    raise ValueError(f'{width} elements cannot rotate in heads that are {x_BTNH.shape[-1]} wide')
+    raise ValueError(f'the rotary width {width} exceeds the head width {x_BTNH.shape[-1]}')
   x = x_BTNH[..., :width].astype(jnp.float32)
   first, second = jnp.split(x, 2, axis=-1)
   turned = jnp.concatenate([-second, first], axis=-1)
@@ -141,13 +141,13 @@ def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 def _check_width(config, rotary_width):
   if rotary_width < 2 or rotary_width % 2:
-    raise ValueError(f'elements rotate in pairs: the rotary width cannot be {rotary_width}')
+    raise ValueError(f'the rotary width must be even and at least 2, not {rotary_width}')
   if config.kind in ('ntk', 'dynamic') and rotary_width < 4:
     raise ValueError(f'rope kind {config.kind!r} needs a rotary width of 4 or more')
 
 
 def _plain(theta, rotary_width):
-  # Static kinds are worked out in float64: at position 100,000 the last bits of a frequency count.
+  # Static kinds use float64: at position 100,000 the last bits of a frequency matter.
   return theta ** -(np.arange(0, rotary_width, 2) / rotary_width)
 
 
@@ -175,13 +175,13 @@ def _yarn(config, rotary_width):
   if config.truncate:
     low, high = math.floor(low), math.ceil(high)
   low, high = max(low, 0), min(high, rotary_width - 1)
-  span = high - low if high != low else 0.001  # a step where the ramp has no length
+  span = high - low if high != low else 0.001  # a ramp without length becomes a step
   stretched = np.clip((np.arange(rotary_width // 2) - low) / span, 0.0, 1.0)
   return stretched * values / config.factor + (1 - stretched) * values
 
 
 def _yarn_pair(turns, config, rotary_width):
-  """The index, not rounded, of the pair that turns so many times in the original context."""
+  """Returns the index, not rounded, of the pair with `turns` rotations in the original context."""
   wavelength = config.original_max_positions / (2 * math.pi * turns)
   return rotary_width * math.log(wavelength) / (2 * math.log(config.theta))
 

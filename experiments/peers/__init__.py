@@ -1,1 +1,1 @@
-"""What a user would pick instead, timed on the same shapes; each prints JSON lines."""
+"""Contains scripts that time or run other tools on the same shapes and print JSON lines."""

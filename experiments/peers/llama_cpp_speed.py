@@ -1,10 +1,11 @@
-r"""How fast llama.cpp reads a prompt and writes tokens.
+r"""Measures the prefill and decode speed of llama.cpp.
 
   python -m experiments.peers.llama_cpp_speed --formats=f16,q8_0,q4_0
 
-Random weights in the shape of a preset of the Llama family, written as a GGUF file in float16 and
-quantized by llama.cpp itself, on all cores. One JSON line a format: tokens a second of the prefill
-(median of 3, logits after the last token alone) and of decoding at batch 1 (median of the steps).
+The model has random weights in the shape of a preset of the Llama family. It is written as a GGUF
+file in float16, quantized by llama.cpp itself, and run on all cores. One JSON line per format has
+the tokens per second of the prefill (median of 3, logits of the last token only) and of decoding at
+batch 1 (median of the steps).
 
 Device: CPU. Minutes: 1 on two cores. Needs the packages llama-cpp-python and gguf. llama.cpp should
 be compiled for the machine at hand: CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python gguf
@@ -49,10 +50,10 @@ def _check(config: ModelConfig) -> None:
     if name not in FILE_TYPES:
       raise ValueError(f'--formats has {name!r}, which is not one of {", ".join(FILE_TYPES)}')
   if config.family != 'llama' or len(set(config.layers)) != 1:
-    raise ValueError(f'the file is of a plain Llama; {SHAPE["preset"].value!r} is not one')
+    raise ValueError(f'--preset {SHAPE["preset"].value!r} is not a plain Llama')
   least = BYTE_TOKENS + len(SPECIAL_TOKENS) + 1
   if config.vocab_size < least:
-    raise ValueError(f'the vocabulary holds {least} tokens or more, not {config.vocab_size}')
+    raise ValueError(f'the vocabulary needs at least {least} tokens, not {config.vocab_size}')
 
 
 def _write(config: ModelConfig, path: pathlib.Path) -> None:
@@ -82,7 +83,7 @@ def _write(config: ModelConfig, path: pathlib.Path) -> None:
 
 
 def _add_tokens(writer, vocab_size: int) -> None:
-  """A vocabulary of no meaning: special tokens, bytes, and words."""
+  """Adds a placeholder vocabulary: special tokens, bytes, and numbered words."""
   words = vocab_size - BYTE_TOKENS - len(SPECIAL_TOKENS)
   as_bytes = [f'<0x{i:02X}>'.encode() for i in range(BYTE_TOKENS)]
   writer.add_tokenizer_model('llama')
@@ -92,7 +93,7 @@ def _add_tokens(writer, vocab_size: int) -> None:
 
 
 def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """The names and shapes, (outputs, inputs), of a GGUF file of this shape."""
+  """Returns the names and shapes, (outputs, inputs), of the tensors in the GGUF file."""
   found = {
     'token_embd.weight': (config.vocab_size, config.width),
     'output_norm.weight': (config.width,),

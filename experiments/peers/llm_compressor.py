@@ -1,15 +1,15 @@
-r"""What llm-compressor makes of a checkpoint, in a virtual environment of its own.
+r"""Compresses a checkpoint with llm-compressor, in a virtual environment of its own.
 
   pip install torch==2.13.0 llmcompressor
   python experiments/peers/llm_compressor.py WORK
 
-WORK holds `model` (a Hugging Face folder), `calibration.npy` and `held_out.npy` (token ids
-[rows, length]) and `settings.json` (see `experiments.compare_llm_compressor`, which writes them and
-calls this script). It runs one setting and writes `peer.safetensors` with the matrices as they
-multiply (rounded and widened again), and `peer.json` with the seconds of its `oneshot` call and the
-perplexity that torch finds.
+`experiments.compare_llm_compressor` prepares the folder WORK and calls this script. WORK holds
+`model` (a Hugging Face folder), `calibration.npy` and `held_out.npy` (token ids [rows, length]) and
+`settings.json`. The script runs one setting. It writes `peer.safetensors` with the matrices that
+are multiplied (quantized and widened again), and `peer.json` with the seconds of the `oneshot` call
+and the perplexity computed by torch.
 
-Imports nothing of this project, for JAX need not be installed beside it.
+It imports nothing from this project, because JAX need not be installed in that environment.
 """
 
 import json
@@ -50,7 +50,7 @@ def main() -> None:
   seconds = time.perf_counter() - start
   ppl = _perplexity(model, np.load(work / 'held_out.npy').astype(np.int64))
   linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-  names = [n for n in linears if n != 'lm_head']  # which no setting changes
+  names = [n for n in linears if n != 'lm_head']  # no setting compresses the head
   weights = {f'{n}.weight': model.get_submodule(n).weight.detach().contiguous() for n in names}
   save_file(weights, work / 'peer.safetensors')
   (work / 'peer.json').write_text(json.dumps({'seconds': seconds, 'torch_ppl': ppl}))

@@ -1,10 +1,11 @@
-r"""How fast Hugging Face transformers reads a prompt and writes tokens.
+r"""Measures the prefill and decode speed of Hugging Face transformers.
 
   python -m experiments.peers.transformers_speed --dtypes=float32,bfloat16
 
-Random weights in the shape of a preset, in torch's eager mode on all cores, with the logits of all
-prompt tokens, as its forward pass gives them. One JSON line a dtype: tokens a second of the prefill
-(median of 3) and of decoding at batch 1 (median of the steps).
+The model has random weights in the shape of a preset and runs in torch's eager mode on all cores.
+The prefill computes the logits of all prompt tokens, as the forward pass does by default. One JSON
+line per dtype has the tokens per second of the prefill (median of 3) and of decoding at batch 1
+(median of the steps).
 
 Device: CPU. Minutes: 1 on two cores. Needs the extra `test`, for torch and transformers.
 """

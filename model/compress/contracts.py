@@ -1,7 +1,7 @@
-"""What every technique must satisfy, checked on a small random matrix.
+"""Checks the contract of every technique on a small random matrix.
 
-A new technique is tested by one line, `contracts.check('name')`; `check(name, spec)` tests it with
-options of its own. The checks say nothing of quality, which belongs in the technique's own test.
+One line tests a new technique: `contracts.check('name')`, or `check(name, spec)` for options other
+than the defaults. Quality is not checked; that belongs in the technique's own test.
 """
 
 import json
@@ -19,7 +19,7 @@ from model.layers import Linear
 from ops.linear import Matrix, Weight, dense, matmul
 
 INPUTS, OUTPUTS, TOKENS = 64, 24, 40
-# A kernel may add in another order than the product with `dense()`; values are of order 1.
+# A kernel may sum in another order than the product with `dense()`; values are of order 1.
 PRODUCT_TOLERANCE = 1e-4
 
 
@@ -27,10 +27,10 @@ SCOPES = ('linears', 'parameters')
 
 
 def check(name: str, spec: Any = None) -> None:
-  """Runs every contract on a registered technique. `spec`: its options, None for the defaults.
+  """Checks every contract of a registered technique. `spec`: its options, None for the defaults.
 
-  Raises AssertionError saying which contract is broken; ValueError if there is no such technique,
-  or it does not work on one matrix at a time.
+  Raises AssertionError if a contract is broken, and ValueError if there is no such technique or if
+  it does not work on single matrices.
   """
   row = registry.lookup(name)
   if row.scope not in SCOPES:
@@ -57,7 +57,7 @@ def _example(row: Technique) -> tuple[jax.Array, dict[str, Any]]:
 
 
 def _counted(row: Technique, spec):
-  """The technique compiled, and a list that grows whenever it is traced."""
+  """Returns the compiled technique, and a list that grows by one whenever it is traced."""
   traces = []
 
   @jax.jit
@@ -78,7 +78,7 @@ def _check_outcome(name, w_IO, outcome: Outcome):
   dense_IO = jax.jit(dense)(weight)
   _expect(
     dense_IO.shape == w_IO.shape and dense_IO.dtype == weight.dtype,
-    f'{name}: dense() is {dense_IO.dtype} {dense_IO.shape}, which its shape and dtype deny',
+    f'{name}: dense() is {dense_IO.dtype} {dense_IO.shape}, which contradicts its shape or dtype',
   )
   _expect(jnp.isfinite(dense_IO).all(), f'{name}: dense() is not finite')
   for event, count in outcome.events.items():
@@ -87,24 +87,24 @@ def _check_outcome(name, w_IO, outcome: Outcome):
 
 def _check_traced_once(name, run, traces, w_IO, measured, outcome):
   run(2 * w_IO, measured)
-  _expect(len(traces) == 1, f'{name} is compiled anew for other values of the same shape')
+  _expect(len(traces) == 1, f'{name} is compiled again for other values of the same shape')
   shapes = jax.eval_shape(run, w_IO, measured).weight
   stored = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(outcome.weight)]
   promised = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(shapes)]
-  _expect(promised == stored, f'{name}: eval_shape promises {promised}, but {stored} comes out')
+  _expect(promised == stored, f'{name}: eval_shape gives {promised}, but the result is {stored}')
 
 
 def _check_deterministic(name, outcome, again):
-  _expect(_equal(outcome, again), f'{name} gives another result when it is compiled anew')
+  _expect(_equal(outcome, again), f'{name} gives another result when it is compiled again')
 
 
 def _check_stored(name, weight: Matrix):
   arrays, layout = native.flatten(_layer(weight))
   for path, stored in arrays.items():
-    _expect(isinstance(stored, jax.Array), f'{name}: {path} is stored, but is no array')
+    _expect(isinstance(stored, jax.Array), f'{name}: {path} is stored, but is not an array')
   entry = json.loads(json.dumps(layout['weight']))
   again = native.build(entry, 'weight', arrays.__getitem__)
-  _expect(_equal(weight, again), f'{name}: the weight is another one after saving and loading')
+  _expect(_equal(weight, again), f'{name}: the weight differs after saving and loading')
 
 
 def _check_product(name, weight: Matrix):
@@ -117,7 +117,7 @@ def _check_product(name, weight: Matrix):
   x_TI = np.random.default_rng(1).standard_normal((TOKENS, INPUTS), np.float32)
   product_TO, expected_TO, slope_TI = products(x_TI, weight)
   error = float(jnp.abs(product_TO - expected_TO).max())
-  _expect(error <= PRODUCT_TOLERANCE * INPUTS**0.5, f'{name}: matmul is off dense() by {error}')
+  _expect(error <= PRODUCT_TOLERANCE * INPUTS**0.5, f'{name}: matmul and dense() differ by {error}')
   _expect(jnp.isfinite(slope_TI).all(), f'{name}: the gradient of matmul is not finite')
 
 

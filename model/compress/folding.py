@@ -1,23 +1,24 @@
-"""Exact scale folding: a block computes the same with some inputs divided and weights multiplied.
+"""Folds channel scales into a block: divides outputs and multiplies the weights that read them.
 
-A group is a producer and the linear layers that read what it puts out, in one block:
+A group is a producer and the linear layers of the same block that read its output:
 
   attention_norm  -> query, key, value
-  attention.value -> output      attention mixes tokens, never channels; the query heads of one
+  attention.value -> output      attention mixes tokens, not channels; the query heads of one
                                  key/value head share its scales
   ffn_norm        -> gate, up
-  ffn.up          -> down        where a gate multiplies it, or the activation is relu, for
+  ffn.up          -> down        if a gate multiplies it, or if the activation is relu, because
                                  relu(x / s) = relu(x) / s
 
-Dividing what the producer puts out by s > 0 and multiplying the rows of its consumers by s changes
-nothing but rounding. It is what AWQ (Lin et al. 2023, https://arxiv.org/abs/2306.00978) and
-SmoothQuant (Xiao et al. 2022, https://arxiv.org/abs/2211.10438) do to make matrices, or their
-inputs, easier to quantize. Norms after a sub-layer and norms of heads stand behind the consumers,
-so they do not matter; a parallel block has a norm before each sub-layer, like any other. An up
-projection into gelu or silu without a gate cannot be scaled (`unscaled` says so).
+Dividing the producer's output by s > 0 and multiplying the rows of its consumers by s is exact up
+to rounding. AWQ (Lin et al. 2023, https://arxiv.org/abs/2306.00978) and SmoothQuant (Xiao et al.
+2022, https://arxiv.org/abs/2211.10438) do this to make the matrices or their inputs easier to
+quantize. Norms after a sub-layer and norms of heads come after the consumers, so they have no
+effect; a parallel block has a norm before each sub-layer, as other blocks do. An up projection into
+gelu or silu without a gate cannot be scaled (see `unscaled`).
 
-A norm's scale is rounded to its stored type, and far more coarsely than it looks where an offset is
-added to it (Gemma), so consumers are multiplied by what the stored scale was really divided by.
+The divided scale of a norm is rounded to its stored type. The rounding is much coarser where an
+offset is added to the scale (Gemma). Consumers are therefore multiplied by the factor by which the
+stored scale was really divided (`realised`).
 """
 
 import dataclasses
@@ -36,10 +37,11 @@ Parameters = Mapping[str, Matrix]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-  """A producer, which puts out O channels, and the linear layers that read them.
+  """A producer of O output channels, and the linear layers that read them.
 
-  norm_offset: what is added to a norm's scale; None if the producer is a linear layer.
-  copies: each of O channels is read so often, in runs of `run` (query heads of a key/value head).
+  norm_offset: the offset that is added to a norm's scale; None if the producer is a linear layer.
+  copies: how often each channel is read. The inputs of the consumers are the channels in runs of
+    `run`, each run repeated `copies` times (query heads of a key/value head).
   """
 
   producer: str
@@ -49,25 +51,25 @@ class Group:
   run: int = 1
 
   def spread(self, scales_O: jax.Array) -> jax.Array:
-    """The scale of each of the consumers' inputs, [I]."""
+    """Returns the scale of each input of the consumers, [I]."""
     if self.copies == 1:
       return scales_O
     return jnp.repeat(scales_O.reshape(-1, self.run), self.copies, axis=0).reshape(-1)
 
   def tie(self, values_I: jax.Array, fn: Callable) -> jax.Array:
-    """Joins what the inputs have that read the same channel: fn(array, axis), [O]."""
+    """Reduces the values of the inputs that read the same channel by fn(array, axis): [O]."""
     return fn(values_I.reshape(-1, self.copies, self.run), axis=1).reshape(-1)
 
   @property
   def parameters(self) -> tuple[str, ...]:
-    """The paths that folding may change."""
+    """The paths of the parameters that folding may change."""
     own = 'weight' if self.norm_offset is None else 'scale'
     weights = (f'{layer}.weight' for layer in self.consumers)
     return (f'{self.producer}.{own}', f'{self.producer}.bias', *weights)
 
 
 def groups(config: ModelConfig, layer: LayerConfig) -> tuple[Group, ...]:
-  """The groups of a block in the order in which they run."""
+  """Returns the groups of a block in the order in which they run."""
   norm = functools.partial(Group, norm_offset=config.norm_offset)
   heads = {'copies': layer.query_heads // layer.kv_heads, 'run': layer.head_width}
   attention = ('attention.query', 'attention.key', 'attention.value')
@@ -82,22 +84,22 @@ def groups(config: ModelConfig, layer: LayerConfig) -> tuple[Group, ...]:
 
 
 def unscaled(layer: LayerConfig) -> dict[str, str]:
-  """The linear layers of a block whose inputs no group scales, and why."""
+  """Returns the linear layers of a block whose inputs no group scales, with the reasons."""
   if layer.gated or layer.activation == 'relu':
     return {}
-  return {'ffn.down': f'not scaled, for {layer.activation} does not commute with scales'}
+  return {'ffn.down': f'not scaled, because {layer.activation} does not commute with scales'}
 
 
 def obstacle(parameters: Parameters, group: Group) -> str | None:
-  """Why this group cannot be folded as it is stored, or None."""
+  """Returns the reason why this group cannot be folded as it is stored, or None if it can."""
   for path in group.parameters:
     if isinstance(parameters.get(path), Weight):
-      return f'not scaled, for {path} is a {type(parameters[path]).__name__}'
+      return f'not scaled, because {path} is a {type(parameters[path]).__name__}'
   return None
 
 
 def realised(parameters: Parameters, group: Group, scales_O: jax.Array) -> jax.Array:
-  """The nearest scales that the producer can be divided by as it is stored, float32 [O]."""
+  """Returns the nearest scales by which the stored producer can be divided, float32 [O]."""
   scales_O = scales_O.astype(jnp.float32)
   if group.norm_offset is None:
     return scales_O
@@ -105,15 +107,15 @@ def realised(parameters: Parameters, group: Group, scales_O: jax.Array) -> jax.A
   before_O = stored_O.astype(jnp.float32) + group.norm_offset
   divided_O = (before_O / scales_O - group.norm_offset).astype(stored_O.dtype)
   after_O = divided_O.astype(jnp.float32) + group.norm_offset
-  # A channel that is zero, or would be rounded to zero, is left as it is.
+  # A channel that is zero, or would be rounded to zero, is not scaled.
   lost_O = (before_O == 0) | (after_O == 0)
   return jnp.where(lost_O, 1, before_O / jnp.where(lost_O, 1, after_O))
 
 
 def fold(parameters: Parameters, group: Group, scales_O: jax.Array) -> dict[str, jax.Array]:
-  """Divides a producer by positive scales and multiplies its consumers: what changes, by path.
+  """Divides a producer by positive scales and multiplies its consumers; returns changes by path.
 
-  The block's output stays what it was, but for rounding to the stored types.
+  The block's output is unchanged up to rounding to the stored types.
   """
   scales_O = realised(parameters, group, scales_O)
   changed = _divided(parameters, group, scales_O)
@@ -138,9 +140,10 @@ def _divided(parameters, group, scales_O):
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-  """A candidate for `Site.errors`: scales folded into a group, and its targets stored lossily.
+  """A candidate for `Site.errors`: folds scales into a group, then quantizes its targets.
 
-  store: hashable; (w_IO, measured_I) -> Matrix, with a statistic of the inputs after scaling.
+  store: a hashable function (w_IO, measured_I) -> Matrix that quantizes a target, given the
+    statistic of its inputs after scaling.
   """
 
   group: Group
@@ -159,9 +162,10 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Trials:
-  """The candidates of several groups in a row, `count` of each, so that they are compiled as one.
+  """The candidates of several groups, `count` per group in order, compiled as one program.
 
-  The arrays are those of each. What is stored has to be arrays of the weights' own types.
+  The arrays are a sequence with the arrays of each trial. `store` must return plain arrays of the
+  weights' own dtypes.
   """
 
   trials: tuple[Trial, ...]
@@ -181,6 +185,6 @@ class Trials:
 def apply(
   parameters: Parameters, group: Group, scales_O: jax.Array
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-  """What folding changes, and the realised scale of each of the consumers' inputs, [I]."""
+  """Returns the changes by path, and the realised scale of each input of the consumers, [I]."""
   scales_O = realised(parameters, group, scales_O)
   return fold(parameters, group, scales_O), group.spread(scales_O)

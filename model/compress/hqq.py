@@ -1,4 +1,4 @@
-"""Half-quadratic quantization as a recipe step; the method is in ops/solvers/hqq.py."""
+"""Registers half-quadratic quantization (HQQ) as a technique; the solver is ops/solvers/hqq.py."""
 
 import dataclasses
 from typing import Literal
@@ -14,9 +14,9 @@ USUAL_GROUP = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HqqSpec:
-  """An integer format with floating zero points, and how often these are improved.
+  """An integer format with floating-point zero points, and the number of solver iterations.
 
-  `group_size`: None is 64, or what `quantized.fitting_group` finds; -1 is a whole column.
+  group_size: None is 64, or the group that `quantized.fitting_group` finds; -1 is a whole column.
   """
 
   format: Literal['int8', 'int4', 'int3', 'int2'] = 'int4'
@@ -37,7 +37,7 @@ class HqqSpec:
   paper='Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog/',
 )
 def hqq(w, statistics, spec):
-  """Quantize with floating zero points of the least error, no calibration needed."""
+  """Quantize with floating-point zero points of least weight error, without calibration."""
   del statistics
   events = {}
 
@@ -51,7 +51,7 @@ def hqq(w, statistics, spec):
     )
     result = quantized.encode(values, scales_JO, zeros_JO, spec.format)
     moved = (values == 0) & (result.dense() != 0)
-    events['weights that were zero and are not, for zero points are no integers'] = moved.sum()
+    events['zeros that became nonzero, because zero points are not integers'] = moved.sum()
     return result
 
   return Outcome(map_values(quantize, w), events)

@@ -1,11 +1,11 @@
-"""What happened during a compression besides what was asked for, and what each layer became."""
+"""Records the fallbacks of a compression and the result of each layer."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Event:
-  """A fallback, a skipped layer, a starved input: a row of the result, never only a log line."""
+  """A deviation from the recipe: a fallback, a skipped layer, an input that no token used."""
 
   layer: str
   technique: str
@@ -32,17 +32,17 @@ class Ledger:
   layers: list[LayerResult] = dataclasses.field(default_factory=list)
 
   def add(self, layer: str, technique: str, events: dict) -> None:
-    """Writes down the events whose count is not zero."""
+    """Records the events whose count is not zero."""
     for event, count in events.items():
       if int(count):
         row = Event(layer=layer, technique=technique, event=event, detail=str(int(count)))
         self.events.append(row)
 
   def extend(self, other: 'Ledger') -> None:
-    """Takes over the rows of another ledger."""
+    """Appends the rows of another ledger."""
     self.events.extend(other.events)
     self.layers.extend(other.layers)
 
   def to_rows(self) -> list[dict]:
-    """The events as plain values, for a record."""
+    """Returns the events as plain values, for a record."""
     return [dataclasses.asdict(event) for event in self.events]

@@ -1,14 +1,14 @@
-"""OWL: blocks with more outliers keep more of their weights.
+"""Prunes by OWL, which keeps more weights in the blocks that have more outliers.
 
-Yin et al. (2024), Outlier Weighed Layerwise Sparsity, https://arxiv.org/abs/2310.05175. The share
-of a block's Wanda scores above `threshold` times their mean over the block says how much of it may
-go: densities differ by 2 * `reach` between the block with the most and the one with the least, and
-their mean, weighted by parameters, is the density that was asked for. (The paper weighs blocks
-alike, which is the same where they are equally large.) Within a block all matrices are equally
-sparse, and pruned by Wanda or by SparseGPT.
+Yin et al. (2024), Outlier Weighed Layerwise Sparsity, https://arxiv.org/abs/2310.05175. The outlier
+ratio of a block is the fraction of its Wanda scores above `threshold` times their mean. The density
+(1 - sparsity) of a block is a linear function of its outlier ratio: the highest and the lowest
+density differ by 2 * `reach`, and their mean, weighted by parameters, is the requested density. The
+paper gives all blocks the same weight, which is equal for blocks of equal size. All matrices of a
+block have the same sparsity, and are pruned by Wanda or by SparseGPT.
 
-However little blocks differ, the whole reach is spent on them. Where there are only a few, that
-takes much from the one with the fewest outliers, whether or not it can spare it.
+The densities span 2 * `reach` however little the outlier ratios differ. In a model of few blocks,
+the block with the fewest outliers is therefore pruned much harder, even where that costs quality.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from ops.linear import Weight
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OwlSpec:
-  """`sparsity` of all blocks together; `threshold` and `reach` are M and lambda of the paper."""
+  """`sparsity` of all blocks together; `threshold` and `reach` are the paper's M and lambda."""
 
   sparsity: float = 0.7
   threshold: float = 5.0
@@ -39,12 +39,12 @@ class OwlSpec:
       raise ValueError(f'the threshold is a multiple of the mean above 0, not {self.threshold}')
     if self.reach < 0 or 2 * self.reach > min(self.sparsity, 1 - self.sparsity):
       raise ValueError(
-        f'a reach of {self.reach} could take the sparsity {self.sparsity} of a block out of 0 to 1'
+        f'a reach of {self.reach} could move the sparsity {self.sparsity} of a block out of 0 to 1'
       )
 
 
 def share_out(survey, spec: OwlSpec) -> dict[str, float]:
-  """The sparsity of each layer, from the (layer, w, statistics) of the whole model."""
+  """Computes the sparsity of each layer from the (layer, w, statistics) of the whole model."""
   share, size, layers = [], [], []
   for _, members in itertools.groupby(survey, key=lambda row: _block(row[0])):
     names, weights, statistics = zip(*members, strict=True)
@@ -60,13 +60,13 @@ def share_out(survey, spec: OwlSpec) -> dict[str, float]:
 
 
 def _block(layer: str) -> str:
-  """The block of a layer, by their paths in the model: 'layers.3'."""
+  """Returns the path of a layer's block, such as 'layers.3'."""
   return '.'.join(layer.split('.')[:2])
 
 
 @jax.jit
 def _outliers(weights, norms, threshold) -> jax.Array:
-  """The share of a block's scores above `threshold` times their mean."""
+  """Returns the fraction of a block's scores that exceed `threshold` times their mean."""
   scores = [sparse.wanda_score(w_IO, norm_I) for w_IO, norm_I in zip(weights, norms, strict=True)]
   count = sum(score_IO.size for score_IO in scores)
   limit = threshold * sum(score_IO.sum() for score_IO in scores) / count
@@ -81,7 +81,7 @@ def _outliers(weights, norms, threshold) -> jax.Array:
   plan=share_out,
 )
 def owl(w, statistics, spec):
-  """Drop weights by Wanda's score, fewer of them in blocks with many outliers."""
+  """Prune by Wanda's score, with a lower sparsity in blocks with more outliers."""
   del spec
   if isinstance(w, Weight):
     raise ValueError(f'owl prunes plain matrices, not a {type(w).__name__}; prune first')
@@ -98,6 +98,6 @@ def owl(w, statistics, spec):
   plan=share_out,
 )
 def owl_sparsegpt(w, statistics, spec):
-  """Drop weights as SparseGPT does, fewer of them in blocks with many outliers."""
+  """Prune by SparseGPT, with a lower sparsity in blocks with more outliers."""
   del spec
   return obs.prune(w, statistics['input_covariance'], obs.SparseGptSpec(), statistics[PLAN])

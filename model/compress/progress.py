@@ -1,8 +1,8 @@
-"""What a compression has finished, kept on disk so that a killed run goes on after it.
+"""Saves the finished blocks of a compression, so that a killed run resumes after the last one.
 
-A folder holds the parameters of each finished block, its ledger, and the hidden states behind the
-last one. Each file appears whole, by a rename, the hidden states of a block after its parameters;
-so whatever the moment of a kill, the files up to some block are complete.
+A folder holds the parameters and the ledger of each finished block, and the hidden states after the
+last one. Each file is written under another name and renamed, and the hidden states of a block are
+written after its parameters. Whenever a run is killed, the files up to some block are complete.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ ABOUT = 'block_{}.json'
 
 
 class Progress:
-  """The finished blocks of one compression; without a folder, none is kept."""
+  """The finished blocks of one compression; without a folder, nothing is saved."""
 
   def __init__(self, folder: pathlib.Path | None):
     self.folder = folder
@@ -47,7 +47,7 @@ class Progress:
     recipe: Recipe,
     calibration_BT: np.ndarray | None,
   ) -> 'Progress':
-    """Opens or makes a folder. Raises ValueError if it belongs to another compression."""
+    """Opens or creates a folder. Raises ValueError if it belongs to another compression."""
     if folder is None:
       return cls(None)
     folder = pathlib.Path(folder)
@@ -62,8 +62,8 @@ class Progress:
     used = folder.is_dir() and any(folder.iterdir())
     if used and (not (folder / PLAN).is_file() or (folder / PLAN).read_text() != digest):
       raise ValueError(
-        f'{folder} holds something else than the progress of this recipe with this model and this '
-        'calibration text; name another folder, or remove it'
+        f'{folder} does not hold the progress of this recipe with this model and this calibration '
+        'text; choose another folder, or remove it'
       )
     folder.mkdir(parents=True, exist_ok=True)
     with _whole(folder / PLAN) as path:
@@ -75,7 +75,7 @@ class Progress:
     return i <= self.last
 
   def save(self, i: int, block: nnx.Module, stream: Stream | None, ledger: Ledger) -> None:
-    """Keeps a finished block, and the hidden states behind it."""
+    """Saves a finished block, and the hidden states after it."""
     if self.folder is None:
       return
     _, layout = native.flatten(block)
@@ -92,7 +92,7 @@ class Progress:
         old.unlink()
 
   def restore(self, i: int, block: nnx.Module, stream: Stream | None) -> Ledger:
-    """Puts a finished block back, and after the last one its hidden states; gives its ledger."""
+    """Loads block i, and its hidden states if it is the last one saved; returns its ledger."""
     stored = safetensors_io.read_file(self.folder / BLOCK.format(i))
     about = json.loads((self.folder / ABOUT.format(i)).read_text())
     load = lambda name: jnp.array(stored[name].read(), copy=True)
@@ -109,7 +109,7 @@ class Progress:
     return Ledger([Event(**row) for row in rows['events']], layers)
 
   def close(self) -> None:
-    """Removes the folder: the compression is complete."""
+    """Removes the folder when the compression is complete."""
     if self.folder is None:
       return
     for pattern in (STATES, BLOCK, ABOUT):
@@ -126,7 +126,7 @@ def _last(folder: pathlib.Path) -> int:
 
 @contextlib.contextmanager
 def _whole(path: pathlib.Path):
-  """Yields a path to write to; the file takes its name when it is complete."""
+  """Yields a temporary path to write to, and renames the file when it is complete."""
   partial = path.with_name(f'.{path.name}.partial')
   yield partial
   with partial.open('rb+') as file:

@@ -1,4 +1,4 @@
-"""Recipes: what to do to a model, as a strict list of steps.
+"""Parses recipes: lists of compression steps, with every key and value checked.
 
   name: wanda-2of4-int8
   description: 2:4 sparsity by Wanda, the kept values in int8
@@ -7,12 +7,13 @@
     - round_to_nearest: {format: int8}
       only: ["layers.*.ffn.*"]
 
-Calibrated steps measure the inputs that a layer gets from what was compressed before it. What that
-is, `sequential` says: all layers before it ('layers', as in GPTQ's true-sequential order), all
-blocks before its own ('blocks', as in SparseGPT and Wanda), or nothing ('none').
+Calibrated steps measure the inputs of a layer in the partly compressed model. `sequential` says
+what is compressed before a layer is measured: all layers before it ('layers', as in GPTQ's
+true-sequential order), all blocks before its own ('blocks', as in SparseGPT and Wanda), or nothing
+('none').
 
-Every key and the type of every value are checked against the technique's own dataclass; nothing is
-ignored. A recipe's name is that of its folder too, so it consists of letters, digits and .-_+
+Every key and the type of every value are checked against the technique's dataclass; unknown keys
+are errors. The name also names the output folder, so it consists of letters, digits and .-_+
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ NAME = r'[A-Za-z0-9_+][A-Za-z0-9_.+-]*'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-  """One technique with its options, on the layers that match a pattern of `only`."""
+  """One technique with its options, for the layers that match a pattern of `only`."""
 
   technique: str
   spec: Any
@@ -49,7 +50,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-  """Steps in order. `head` has them compress the head too, where the model has its own."""
+  """Steps in order. `head` also compresses the head, if it is not tied to the embedding."""
 
   name: str
   steps: tuple[Step, ...]
@@ -58,7 +59,7 @@ class Recipe:
   sequential: str = 'layers'
 
   def to_dict(self) -> dict:
-    """The recipe as plain values, in the shape that `parse` reads."""
+    """Returns the recipe as plain values, in the form that `parse` reads."""
     steps = []
     for step in self.steps:
       entry = {step.technique: dataclasses.asdict(step.spec)}
@@ -73,7 +74,7 @@ class Recipe:
 def parse(data: Any, source: str = 'recipe') -> Recipe:
   """Builds a recipe from the values of a YAML file.
 
-  Raises ValueError naming `source`, the place and the nearest valid names.
+  Raises ValueError, which names `source`, the place and the nearest valid names.
   """
   _check_mapping(data, f'{source}: a recipe')
   _check_keys(data, ('name', 'description', 'steps', 'head', 'sequential'), source)
@@ -82,7 +83,7 @@ def parse(data: Any, source: str = 'recipe') -> Recipe:
       f'{source}: a recipe needs a name of letters, digits and .-_+, not {data.get("name")!r}'
     )
   if not isinstance(data.get('description', ''), str):
-    raise ValueError(f'{source}: description is a text, not {data["description"]!r}')
+    raise ValueError(f'{source}: description must be a string, not {data["description"]!r}')
   if not isinstance(data.get('steps'), list) or not data['steps']:
     raise ValueError(f'{source}: a recipe needs a list of steps')
   steps = tuple(_parse_step(s, f'{source}, step {i + 1}') for i, s in enumerate(data['steps']))
@@ -131,7 +132,7 @@ def _parse_spec(row, options, place):
 
 
 def _fits(value, hint) -> bool:
-  """Whether a value of YAML has the type of a field: whole numbers are floats, truth is neither."""
+  """Whether a YAML value has the type of a field; an int is a float, a bool is neither."""
   if typing.get_origin(hint) is typing.Literal:
     return value in typing.get_args(hint)
   if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -159,10 +160,10 @@ def _check_keys(data, known, place):
 
 
 class _Loader(yaml.SafeLoader):
-  """YAML of plain values, in which a key that is given twice is an error."""
+  """Loads YAML of plain values; a duplicate key is an error."""
 
   def flatten_mapping(self, node):
-    # Every mapping passes here before it is built, and Python's dict would keep the last value.
+    # PyYAML calls this for every mapping before it builds a dict, which would keep the last value.
     keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
@@ -181,9 +182,10 @@ def load(path: str | pathlib.Path) -> Recipe:
 
 
 def resolve(name: str, folder: pathlib.Path) -> Recipe:
-  """Finds a recipe: a path to a YAML file, a file of `folder`, or a technique with its defaults.
+  """Finds a recipe by a path to a YAML file, a file name in `folder`, or the name of a technique.
 
-  Raises ValueError with the nearest names if there is none.
+  The name of a technique gives one step with default options. Raises ValueError with the nearest
+  names if there is no such recipe.
   """
   if name.endswith(('.yaml', '.yml')):
     if not pathlib.Path(name).is_file():
@@ -198,5 +200,5 @@ def resolve(name: str, folder: pathlib.Path) -> Recipe:
 
 
 def names(folder: pathlib.Path) -> list[str]:
-  """The recipes in a folder."""
+  """Returns the names of the recipes in a folder, sorted."""
   return sorted(path.stem for path in folder.glob('*.yaml'))

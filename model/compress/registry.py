@@ -1,10 +1,10 @@
-"""The techniques: one function and one row each.
+"""Registers the compression techniques, each by one function and one row.
 
-A technique is a function from (weight, statistics, spec) to a weight. Its row names it, the frozen
-dataclass of its options, the calibration statistics that it reads and the paper it comes from. The
-row alone makes it a recipe step, a row of the contract tests, of the report and of the README.
+A technique is a function from (weight, statistics, spec) to a weight. Its row has its name, the
+frozen dataclass of its options, the calibration statistics that it reads and its paper. The row is
+all that is needed to use it in recipes and to list it in the contract tests, the report and README.
 
-A pruning technique differs from another in its score alone, so it is one function too:
+Pruning techniques differ only in their scores, so a score function is enough to add one:
 
   @pruning_score('wanda', statistics=('input_norm',), paper='Sun et al. 2023, https://...')
   def wanda(w_IO, statistics):
@@ -33,7 +33,7 @@ Statistics = Mapping[str, Any]
 )
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """A weight, with what the ledger should know: {event: count}, written down where not zero."""
+  """A weight, and counts of events; the ledger records those that are not zero."""
 
   weight: Matrix
   events: dict[str, Any]
@@ -41,13 +41,16 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Site:
-  """A block as a technique of scope 'block' meets it.
+  """The view of a block that a technique of scope 'block' receives.
 
-  layer: the block's traits.  parameters: all of its values, by their paths in the block.
-  targets: the linear layers that the step may compress.  statistics: what was measured, by layer.
-  errors: (candidate, arrays, count, rows) -> how far changes move the block's output, [count]; see
-    `calibrate.Stream.errors`.
-  descend: (descent, learned, fixed) -> learned, with a lower error; see `calibrate.Stream.descend`.
+  layer: the config of the block.
+  parameters: all parameters by their paths in the block.
+  targets: the linear layers that the step may compress.
+  statistics: the measured statistics by layer.
+  errors: (candidate, arrays, count, rows) -> the error of the block's output under each of `count`
+    candidate changes, [count]; see `calibrate.Stream.errors`.
+  descend: (descent, learned, fixed) -> learned arrays with a lower error; see
+    `calibrate.Stream.descend`.
   """
 
   config: ModelConfig
@@ -61,7 +64,7 @@ class Site:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Changes:
-  """What a technique of scope 'block' did: new values by path, and events by layer."""
+  """The result of a technique of scope 'block': new parameters by path, and events by layer."""
 
   parameters: Mapping[str, Matrix]
   events: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -75,20 +78,22 @@ Scope = Literal['linears', 'parameters', 'block', 'model']
 class Technique:
   """A row of the registry.
 
-  The scope says what the function is given, and when it runs:
+  The scope determines the function's signature and when it is called:
 
-    linears     (w, statistics, spec) -> Matrix | Outcome, each matrix of the blocks
-    parameters  the same, every floating parameter
-    block       (site, spec) -> Changes, each block, for what concerns several matrices at once
+    linears     (w, statistics, spec) -> Matrix | Outcome, for each matrix of the blocks
+    parameters  the same signature, for each floating-point parameter
+    block       (site, spec) -> Changes, for each block, for techniques that treat several matrices
+                together
     model       (model, spec) -> events; changes the model in place, before any calibration
 
-  linears and parameters are traced: `spec` is static, and decisions depend on shapes alone.
+  Functions of linears and parameters are traced: `spec` is static, and Python branches may depend
+  on shapes only.
 
-  check: for block and model, (config, spec) raises ValueError where the technique does not apply.
-  becomes: for block, (w, spec) -> Matrix is traced on shapes to know what a matrix will be.
-  plan: for linears, (survey, spec) -> {layer: number}: what each layer's share in a whole is, such
-    as its sparsity. It is called once before the blocks, with an iterator of (layer, w, statistics)
-    over the uncompressed model; the function finds the number as statistics['plan'], float32.
+  check: for block and model, (config, spec) raises ValueError if the technique does not apply.
+  becomes: for block, (w, spec) -> Matrix is traced on shapes to find the type of the result.
+  plan: for linears, (survey, spec) -> {layer: number} divides a total among the layers, such as the
+    sparsity. It is called once before the blocks, with an iterator of (layer, w, statistics) over
+    the uncompressed model. The function receives its number as statistics['plan'], float32.
   """
 
   name: str
@@ -102,7 +107,7 @@ class Technique:
   plan: Callable | None = None
 
   def __call__(self, w: Matrix, statistics: Statistics, spec: Any) -> Outcome:
-    """Compresses one weight: for the scopes linears and parameters."""
+    """Compresses one weight; only for the scopes linears and parameters."""
     names = (*self.statistics, *([PLAN] if self.plan else []))
     result = self.function(w, {name: statistics[name] for name in names}, spec)
     return result if isinstance(result, Outcome) else Outcome(result, {})
@@ -121,7 +126,7 @@ def technique(
 ):
   """Registers a function as a technique; `more` are further fields of `Technique`.
 
-  Raises ValueError if the name is taken.
+  Raises ValueError if the name is already registered.
   """
 
   def register(function: Callable) -> Callable:
@@ -149,7 +154,7 @@ def lookup(name: str) -> Technique:
 
 
 def nearest(name: str, known) -> str:
-  """'; did you mean ...?' with the nearest of the known names, or all of them."""
+  """Returns '; did you mean ...?' with the nearest known names, or a list of all known names."""
   close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
   if close:
     return f'; did you mean {" or ".join(close)}?'
@@ -161,10 +166,10 @@ DEFAULT_SPARSITY = 0.5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PruneSpec:
-  """Which weights go: a share of them (`sparsity`), or all but n of every m consecutive inputs.
+  """Which weights to drop: a fraction (`sparsity`), or all but n of every m consecutive inputs.
 
-  Half of them if nothing is said. `per_output` compares the inputs of one output, else the whole
-  matrix is one pool.
+  The default is a sparsity of 0.5. With `per_output`, the inputs of each output are compared with
+  each other; otherwise all weights of the matrix are.
   """
 
   sparsity: float | None = None
@@ -184,13 +189,13 @@ class PruneSpec:
 
 
 def pruning_score(name: str, *, paper: str, statistics=(), spec: type = PruneSpec):
-  """Registers a score, (w_IO, statistics) -> score_IO, as a pruning technique: high is kept."""
+  """Registers a score (w_IO, statistics) -> score_IO as a pruning technique; low scores go."""
 
   def register(score):
     @functools.wraps(score)
     def prune(w, stats, options):
       if isinstance(w, quantized.QuantizedTensor):
-        # Zero is a code of every format; what is kept stays on its grid.
+        # Every format has a code for zero, and the kept weights stay on their grid.
         grid = w.scales, w.zeros, w.format
         return map_values(lambda v: quantized.encode(v, *grid), prune(w.dense(), stats, options))
       if isinstance(w, Weight):

@@ -1,14 +1,16 @@
-"""Rotation of the residual stream, the values and the feed-forward's inner activations.
+"""Rotates the residual stream, the values and the inner activations of the feed-forward layers.
 
 Ashkboos et al. (2024), QuaRot, https://arxiv.org/abs/2404.00456. An RMS norm without a scale
-commutes with every rotation, so after its scale has moved into the matrices behind it, the residual
-stream can be rotated by turning the embedding, every matrix that reads the stream and every matrix
-that writes it: the logits stay the same. So do the values of each head, turned between the value
-and the output projection. What passes a nonlinearity first is rotated while the model runs: the
-input of the down projection, and the heads before the output projection (`online`).
+commutes with every rotation. Once the scale is merged into the matrices after the norm, the
+residual stream can be rotated by rotating the embedding, all matrices that read the stream and all
+matrices that write it, without changing the logits. The values of each head are rotated in the
+value projection and back in the output projection. Other inputs must be rotated while the model
+runs (`online`): that of the down projection, which comes after a nonlinearity, and the heads before
+the output projection.
 
-All is computed in float64 and rounded once. Differs from the authors' code, which also takes the
-mean off the embedding: that is for layer norms, and changes a model with RMS norms.
+Weights are rotated in float64 and rounded once. The authors' code also subtracts the mean of the
+embedding; this is not done here, because it is meant for layer norms and would change a model with
+RMS norms.
 """
 
 import dataclasses
@@ -25,19 +27,19 @@ from ops.linear import Weight
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RotateSpec:
-  """`online` also rotates what only can be while the model runs. `seed` draws the signs."""
+  """`online` adds the rotations that are computed while the model runs; `seed` draws the signs."""
 
   online: bool = True
   seed: int = 0
 
 
 def check(config, spec) -> None:
-  """Raises ValueError if rotating a model like this would change what it computes."""
+  """Raises ValueError if rotating a model of this config would change its outputs."""
   del spec
   if config.norm != 'rms':
     raise ValueError('a layer norm does not commute with rotations; only RMS norms do')
   if any(layer.post_norms for layer in config.layers):
-    raise ValueError('the scales of norms behind attention and feed-forward cannot be moved away')
+    raise ValueError('the scales of norms after attention and feed-forward cannot be merged')
 
 
 @technique(
@@ -48,7 +50,7 @@ def check(config, spec) -> None:
   check=check,
 )
 def rotate(model, spec):
-  """Rotate activations so that outliers are spread; the model computes the same."""
+  """Rotate the activations, which spreads outliers over all channels; the outputs do not change."""
   _check_plain(model)
   signs_D = np.random.default_rng(spec.seed).choice([-1.0, 1.0], model.config.width)
   untied = _untie(model)
@@ -103,7 +105,7 @@ def _rotate_ffn(block, signs_D, online):
 
 
 def _read(norm, consumers, signs_D):
-  """Moves a norm's scale into the matrices behind it, and has them read the rotated stream."""
+  """Merges a norm's scale into the matrices after it, and makes them read the rotated stream."""
   scale_D = np.asarray(norm.scale.get_value(), np.float64) + norm.offset
   for linear in consumers:
     _edit(linear.weight, lambda w_IO: _turn((scale_D[:, None] * w_IO).T, signs_D).T)
@@ -111,7 +113,7 @@ def _read(norm, consumers, signs_D):
 
 
 def _write(linear, signs_D):
-  """Has a matrix write to the rotated stream."""
+  """Makes a matrix write to the rotated stream."""
   _edit(linear.weight, lambda w_IO: _turn(w_IO, signs_D))
   if linear.bias is not None:
     _edit(linear.bias, lambda bias_O: _turn(bias_O, signs_D))

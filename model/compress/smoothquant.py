@@ -1,15 +1,15 @@
-"""SmoothQuant, and the plain quantization of activations that it is compared with.
+"""Quantizes weights and activations to integers, with and without SmoothQuant.
 
 After Xiao et al. (2022), https://arxiv.org/abs/2211.10438. A few input channels are so large that
-8-bit steps wide enough for them lose all others. The inputs of a group of layers are divided by
-s = max|x|**alpha / max|w|**(1 - alpha), and the weights multiplied by it, which moves the
-difficulty over to the weights; the division is folded into the norm before them
-(model/compress/folding.py).
-Then weights are rounded with one scale an output, and inputs with one a token, or one for all.
+an 8-bit step wide enough for them rounds all others away. SmoothQuant divides the inputs of a group
+of layers by s = max|x|**alpha / max|w|**(1 - alpha) and multiplies the weights by s, so that part
+of the range moves to the weights. The division is folded into the norm before the group
+(model/compress/folding.py). Then weights are rounded with one scale per output, and inputs with
+one scale per token or one for all tokens.
 
-Different from the paper: alpha can be searched for, for each group, by the error of the block's
-output with the group quantized as it will be; no smoothing is a candidate too. Channels that are
-zero in all calibration tokens, or in all weights, are not scaled.
+Differs from the paper: alpha can be searched per group, by the error of the block's output with the
+quantized group; one candidate is no smoothing. Channels that are zero in all calibration tokens or
+in all weights are not scaled.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ SMALLEST_SCALE = 1e-5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActivationSpec:
-  """The bits of an input's codes."""
+  """The bits per code of an input."""
 
   bits: Bits = 8
 
@@ -45,7 +45,7 @@ class ActivationSpec:
   paper='Yao et al. 2022, https://arxiv.org/abs/2206.01861',
 )
 def quantize_activations(w, statistics, spec):
-  """Round each layer's inputs too, with a scale of each token."""
+  """Quantize the inputs of each layer to integers, with one scale per token."""
   del statistics
   return activations.quantize_activations(w, spec.bits)
 
@@ -57,19 +57,19 @@ def quantize_activations(w, statistics, spec):
   paper='Jacob et al. 2017, https://arxiv.org/abs/1712.05877',
 )
 def quantize_activations_static(w, statistics, spec):
-  """Round each layer's inputs too, with one scale that calibration found."""
+  """Quantize the inputs of each layer to integers, with one calibrated scale for all tokens."""
   return activations.quantize_activations(w, spec.bits, absmax=statistics['input_absmax'].max())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SmoothQuantSpec:
-  """How much moves from inputs to weights, and what both become.
+  """The strength of the smoothing, and the formats of weights and inputs.
 
-  alpha: from 0 (nothing but the weights counts) to 1; None: searched, in `grid` steps, which are
-    compared on `rows` rows of calibration text, or all of them.
-  fold: the groups whose producer is a norm, as in the paper, or all.
-  activations: a scale of each token ('dynamic'), or one that calibration found ('static').
-  quantize: false only smooths, so that later steps quantize.
+  alpha: the exponent, from 0 (only the weights determine s) to 1 (only the inputs do). None
+    searches for it in `grid` steps, compared on `rows` rows of calibration text (None: all rows).
+  fold: 'norms' smooths the groups whose producer is a norm, as in the paper; 'all' every group.
+  activations: one scale per token ('dynamic'), or one calibrated scale for all ('static').
+  quantize: False only smooths, and leaves quantization to later steps.
   """
 
   alpha: float | None = 0.5
@@ -98,12 +98,12 @@ class SmoothQuantSpec:
 
 def _check_bits(bits):
   if bits not in (8, 4):
-    raise ValueError(f'8 or 4 bits, not {bits}')
+    raise ValueError(f'the codes have 8 or 4 bits, not {bits}')
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-  """Stores a matrix with one scale an output, and has it round its inputs."""
+  """Quantizes a matrix with one scale per output, and its inputs when it is multiplied."""
 
   weight_bits: Bits
   activation_bits: Bits
@@ -120,7 +120,7 @@ class Stored:
 
 
 def becomes(w: Matrix, spec: SmoothQuantSpec) -> Matrix:
-  """What a matrix will be. Raises ValueError where it cannot."""
+  """Returns the weight that a matrix becomes. Raises ValueError if it is not a plain matrix."""
   if isinstance(w, Weight):
     raise ValueError(f'smoothquant scales plain matrices, not a {type(w).__name__}')
   return Stored.of(spec)(w, jnp.ones(w.shape[0])) if spec.quantize else w
@@ -135,7 +135,7 @@ def becomes(w: Matrix, spec: SmoothQuantSpec) -> Matrix:
   becomes=becomes,
 )
 def smoothquant(site, spec):
-  """Move outliers from inputs to weights, then round both to integers."""
+  """Scale input outliers down and the weights up, then quantize both to integers."""
   values, absmax, events = _smoothed(site, spec)
   if spec.quantize:
     for layer in site.targets:
@@ -149,7 +149,7 @@ _store = jax.jit(lambda w_IO, absmax_I, stored: stored(w_IO, absmax_I), static_a
 
 
 def _smoothed(site, spec):
-  """What smoothing changes, by path; the largest inputs of the layers after it; and events."""
+  """Returns the changes by path, the absmax of the smoothed inputs by layer, and the events."""
   values, absmax = {}, {}
   skipped = folding.unscaled(site.layer) if spec.fold == 'all' else {}
   events = {layer: {why: 1} for layer, why in skipped.items() if layer in site.targets}
@@ -183,7 +183,7 @@ def _scales(site, group, targets, absmax_I, spec):
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _candidates(absmax_I, weights, group, spec) -> jax.Array:
-  """The scales of the one alpha, or none and those of the grid: [A, O]."""
+  """Returns the scales [A, O] of the given alpha, or of no smoothing and of each alpha searched."""
   x_O = group.tie(absmax_I, jnp.max)
   sizes_I = jnp.stack([jnp.abs(w.astype(jnp.float32)).max(1) for w in weights]).max(0)
   w_O = group.tie(sizes_I, jnp.max)

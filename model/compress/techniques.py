@@ -1,4 +1,4 @@
-"""Techniques that need no solver: casting, rounding to nearest, and pruning by a score."""
+"""Implements the techniques without a solver: casting, rounding to nearest, pruning by a score."""
 
 import dataclasses
 from typing import Literal
@@ -13,13 +13,13 @@ from ops.linear import map_values
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CastSpec:
-  """The dtype to store floating numbers in."""
+  """The dtype in which floating-point parameters are stored."""
 
   dtype: Literal['bfloat16', 'float16', 'float32'] = 'bfloat16'
 
   def __post_init__(self):
     if self.dtype not in ('bfloat16', 'float16', 'float32'):
-      raise ValueError(f'cast knows bfloat16, float16 and float32, not {self.dtype!r}')
+      raise ValueError(f'cast takes bfloat16, float16 and float32, not {self.dtype!r}')
 
 
 @technique(
@@ -29,7 +29,7 @@ class CastSpec:
   scope='parameters',
 )
 def cast(w, statistics, spec):
-  """Store every parameter in another floating type."""
+  """Store every parameter in another floating-point type."""
   del statistics
   overflow = []
 
@@ -43,7 +43,7 @@ def cast(w, statistics, spec):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizeSpec:
-  """A storage format of ops/quantized.py; `group_size` and `clip` as in its `quantize`."""
+  """A storage format of ops/quantized.py; the fields are the arguments of its `quantize`."""
 
   format: quantized.FormatName = 'int8'
   group_size: int | None = None
@@ -58,10 +58,10 @@ class QuantizeSpec:
 
 
 def other_group(usual: int | None, group: int, inputs: int) -> dict[str, int]:
-  """The event that another group than the usual had to be taken, or none."""
+  """Returns the event that a group size other than the usual one is used, or no event."""
   if usual in (None, group):
     return {}
-  return {f'group size, for {usual} does not divide {inputs} inputs': group}
+  return {f'group size, because {usual} does not divide {inputs} inputs': group}
 
 
 @technique(
@@ -89,7 +89,7 @@ def round_to_nearest(w, statistics, spec):
   paper='Han et al. 2015, https://arxiv.org/abs/1506.02626',
 )
 def magnitude(w_IO: jax.Array, statistics) -> jax.Array:
-  """Drop the smallest weights."""
+  """Drop the weights of smallest magnitude."""
   del statistics
   return sparse.magnitude_score(w_IO)
 
@@ -100,5 +100,5 @@ def magnitude(w_IO: jax.Array, statistics) -> jax.Array:
   paper='Sun et al. 2023, https://arxiv.org/abs/2306.11695',
 )
 def wanda(w_IO: jax.Array, statistics) -> jax.Array:
-  """Drop the weights whose size times the norm of their input is smallest."""
+  """Drop the weights with the smallest product of magnitude and input norm."""
   return sparse.wanda_score(w_IO, statistics['input_norm'])

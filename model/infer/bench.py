@@ -1,6 +1,6 @@
-"""Prefill and decode of one model as callables without arguments, ready to be timed.
+"""Compiles the prefill and the decoding of one model into callables that can be timed.
 
-They are compiled for one batch and one prompt length, and share a cache of their own.
+They are compiled for one batch size and one prompt length, take no arguments, and share one cache.
 """
 
 import dataclasses
@@ -20,10 +20,12 @@ from model.transformer import Transformer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench:
-  """`prefill()` runs the prompts, `decode()` the next `steps` tokens of every row.
+  """The compiled phases of one model.
 
-  `forward()` is `prefill()` with the logits of all tokens, not of each row's last alone; `stream()`
-  is `decode()` with each call's tokens read by Python before the next call, as generation does it.
+  prefill: runs the prompts and computes the logits of the last token of each row.
+  forward: as prefill, with the logits of all tokens.
+  decode: generates the next `steps` tokens of every row.
+  stream: as decode, but Python reads the tokens of each call before the next, as in generation.
   """
 
   prefill: Callable[[], jax.Array]
@@ -33,8 +35,8 @@ class Bench:
   batch: int
   prompt_length: int
   steps: int
-  cache_bytes: int  # of the keys and values of all rows, as they are held
-  decode_peak_bytes: int  # arguments, outputs and temporaries that the decode program needs
+  cache_bytes: int  # of the keys and values of all rows, as stored
+  decode_peak_bytes: int  # arguments, outputs and temporaries of the decode program
 
 
 def prepare(
@@ -46,7 +48,7 @@ def prepare(
   seed: int = 0,
   cache_format: CacheFormat = 'float',
 ) -> Bench:
-  """Packs the weights for the platform, and compiles both programs for random prompts."""
+  """Packs the weights for the platform, and compiles all phases for random prompts."""
   program = generate.Program.of(prepare_weights(model))
   rng = np.random.default_rng(seed)
   tokens_BT = rng.integers(0, model.config.vocab_size, (batch, prompt_length), np.int32)

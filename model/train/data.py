@@ -1,10 +1,9 @@
-"""Documents packed into rows of equal length, as a pure function of the seed and the step.
+"""Packs documents into rows of equal length, as a pure function of the seed and the step.
 
 Documents are tokenized once, joined with an end-of-text token after each, and cut into rows of T+1
-tokens that overlap by one: T inputs and T labels, so that every token of a document but its first
-is a label exactly once an epoch. Segments and positions start again at each document, so attention
-never crosses from one to the next. There is no iterator to save: a run that resumes at step n asks
-for batch n.
+tokens that overlap by one: T inputs and T labels. Every token of a document except the first is
+thus a label exactly once per epoch. Segments and positions restart at each document, so attention
+never crosses documents. There is no iterator state: a run that resumes at step n asks for batch n.
 """
 
 import dataclasses
@@ -29,9 +28,9 @@ NO_LABEL = -1
 class Batch:
   """Rows of packed documents, all int32.
 
-  A label is the token that follows in the same document, or NO_LABEL where none does. Segments
-  count the documents of a row from 1; padding is segment 0. Positions count from the start of the
-  document, or of the row for a document that began in an earlier one.
+  A label is the next token of the same document, or NO_LABEL at its end. Segments number the
+  documents of a row from 1; padding is segment 0. Positions count from the start of the document,
+  or from the start of the row if the document began in an earlier row.
   """
 
   tokens_BT: jax.Array | np.ndarray
@@ -42,10 +41,10 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class PackedDataset:
-  """A stream of documents and how to cut it; `batch(step)` is all there is to it."""
+  """A stream of documents with the settings that divide it into batches."""
 
   stream: np.ndarray = dataclasses.field(repr=False)  # tokens of all documents, int32
-  starts: np.ndarray = dataclasses.field(repr=False)  # where each document starts in it, int64
+  starts: np.ndarray = dataclasses.field(repr=False)  # index of each document's first token, int64
   seq_len: int
   batch_size: int
   seed: int = 0
@@ -53,8 +52,7 @@ class PackedDataset:
   def __post_init__(self):
     if self.seq_len < 1 or self.batch_size < 1:
       raise ValueError(
-        f'rows and batches hold at least one; got seq_len {self.seq_len}, '
-        f'batch_size {self.batch_size}'
+        f'seq_len and batch_size must be at least 1, not {self.seq_len} and {self.batch_size}'
       )
     if not len(self.starts) or len(self.stream) < 2:
       raise ValueError('there is no text to train on: all documents are empty')
@@ -63,7 +61,7 @@ class PackedDataset:
   def from_ids(
     cls, documents: Iterable[Sequence[int]], *, eos_id: int, **settings
   ) -> 'PackedDataset':
-    """Joins tokenized documents, each with `eos_id` after it; empty ones are dropped."""
+    """Joins tokenized documents with `eos_id` after each; empty documents are dropped."""
     parts = [
       np.append(np.asarray(ids, np.int32), np.int32(eos_id)) for ids in documents if len(ids)
     ]
@@ -81,12 +79,12 @@ class PackedDataset:
 
   @property
   def rows(self) -> int:
-    """How many rows an epoch has; the last is padded."""
+    """The number of rows per epoch; the last row is padded."""
     return -(-(len(self.stream) - 1) // self.seq_len)
 
   @property
   def fingerprint(self) -> str:
-    """SHA-256 of everything that decides what `batch` returns."""
+    """The SHA-256 of everything that the results of `batch` depend on."""
     settings = f'{self.seq_len},{self.batch_size},{self.seed}'
     digest = hashlib.sha256(settings.encode())
     digest.update(np.ascontiguousarray(self.stream, '<i4'))
@@ -94,13 +92,13 @@ class PackedDataset:
     return digest.hexdigest()
 
   def batch(self, step: int) -> Batch:
-    """The rows of update `step`: each epoch visits all rows once, in an order of its own."""
+    """Returns the rows of update `step`; each epoch visits all rows once, in its own order."""
     first = step * self.batch_size
     indices = [self._row_index(first + i) for i in range(self.batch_size)]
     return self._gather(np.asarray(indices))
 
   def sequential(self) -> Iterator[Batch]:
-    """Every row once, in order, for measuring; rows that fill up the last batch have no labels."""
+    """Yields every row once, in order, for evaluation; rows that pad the last batch lack labels."""
     for first in range(0, self.rows, self.batch_size):
       indices = first + np.arange(self.batch_size)
       batch = self._gather(np.minimum(indices, self.rows - 1))
@@ -121,7 +119,7 @@ def pack_row(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
   """Cuts one row out of the stream: tokens, labels, segments, positions, each [length] int32.
 
-  Past the end of the stream the row is filled up with its last token, in segment 0, without labels.
+  Past the end of the stream, the row is padded with the last token, in segment 0, without labels.
   """
   index = np.arange(at, at + length + 1)
   real = index < len(stream)
@@ -139,9 +137,9 @@ def pack_row(
 def excerpts(texts: Sequence[str], characters: int, *, seed: int = 0) -> list[str]:
   """Takes a passage of equal length from each text, about `characters` in all.
 
-  A short run learns more from a little of every text than from all of a few, and need not tokenize
-  the rest. A passage starts at a random line; texts shorter than it are kept whole, and all are
-  where `characters` suffice.
+  A short run learns more from a part of every text than from a few whole texts, and does not have
+  to tokenize the rest. A passage starts at a random line. Texts shorter than a passage are kept
+  whole; so are all texts if together they have at most `characters`.
   """
   if sum(map(len, texts)) <= characters:
     return list(texts)

@@ -1,7 +1,7 @@
-"""AdamW with a warm-up, a cosine decay and clipping: the recipe of Llama-like pretraining.
+"""Builds AdamW with warm-up, cosine decay and gradient clipping, as in Llama-like pretraining.
 
-Loshchilov and Hutter (2019), https://arxiv.org/abs/1711.05101. Weight decay acts on arrays of rank
-2 and more alone: norms and biases are not pulled towards zero.
+Loshchilov and Hutter (2019), https://arxiv.org/abs/1711.05101. Weight decay applies only to arrays
+of rank 2 and more, not to norms and biases.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import optax
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """The learning rate rises for `warmup_steps` and falls to `floor` of its peak at `steps`."""
+  """The learning rate rises for `warmup_steps`, then falls to `floor` times its peak at `steps`."""
 
   steps: int
   learning_rate: float
@@ -22,7 +22,7 @@ class OptimizerConfig:
   b2: float = 0.95
   eps: float = 1e-8
   weight_decay: float = 0.1
-  clip_norm: float | None = 1.0  # of the gradient of all parameters together
+  clip_norm: float | None = 1.0  # of the joint gradient of all parameters
 
   def __post_init__(self):
     if self.steps < 1:
@@ -46,8 +46,8 @@ class OptimizerConfig:
 
 
 def schedule(config: OptimizerConfig) -> optax.Schedule:
-  """The learning rate of the update that follows `n` completed ones, from n = 0 on."""
-  # The first update is part of the warm-up: with a rate of zero it would be wasted.
+  """Returns the learning rate as a function of the number of completed updates, from 0 on."""
+  # The warm-up starts above zero, because an update with a rate of zero would be wasted.
   warmup = config.warmup_steps
   rise = lambda n: config.learning_rate * (n + 1) / (warmup + 1)
   fall = optax.cosine_decay_schedule(config.learning_rate, config.steps - warmup, config.floor)
@@ -55,7 +55,7 @@ def schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make(config: OptimizerConfig) -> optax.GradientTransformation:
-  """Builds the optimizer; its state has the shapes and shardings of the parameters, twice."""
+  """Builds the optimizer; its state holds two arrays per parameter, with its shape and sharding."""
   clip = optax.identity()
   if config.clip_norm is not None:
     clip = optax.clip_by_global_norm(config.clip_norm)

@@ -1,10 +1,11 @@
-"""One update of all parameters, as a pure function that is compiled once.
+"""Computes one update of all parameters, as a pure function that is compiled once.
 
-Master weights, gradients and the optimizer's state are float32; `compute_dtype` is that of the
-activations, and weights are cast to it where they are multiplied. A batch is worked through in
-`accumulation` micro-batches; their summed losses are divided by the labels of the whole batch, for
-a mean of means would weigh a label by the company it has. Nothing here names a mesh: parameters and
-batches come as they are sharded, and the new state keeps the shardings of the old.
+Master weights, gradients and optimizer state are float32. Activations have `compute_dtype`, and
+weights are cast to it where they are multiplied. A batch is processed in `accumulation`
+micro-batches; the sum of their losses is divided by the number of labels of the whole batch,
+because a mean of means would give more weight to labels in micro-batches with fewer of them.
+Nothing here names a mesh: parameters and batches arrive sharded, and the new state keeps the
+shardings of the old one.
 """
 
 import dataclasses
@@ -26,11 +27,11 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
-  """How an update is computed; none of it changes what is computed, up to rounding."""
+  """How an update is computed; apart from rounding, the result does not depend on it."""
 
   compute_dtype: str = 'float32'
-  accumulation: int = 1  # micro-batches a batch is worked through in
-  loss_chunk: int = 1024  # tokens whose logits exist at a time
+  accumulation: int = 1  # micro-batches per batch
+  loss_chunk: int = 1024  # tokens whose logits are stored at a time
 
   def __post_init__(self):
     if self.compute_dtype not in DTYPES:
@@ -47,7 +48,7 @@ class StepConfig:
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """All that an update changes. `step` counts completed updates, int32."""
+  """Everything that an update changes. `step` counts the completed updates, int32."""
 
   params: nnx.State
   opt_state: optax.OptState
@@ -57,17 +58,17 @@ class TrainState:
 def init(
   model: Transformer, optimizer: optax.GradientTransformation
 ) -> tuple[nnx.GraphDef, TrainState]:
-  """Splits a model into its structure and a state to train from, with float32 copies.
+  """Splits a model into its structure and an initial training state with float32 copies.
 
   Raises:
-    ValueError: the model holds weights that gradients cannot reach, such as quantized codes.
+    ValueError: the model has parameters without gradients, such as quantized codes.
   """
   graphdef, params = nnx.split(model)
   for path, leaf in jax.tree.leaves_with_path(params):
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       name = jax.tree_util.keystr(path, simple=True, separator='.')
       raise ValueError(f'{name} is {leaf.dtype}: only floating-point weights can be trained')
-  # Copies, for the state is donated and the caller's model has to outlive the first update.
+  # Copies, because updates donate the state and the caller keeps the model.
   params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
   state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
   return graphdef, _replicate_scalars(state)
@@ -79,9 +80,10 @@ def make_step(
   like: TrainState,
   config: StepConfig,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """Builds the compiled update; it donates its state. `like` is a state with the shardings to keep.
+  """Builds the compiled update, which donates its state and keeps the shardings of `like`.
 
-  The metrics are `loss` (mean nats a label), `tokens` (labels) and `grad_norm` (before clipping).
+  The metrics are `loss` (mean nats per label), `tokens` (number of labels) and `grad_norm` (before
+  clipping).
   """
 
   def step(state: TrainState, batch: Batch):
@@ -111,7 +113,7 @@ def nll_sum(
 
 
 def _gradients(graphdef, params, batch, config):
-  """Returns the mean loss of a batch, its labels' number, and the gradient of the mean."""
+  """Returns the mean loss of a batch, its number of labels, and the gradient of the mean."""
   gradient_fn = jax.value_and_grad(lambda p, micro: nll_sum(graphdef, p, micro, config))
 
   def add(total, micro):
@@ -126,11 +128,11 @@ def _gradients(graphdef, params, batch, config):
 
 
 def _split(array_BT, n):
-  """Deals the rows out to n micro-batches: [n, B/n, T]."""
+  """Distributes the rows over n micro-batches: [n, B/n, T]."""
   batch = array_BT.shape[0]
   if batch % n:
     raise ValueError(f'a batch of {batch} rows does not divide into {n} micro-batches')
-  # Row b goes to micro-batch b % n, so that each has a share of every device's rows.
+  # Row b goes to micro-batch b % n, so that each micro-batch has rows of every device.
   return jnp.swapaxes(array_BT.reshape(batch // n, n, -1), 0, 1)
 
 
@@ -140,7 +142,7 @@ def _mesh(state: TrainState) -> jax.sharding.Mesh | None:
 
 
 def _replicate_scalars(state: TrainState) -> TrainState:
-  """Puts what the optimizer counts on the mesh of the parameters, if they have one."""
+  """Replicates the scalars of the state over the mesh of the parameters, if they have one."""
   mesh = _mesh(state)
   if mesh is None:
     return state

@@ -1,16 +1,14 @@
-"""Weights whose codes are decoded inside the product, by a kernel of the accelerator at hand.
+"""Decodes low-bit weights inside their matrix product, by a kernel for TPUs or for GPUs.
 
-`pack` is for TPUs and GPUs what ops/kernels/cpu/packed.py is for CPUs: called once when a model is
-loaded, it gives each weight the form that is multiplied without a widened copy.
+`pack` is called once when a model is loaded, like that of ops/kernels/cpu/packed.py for CPUs. It
+converts each weight to a form that is multiplied without a widened copy:
 
-  on a TPU  integers of up to 4 bits become XLA's own 4-bit numbers, whose conversion XLA fuses into
-            the product; NF4, and groups smaller than XLA's tiles, are multiplied by a kernel
-            (ops/kernels/tpu)
-  on a GPU  4-bit integers and NF4 are multiplied by a kernel (ops/kernels/gpu), from the bytes as
-            they are stored
+  TPU  integers of up to 4 bits become XLA's own 4-bit type, whose conversion XLA fuses into the
+       product; NF4, and groups smaller than XLA's tiles, go to a kernel (ops/kernels/tpu)
+  GPU  4-bit integers and NF4 go to a kernel (ops/kernels/gpu), which reads the bytes as stored
 
-A kernel is a program for one device: what is spread over several stays as it is, and XLA splits its
-product, on a TPU with 4-bit numbers still without a widened copy.
+A kernel runs on one device. The product of a sharded weight is left to XLA, which splits it over
+the devices; on a TPU, XLA's 4-bit type avoids the widened copy there too.
 """
 
 import dataclasses
@@ -28,13 +26,13 @@ from ops.linear import Matrix, Weight, array, dense, map_inner, matmul, weight_t
 from ops.quantized import FORMATS, NF4_CODEBOOK, UNMEASURED, QuantizedTensor, native
 
 Platform = Literal['tpu', 'gpu']
-TPU_TILE = 64  # rows of 4-bit numbers that XLA:TPU keeps together; it copies smaller groups apart
+TPU_TILE = 64  # rows in XLA:TPU's tile of 4-bit numbers; smaller groups make it copy the matrix
 
 
 @weight_type
 @dataclasses.dataclass(frozen=True)
 class FusedTensor(Weight):
-  """A quantized matrix whose product goes through a kernel where the platform has one for it."""
+  """A quantized matrix that is multiplied by the platform's kernel, if one takes its format."""
 
   weight: QuantizedTensor = array('IO')
 
@@ -63,7 +61,7 @@ class FusedTensor(Weight):
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """A platform's kernel: what it is, which weights it takes, and how it multiplies x[T, I]."""
+  """A platform's kernel: its name, the weights that it takes, and its product with x[T, I]."""
 
   name: str
   takes: Callable[[QuantizedTensor], bool]
@@ -77,19 +75,19 @@ def _tpu_takes(w: QuantizedTensor) -> bool:
 
 
 def _tpu_product(x_TI, w, interpret=False):
-  """The kernel's, less what zero points take off, which is a small product of its own."""
+  """Runs the kernel on the codes and subtracts the part of the zero points, a small product."""
   codes_IO, scales_JO = native(w).values, dense(w.scales)
   y_TO = tpu.product(x_TI, codes_IO, scales_JO, _codebook(w), interpret=interpret)
   if w.zeros is None:
     return y_TO.astype(x_TI.dtype)
   sums_TJ = x_TI.astype(jnp.float32).reshape(len(x_TI), len(scales_JO), -1).sum(-1)
-  lows_JO = w.zeros.astype(jnp.float32) * scales_JO.astype(jnp.float32)
-  taken_TO = jnp.matmul(sums_TJ, lows_JO, precision='highest')
-  return (y_TO - taken_TO).astype(x_TI.dtype)
+  offsets_JO = w.zeros.astype(jnp.float32) * scales_JO.astype(jnp.float32)
+  offset_TO = jnp.matmul(sums_TJ, offsets_JO, precision='highest')
+  return (y_TO - offset_TO).astype(x_TI.dtype)
 
 
 def _codebook(w):
-  """The values of the codes 0 to 15, a signed code -1 being 15."""
+  """Returns the values of the codes 0 to 15, where a signed code c < 0 is code c + 16."""
   if w.format == 'nf4':
     return NF4_CODEBOOK
   return tuple(float(c) for c in (range(16) if w.zeros is not None else (*range(8), *range(-8, 0))))
@@ -100,9 +98,9 @@ def _gpu_takes(w: QuantizedTensor) -> bool:
 
 
 def _gpu_product(x_TI, w, interpret=False):
-  packed_IO = w.values if w.packed else packing.pack(_unsigned(w), 4)
+  packed = w.values if w.packed else packing.pack(_unsigned(w), 4)
   codebook = NF4_CODEBOOK if w.format == 'nf4' else None
-  return gpu.product(x_TI, packed_IO, dense(w.scales), w.zeros, codebook, interpret=interpret)
+  return gpu.product(x_TI, packed, dense(w.scales), w.zeros, codebook, interpret=interpret)
 
 
 def _unsigned(w):
@@ -139,10 +137,10 @@ _product.defvjp(
 
 
 def pack(w: Matrix, platform: Platform, *, one_device: bool = True) -> Matrix:
-  """Gives a weight the form that `platform` multiplies without widening it, or returns it as it is.
+  """Converts a weight to the form that `platform` multiplies without a widened copy, if it has one.
 
-  The weight inside a low-rank correction, a rotation or one that rounds its inputs is packed too.
-  `one_device` False is for what is spread over several, and keeps to products that XLA can split.
+  Also packs the weight inside a low-rank correction, a rotation or a weight that rounds its inputs.
+  `one_device=False` is for sharded weights: it uses only products that XLA can split.
   """
   if len(w.shape) != 2:
     return w
@@ -160,7 +158,7 @@ def _pack_inner(w: Matrix, platform: Platform, one_device: bool) -> Matrix:
 
 @functools.partial(jax.jit, static_argnames='platform')
 def _fused(w: QuantizedTensor, platform: Platform) -> FusedTensor:
-  # Second-level scales would be multiplied out at each use.
+  # Double-quantized scales would be decoded at each use.
   w = dataclasses.replace(w, scales=dense(w.scales))
   return FusedTensor(native(w) if platform == 'tpu' else w)
 

@@ -1,4 +1,4 @@
-"""benchmark_decode: the records it writes, peers beside them, and bad flags."""
+"""Tests benchmark_decode: its records, the peers and invalid flags."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from model.eval import cost, records
 
 @pytest.fixture
 def peer(tmp_path):
-  """A peer that prints what it is told."""
+  """Returns the command of a peer that prints the given lines."""
 
   def make(*lines, status=0):
     path = tmp_path / 'peer.py'
@@ -29,7 +29,7 @@ def _line(**changes):
   return json.dumps(line | changes)
 
 
-def test_it_records_speeds_beside_the_base_and_the_peers(script, tmp_path, peer, capsys):
+def test_records_have_speeds_relative_to_the_base_and_the_peers(script, tmp_path, peer, capsys):
   out, figure = tmp_path / 'decode.jsonl', tmp_path / 'batches.png'
   command = peer('a greeting', _line())
   outputs = [f'--output={out}', f'--figure={figure}']
@@ -56,8 +56,8 @@ def test_it_records_speeds_beside_the_base_and_the_peers(script, tmp_path, peer,
 
 
 BAD = {
-  'a calibrated recipe': (['--recipes=wanda50'], 'random weights need no calibration'),
-  'a batch that is no number': (['--batches=1,two'], 'whole numbers'),
+  'a calibrated recipe': (['--recipes=wanda50'], 'needs calibration, and there is no text'),
+  'a batch that is no number': (['--batches=1,two'], 'must be integers'),
   'no batch': (['--batches=0'], 'above 0'),
   'an unknown preset': (['--preset=smolm'], 'did you mean'),
   'an unknown recipe': (['--recipes=int5'], 'unknown recipe'),
@@ -80,12 +80,12 @@ def test_bad_flags_are_refused(script, case):
     ([_line()], 3, 'failed'),
   ],
 )
-def test_a_peer_that_does_not_work_is_named(script, peer, lines, status, message):
+def test_a_failing_peer_is_named(script, peer, lines, status, message):
   with pytest.raises(ValueError, match=message):
     script('--smoke', f'--peer={peer(*lines, status=status)}')
 
 
-def test_a_wider_shape_has_the_same_depth_and_more_of_the_rest():
+def test_a_scaled_shape_has_the_same_depth_and_is_wider():
   small = presets.preset('smollm2-135m')
   wide = shapes.scaled(small, 2)
   count = lambda config: cost.parameters(config.replace(tied=True)).non_embedding
@@ -110,9 +110,9 @@ def test_llama_cpp_gets_the_same_shape(make_script):
     assert sum(sizes) == cost.parameters(config).total
   with pytest.raises(ValueError, match="'q5_0', which is not one of f16, q8_0, q4_0"):
     peer('--formats=q5_0')
-  with pytest.raises(ValueError, match="'tiny-qwen3' is not one"):
+  with pytest.raises(ValueError, match="'tiny-qwen3' is not a plain Llama"):
     peer('--preset=tiny-qwen3')
-  with pytest.raises(ValueError, match='the vocabulary holds 260 tokens or more, not 256'):
+  with pytest.raises(ValueError, match='the vocabulary needs at least 260 tokens, not 256'):
     peer('--preset=tiny-llama')
 
 

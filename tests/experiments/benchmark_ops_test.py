@@ -1,4 +1,4 @@
-"""benchmark_ops: a record a format, beside what the memory does."""
+"""Tests benchmark_ops: one record per format, with fractions of the memory bandwidth."""
 
 import pytest
 
@@ -13,13 +13,13 @@ def test_each_format_is_a_record(script, tmp_path, capsys):
   for row in rows:
     assert row.value('copy_bandwidth') > 0 and row.value('read_bandwidth') > 0
     assert row.value('xla of copy') > 0 and row.value('xla of read') > 0
-  # 256 x 512 codes with a bfloat16 scale a column, or two codes a byte and a scale for 128.
+  # 256 x 512 codes with a bfloat16 scale per column, or two codes per byte and a scale per 128.
   assert [row.value('weight_bytes') for row in rows] == [131072 + 1024, 65536 + 2048]
   assert '256x512, 1 rows, int8' in capsys.readouterr().out
 
 
-def test_shares_of_the_memory_are_those_of_the_same_round(script, tmp_path, monkeypatch):
-  # A machine that halves its speed in every other round, for all alike.
+def test_fractions_of_the_bandwidth_are_computed_per_round(script, tmp_path, monkeypatch):
+  # A machine whose speed is halved in every other round, for all calls alike.
   speeds = (1.0, 2.0, 1.0, 2.0, 1.0)
 
   def time(calls, **_):
@@ -35,7 +35,7 @@ def test_shares_of_the_memory_are_those_of_the_same_round(script, tmp_path, monk
   script('--smoke', f'--output={out}')
   for row in records.read(out):
     share = row.metrics['xla of copy']
-    # --smoke copies 4 MiB to and fro, and sums as many.
+    # --smoke reads and writes 4 MiB for the copy, and sums 4 MiB.
     assert share.value == pytest.approx(row.value('weight_bytes') / 0.01 / (2**23 / 0.25))
     assert share.spread == pytest.approx(0)
     assert row.value('xla of read') == pytest.approx(share.value * 4)

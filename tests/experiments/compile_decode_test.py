@@ -1,4 +1,4 @@
-"""compile_decode: a record a format; and the decode step of an 8B model on a v5e."""
+"""Tests compile_decode: one record per format, and the decode step of an 8B model on a v5e."""
 
 import json
 
@@ -16,12 +16,12 @@ def test_each_format_is_a_record(script, tmp_path, capsys):
   assert [row.recipe for row in rows] == ['int8', 'int4']
   for row in rows:
     assert row.value('needed_bytes') >= row.value('argument_bytes') > 0
-    assert row.value('widened') > 0  # a CPU's jnp forms do
+    assert row.value('widened') > 0  # the jnp forms for CPUs widen weights
     assert sum(int(note.split()[1]) for note in row.notes) == row.value('widened')
   assert 'tiny-llama, int4, cpu' in capsys.readouterr().out
 
 
-def test_what_is_wrong_is_said_before_anything_is_compiled(script):
+def test_invalid_flags_are_refused_before_anything_is_compiled(script):
   with pytest.raises(ValueError, match="--formats has 'int5'"):
     script('--formats=int5')
   with pytest.raises(ValueError, match='no preset'):
@@ -30,7 +30,7 @@ def test_what_is_wrong_is_said_before_anything_is_compiled(script):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('format', ['int8', 'int4'])
-def test_an_8b_model_decodes_on_a_v5e_as_it_is_stored(script, tmp_path, format):
+def test_an_8b_model_decodes_on_a_v5e_without_widened_weights(script, tmp_path, format):
   try:
     targets.tpu('v5e:2x2')
   except ValueError as error:

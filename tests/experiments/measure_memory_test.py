@@ -1,13 +1,13 @@
-"""measure_memory: the peak of a real process; the slow test holds it against the bar."""
+"""Tests measure_memory on a real process; the slow test checks the limit on the peak."""
 
 import pytest
 
 from model.eval import records
 
-BLOCKS = 3  # what compressing may take beyond the model
+BLOCKS = 3  # the limit on the memory of compression beyond the model
 
 
-def test_the_record_counts_what_a_process_held(script, tmp_path, capsys):
+def test_the_record_has_the_memory_of_a_process(script, tmp_path, capsys):
   out = tmp_path / 'memory.jsonl'
   script('--smoke', f'--output={out}')
   (row,) = records.read(out)
@@ -20,13 +20,13 @@ def test_the_record_counts_what_a_process_held(script, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('shape', ['1024', '100x2', '0x3', 'axb', '128x0'])
-def test_shapes_that_are_none_are_refused(script, shape):
+def test_invalid_shapes_are_refused(script, shape):
   with pytest.raises(ValueError, match=f'--shapes has {shape!r}'):
     script(f'--shapes={shape}')
 
 
 @pytest.mark.slow
-def test_compressing_takes_three_blocks_more_than_the_model(script, tmp_path):
+def test_compression_needs_at_most_three_blocks_beyond_the_model(script, tmp_path):
   out = tmp_path / 'memory.jsonl'
   script('--shapes=1024x4,1536x3', '--recipes=gptq_int4,wanda_2of4', f'--output={out}')
   for row in records.read(out):

@@ -1,4 +1,4 @@
-"""reproduce_tables: its rows, its orders, and the papers' numbers beside them."""
+"""Tests reproduce_tables: its rows, its orders and the published numbers."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def test_rows_and_orders(script, tmp_path, capsys):
   script('--smoke', '--seeds=2', f'--output={out}', '--paper_model=llama-2-7b')
   rows = {row.recipe: row for row in records.read(out)}
   assert list(rows) == ['int3', 'gptq_int3']
-  assert len(rows['int3'].config['draws_ppl']) == 1  # no calibration, so one draw is all there is
+  assert len(rows['int3'].config['draws_ppl']) == 1  # no calibration, so only one draw
   draws = rows['gptq_int3'].config['draws_ppl']
   assert len(draws) == 2 and draws[0] != draws[1]
   ppl = rows['gptq_int3'].metrics['ppl']

@@ -1,4 +1,4 @@
-"""Checkpoints of every kind of weight: the same bits back, on one device or on a mesh."""
+"""Tests that checkpoints restore every kind of weight bit by bit, on one device or on a mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def _assert_same(actual, expected):
     assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def test_every_kind_of_weight_comes_back_bit_by_bit(model, saved):
+def test_every_kind_of_weight_is_restored_bit_by_bit(model, saved):
   loaded = checkpoint.load(saved)
   assert loaded.config == model.config and loaded.dtype == jnp.bfloat16
   _assert_same(loaded, model)
@@ -70,7 +70,7 @@ def test_every_kind_of_weight_comes_back_bit_by_bit(model, saved):
 
 
 @pytest.mark.parametrize('shape', [{'data': 2, 'fsdp': 2, 'model': 2}, {'model': 8}])
-def test_arrays_are_read_to_their_places_on_a_mesh(model, saved, shape):
+def test_arrays_are_read_with_the_shardings_of_a_mesh(model, saved, shape):
   mesh = sharding.make_mesh(**shape)
   loaded = checkpoint.load(saved, mesh)
   _assert_same(loaded, model)
@@ -96,10 +96,10 @@ def test_an_earlier_checkpoint_is_never_overwritten(model, saved):
     checkpoint.save(saved, model)
 
 
-def test_what_is_no_checkpoint_is_named(tmp_path):
-  with pytest.raises(ValueError, match='is no checkpoint of ours'):
+def test_a_path_without_a_checkpoint_is_named(tmp_path):
+  with pytest.raises(ValueError, match='is not a checkpoint that'):
     checkpoint.load(tmp_path)
-  with pytest.raises(ValueError, match='is no checkpoint of ours'):
+  with pytest.raises(ValueError, match='is not a checkpoint that'):
     checkpoint.load(tmp_path / 'nowhere')
 
 

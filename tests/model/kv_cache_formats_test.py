@@ -1,4 +1,4 @@
-"""Quantized caches: what is stored against numpy in float64, however the tokens were fed."""
+"""Tests the stored codes of quantized caches against numpy in float64, for all ways of feeding."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def _empty(format, batch=B, capacity=CAPACITY, dtype=jnp.float32):
 
 
 def _draw(rng, length, batch=B):
-  """Keys with a few large, offset channels, as trained models have them, and plain values."""
+  """Draws keys with a few large, offset channels, as in trained models, and plain values."""
   k = rng.normal(size=(batch, length, K, H))
   k[..., 3] = k[..., 3] * 5 + 30
   return k.astype(np.float32), rng.normal(size=(batch, length, K, H)).astype(np.float32)
@@ -45,7 +45,7 @@ def _feed(cache, k, v, lengths):
 
 
 def _complete(cache, count):
-  """Everything stored for the `count` first tokens: all of int8, and whole pages of int4."""
+  """Returns what is stored for the first `count` tokens: all of int8, whole pages of int4."""
   slots = count // PAGE if isinstance(cache, kv_quantized.Int4Cache) else count
   return [np.asarray(leaf)[:, :slots] for leaf in jax.tree.leaves((cache.keys, cache.values))]
 
@@ -56,7 +56,7 @@ def _assert_same(left, right):
 
 
 def _grid(x, axis):
-  """Asymmetric 4-bit codes by the text book: (codes, scales, minima) along `axis`."""
+  """Computes textbook asymmetric 4-bit codes: (codes, scales, minima) along `axis`."""
   low, high = x.min(axis, keepdims=True), x.max(axis, keepdims=True)
   low = low.astype(np.float16).astype(np.float64)
   scale = ((high - low) / 15).astype(np.float16).astype(np.float64)
@@ -67,7 +67,7 @@ def _decoded(grid):
   return grid[0] * grid[1] + grid[2]
 
 
-def test_int8_is_one_symmetric_scale_a_token_and_head(rng):
+def test_int8_has_one_symmetric_scale_per_token_and_head(rng):
   k, v = _draw(rng, 7)
   cache, seen_k, seen_v = _feed(_empty('int8', capacity=7), k, v, [7])
   for x, side, seen in ((k, cache.keys, seen_k), (v, cache.values, seen_v)):
@@ -76,7 +76,7 @@ def test_int8_is_one_symmetric_scale_a_token_and_head(rng):
     np.testing.assert_array_equal(side.scales_BSK, scales)
     codes = np.clip(np.round(x / scales.astype(np.float64)[..., None]), -127, 127)
     np.testing.assert_array_equal(side.codes_BSKH, codes)
-    # Half a step, and what the largest value loses to a scale that was rounded down.
+    # Half a step, plus the clipping of the largest value if the scale was rounded down.
     bound = (0.5 + 127 * HALF_ULP) * scales.astype(np.float64)[..., None]
     assert (np.abs(seen - x) <= bound).all()
     np.testing.assert_allclose(seen, codes * scales.astype(np.float64)[..., None], rtol=1e-6)
@@ -124,7 +124,7 @@ def test_an_int4_token_sees_its_own_page_exactly_and_earlier_pages_as_stored(rng
 
 @formats
 @pytest.mark.parametrize('count', [PAGE - 1, 2 * PAGE, 75, CAPACITY])
-def test_what_is_stored_does_not_depend_on_how_tokens_are_fed(rng, format, count):
+def test_stored_codes_do_not_depend_on_how_tokens_are_fed(rng, format, count):
   k, v = _draw(rng, count)
   one_by_one, *_ = _feed(_empty(format), k, v, [1] * count)
   splits = ([count], [count - 9] + [1] * 9, [25, 1, count - 26], [min(count - 1, 40)])
@@ -141,10 +141,10 @@ def test_what_is_stored_does_not_depend_on_how_tokens_are_fed(rng, format, count
 
 @formats
 @pytest.mark.parametrize('batch', [3, 9])  # unrolled, and mapped
-def test_ragged_rows_are_those_rows_alone(rng, format, batch):
+def test_ragged_rows_equal_the_same_rows_alone(rng, format, batch):
   k, v = _draw(rng, CAPACITY, batch)
   lengths, steps = np.resize([1, 40, 63], batch), 3
-  # As generation pads them: one shape, and padding repeats the last position of its row.
+  # Padded as in generation: one shape, and padding repeats the last position of its row.
   positions = np.minimum(np.arange(64)[None], lengths[:, None] - 1)
   padded = [np.array(x[:, :64]) for x in (k, v)]
   for x in padded:
@@ -164,11 +164,11 @@ def test_ragged_rows_are_those_rows_alone(rng, format, batch):
 
 
 @formats
-def test_a_row_may_be_taken_back(rng, format):
+def test_a_row_can_be_rewound(rng, format):
   k, v = _draw(rng, 70)
   cache, seen_k, _ = _feed(_empty(format), k, v, [70])
   put = lambda cache, at: _update(cache, k[:, :1], v[:, :1], jnp.full((B, 1), at))
-  # Within the last page nothing is lost; before it, a page is found as it was stored.
+  # Within the last page the values are exact; an earlier page is read as it was stored.
   _, within, _ = put(cache, 66)
   back, before, _ = put(cache, 40)
   if format == 'int8':
@@ -179,33 +179,33 @@ def test_a_row_may_be_taken_back(rng, format):
     np.testing.assert_array_equal(within[:, :64], before[:, :64].at[:, 40].set(within[:, 40]))
     np.testing.assert_array_equal(before[:, 40], k[:, 0])
     np.testing.assert_allclose(before[:, 32:40], k[:, 32:40], atol=0.7)  # half a step
-    # What follows goes on from there, exactly within the page.
+    # The tokens that follow are exact within the page.
     _, after, _ = put(back, 41)
     np.testing.assert_array_equal(after[:, 32:41], before[:, 32:41])
 
 
 @formats
 @pytest.mark.parametrize('value', [0.0, 3.0, -1e-7, 1e-3])
-def test_constant_groups_are_kept(format, value):
+def test_constant_groups_are_exact_up_to_float16(format, value):
   x = np.full((B, 2 * PAGE, K, H), value, np.float32)
   cache, *_ = _feed(_empty(format), x, x, [2 * PAGE])
   one = np.full((B, 1, K, H), value, np.float32)
   _, seen_k, seen_v = _update(cache, one, one, jnp.full((B, 1), 2 * PAGE))
   for seen in (seen_k, seen_v):
-    # Float16 has steps of 2**-24 near zero; an eight-bit code of 127 multiplies half of one.
+    # Near zero, float16 has steps of 2**-24; the code 127 multiplies an error of half a step.
     atol = 127 * 2.0**-25
     np.testing.assert_allclose(seen[:, : 2 * PAGE], x, rtol=HALF_ULP, atol=atol)
 
 
 @formats
-def test_half_precision_keys_are_exact_until_they_are_coded(rng, format):
+def test_half_precision_keys_are_exact_until_they_are_encoded(rng, format):
   k, v = (np.asarray(jnp.asarray(x, jnp.bfloat16)) for x in _draw(rng, CAPACITY))
   empty = _empty(format, dtype=jnp.bfloat16)
   whole, seen_k, seen_v = _feed(empty, k, v, [CAPACITY])
   assert seen_k.dtype == seen_v.dtype == jnp.bfloat16
   if format == 'int4':
     _assert_same([seen_k, seen_v], [k, v])
-  # A page that was decoded and encoded once more would differ in bfloat16.
+  # A page that is decoded and encoded again would differ in bfloat16.
   for lengths in ([40, 56], [31, 1, 64], [1] * CAPACITY):
     cache, *_ = _feed(empty, k, v, lengths)
     _assert_same(_complete(cache, CAPACITY), _complete(whole, CAPACITY))
@@ -220,7 +220,7 @@ def test_half_precision_keys_are_exact_until_they_are_coded(rng, format):
     ('int4', 2 * 64 * 32 + 2 * 2 * 64 * 2 + 2 * 64 * 2 * 2 + 2 * 32 * 64 * 2 + 4),
   ],
 )
-def test_bytes_held_by_hand(format, expected):
+def test_stored_bytes_match_a_count_by_hand(format, expected):
   layer = LayerConfig(query_heads=1, kv_heads=1, head_width=64, ffn_width=8)
   (cache,) = kv_cache.init(CONFIG.replace(layers=(layer,)), 1, 40, jnp.bfloat16, format)
   assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) == expected
@@ -228,7 +228,7 @@ def test_bytes_held_by_hand(format, expected):
 
 
 @formats
-def test_an_empty_cache_is_all_zeros_in_buffers_of_its_own(format):
+def test_an_empty_cache_is_zero_and_shares_no_buffers(format):
   leaves = jax.tree.leaves(_empty(format))
   assert not any(np.any(leaf) for leaf in leaves)
   assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)

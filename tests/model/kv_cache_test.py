@@ -1,4 +1,4 @@
-"""Slots against numpy assignments; the model's use of the cache is in transformer_test.py."""
+"""Tests the slots of a cache against numpy; transformer_test.py tests its use by the model."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def test_rows_are_written_from_their_own_slots_on(rng):
 @pytest.mark.parametrize('native', [True, False])
 @pytest.mark.parametrize('batch', [1, 2, kv_rows.UNROLLED_ROWS + 1])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16', 'int8', 'uint8'])
-def test_stretches_of_rows_against_numpy(rng, batch, dtype, native, monkeypatch):
+def test_ranges_of_rows_match_numpy(rng, batch, dtype, native, monkeypatch):
   if native and not cpu.available():
     pytest.skip(cpu.why_not())
   monkeypatch.setattr(cpu, 'available', lambda: native)
@@ -53,7 +53,7 @@ def test_stretches_of_rows_against_numpy(rng, batch, dtype, native, monkeypatch)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_rows_that_are_kept_are_not_written_into(rng, dtype):
+def test_writing_does_not_change_rows_that_were_not_donated(rng, dtype):
   rows, new = _filled(rng, 3, 9, 2).astype(dtype), _filled(rng, 3, 1, 2)
   before = np.array(rows)
   found = jax.jit(lambda *arrays: kv_rows.write(*arrays))(rows, new, jnp.array([0, 8, 3]))
@@ -70,7 +70,7 @@ def test_native_writing_refuses_what_does_not_fit():
     kv_rows.write(rows, jnp.zeros((2, 5, 3)), jnp.zeros(2, jnp.int32))
 
 
-def test_it_stores_and_gives_the_dtypes_asked_for(rng):
+def test_it_stores_and_returns_the_requested_dtypes(rng):
   cache = FloatCache(*(jnp.zeros((1, 4, 1, 2), jnp.bfloat16),) * 2)
   new = _filled(rng, 1, 4, 1, 2)
   cache, k, v = cache.update(new, new, _positions([0], 4))
@@ -92,7 +92,7 @@ def test_an_empty_cache_has_each_layers_heads_and_no_nan():
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(caches))
 
 
-def test_it_is_donated_in_place(rng):
+def test_a_donated_cache_is_updated_in_place(rng):
   cache = FloatCache(_filled(rng, 2, 8, 1, 4), _filled(rng, 2, 8, 1, 4))
   new, positions_BT = _filled(rng, 2, 1, 1, 4), jnp.asarray([[3], [1]])
   update = jax.jit(lambda *args: FloatCache.update(*args)[0], donate_argnums=0)
@@ -116,7 +116,7 @@ def test_an_unknown_format_is_refused():
     kv_cache.init(presets.preset('tiny-llama'), 1, 4, format='int3')
 
 
-def test_a_bf16_cache_is_bfloat16_whatever_the_model_computes_in(rng):
+def test_a_bf16_cache_is_bfloat16_for_a_model_of_any_dtype(rng):
   config = presets.preset('tiny-llama')
   (cache, *_) = kv_cache.init(config, 1, 4, jnp.float32, 'bf16')
   new = _filled(rng, 1, 4, config.layers[0].kv_heads, config.layers[0].head_width)

@@ -1,4 +1,4 @@
-"""Published counts, and the same architectures counted by Hugging Face on the meta device."""
+"""Tests the published counts, and counts by Hugging Face of the same shapes on the meta device."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_no_preset_is_missing_from_the_table_of_published_counts():
 
 
 @pytest.mark.parametrize('name', presets.names())
-def test_the_published_count_is_met(name):
+def test_the_published_count_is_matched(name):
   assert cost.parameters(presets.preset(name)).total == presets.PARAMETERS[name]
 
 
@@ -96,6 +96,6 @@ def test_an_unknown_name_lists_the_nearest(wrong, near):
   assert near in str(error.value)
 
 
-def test_a_name_near_nothing_lists_them_all():
+def test_a_name_near_none_lists_all_presets():
   with pytest.raises(ValueError, match='tinyllama'):
     presets.preset('????')

@@ -1,4 +1,4 @@
-"""Where arrays go, and that a model computes the same wherever they are."""
+"""Tests the shardings of arrays, and that results do not depend on the mesh."""
 
 import functools
 
@@ -76,7 +76,7 @@ def _on_one_device(kind):
 
 @pytest.mark.parametrize('shape', MESHES)
 @pytest.mark.parametrize('kind', ['plain', 'compressed'])
-def test_the_forward_pass_is_that_of_one_device(kind, shape):
+def test_the_forward_pass_matches_that_of_one_device(kind, shape):
   mesh, model = sharding.make_mesh(**MESHES[shape]), nnx.clone(_made(kind))
   sharding.shard(model, mesh)
   logits = _logits(model, jax.device_put(TOKENS, sharding.batch_sharding(mesh)))
@@ -84,7 +84,7 @@ def test_the_forward_pass_is_that_of_one_device(kind, shape):
   np.testing.assert_allclose(logits, _on_one_device(kind), atol=TOLERANCE)
 
 
-def test_a_training_step_is_that_of_one_device():
+def test_a_training_step_matches_that_of_one_device():
   positions = np.broadcast_to(np.arange(8, dtype=np.int32)[None], (8, 8))
   batch = Batch(TOKENS, np.roll(TOKENS, -1, 1), positions, np.ones((8, 8), np.int32))
   optimizer = optax.sgd(0.1, momentum=0.9)
@@ -108,7 +108,7 @@ def test_a_training_step_is_that_of_one_device():
     np.testing.assert_allclose(a, b, atol=TOLERANCE)
 
 
-def test_every_parameter_has_its_place():
+def test_every_parameter_has_the_expected_sharding():
   mesh, model = sharding.make_mesh(**MESHES['2 x 2 x 2']), nnx.clone(_made('plain'))
   sharding.shard(model, mesh)
   specs = {
@@ -134,7 +134,7 @@ def test_every_parameter_has_its_place():
   }
 
 
-def test_arrays_of_weights_follow_their_matrix():
+def test_the_arrays_of_a_weight_are_sharded_like_its_matrix():
   mesh, w = sharding.make_mesh(fsdp=2, model=4), _made('compressed').layers[0].ffn.down.weight
   places = sharding.weight_shardings(mesh, w.get_value(), ('F', 'D'))
   assert places.base.values.spec == PartitionSpec('model', 'fsdp')
@@ -164,7 +164,7 @@ def test_axes_that_do_not_divide_are_replicated():
   assert model.head.weight.get_value().sharding.spec == PartitionSpec('fsdp', None)
 
 
-def test_meshes_need_their_devices():
+def test_a_mesh_needs_enough_devices():
   with pytest.raises(ValueError, match='a 2 x 2 x 4 mesh needs 16 devices, not 8'):
     sharding.make_mesh(data=2, fsdp=2, model=4)
   with pytest.raises(ValueError, match='needs 2 devices, not 1'):
@@ -172,7 +172,7 @@ def test_meshes_need_their_devices():
   assert sharding.make_mesh(data=2).devices.shape == (2, 1, 1)
 
 
-def test_axes_have_letters_of_the_alphabet():
+def test_all_letters_are_in_the_alphabet():
   from ops import axes
 
   assert set(sharding.RULES) - {'_'} <= set(axes.ALPHABET)

@@ -1,4 +1,4 @@
-"""Each trait of the families: caching, causality, packing, and what a model says of itself."""
+"""Tests caching, causality, packing and the parameter paths for each trait of the families."""
 
 import dataclasses
 import functools
@@ -58,7 +58,7 @@ traits = pytest.mark.parametrize('trait', TRAITS)
 
 @functools.cache
 def make(trait) -> Transformer:
-  """A model whose parameters are all drawn, so that no trait is hidden by zeros and ones."""
+  """Builds a model with all parameters random, so that zeros and ones hide no trait."""
   model = Transformer(TRAITS[trait], rngs=nnx.Rngs(0))
   rng = np.random.default_rng(0)
   for param in transformer.parameters(model).values():
@@ -89,7 +89,7 @@ def full(trait):
 
 
 @traits
-def test_prefill_and_decode_with_a_cache_are_the_full_forward(trait):
+def test_prefill_and_decode_with_a_cache_equal_the_full_forward_pass(trait):
   model, tokens_BT = make(trait), _tokens()
   graphdef, state = nnx.split(model)
 
@@ -100,7 +100,7 @@ def test_prefill_and_decode_with_a_cache_are_the_full_forward(trait):
     x_BTD, cache = model.hidden(tokens_BT, positions_BT=positions_BT, cache=cache)
     return model.logits(x_BTD), cache
 
-  # Row 0 has a prompt of 4 tokens, and row 1 one of 2 that is padded: they go on at their own pace.
+  # Row 0 has a prompt of 4 tokens and row 1 a padded one of 2; each continues from its own length.
   cache = kv_cache.init(model.config, 2, LENGTH + 3)
   prompts = jnp.asarray([tokens_BT[0, :4], [*tokens_BT[1, :2], 7, 7]])
   logits, cache = run(state, prompts, jnp.zeros(2, jnp.int32), cache)
@@ -122,7 +122,7 @@ def test_no_token_reads_the_future(trait):
 
   def logits(noise_TD):
     model = nnx.merge(graphdef, state)
-    embed = model.embed  # one instance: the class is left alone
+    embed = model.embed  # patched on this instance only
     model.embed = lambda *a: embed(*a) + noise_TD[None]
     return model(tokens_BT)[0]
 
@@ -140,7 +140,7 @@ def test_no_token_reads_the_future(trait):
   np.testing.assert_array_equal(seen_TS, (distance >= 0) & (distance <= reach))
 
 
-def test_windows_of_all_layers_bound_what_is_seen():
+def test_windows_limit_how_far_back_all_layers_see():
   config = _config({'window': 3})
   base, changed = _tokens(1), _tokens(1).at[0, 2].add(1) % VOCABULARY
   model = Transformer(config, rngs=nnx.Rngs(0))
@@ -150,7 +150,7 @@ def test_windows_of_all_layers_bound_what_is_seen():
 
 
 @traits
-def test_packed_documents_are_those_documents_alone(trait):
+def test_packed_documents_equal_the_same_documents_alone(trait):
   lengths = [4, 2, 3]
   positions = np.concatenate([np.arange(n) for n in lengths])[None]
   segments = np.repeat([5, 9, 1], lengths)[None]
@@ -158,7 +158,7 @@ def test_packed_documents_are_those_documents_alone(trait):
   packed = program(trait)(
     tokens_BT, positions_BT=jnp.asarray(positions), segments_BT=jnp.asarray(segments)
   )
-  # A document alone begins a row; what follows it there it cannot see.
+  # Each document alone starts a row; causality hides the tokens after it.
   starts = np.cumsum([0, *lengths])[:3]
   rows = jnp.stack([jnp.roll(tokens_BT[0], -start) for start in starts])
   alone = np.concatenate([program(trait)(rows[:2]), program(trait)(rows[1:])[1:]])
@@ -167,7 +167,7 @@ def test_packed_documents_are_those_documents_alone(trait):
 
 
 @pytest.mark.parametrize('trait', ['plain', 'post norms', 'parallel'])
-def test_split_and_jitted_it_is_the_model(trait):
+def test_the_split_and_jitted_model_equals_the_model(trait):
   np.testing.assert_allclose(make(trait)(_tokens()), full(trait), atol=SAME_SUMS)
 
 
@@ -189,7 +189,7 @@ def test_paths_cover_every_parameter(trait):
 
 
 @pytest.mark.parametrize('name', [n for n in presets.names() if n.startswith('tiny')])
-def test_shapes_are_those_of_the_cost_model(name):
+def test_shapes_match_the_cost_model(name):
   config = presets.preset(name)
   model = transformer.abstract(config, jnp.bfloat16)
   params = {path: p.get_value() for path, p in transformer.parameters(model).items()}
@@ -210,7 +210,7 @@ def test_half_precision_activations_give_float32_logits(trait):
   np.testing.assert_allclose(logits, full(trait), atol=BFLOAT16 * np.abs(full(trait)).max())
 
 
-def test_compressed_it_computes_what_its_dense_weights_say():
+def test_a_compressed_model_equals_its_dense_weights():
   int8 = jax.jit(lambda w_IO: quantize(w_IO, 'int8', group_size=8))
   small, plain = nnx.clone(make('grouped')), nnx.clone(make('grouped'))
   for path, linear in transformer.linears(small).items():

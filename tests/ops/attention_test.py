@@ -23,13 +23,13 @@ def draw(rng, shape, dtype=jnp.float32):
 
 
 def qkv(rng, batch=2, queries=7, keys=7, heads=6, kv_heads=3, width=8, dtype=jnp.float32):
-  """Odd lengths by default, and grouped queries."""
+  """Draws queries, keys and values: odd lengths by default, and grouped queries."""
   q = draw(rng, (batch, queries, heads, width), dtype)
   return q, *(draw(rng, (batch, keys, kv_heads, width), dtype) for _ in range(2))
 
 
 def loops(q, k, v, mask, *, scale, softcap=None, sinks=None):
-  """Attention by the definition, one query at a time, in float64."""
+  """Computes attention by its definition, one query at a time, in float64."""
   q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
   seen, group = np.asarray(mask.dense()), q.shape[2] // k.shape[2]
   out = np.zeros_like(q)
@@ -47,7 +47,7 @@ def loops(q, k, v, mask, *, scale, softcap=None, sinks=None):
 
 
 def late(*, window=None, keys=11):
-  """Three queries at different late positions of two rows of a cache."""
+  """Returns the mask of three queries at late positions, different in two rows of a cache."""
   return masks.over_cache(jnp.asarray([[6, 7, 8], [1, 2, 3]]), keys, window=window)
 
 
@@ -79,7 +79,7 @@ def is_the_definition(rng, mask, heads, softcap=None, sinks=None):
 
 
 @pytest.mark.parametrize('name', MASKS)
-def test_every_mask_is_the_definition(rng, name):
+def test_every_mask_matches_the_definition(rng, name):
   is_the_definition(rng, MASKS[name](), (6, 3))
 
 
@@ -87,12 +87,12 @@ def test_every_mask_is_the_definition(rng, name):
 @pytest.mark.parametrize('name', ['window', 'late'])
 @pytest.mark.parametrize('softcap', [None, 0.8])
 @pytest.mark.parametrize('sunk', [False, True])
-def test_grouping_cap_and_sinks_are_the_definition(rng, name, heads, softcap, sunk):
+def test_grouping_soft_cap_and_sinks_match_the_definition(rng, name, heads, softcap, sunk):
   sinks = draw(rng, heads[:1]) if sunk else None
   is_the_definition(rng, MASKS[name](), heads, softcap, sinks)
 
 
-def test_causal_is_torchs_with_its_gradients(rng):
+def test_causal_attention_and_its_gradients_match_torch(rng):
   arrays = qkv(rng)
   cotangent = draw(rng, arrays[0].shape)
   leaves = [torch.tensor(np.array(a), requires_grad=True) for a in arrays]
@@ -110,29 +110,29 @@ def test_causal_is_torchs_with_its_gradients(rng):
 
 
 def effective_mask(mask):
-  """Which keys have a weight in the result, read from one-hot values: a picture a row."""
+  """Draws which keys each query of row 0 sees, found by one-hot values: one string per query."""
   queries, keys = mask.q_positions_BT.shape[1], mask.k_positions_BS.shape[1]
   q, k = jnp.ones((1, queries, 1, keys)), jnp.ones((1, keys, 1, keys))
   out = attend(q, k, jnp.eye(keys)[None, :, None], mask, scale=1.0)
   return [''.join('.X'[int(weight > 0)] for weight in row) for row in np.asarray(out)[0, :, 0]]
 
 
-def test_the_window_has_the_width_it_says():
+def test_a_window_has_the_given_width():
   assert effective_mask(masks.causal(1, 5, window=2)) == [
     *('X....', 'XX...', '.XX..', '..XX.', '...XX')
   ]
 
 
-def test_a_window_over_fewer_keys_than_it_is_wide():
+def test_a_window_wider_than_the_number_of_keys():
   assert effective_mask(masks.causal(1, 3, window=4)) == ['X..', 'XX.', 'XXX']
 
 
-def test_queries_late_in_a_cache_see_what_is_before_them():
+def test_queries_late_in_a_cache_see_all_earlier_keys():
   mask = masks.over_cache(jnp.asarray([[4, 5]]), 7, window=3)
   assert effective_mask(mask) == ['..XXX..', '...XXX.']
 
 
-def test_decoding_one_by_one_is_the_whole_at_once(rng):
+def test_decoding_token_by_token_equals_one_pass(rng):
   q, k, v = qkv(rng)
   whole = attend(q, k, v, masks.causal(2, 7, window=3), scale=SCALE)
   for t in range(7):
@@ -143,7 +143,7 @@ def test_decoding_one_by_one_is_the_whole_at_once(rng):
 
 @pytest.mark.parametrize('sinks', [None, jnp.asarray([0.5, -1.0])])
 @pytest.mark.parametrize('softcap', [None, 1.0])
-def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(rng, softcap, sinks):
+def test_a_query_without_keys_gives_zeros_and_zero_gradients(rng, softcap, sinks):
   q, k, v = qkv(rng, batch=1, queries=2, keys=3, heads=2, kv_heads=1)
   mask = AttentionMask(jnp.asarray([[0, 6]]), jnp.asarray([[5, 6, 7]]))  # the first sees none
 
@@ -162,7 +162,7 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(rng, softcap, sin
   assert np.abs(gradients[2]).max() > 0
 
 
-def test_sinks_learn(rng):
+def test_sink_gradients_match_finite_differences(rng):
   q, k, v = qkv(rng, batch=1, queries=3, keys=3, heads=4, kv_heads=2)
   weights, mask = draw(rng, q.shape), masks.causal(1, 3)
   sinks = np.asarray(rng.standard_normal(4), np.float32)
@@ -183,7 +183,7 @@ def test_huge_scores_do_not_overflow(rng):
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
-def test_low_precision_scores_are_float32(rng, dtype):
+def test_scores_of_low_precision_inputs_are_float32(rng, dtype):
   q, k, v = qkv(rng, width=64, dtype=dtype)
   expected = loops(q, k, v, masks.causal(2, 7), scale=SCALE)
   actual = attend(q, k, v, masks.causal(2, 7), scale=SCALE, impl='reference')
@@ -197,14 +197,14 @@ def shapes(width=64, dtype=jnp.bfloat16, length=16):
 
 @pytest.fixture
 def cudnn(monkeypatch):
-  """Makes JAX believe that cuDNN is installed; enough to lower for a GPU, not to run there."""
+  """Pretends to JAX that cuDNN is installed, which is enough to lower for a GPU."""
   attention._library_obstacle.cache_clear()
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
   yield
   attention._library_obstacle.cache_clear()
 
 
-def test_auto_picks_cudnn_on_a_gpu_alone(cudnn):
+def test_auto_picks_cudnn_only_on_a_gpu(cudnn):
   q, k = shapes()
   picks = [attention.pick(q, k, masks.causal(2, 16, window=3), platform=p) for p in ('gpu', 'cuda')]
   assert picks == ['cudnn', 'cudnn']
@@ -231,13 +231,13 @@ def test_cudnn_says_why_it_does_not_apply(cudnn, shape, options, reason):
     attention.attention(*arrays, mask, scale=SCALE, impl='cudnn', **options)
 
 
-def test_cudnn_does_not_take_masks_by_position(cudnn):
+def test_cudnn_refuses_masks_by_position(cudnn):
   mask = masks.over_cache(jnp.broadcast_to(jnp.arange(16)[None], (2, 16)), 16)
   assert attention.pick(*shapes(), mask, platform='gpu') == 'reference'
   assert 'arbitrary positions' in attention.cudnn_obstacle(*shapes(), mask)
 
 
-def test_without_cudnn_auto_takes_the_reference_and_insisting_fails(rng, monkeypatch):
+def test_without_cudnn_auto_uses_the_reference_and_requiring_cudnn_fails(rng, monkeypatch):
   def missing():
     raise RuntimeError('cuDNN is not detected.')
 
@@ -274,8 +274,10 @@ def test_the_kernel_is_chosen_when_the_program_is_lowered(cudnn, window, length)
 
 @pytest.mark.parametrize('length', [6, 7])
 @pytest.mark.parametrize('window', [None, 1, 3, 20])
-def test_cudnn_is_asked_for_the_same_attention(rng, monkeypatch, cudnn, window, length):
-  # JAX's own readable form takes the arguments of the kernel, and here its place.
+def test_the_arguments_for_cudnn_describe_the_same_attention(
+  rng, monkeypatch, cudnn, window, length
+):
+  # JAX's own jnp form takes the same arguments as the kernel and replaces it here.
   kernel = jax.nn.dot_product_attention
   monkeypatch.setattr(
     jax.nn, 'dot_product_attention', lambda *a, **k: kernel(*a, **(k | {'implementation': 'xla'}))
@@ -319,7 +321,7 @@ def test_bad_input_is_refused(rng):
 
 @pytest.mark.parametrize('impl', ['auto', 'reference'])
 @pytest.mark.parametrize('queries', [7, 12])
-def test_queries_and_keys_of_different_dtypes_meet_in_the_wider_one(rng, impl, queries):
+def test_queries_and_keys_of_different_dtypes_use_the_wider_one(rng, impl, queries):
   arrays, mask = qkv(rng, queries=queries, keys=queries), masks.causal(2, queries)
   rounded = [a.astype(jnp.bfloat16) for a in arrays]
   for dtype, q, keys in ((jnp.float32, arrays[0], rounded), (jnp.bfloat16, rounded[0], arrays)):

@@ -43,7 +43,7 @@ def test_names_the_axis_that_disagrees():
     ('...BT', [(3,)], 'BT has 2 axes'),
     ('BT', [(2,), (2,)], 'describes 1 arrays, but 2'),
     ('BT,BS', [(2, 3)], 'describes 2 arrays, but 1'),
-    ('Bx', [(2, 3)], "'x' in Bx is no axis letter"),
+    ('Bx', [(2, 3)], "'x' in Bx is not an axis letter"),
   ],
 )
 def test_refuses_what_it_cannot_bind(spec, shapes, message):

@@ -35,7 +35,7 @@ def chunked(x, w, labels, chunk):
 
 # 3 rows: less than a row's worth, one position of each, uneven, exact, and everything at once.
 @pytest.mark.parametrize('chunk', [1, 3, 8, 9, 21, 1024])
-def test_cross_entropy_and_its_gradients_are_torchs(rng, chunk):
+def test_cross_entropy_and_its_gradients_match_torch(rng, chunk):
   x, w, labels = problem(rng, **SIZES)
   weights = jnp.asarray(rng.standard_normal(labels.shape), jnp.float32)
   leaves = [torch.tensor(np.array(a), requires_grad=True) for a in (x, w)]
@@ -69,7 +69,7 @@ def test_low_precision_logits_are_summed_in_float32(rng):
 
 
 @pytest.mark.parametrize('backward', [False, True])
-def test_the_logits_of_all_tokens_never_exist(rng, backward):
+def test_the_logits_of_all_tokens_are_never_stored(rng, backward):
   B, T, D, V, chunk = 4, 256, 16, 4096, 32
   all_logits, chunk_logits = 4 * B * T * V, 4 * chunk * V
   loss = lambda x, w, labels, chunk: jnp.sum(chunked(x, w, labels, chunk))
@@ -81,13 +81,13 @@ def test_the_logits_of_all_tokens_never_exist(rng, backward):
     assert (f'f32[{B},{T},{V}]' in compiled.as_text()) == (chunk > B * T - 1)
     return compiled.memory_analysis().temp_size_in_bytes
 
-  assert temporaries(B * T) >= all_logits  # the check sees what it looks for
+  assert temporaries(B * T) >= all_logits  # the check does find stored logits
   assert temporaries(chunk) < 6 * chunk_logits < all_logits / 4
 
 
-def test_a_chunk_of_nothing_is_refused(rng):
+def test_a_chunk_of_zero_tokens_is_refused(rng):
   x, w, labels = problem(rng, **SIZES)
-  with pytest.raises(ValueError, match='at least one token, not 0'):
+  with pytest.raises(ValueError, match='at least 1 token, not 0'):
     chunked(x, w, labels, 0)
   with pytest.raises(ValueError, match='axis T'):
     chunked(x, w, labels[:, :5], 4)
@@ -104,12 +104,12 @@ def kl_in_float64(p_logits, q_logits):
 
 
 def kl_tolerance(distance):
-  """A logarithm near 10 is off by 2**-21 at most; the divergence is quadratic in differences."""
+  """Bounds the error: a logarithm near 10 is off by at most 2**-21, and KL is quadratic in that."""
   return 1e-5 + 2 * 2**-21 / distance
 
 
 @pytest.mark.parametrize('distance', [1e-3, 0.1, 1.0, 30.0])
-def test_kl_divergence_is_the_float64_formula(rng, distance):
+def test_kl_divergence_matches_the_float64_formula(rng, distance):
   p = (3 * rng.standard_normal((2, 5, 1000))).astype(np.float32)
   q = (p + distance * rng.standard_normal(p.shape)).astype(np.float32)
   actual = losses.kl_divergence(jnp.asarray(p), jnp.asarray(q))
@@ -135,7 +135,7 @@ def test_kl_divergence_of_impossible_tokens():
   assert losses.kl_divergence(q, p) == np.inf
 
 
-def test_the_gradient_of_kl_divergence_is_the_difference(rng):
+def test_the_gradient_of_kl_divergence_is_q_minus_p(rng):
   p, q = (jnp.asarray(4 * rng.standard_normal((6, 50)), jnp.float32) for _ in range(2))
   q = q.at[0, 0].add(200.0)  # exp(200) overflows
   actual = jax.grad(lambda q: jnp.sum(losses.kl_divergence(p, q)))(q)
@@ -143,7 +143,7 @@ def test_the_gradient_of_kl_divergence_is_the_difference(rng):
   np.testing.assert_allclose(actual, expected, atol=FLOAT32)
 
 
-def test_kl_divergence_refuses_other_shapes():
+def test_kl_divergence_refuses_unequal_shapes():
   with pytest.raises(ValueError, match='axis V'):
     losses.kl_divergence(jnp.zeros((2, 3)), jnp.zeros((2, 4)))
   with pytest.raises(ValueError, match=r'shapes \(2, 3\) and \(1, 3\)'):

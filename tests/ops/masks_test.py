@@ -28,7 +28,7 @@ def test_a_window_longer_than_the_text_hides_nothing():
   assert picture(masks.causal(1, 3, window=9)) == picture(masks.causal(1, 3))
 
 
-def test_packed_documents_see_themselves_alone():
+def test_packed_documents_see_only_themselves():
   mask = masks.packed(ints([0, 1, 0, 1, 2]), ints([4, 4, 2, 2, 2]))
   assert picture(mask) == ['X....', 'XX...', '..X..', '..XX.', '..XXX']
 
@@ -64,7 +64,7 @@ def test_is_a_pytree_whose_window_is_static():
   assert (back.window, back.contiguous, back.q_segments_BT) == (2, True, None)
 
 
-def test_a_mask_that_makes_no_sense_is_refused():
+def test_an_inconsistent_mask_is_refused():
   positions = ints([0, 1])
   with pytest.raises(ValueError, match='both have segments'):
     AttentionMask(positions, positions, positions)

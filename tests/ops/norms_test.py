@@ -16,7 +16,7 @@ def arrays(rng, shape=(2, 3, 48)):
 
 
 @pytest.mark.parametrize('offset', [0.0, 1.0])
-def test_rms_norm_is_the_float64_formula(rng, offset):
+def test_rms_norm_matches_the_float64_formula(rng, offset):
   x, scale, _ = arrays(rng)
   x64 = x.astype(np.float64)
   expected = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + EPS) * (scale + offset)
@@ -24,7 +24,7 @@ def test_rms_norm_is_the_float64_formula(rng, offset):
   np.testing.assert_allclose(actual, expected, atol=FLOAT32)
 
 
-def test_rms_norm_is_torchs(rng):
+def test_rms_norm_matches_torch(rng):
   x, scale, _ = arrays(rng)
   expected = torch.nn.functional.rms_norm(
     torch.tensor(x), x.shape[-1:], torch.tensor(scale), eps=EPS
@@ -35,7 +35,7 @@ def test_rms_norm_is_torchs(rng):
 
 @pytest.mark.parametrize('shape', [(48,), (5, 48), (2, 3, 4, 48)])
 @pytest.mark.parametrize('biased', [True, False])
-def test_layer_norm_is_torchs(rng, shape, biased):
+def test_layer_norm_matches_torch(rng, shape, biased):
   x, scale, bias = arrays(rng, shape)
   bias = bias if biased else None
   expected = torch.nn.functional.layer_norm(
@@ -49,11 +49,11 @@ def test_layer_norm_is_torchs(rng, shape, biased):
 
 def test_layer_norm_survives_a_large_mean(rng):
   x, scale, bias = arrays(rng)
-  far = (x + 4096.0).astype(np.float32)  # in float32 E[x²] - E[x]² would be all rounding here
+  far = (x + 4096.0).astype(np.float32)  # E[x²] - E[x]² in float32 would be rounding error only
   x64 = far.astype(np.float64)
   expected = (x64 - x64.mean(-1, keepdims=True)) / x64.std(-1, keepdims=True) * scale + bias
   actual = norms.layer_norm(*map(jnp.asarray, (far, scale, bias)), eps=0.0)
-  np.testing.assert_allclose(actual, expected, atol=5e-3)  # the mean itself has 4096 * 2**-24
+  np.testing.assert_allclose(actual, expected, atol=5e-3)  # the mean is off by 4096 * 2**-24
 
 
 @pytest.mark.parametrize('name', ['rms', 'layer'])
@@ -69,7 +69,7 @@ def test_bfloat16_is_computed_in_float32_and_rounded_once(rng, name):
   np.testing.assert_allclose(actual.astype(np.float32), exact, rtol=BFLOAT16, atol=1e-6)
 
 
-def test_rms_norm_gradient_is_torchs(rng):
+def test_the_gradient_of_rms_norm_matches_torch(rng):
   x, scale, cotangent = arrays(rng)
   leaves = [torch.tensor(a, requires_grad=True) for a in (x, scale)]
   out = torch.nn.functional.rms_norm(leaves[0], x.shape[-1:], leaves[1], eps=EPS)

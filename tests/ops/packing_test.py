@@ -1,4 +1,4 @@
-"""The byte layout against literal pictures and numpy's own bit packing, and round trips."""
+"""Tests the byte layout against literal pictures and numpy's bit packing, and round trips."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def test_the_earliest_row_has_the_low_bits():
   assert packing.pack(jnp.asarray([[255, 7]]), 8).tolist() == [[255, 7]]
 
 
-def test_a_code_may_lie_across_two_bytes():
+def test_a_code_may_straddle_two_bytes():
   codes_IO = jnp.asarray([[0b001], [0b010], [0b110], [0b111]])
   assert packing.pack(codes_IO, 3).tolist() == [[0b10_010_001], [0b0000_111_1]]
 
@@ -34,7 +34,7 @@ def test_a_code_may_lie_across_two_bytes():
   rows=st.sampled_from([1, 8, 13]),
   seed=st.integers(0, 2**32 - 1),
 )
-def test_unpack_gives_back_what_was_packed(bits, rows, seed):
+def test_unpack_inverts_pack(bits, rows, seed):
   codes_IO = np.random.default_rng(seed).integers(0, 2**bits, (rows, 3))
   packed = pack(jnp.asarray(codes_IO), bits)
   assert packed.shape == (-(-rows * bits // 8), 3) and packed.dtype == jnp.uint8
@@ -44,7 +44,7 @@ def test_unpack_gives_back_what_was_packed(bits, rows, seed):
 
 
 @pytest.mark.parametrize('bits', range(1, 9))
-def test_the_bits_are_numpys_little_endian_stream(rng, bits):
+def test_the_bits_match_numpys_little_endian_stream(rng, bits):
   codes_IO = rng.integers(0, 2**bits, (19, 3))
   each_bit = (codes_IO[:, None] >> np.arange(bits)[:, None]) & 1
   expected = np.packbits(each_bit.reshape(-1, 3).astype(np.uint8), axis=0, bitorder='little')

@@ -66,7 +66,7 @@ def hf_frequencies(config, length):
 
 @pytest.mark.parametrize('length', [10, 64, 65, 1000])
 @pytest.mark.parametrize('name', CASES)
-def test_frequencies_are_hugging_faces(name, length):
+def test_frequencies_match_hugging_face(name, length):
   config = RopeConfig(**CASES[name])
   expected, factor = hf_frequencies(config, length)
   actual, actual_factor = rope.frequencies(config, WIDTH, length)
@@ -76,11 +76,11 @@ def test_frequencies_are_hugging_faces(name, length):
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_the_embedding_of_positions_is_hugging_faces(name):
+def test_cos_and_sin_match_hugging_face(name):
   config = RopeConfig(**CASES[name])
   positions = np.array([[0, 1, 2, 63, 64], [5, 299, 7, 100, 131]])
   actual = rope.cos_sin(jnp.asarray(positions), config, WIDTH)
-  for row in range(2):  # one by one: there, the longest row of a batch decides for all
+  for row in range(2):  # separately, because in transformers the longest row decides for all
     module = LlamaRotaryEmbedding(hf_config(config))
     expected = module(torch.zeros(1, 5, WIDTH), torch.tensor(positions[row : row + 1]))
     for mine, theirs in zip(actual, expected):
@@ -88,7 +88,7 @@ def test_the_embedding_of_positions_is_hugging_faces(name):
       np.testing.assert_allclose(mine[row], theirs[0].numpy(), atol=ANGLE_ATOL)
 
 
-def test_ntk_is_the_formula():
+def test_ntk_matches_the_formula():
   config = RopeConfig(kind='ntk', theta=1e4, factor=8.0)
   theta = 1e4 * 8.0 ** (WIDTH / (WIDTH - 2))
   expected = [1 / theta ** (2 * i / WIDTH) for i in range(WIDTH // 2)]
@@ -103,7 +103,7 @@ def test_ntk_keeps_the_fastest_pair_and_divides_the_slowest():
   np.testing.assert_allclose(np.asarray(plain)[[0, -1]] / np.asarray(ntk)[[0, -1]], [1, 8], 1e-5)
 
 
-def test_dynamic_is_plain_up_to_the_original_length_and_takes_a_traced_one():
+def test_dynamic_is_plain_up_to_the_original_length_and_takes_traced_lengths():
   config = RopeConfig(kind='dynamic', factor=4.0, original_max_positions=64)
   plain, _ = rope.frequencies(RopeConfig(), WIDTH, 1)
   traced = jax.jit(lambda length: rope.frequencies(config, WIDTH, length)[0])
@@ -113,14 +113,14 @@ def test_dynamic_is_plain_up_to_the_original_length_and_takes_a_traced_one():
 
 
 def test_frequencies_at_a_long_context_are_exact_to_float32():
-  # 2**17 positions: an error of one unit in the last place of the frequency turns by 2**-7.
+  # At position 2**17, an error of one unit in the last place of a frequency rotates by 2**-7.
   expected = [5e5 ** (-2 * i / 128) for i in range(64)]
   actual, _ = rope.frequencies(RopeConfig(theta=5e5), 128, 1)
   np.testing.assert_array_equal(actual, np.asarray(expected, np.float32))
 
 
 @pytest.mark.parametrize('head_width', [WIDTH, WIDTH + 8])
-def test_rotation_is_hugging_faces(rng, head_width):
+def test_rotation_matches_hugging_face(rng, head_width):
   x = rng.standard_normal((2, 5, 3, head_width)).astype(np.float32)
   positions = np.array([[0, 1, 2, 3, 4], [5, 299, 7, 100, 131]])
   cos, sin = rope.cos_sin(jnp.asarray(positions), RopeConfig(), WIDTH)
@@ -131,7 +131,7 @@ def test_rotation_is_hugging_faces(rng, head_width):
   np.testing.assert_array_equal(actual[..., WIDTH:], x[..., WIDTH:])
 
 
-def test_products_depend_on_the_distance_alone(rng):
+def test_products_depend_only_on_the_distance(rng):
   q, k = (jnp.asarray(rng.standard_normal((1, 1, 1, WIDTH)), jnp.float32) for _ in range(2))
 
   def product(at_q, at_k):
@@ -148,7 +148,7 @@ def test_rotation_returns_the_dtype_of_x():
   cos, sin = rope.cos_sin(jnp.zeros((1, 2), jnp.int32), RopeConfig(), 8)
   x = jnp.ones((1, 2, 3, 16), jnp.bfloat16)
   assert rope.rotate(x, cos, sin).dtype == jnp.bfloat16
-  np.testing.assert_array_equal(rope.rotate(x, cos, sin), x)  # position 0 turns nothing
+  np.testing.assert_array_equal(rope.rotate(x, cos, sin), x)  # position 0 is not rotated
 
 
 @pytest.mark.parametrize(
@@ -161,16 +161,16 @@ def test_rotation_returns_the_dtype_of_x():
     ({'kind': 'llama3', 'original_max_positions': 8, 'low_freq_factor': 4.0}, 'must be less than'),
   ],
 )
-def test_a_config_that_makes_no_sense_is_refused(fields, message):
+def test_an_inconsistent_config_is_refused(fields, message):
   with pytest.raises(ValueError, match=message):
     RopeConfig(**fields)
 
 
-def test_widths_that_cannot_rotate_are_refused():
-  with pytest.raises(ValueError, match='cannot be 7'):
+def test_invalid_rotary_widths_are_refused():
+  with pytest.raises(ValueError, match='even and at least 2, not 7'):
     rope.frequencies(RopeConfig(), 7, 1)
   with pytest.raises(ValueError, match='4 or more'):
     rope.frequencies(RopeConfig(kind='ntk'), 2, 1)
   cos, sin = rope.cos_sin(jnp.zeros((1, 2), jnp.int32), RopeConfig(), 16)
-  with pytest.raises(ValueError, match='16 elements cannot rotate in heads that are 8 wide'):
+  with pytest.raises(ValueError, match='the rotary width 16 exceeds the head width 8'):
     rope.rotate(jnp.zeros((1, 2, 3, 8)), cos, sin)

@@ -1,1 +1,1 @@
-"""Products for NVIDIA GPUs that XLA does not fuse by itself, in Pallas."""
+"""Contains Pallas kernels for the products that XLA does not fuse on NVIDIA GPUs."""

@@ -1,17 +1,18 @@
-"""Products with 4-bit weights on an NVIDIA GPU, taken apart on the way to the tensor cores.
+"""Multiplies by 4-bit weights on an NVIDIA GPU, decoding the codes in registers.
 
-XLA:GPU does not fuse group-wise scales into a product, and writes the widened weight to memory
-first. Here a program loads two codes a byte as they are stored (ops/packing.py), makes the values
-of the even and of the odd inputs in registers, multiplies each by its half of the activations, and
-scales the sum of a group in float32. Codebook values (NF4) come from four levels of selections.
+XLA:GPU does not fuse group-wise scales into a product: it writes the widened weight to memory
+first. This kernel loads bytes of two codes as they are stored (ops/packing.py), decodes the even
+and the odd inputs in registers, multiplies each by its half of the activations on the tensor cores,
+and scales the sum of a group in float32. The values of a codebook (NF4) are chosen by four levels
+of selections, one per bit of the code.
 
-Grid: rows by outputs by splits of the inputs; a block is 16 rows (64, where there are more) by 64
-outputs by 16 to 64 bytes of a column. The splits keep more of the processors busy where outputs are
-few; each writes its own float32 sums, which XLA adds up. Rows and outputs past the last are masked.
-Activations in float32 are multiplied in float32.
+Grid: rows by outputs by splits of the inputs. A block is 16 rows (64 if there are more than 16) by
+64 outputs by 16 to 64 bytes of a column. Splitting the inputs occupies more processors where there
+are few outputs; each split writes its own float32 sums, and XLA adds them. Rows and outputs past
+the end are masked. Activations in float32 are multiplied in float32.
 
-Written in Pallas for Triton, which JAX means to remove; this file alone would change. It has been
-interpreted, and compiled for an H200, but neither run nor tuned on one.
+The kernel uses Pallas for Triton, which JAX plans to remove; only this file depends on it. It has
+been interpreted and compiled for an H200, but neither run nor tuned on one.
 """
 
 import functools
@@ -22,21 +23,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 BLOCK_OUTPUTS = 64
-BLOCK_ROWS = (16, 64)  # 16 is the least that tensor cores take
+BLOCK_ROWS = (16, 64)  # tensor cores need at least 16
 PIECES = (64, 32, 16)  # bytes of a column, all of one group
-PROGRAMS = 512  # about four for each processor of a large GPU
+PROGRAMS = 512  # about four per processor of a large GPU
 LARGEST_SPLIT = 16
 
 
 def piece(group_size: int) -> int | None:
-  """The bytes of a group that are multiplied at a time, or None if it does not divide so."""
+  """Returns how many bytes of a group are multiplied at a time, or None if no size divides it."""
   return next((size for size in PIECES if group_size % (2 * size) == 0), None)
 
 
 @functools.partial(jax.jit, static_argnames=('codebook', 'interpret'))
 def product(
   x_TI: jax.Array,
-  packed_IO: jax.Array,
+  packed: jax.Array,
   scales_JO: jax.Array,
   zeros_JO: jax.Array | None,
   codebook: tuple[float, ...] | None = None,
@@ -44,10 +45,10 @@ def product(
 ) -> jax.Array:
   """Multiplies x by a matrix of 4-bit codes: [T, O] in the dtype of x.
 
-  packed: uint8 [I / 2, O]. A code stands for codebook[code], or for code - zero, or for code - 8,
-  times its scale. The groups are such that there is a `piece`.
+  packed: uint8 [I / 2, O]. A weight is its scale times codebook[code] if there is a codebook, times
+  code - zero if there are zeros, else times code - 8. `piece` of the group size must not be None.
   """
-  (rows, inputs), outputs = x_TI.shape, packed_IO.shape[1]
+  (rows, inputs), outputs = x_TI.shape, packed.shape[1]
   size = piece(inputs // len(scales_JO))
   block_rows = BLOCK_ROWS[rows > BLOCK_ROWS[0]]
   blocks = pl.cdiv(rows, block_rows), pl.cdiv(outputs, BLOCK_OUTPUTS)
@@ -64,12 +65,12 @@ def product(
     compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
     interpret=interpret,
     name='quantized_product',
-  )(x_TI[:, ::2], x_TI[:, 1::2], packed_IO, scales_JO, *zeros)
+  )(x_TI[:, ::2], x_TI[:, 1::2], packed, scales_JO, *zeros)
   return sums.sum(0).astype(x_TI.dtype)
 
 
 def _splits(steps: int, wanted: int) -> int:
-  """The largest power of two up to `wanted` that divides the steps."""
+  """Returns the largest power of two up to min(wanted, LARGEST_SPLIT) that divides `steps`."""
   splits = 1
   while 2 * splits <= min(wanted, LARGEST_SPLIT) and steps % (2 * splits) == 0:
     splits *= 2
@@ -117,7 +118,7 @@ def _kernel(x_refs, packed_ref, scales_ref, zeros_refs, y_ref, *, size, count, p
 
 
 def _decode(codes, codebook, symmetric):
-  """The values of codes in [0, 16), before scaling."""
+  """Returns the values of codes in [0, 16) before scaling."""
   if codebook is None:
     return (codes - 8 if symmetric else codes).astype(jnp.float32)
   values = [jnp.full(codes.shape, value, jnp.float32) for value in codebook]

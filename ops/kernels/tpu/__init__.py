@@ -1,1 +1,1 @@
-"""Products for TPUs that XLA does not fuse by itself, in Pallas."""
+"""Contains Pallas kernels for the products that XLA does not fuse on TPUs."""

@@ -1,18 +1,19 @@
-"""Products with 4-bit codes on a TPU, looked up in a table on the way to the matrix unit.
+"""Multiplies by 4-bit codes on a TPU, decoding them by a table lookup in VMEM.
 
-XLA:TPU fuses the conversion of integers into a product, so that uniform formats with large groups
-need no kernel (ops/quantized.py), but it writes a codebook's values (NF4) to memory first, four
-times the bytes, and copies integers whose groups are smaller than its tiles. Here a
-block of 4-bit codes comes into VMEM, each code fetches its value from a row of 128 lanes that holds
-the codebook, the values go to the matrix unit, and the sum of a group is scaled in float32.
+XLA:TPU fuses the conversion of integers into a product, so uniform formats with large groups need
+no kernel (ops/quantized.py). But it writes the values of a codebook (NF4) to memory first, four
+times the bytes, and it copies integers whose groups are smaller than its tiles. This kernel loads a
+block of 4-bit codes into VMEM, looks up the value of each code in a row of 128 lanes that holds the
+codebook, passes the values to the matrix unit, and scales the sum of a group in float32.
 
-Grid: rows by outputs by inputs, the inputs last. A block is 512 outputs by about 1,024 inputs, 256
-KiB of codes, and at most 128 rows; the sums stay in VMEM until the last inputs have been added.
-Other than bfloat16 activations are multiplied in float32, in the precision that JAX is set to.
+Grid: rows by outputs by inputs, the inputs innermost. A block is at most 128 rows by 512 outputs by
+about 1,024 inputs (256 KiB of codes). The sums stay in VMEM until the last inputs are added.
+Activations in bfloat16 are multiplied in bfloat16; all others in float32, at JAX's default
+precision.
 
-Blocks past the last input or output are filled with anything: their activations and scales are
-zero, and outputs that do not exist are not written. It loses to a product with bfloat16 values
-where rows are many: they are decoded once for each 128 rows.
+The parts of blocks past the last input or output hold arbitrary codes. The activations and scales
+there are zero, and outputs past the end are not written. With many rows the kernel is slower than a
+product with bfloat16 weights, because it decodes the weights once per 128 rows.
 """
 
 import functools
@@ -31,7 +32,7 @@ PIECES = (256, 128, 64, 32)  # inputs that are multiplied at a time, all of one 
 
 
 def piece(group_size: int) -> int | None:
-  """The inputs of a group that are multiplied at a time, or None if it does not divide so."""
+  """Returns how many inputs of a group are multiplied at a time, or None if no size divides it."""
   return next((size for size in PIECES if group_size % size == 0), None)
 
 
@@ -45,8 +46,8 @@ def product(
 ) -> jax.Array:
   """Multiplies x by codebook[codes] * scales: float32 [T, O].
 
-  codes: uint4 or int4, whose negative codes count from the end of the 16 values; scales: bfloat16
-  or float32, of groups for which there is a `piece`.
+  codes: uint4, or int4 with the code c < 0 at index c + 16 of the codebook. scales: bfloat16 or
+  float32. `piece` of the group size must not be None.
   """
   (rows, inputs), outputs = x_TI.shape, codes_IO.shape[1]
   size = piece(inputs // len(scales_JO))
@@ -100,7 +101,7 @@ def _kernel(size, pieces, x_ref, codes_ref, scales_ref, table_ref, y_ref, sum_re
 
 
 def _look_up(table, codes):
-  # Fetching from another lane works on registers, 128 lanes wide.
+  # A gather across lanes works on registers of 128 lanes.
   table = jnp.broadcast_to(table, (codes.shape[0], LANES))
   return jnp.concatenate(
     [

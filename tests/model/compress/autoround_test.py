@@ -198,7 +198,7 @@ def test_targets_alone_change_zeros_stay_and_another_group_is_an_event(tiny, tok
     else:
       np.testing.assert_array_equal(w, expected[path])
   found = [(event.layer, event.event, event.detail) for event in ledger.events]
-  assert ('layers.0.ffn.down', 'group size, for 128 does not divide 80 inputs', '16') in found
+  assert ('layers.0.ffn.down', 'group size, because 128 does not divide 80 inputs', '16') in found
 
 
 @pytest.mark.slow

@@ -272,9 +272,9 @@ def test_what_could_not_be_scaled_is_in_the_ledger(tiny, tokens_BT):
   awq_step = {'awq': {'grid': 2, 'group_size': 16}, 'only': rest}
   _, ledger = pipeline.compress(model, _parse(step, awq_step), tokens_BT)
   found = {(event.layer, event.event) for event in ledger.events if 'grid' not in event.event}
-  stored = 'not scaled, for attention.value.weight is a QuantizedTensor'
+  stored = 'not scaled, because attention.value.weight is a QuantizedTensor'
   assert found >= {
-    ('layers.0.ffn.down', 'not scaled, for gelu does not commute with scales'),
+    ('layers.0.ffn.down', 'not scaled, because gelu does not commute with scales'),
     ('layers.0.attention.output', stored),
     ('layers.0.attention.query', stored),
   }

@@ -1,4 +1,4 @@
-"""The contract over all techniques, and that each way to break it is noticed."""
+"""Checks the contract of all techniques, and that each way to break it is detected."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ class NoSpec:
 
 @pytest.fixture
 def broken(monkeypatch):
-  """Registers a function as the technique 'broken' for the length of a test."""
+  """Registers a function as the technique 'broken' for the duration of a test."""
   monkeypatch.setattr(registry, 'TECHNIQUES', dict(registry.TECHNIQUES))
   return technique('broken', spec=NoSpec, paper='None 2000, https://example.org')
 
@@ -41,16 +41,16 @@ def broken(monkeypatch):
 @pytest.mark.parametrize(
   'name', [row.name for row in registry.TECHNIQUES.values() if row.scope in contracts.SCOPES]
 )
-def test_technique_with_its_defaults(name):
+def test_every_technique_with_its_defaults(name):
   contracts.check(name)
 
 
 @pytest.mark.parametrize('name, spec', [(name, spec) for name in SPECS for spec in SPECS[name]])
-def test_technique_with_options(name, spec):
+def test_techniques_with_options(name, spec):
   contracts.check(name, spec)
 
 
-def test_unknown_technique():
+def test_an_unknown_technique_is_refused():
   with pytest.raises(ValueError, match="unknown technique 'wandah'; did you mean wanda"):
     contracts.check('wandah')
 
@@ -58,7 +58,7 @@ def test_unknown_technique():
 def test_nested_weights_keep_the_contract(broken):
   @broken
   def nested(w, statistics, spec):
-    """N:M over int4 codes with quantized scales, and an adapter on top."""
+    """Nests int4 codes with quantized scales in N:M sparsity, with an adapter on top."""
     pruned = sparse.compress(w, sparse.n_of_m_mask(sparse.magnitude_score(w), 2, 4), 2, 4)
     base = pruned.map_values(lambda v: quantized.quantize(v, 'int4', double=True))
     return lora.attach(base, 3, alpha=6.0, key=jax.random.key(0))
@@ -69,7 +69,7 @@ def test_nested_weights_keep_the_contract(broken):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Unregistered(Weight):
-  """A weight that JAX knows, but saving does not."""
+  """A weight type that is registered with JAX but not for saving."""
 
   values: jax.Array = array('IO')
 
@@ -89,7 +89,7 @@ class Unregistered(Weight):
 
 
 class WrongProduct(Unregistered):
-  """Multiplies by something else than it stands for."""
+  """A weight whose product differs from its dense form."""
 
   def matmul(self, x):
     return 2 * (x @ self.values)
@@ -111,13 +111,13 @@ BROKEN = {
   'of zeros: dense\\(\\) is not finite': lambda w: w / jnp.abs(w).max(),
   'of a constant: dense\\(\\) is not finite': lambda w: w / (w.max() - 1),
   'happened -1 times': lambda w: Outcome(w, {'odd': -1}),
-  'another result when it is compiled anew': _noisy,
+  'another result when it is compiled again': _noisy,
   'saving|weight type': Unregistered,
 }
 
 
 @pytest.mark.parametrize('message', BROKEN)
-def test_each_breach_is_named(broken, message):
+def test_each_broken_contract_is_named(broken, message):
   _CALLS.clear()
   broken(lambda w, statistics, spec: BROKEN[message](w))
   with pytest.raises((AssertionError, ValueError), match=message):
@@ -133,11 +133,11 @@ def test_decisions_that_depend_on_values_are_refused(broken):
 def test_a_product_that_differs_from_dense_is_named(broken, monkeypatch):
   monkeypatch.setattr(contracts, '_check_stored', lambda name, weight: None)
   broken(lambda w, statistics, spec: WrongProduct(w))
-  with pytest.raises(AssertionError, match='matmul is off'):
+  with pytest.raises(AssertionError, match=r'matmul and dense\(\) differ'):
     contracts.check('broken')
 
 
-def test_the_example_is_what_a_technique_gets(broken):
+def test_the_example_has_all_statistics(broken):
   seen = []
 
   @technique('probe', spec=NoSpec, paper='', statistics=tuple(statistics.STATISTICS))

@@ -1,4 +1,4 @@
-"""Folding changes no logits of any family, and does what the formulas say."""
+"""Tests that folding does not change the logits of any family, and follows the formulas."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ families = pytest.mark.parametrize('family', FAMILIES)
 
 
 def _model(config, seed=0) -> Transformer:
-  """A model whose parameters are all drawn, so that no trait is hidden by zeros and ones."""
+  """Builds a model with all parameters random, so that zeros and ones hide no trait."""
   model, rng = Transformer(config, rngs=nnx.Rngs(0)), np.random.default_rng(seed)
   for param in parameters(model).values():
     value = param.get_value()
@@ -72,7 +72,7 @@ def _change(block, group, rng, fold=folding.fold):
 
 
 @families
-def test_logits_stay_what_they_were(family, rng):
+def test_folding_does_not_change_the_logits(family, rng):
   config = FAMILIES[family]
   model = _model(config)
   run, before = _program(model), _values(model)
@@ -86,7 +86,7 @@ def test_logits_stay_what_they_were(family, rng):
 
 
 def _assert_folded(layer, before, after):
-  """Each matrix and each norm that a group has is another one, and no other parameter."""
+  """Checks that the parameters of the groups have changed, and no others."""
   left = ('post_norm', 'query_norm', 'key_norm', 'output.bias', 'down.bias')
   left += tuple(f'{name}.weight' for name in folding.unscaled(layer))
   left += () if layer.gated or layer.activation == 'relu' else ('up.bias',)
@@ -98,7 +98,7 @@ def _assert_folded(layer, before, after):
 
 @families
 def test_each_part_of_a_group_matters(family, rng):
-  """A fold that leaves the producer as it was changes the logits, group by group."""
+  """Folding without dividing the producer changes the logits, for every group."""
   config = FAMILIES[family]
   model = _model(config)
   run = _program(model)
@@ -116,7 +116,7 @@ def test_each_part_of_a_group_matters(family, rng):
 
 
 @pytest.mark.parametrize('family', ['gpt2', 'neox'])
-def test_an_activation_that_is_not_homogeneous_is_left_out_for_a_reason(family, rng):
+def test_a_layer_after_an_inhomogeneous_activation_is_not_scaled(family, rng):
   config = FAMILIES[family]
   assert list(folding.unscaled(config.layers[0])) == ['ffn.down']
   assert all(
@@ -172,8 +172,8 @@ def test_parameters_are_divided_and_multiplied(rng):
     np.testing.assert_allclose(found[path], value, rtol=1e-6)
 
 
-def test_a_scale_that_is_stored_coarsely_is_made_up_for(rng):
-  """Gemma's scale + 1 of 0.01 has few bits left in bfloat16."""
+def test_the_rounding_of_a_stored_scale_is_compensated(rng):
+  """With Gemma's offset, a scale + 1 of 0.01 has few significant bits in bfloat16."""
   config = FAMILIES['gemma2']
   model = _model(config)
   norms = ('attention_norm', 'ffn_norm')
@@ -188,7 +188,7 @@ def test_a_scale_that_is_stored_coarsely_is_made_up_for(rng):
       if group.producer in norms:
         scales_O = jnp.asarray(10 ** rng.uniform(0, 3, 64), jnp.float32)
         wanted = np.asarray(folding.realised(_values(block), group, scales_O) / scales_O)
-        assert np.abs(wanted - 1).max() > 0.1  # or nothing would be tested
+        assert np.abs(wanted - 1).max() > 0.1  # otherwise nothing would be tested
         for path, value in folding.fold(_values(block), group, scales_O).items():
           parameters(block)[path].set_value(value)
   assert model.layers[0].attention_norm.scale.get_value().dtype == jnp.bfloat16
@@ -203,10 +203,10 @@ def test_channels_that_are_zero_stay_finite():
   np.testing.assert_allclose(found['c.weight'], [[1] * 3, [5] * 3], rtol=1e-6)
 
 
-def test_what_is_compressed_already_is_an_obstacle():
+def test_a_compressed_weight_is_an_obstacle():
   values = _values(_model(FAMILIES['llama']).layers[0])
   group = folding.groups(FAMILIES['llama'], FAMILIES['llama'].layers[0])[1]
   assert folding.obstacle(values, group) is None
   values['attention.value.weight'] = quantize(values['attention.value.weight'], 'int8')
   reason = folding.obstacle(values, group)
-  assert reason == 'not scaled, for attention.value.weight is a QuantizedTensor'
+  assert reason == 'not scaled, because attention.value.weight is a QuantizedTensor'

@@ -1,4 +1,4 @@
-"""The technique: its contract, what it stores, and what the ledger says."""
+"""Tests the technique's contract, its stored form and its ledger events."""
 
 import pathlib
 
@@ -14,7 +14,7 @@ from ops.kernels.cpu import layout
 
 RECIPES = pathlib.Path(__file__).parents[3] / 'experiments' / 'recipes'
 HQQ = registry.lookup('hqq')
-LOST = 'weights that were zero and are not, for zero points are no integers'
+LOST = 'zeros that became nonzero, because zero points are not integers'
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ LOST = 'weights that were zero and are not, for zero points are no integers'
     HqqSpec(format='int8', group_size=-1),
   ],
 )
-def test_contract(spec):
+def test_the_contract_holds(spec):
   contracts.check('hqq', spec)
 
 
@@ -45,7 +45,7 @@ def test_bytes_are_counted_with_the_zero_points(w_IO):
   assert q.nbytes == 128 * 24 / 2 + 2 * 24 * (2 + 2)
 
 
-def test_it_loses_less_than_rounding_to_nearest(w_IO):
+def test_the_error_is_smaller_than_with_rounding_to_nearest(w_IO):
   w = np.asarray(w_IO, np.float64)
   error = lambda q: (np.abs(np.asarray(q.dense(), np.float64) - w) ** 0.7).sum()
   for format in ('int4', 'int3', 'int2'):
@@ -53,7 +53,7 @@ def test_it_loses_less_than_rounding_to_nearest(w_IO):
     assert error(_run(w_IO, format=format).weight) < error(rounded)
 
 
-def test_what_has_no_native_product_is_left_to_xla(w_IO):
+def test_floating_zero_points_are_left_to_xla(w_IO):
   for format in ('int4', 'int3'):
     floating = _run(w_IO, format=format).weight
     assert floating.format == format and not layout.can_pack(floating)
@@ -61,7 +61,7 @@ def test_what_has_no_native_product_is_left_to_xla(w_IO):
     assert layout.can_pack(quantized.quantize(w_IO, format, group_size=64, symmetric=False))
 
 
-def test_pruned_weights_that_come_back_are_counted(w_IO):
+def test_pruned_weights_that_become_nonzero_are_counted(w_IO):
   pruned_IO = jnp.where(sparse.unstructured_mask(jnp.abs(w_IO), 0.05, per_output=True), w_IO, 0)
   outcome = _run(pruned_IO)
   back = (np.asarray(pruned_IO) == 0) & (np.asarray(outcome.weight.dense()) != 0)
@@ -69,17 +69,17 @@ def test_pruned_weights_that_come_back_are_counted(w_IO):
   assert int(_run(w_IO).events[LOST]) == 0
 
 
-def test_what_n_of_m_pruning_dropped_stays_zero(w_IO):
+def test_weights_dropped_by_n_of_m_pruning_stay_zero(w_IO):
   kept = sparse.compress(w_IO, sparse.n_of_m_mask(jnp.abs(w_IO), 2, 4), 2, 4)
   outcome = _run(kept)
   assert isinstance(outcome.weight.values, quantized.QuantizedTensor)
   assert not np.any(np.asarray(outcome.weight.dense())[np.asarray(kept.dense()) == 0])
 
 
-def test_a_group_that_does_not_divide_is_halved_and_noted():
+def test_a_group_size_that_does_not_divide_is_halved_and_recorded():
   outcome = _run(jnp.ones((96, 4)) / 3)
   assert outcome.weight.group_size == 32
-  assert outcome.events['group size, for 64 does not divide 96 inputs'] == 32
+  assert outcome.events['group size, because 64 does not divide 96 inputs'] == 32
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_a_group_that_does_not_divide_is_halved_and_noted():
     ({'iterations': 0}, 'at least one iteration, not 0'),
   ],
 )
-def test_spec_refuses(options, message):
+def test_the_spec_refuses_invalid_options(options, message):
   with pytest.raises(ValueError, match=message):
     HqqSpec(**options)
 
 
 @pytest.mark.parametrize('name', ['hqq_int4', 'hqq_int3', 'int3', 'int3_asym', 'int4_clip'])
-def test_recipes_are_read(name):
+def test_its_recipes_are_valid(name):
   one = recipe.load(RECIPES / f'{name}.yaml')
   assert one.name == name and one.steps[0].technique == 'cast'

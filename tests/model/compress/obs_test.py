@@ -134,9 +134,9 @@ def test_what_fell_short_is_an_event():
 
 def test_another_group_than_the_usual_is_an_event():
   _, events = _run(gptq, W_IO, GptqSpec(format='int4'))
-  assert events == {'group size, for 128 does not divide 64 inputs': 64}
+  assert events == {'group size, because 128 does not divide 64 inputs': 64}
   _, events = _run(sparsegpt, W_IO, SparseGptSpec(n=2, m=4, format='int4'))
-  assert events == {'group size, for 128 does not divide 32 inputs': 32}
+  assert events == {'group size, because 128 does not divide 32 inputs': 32}
 
 
 @pytest.mark.parametrize(

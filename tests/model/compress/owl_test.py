@@ -1,4 +1,4 @@
-"""OWL: sparsities by hand on a model with known outliers, and the masks they lead to."""
+"""Tests OWL's sparsities by hand on a model with known outliers, and the resulting masks."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from model.transformer import linears, matrices
 
 
 def _survey(rng, outliers):
-  """(layer, w, statistics) of blocks, each with so many weights far above the others."""
+  """Yields (layer, w, statistics) of blocks with given numbers of outlier weights."""
   for i, count in enumerate(outliers):
     for name, outputs in (('attention.query', 20), ('ffn.up', 30)):
       w_IO = rng.uniform(0.9, 1.1, (40, outputs))
@@ -20,7 +20,7 @@ def _survey(rng, outliers):
       yield f'layers.{i}.{name}', jnp.asarray(w_IO, jnp.float32), statistics
 
 
-def test_more_outliers_keep_more(rng):
+def test_blocks_with_more_outliers_keep_more_weights(rng):
   found = owl.share_out(_survey(rng, [0, 5, 20]), owl.OwlSpec(sparsity=0.7, reach=0.1))
   sparsity = [found[f'layers.{i}.ffn.up'] for i in range(3)]
   assert sparsity == [found[f'layers.{i}.attention.query'] for i in range(3)]
@@ -29,8 +29,8 @@ def test_more_outliers_keep_more(rng):
   np.testing.assert_allclose(sparsity, 0.7 - more + more.mean(), atol=1e-12)
 
 
-def test_outliers_stand_out_of_their_whole_block(rng):
-  """Scores of a block are one pool, as in the authors' code: a layer with large inputs has more."""
+def test_outliers_are_relative_to_the_mean_of_their_block(rng):
+  """All scores of a block share one mean, as in the authors' code, so large inputs count more."""
   survey, pools = [], []
   for i, spread in enumerate((1.5, 3.0, 6.0)):
     pools.append([])
@@ -46,7 +46,7 @@ def test_outliers_stand_out_of_their_whole_block(rng):
   assert list(found) == [layer for layer, _, _ in survey]
   np.testing.assert_allclose(list(found.values()), np.repeat(1 - density, 3), atol=1e-6)
   alone = [np.mean([(one > 4 * one.mean()).mean() for one in pool]) for pool in pools]
-  assert np.abs(share - alone).max() > 0.02  # so it was a test
+  assert np.abs(share - alone).max() > 0.02  # means per layer would give other numbers
 
 
 def test_the_mean_is_weighted_by_parameters(rng):
@@ -59,13 +59,13 @@ def test_the_mean_is_weighted_by_parameters(rng):
   assert found['layers.0.ffn.up'] - found['layers.1.ffn.up'] == pytest.approx(0.16)
 
 
-def test_blocks_that_are_alike_get_the_same(rng):
+def test_equal_blocks_get_equal_sparsities(rng):
   found = owl.share_out(_survey(rng, [3, 3]), owl.OwlSpec(sparsity=0.6))
   assert list(found.values()) == pytest.approx([0.6] * 4)
 
 
 @pytest.mark.parametrize('technique', ['owl', 'owl_sparsegpt'])
-def test_the_model_is_as_sparse_as_asked(tiny, tokens_BT, technique):
+def test_the_model_has_the_requested_sparsity(tiny, tokens_BT, technique):
   model = tiny(layers=3)
   for i, path in enumerate(['layers.0.ffn.up', 'layers.2.attention.key']):
     weight = linears(model)[path].weight
@@ -82,7 +82,7 @@ def test_the_model_is_as_sparse_as_asked(tiny, tokens_BT, technique):
   assert max(of_block) - min(of_block) == pytest.approx(0.16, abs=0.03)
 
 
-def test_sparsegpt_of_a_share_is_sparsegpt_of_that_sparsity(rng):
+def test_owl_sparsegpt_equals_sparsegpt_at_the_planned_sparsity(rng):
   w_IO, x_TI = rng.standard_normal((160, 24)), rng.standard_normal((300, 160))
   w_IO, x_TI = jnp.asarray(w_IO, jnp.float32), x_TI * rng.uniform(0.1, 3, 160)
   measured = {'input_norm': None, 'input_covariance': jnp.asarray(x_TI.T @ x_TI / 300, jnp.float32)}
@@ -105,6 +105,6 @@ def test_sparsegpt_of_a_share_is_sparsegpt_of_that_sparsity(rng):
     ({'sparsity': 0.9, 'reach': 0.08}, 'out of 0 to 1'),
   ],
 )
-def test_bad_options(options, message):
+def test_invalid_options_are_refused(options, message):
   with pytest.raises(ValueError, match=message):
     owl.OwlSpec(**options)

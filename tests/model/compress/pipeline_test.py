@@ -142,8 +142,8 @@ def test_a_fallback_of_the_group_size_is_an_event(tiny):
     tiny(layers=1, width=96), _recipe({'round_to_nearest': {'format': 'int4'}})
   )
   rows = {(row['layer'], row['event'], row['detail']) for row in ledger.to_rows()}
-  assert ('layers.0.ffn.up', 'group size, for 128 does not divide 96 inputs', '32') in rows
-  assert ('layers.0.ffn.down', 'group size, for 128 does not divide 80 inputs', '16') in rows
+  assert ('layers.0.ffn.up', 'group size, because 128 does not divide 96 inputs', '32') in rows
+  assert ('layers.0.ffn.down', 'group size, because 128 does not divide 80 inputs', '16') in rows
   assert len(rows) == 7
   assert {row['technique'] for row in ledger.to_rows()} == {'round_to_nearest'}
 

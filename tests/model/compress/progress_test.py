@@ -1,4 +1,4 @@
-"""A compression that is interrupted goes on, and ends as if nothing had happened."""
+"""Tests that an interrupted compression resumes and has the same result."""
 
 import os
 import pathlib
@@ -19,7 +19,7 @@ RECIPE = recipe.parse({'name': 'x', 'steps': STEPS, 'head': True})
 
 
 class Killed(Exception):
-  """Stands for a kill."""
+  """Simulates a kill."""
 
 
 def _stopping_after(count):
@@ -53,7 +53,9 @@ def whole(tiny, tokens_BT):
 
 
 @pytest.mark.parametrize('count', range(6))
-def test_it_goes_on_where_it_was_stopped(tiny, tokens_BT, tmp_path, whole, count):
+def test_a_stopped_compression_resumes_with_the_same_result(
+  tiny, tokens_BT, tmp_path, whole, count
+):
   folder, done = tmp_path / 'progress', []
   with pytest.raises(Killed):
     pipeline.compress(
@@ -72,7 +74,7 @@ def test_it_goes_on_where_it_was_stopped(tiny, tokens_BT, tmp_path, whole, count
   assert not folder.exists()
 
 
-def test_stopped_again_and_again(tiny, tokens_BT, tmp_path, whole):
+def test_a_compression_stopped_repeatedly_has_the_same_result(tiny, tokens_BT, tmp_path, whole):
   folder = tmp_path / 'progress'
   for count in (2, 2, 3, 4, 1):
     with pytest.raises(Killed):
@@ -109,7 +111,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize('change', [*CHANGES, 'model'])
-def test_progress_of_something_else_is_refused(tiny, tokens_BT, tmp_path, change):
+def test_the_progress_of_another_compression_is_refused(tiny, tokens_BT, tmp_path, change):
   folder, model = tmp_path / 'progress', tiny(layers=3)
   with pytest.raises(Killed):
     pipeline.compress(model, RECIPE, tokens_BT, resume=folder, progress=_stopping_after(3))
@@ -123,7 +125,7 @@ def test_progress_of_something_else_is_refused(tiny, tokens_BT, tmp_path, change
     pipeline.compress(arguments[1], arguments[0], arguments[2], resume=folder)
 
 
-def test_a_folder_of_somebody_elses_is_refused(tiny, tokens_BT, tmp_path):
+def test_a_folder_of_other_files_is_refused(tiny, tokens_BT, tmp_path):
   (tmp_path / 'thesis.tex').write_text('chapter 1')
   with pytest.raises(ValueError, match='something else'):
     pipeline.compress(tiny(), RECIPE, tokens_BT, resume=tmp_path)
@@ -155,7 +157,7 @@ SCRIPT = """
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_leaves_the_same_file(tmp_path):
+def test_a_killed_process_resumes_to_the_same_file(tmp_path):
   def run(folder, kill_at=None):
     command = [sys.executable, '-c', textwrap.dedent(SCRIPT), str(folder)]
     root = pathlib.Path(__file__).parents[3]
@@ -168,7 +170,7 @@ def test_a_process_that_is_killed_leaves_the_same_file(tmp_path):
   for name in ('whole', 'killed'):
     (tmp_path / name).mkdir()
   assert run(tmp_path / 'whole') == 0
-  # The embedding is part 0, so the first block is finished and the second on its way.
+  # The embedding is part 0, so the first block is finished and the second has started.
   assert run(tmp_path / 'killed', kill_at=2) == -signal.SIGKILL
   assert not (tmp_path / 'killed' / 'model').exists()
   assert run(tmp_path / 'killed') == 0
@@ -176,7 +178,7 @@ def test_a_process_that_is_killed_leaves_the_same_file(tmp_path):
   assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_in_place_gives_the_same_and_changes_the_model(tiny, tokens_BT, whole):
+def test_in_place_gives_the_same_result_and_changes_the_model(tiny, tokens_BT, whole):
   model = tiny(layers=3)
   same, ledger = pipeline.compress(model, RECIPE, tokens_BT, in_place=True)
   assert same is model

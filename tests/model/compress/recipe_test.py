@@ -1,4 +1,4 @@
-"""Recipes: the shipped ones, the round trip, and that nothing wrong or unknown passes."""
+"""Tests the shipped recipes, the round trip, and that invalid or unknown values are refused."""
 
 import dataclasses
 import pathlib
@@ -13,7 +13,7 @@ FILES = sorted(RECIPES.glob('*'))
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
-def test_a_shipped_recipe(path):
+def test_a_shipped_recipe_is_valid(path):
   one = recipe.load(path)
   assert path.suffix == '.yaml'
   assert one.name == path.stem
@@ -23,12 +23,12 @@ def test_a_shipped_recipe(path):
   assert recipe.parse(yaml.safe_load(yaml.safe_dump(one.to_dict()))) == one
 
 
-def test_there_are_recipes():
+def test_recipes_are_shipped():
   assert recipe.names(RECIPES) == [path.stem for path in FILES]
   assert len(FILES) >= 10
 
 
-def test_the_options_arrive():
+def test_options_are_parsed():
   data = {
     'name': 'x',
     'description': 'y',
@@ -73,7 +73,7 @@ WRONG = {
   'name that leaves its folder': (_recipe(name='../x'), "needs a name .* not '../x'"),
   'hidden name': (_recipe(name='.x'), 'needs a name'),
   'name of two lines': (_recipe(name='x\n'), 'needs a name'),
-  'description': (_recipe(description=['a']), 'description is a text'),
+  'description': (_recipe(description=['a']), 'description must be a string'),
   'head': (_recipe(head='yes'), "head is true or false, not 'yes'"),
   'head of number': (_recipe(head=1), 'head is true or false, not 1'),
   'no steps': ({'name': 'x'}, 'needs a list of steps'),
@@ -146,7 +146,7 @@ def test_bad_yaml_is_refused_with_the_name_of_the_file(tmp_path, text):
     recipe.load(path)
 
 
-def test_a_wrong_file_is_named(tmp_path):
+def test_an_invalid_file_is_named(tmp_path):
   path = tmp_path / 'mine.yaml'
   path.write_text('name: x\nsteps: [{wandda: {}}]')
   with pytest.raises(ValueError, match=r'mine\.yaml, step 1: unknown technique .*wanda'):
@@ -170,12 +170,12 @@ def test_resolve_finds_files_and_techniques(tmp_path):
     (str(pathlib.Path(__file__).parent / 'x.yml'), 'there is no recipe file'),
   ],
 )
-def test_resolve_refuses(name, message):
+def test_resolve_refuses_unknown_names(name, message):
   with pytest.raises(ValueError, match=message):
     recipe.resolve(name, RECIPES)
 
 
-def test_types_of_a_plug_ins_own_options(monkeypatch):
+def test_the_option_types_of_a_plug_in_are_checked(monkeypatch):
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Spec:
     text: str = ''

@@ -1,4 +1,4 @@
-"""Every row of the registry is complete, and wrong rows and names are refused."""
+"""Tests that every row of the registry is complete and that invalid ones are refused."""
 
 import dataclasses
 import re
@@ -16,7 +16,7 @@ ROWS = list(registry.TECHNIQUES.values())
 
 
 @pytest.mark.parametrize('row', ROWS, ids=lambda row: row.name)
-def test_a_row_says_all_that_recipes_and_reports_need(row: Technique):
+def test_a_row_has_all_that_recipes_and_reports_need(row: Technique):
   assert re.fullmatch(r'[a-z][a-z0-9_]*', row.name)
   assert re.search(r'\b(19|20)\d\d, https://\S+\.\S+$', row.paper)
   assert row.summary.endswith('.')
@@ -29,7 +29,7 @@ def test_a_row_says_all_that_recipes_and_reports_need(row: Technique):
     setattr(row.spec(), dataclasses.fields(row.spec)[0].name, None)
 
 
-def test_a_name_is_taken_once():
+def test_a_name_can_be_registered_once():
   with pytest.raises(ValueError, match="'magnitude' is registered already"):
     registry.pruning_score('magnitude', paper='')(lambda w_IO, statistics: w_IO)
 
@@ -43,7 +43,7 @@ def test_a_name_is_taken_once():
     ('', 'there are'),
   ],
 )
-def test_an_unknown_name_comes_with_the_nearest(name, message):
+def test_an_unknown_name_lists_the_nearest(name, message):
   with pytest.raises(ValueError, match=message):
     registry.lookup(name)
 
@@ -62,7 +62,7 @@ def test_an_unknown_name_comes_with_the_nearest(name, message):
     ({'sparsity': float('nan')}, 'not nan'),
   ],
 )
-def test_prune_spec_refuses(options, message):
+def test_prune_spec_refuses_invalid_options(options, message):
   with pytest.raises(ValueError, match=message):
     PruneSpec(**options)
 
@@ -77,17 +77,17 @@ def test_prune_spec_refuses(options, message):
     ({'group_size': -2}, 'a group size is positive, or -1'),
   ],
 )
-def test_quantize_spec_refuses(options, message):
+def test_quantize_spec_refuses_invalid_options(options, message):
   with pytest.raises(ValueError, match=message):
     techniques.QuantizeSpec(**options)
 
 
-def test_cast_spec_refuses():
+def test_cast_spec_refuses_invalid_options():
   with pytest.raises(ValueError, match="not 'int8'"):
     techniques.CastSpec(dtype='int8')
 
 
-def test_a_technique_gets_its_own_statistics_alone():
+def test_a_technique_gets_only_its_own_statistics():
   row = Technique(
     name='probe',
     function=lambda w, statistics, spec: Outcome(w, dict.fromkeys(statistics, 1)),
@@ -99,7 +99,7 @@ def test_a_technique_gets_its_own_statistics_alone():
   assert outcome.events == {'input_norm': 1}
 
 
-def test_half_of_each_output_goes_if_nothing_is_said(rng):
+def test_the_default_drops_half_of_each_output(rng):
   w_IO = jnp.asarray(rng.standard_normal((10, 7)), jnp.float32)
   pruned_IO = registry.lookup('magnitude')(w_IO, {}, PruneSpec()).weight
   assert ((pruned_IO == 0).sum(0) == 5).all()
@@ -110,7 +110,7 @@ def test_half_of_each_output_goes_if_nothing_is_said(rng):
 
 @pytest.mark.parametrize('options', [{}, {'symmetric': False}, {'group_size': 16}])
 @pytest.mark.parametrize('format', ['int8', 'int4', 'int3'])
-def test_what_is_quantized_is_pruned_on_its_grid(rng, format, options):
+def test_a_quantized_weight_is_pruned_on_its_grid(rng, format, options):
   w_IO = jnp.asarray(rng.standard_normal((64, 12)), jnp.float32)
   w = quantized.quantize(w_IO, format, **options)
   before = np.asarray(w.dense())

@@ -1,4 +1,4 @@
-"""Rotation changes no logit before anything is rounded, and spares 4 bits most of their error."""
+"""Tests that rotation does not change the logits, and that it reduces the error of 4 bits."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ _run = jax.jit(lambda graphdef, state, tokens: nnx.merge(graphdef, state)(tokens
 
 
 def _random(name, rng, **changes):
-  """A model whose norms and biases are not trivial."""
+  """Builds a model with random norms and biases."""
   model = Transformer(presets.preset(name).replace(**changes), rngs=nnx.Rngs(0))
   for param in parameters(model).values():
     value = param.get_value()
@@ -46,7 +46,7 @@ def _tokens(model, rng, shape=(2, 17)):
 
 @pytest.mark.parametrize('online', [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', PRESETS)
-def test_no_logit_changes(rng, name, online):
+def test_rotation_does_not_change_the_logits(rng, name, online):
   model = _random(name, rng)
   tokens_BT = _tokens(model, rng)
   turned, ledger = pipeline.compress(model, _recipe({'rotate': {'online': online}}))
@@ -65,7 +65,7 @@ def _same(w, model, path):
   return w.shape == before.shape and np.allclose(w, before, atol=1e-3)
 
 
-def test_a_norm_with_an_offset_and_biases(rng):
+def test_norms_with_an_offset_and_biases_do_not_change_the_logits(rng):
   config = presets.preset('tiny-llama')
   model = _random('tiny-llama', rng, norm_offset=1.0, embedding_scale=3.0, head_bias=True)
   assert model.config.norm_offset == 1.0 and config.norm_offset == 0.0
@@ -76,7 +76,7 @@ def test_a_norm_with_an_offset_and_biases(rng):
   )
 
 
-def test_seeds_differ_and_repeat(rng):
+def test_equal_seeds_give_equal_rotations_and_others_differ(rng):
   model = _random('tiny-llama', rng)
   tables = [
     np.asarray(
@@ -87,7 +87,7 @@ def test_seeds_differ_and_repeat(rng):
   assert np.array_equal(tables[0], tables[2]) and not np.allclose(tables[0], tables[1])
 
 
-def test_the_model_itself_is_left_alone(rng):
+def test_the_input_model_is_not_changed(rng):
   model = _random('tiny-qwen3', rng)
   before = {path: np.asarray(p.get_value()) for path, p in parameters(model).items()}
   pipeline.compress(model, _recipe({'rotate': {}}))
@@ -96,8 +96,8 @@ def test_the_model_itself_is_left_alone(rng):
     assert np.array_equal(before[path], param.get_value())
 
 
-def test_outliers_are_what_it_is_for(rng):
-  """With outlier channels in the stream, as trained models have, 4 bits gain by a rotation."""
+def test_rotation_helps_a_model_with_outliers(rng):
+  """Rotation reduces the 4-bit error if the stream has outlier channels, as in trained models."""
   model = _random('tiny-llama', rng)
   norm = model.layers[0].ffn_norm.scale
   norm.set_value(norm.get_value().at[:3].set(40.0))
@@ -113,7 +113,7 @@ def test_outliers_are_what_it_is_for(rng):
   assert error(turned) < 0.8 * error(plain)
 
 
-def test_a_rotated_and_quantized_model_is_stored(rng, tmp_path):
+def test_a_rotated_and_quantized_model_is_saved_and_loaded(rng, tmp_path):
   from model import hf
 
   model = _random('tiny-llama', rng)
@@ -127,13 +127,13 @@ def test_a_rotated_and_quantized_model_is_stored(rng, tmp_path):
 
 
 @pytest.mark.parametrize('name, message', [('tiny-gpt2', 'layer norm'), ('tiny-gemma2', 'behind')])
-def test_what_does_not_commute_is_refused(name, message):
+def test_models_that_do_not_commute_with_rotations_are_refused(name, message):
   model = Transformer(presets.preset(name), rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match=message):
     pipeline.compress(model, _recipe({'rotate': {}}))
 
 
-def test_it_comes_first_and_on_all_layers(rng):
+def test_rotation_must_come_first_and_apply_to_all_layers(rng):
   model = _random('tiny-llama', rng)
   with pytest.raises(ValueError, match='has to come before cast'):
     pipeline.compress(model, _recipe({'cast': {}}, {'rotate': {}}))

@@ -1,4 +1,4 @@
-"""SmoothQuant against numpy: scales, the stored integers, the search, and what it is for."""
+"""Tests SmoothQuant against numpy: scales, stored integers, the search and the gain."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ def _parse(*steps):
 
 
 def _with_outliers(model, size=100.0, every=16):
-  """Makes a few channels of both norms of each block large, and little of what reads them."""
+  """Makes a few channels of both norms of each block large, and the weights that read them low."""
   for block in model.layers:
     for norm in (block.attention_norm, block.ffn_norm):
       norm.scale.set_value(norm.scale.get_value().at[::every].multiply(size))
@@ -43,7 +43,7 @@ def _logits(model, tokens_BT):
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-  """A candidate that is given the values to put in."""
+  """A candidate that returns the values that it is given."""
 
   def __call__(self, parameters, arrays, k):
     return arrays
@@ -57,7 +57,7 @@ def _numpy_scales(absmax_I, weights, alpha):
 
 
 @pytest.mark.parametrize('alpha', [0.0, 0.5, 0.85, 1.0])
-def test_scales_are_those_of_the_formula(rng, alpha):
+def test_scales_match_the_formula(rng, alpha):
   absmax_I = 10 ** rng.uniform(-3, 3, 32)
   weights = [10 ** rng.uniform(-3, 1, (32, 1)) * rng.standard_normal((32, 6)) for _ in range(2)]
   absmax_I[5], weights[0][7], weights[1][7] = 0, 0, 0
@@ -75,7 +75,7 @@ def test_scales_are_those_of_the_formula(rng, alpha):
 
 
 @pytest.mark.parametrize('activations', ['dynamic', 'static'])
-def test_what_is_stored_is_smoothed_and_rounded(tiny, tokens_BT, site_of, activations):
+def test_stored_weights_are_smoothed_and_rounded(tiny, tokens_BT, site_of, activations):
   site = site_of(_with_outliers(tiny()), tokens_BT, STATISTICS)
   changes = smoothquant.smoothquant(site, SmoothQuantSpec(activations=activations)).parameters
   values = {path: np.asarray(v, np.float64) for path, v in site.parameters.items()}
@@ -93,7 +93,7 @@ def test_what_is_stored_is_smoothed_and_rounded(tiny, tokens_BT, site_of, activa
     w = values[f'{layer}.weight']
     assert (stored.bits, stored.values.format, stored.values.group_size) == (8, 'int8', len(w))
     half_step = np.abs(w).max(0) / 127.5 / 2
-    # The scale is a bfloat16, so the largest codes are off by up to half a step more.
+    # The scale is in bfloat16, so the largest codes are off by up to half a step more.
     assert (np.abs(np.asarray(dense(stored), np.float64) - w) <= 2.01 * half_step).all()
     if activations == 'static':
       np.testing.assert_allclose(stored.scale, absmax[layer].max() / 127, rtol=FLOAT32)
@@ -101,7 +101,7 @@ def test_what_is_stored_is_smoothed_and_rounded(tiny, tokens_BT, site_of, activa
       assert stored.scale is None
 
 
-def test_the_search_takes_what_moves_the_block_least(tiny, tokens_BT, site_of):
+def test_the_search_picks_the_smallest_error_of_the_block(tiny, tokens_BT, site_of):
   model = _with_outliers(tiny())
   site = site_of(model, tokens_BT, STATISTICS)
   site = dataclasses.replace(site, targets=('ffn.gate', 'ffn.up'))
@@ -120,7 +120,7 @@ def test_the_search_takes_what_moves_the_block_least(tiny, tokens_BT, site_of):
 
 
 @pytest.mark.parametrize('static', [False, True])
-def test_outliers_are_what_it_is_for(tiny, tokens_BT, static):
+def test_smoothing_helps_a_model_with_outliers(tiny, tokens_BT, static):
   model = _with_outliers(tiny())
   expected = _logits(model, tokens_BT)
   plain = [PLAIN[0], {'quantize_activations_static' if static else 'quantize_activations': {}}]
@@ -134,7 +134,7 @@ def test_outliers_are_what_it_is_for(tiny, tokens_BT, static):
 
 
 @pytest.mark.parametrize('fold', ['norms', 'all'])
-def test_without_quantization_the_model_stays_what_it_was(tiny, tokens_BT, fold):
+def test_without_quantization_the_outputs_do_not_change(tiny, tokens_BT, fold):
   model = _with_outliers(tiny(layers=1))
   step = {'smoothquant': {'quantize': False, 'fold': fold}}
   smoothed, _ = pipeline.compress(model, _parse(step), tokens_BT)
@@ -170,11 +170,11 @@ def test_a_model_is_the_same_when_saved_and_loaded(tiny, tokens_BT, tmp_path, st
 
 @pytest.mark.parametrize('name', ['quantize_activations', 'quantize_activations_static'])
 @pytest.mark.parametrize('bits', [8, 4])
-def test_contracts(name, bits):
+def test_the_contract_holds(name, bits):
   contracts.check(name, ActivationSpec(bits=bits))
 
 
-def test_what_could_not_be_scaled_is_in_the_ledger(tiny, tokens_BT):
+def test_layers_that_cannot_be_scaled_are_in_the_ledger(tiny, tokens_BT):
   model = tiny(layers=1)
   only = ['*.query', '*.key', '*.ffn.*']
   steps = [
@@ -183,7 +183,7 @@ def test_what_could_not_be_scaled_is_in_the_ledger(tiny, tokens_BT):
   ]
   compressed, ledger = pipeline.compress(model, _parse(*steps), tokens_BT)
   found = {(event.layer, event.event) for event in ledger.events}
-  why = 'not scaled, for attention.value.weight is a QuantizedTensor'
+  why = 'not scaled, because attention.value.weight is a QuantizedTensor'
   assert found >= {('layers.0.attention.query', why), ('layers.0.attention.key', why)}
   assert isinstance(compressed.layers[0].attention.key.weight.get_value(), ActivationQuantized)
 
@@ -201,12 +201,12 @@ def test_what_could_not_be_scaled_is_in_the_ledger(tiny, tokens_BT):
     ({'quantize_activations': {'bits': 16}}, 'bits is 8 or 4'),
   ],
 )
-def test_options_that_make_no_sense_are_refused(step, message):
+def test_invalid_options_are_refused(step, message):
   with pytest.raises(ValueError, match=message):
     _parse(step)
 
 
-def test_the_dataclasses_refuse_the_same():
+def test_the_dataclasses_refuse_invalid_values():
   for options in (
     {'fold': 'none'},
     {'activations': 'fixed'},

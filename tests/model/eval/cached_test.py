@@ -106,5 +106,5 @@ def _logits(x_BTD):
 
 def test_an_unknown_format_is_refused():
   text = perplexity.Windows(tokens_BT=np.zeros((1, 4), np.int32), predicted_bytes=4)
-  with pytest.raises(ValueError, match="'int5' is no format of a cache"):
+  with pytest.raises(ValueError, match="'int5' is not a cache format"):
     perplexity.evaluate(_model('rotary'), text, cache_format='int5')

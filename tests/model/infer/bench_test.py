@@ -1,4 +1,4 @@
-"""The benched callables do what generation does, as often as they are called."""
+"""Tests that the compiled phases compute what generation computes, at every call."""
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ def _model(format=None):
   for i, linear in enumerate(linears(model).values()):
     w_IO = 0.3 * jax.random.normal(jax.random.key(i), linear.weight.shape)
     linear.weight.set_value(w_IO if format is None else quantized.quantize(w_IO, format))
-  return prepare(model, activations='float')  # rounded ones would differ by more than TOLERANCE
+  return prepare(model, activations='float')  # rounded activations would exceed TOLERANCE
 
 
 @pytest.mark.parametrize('format', [None, 'int8'])

@@ -245,7 +245,7 @@ def test_wrong_requests_are_refused(plain, prompts, count, message):
 
 
 def test_an_unknown_cache_is_refused(plain):
-  with pytest.raises(ValueError, match="'fp4' is no format of a cache"):
+  with pytest.raises(ValueError, match="'fp4' is not a cache format"):
     generate(plain, [[1]], max_new_tokens=1, cache_format='fp4')
 
 

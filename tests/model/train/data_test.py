@@ -1,4 +1,4 @@
-"""Packing, checked by hand on a few tokens and by brute force on random documents."""
+"""Tests packing by hand on a few tokens and by brute force on random documents."""
 
 import collections
 
@@ -16,7 +16,7 @@ def _dataset(documents, **settings):
   return PackedDataset.from_ids(documents, eos_id=EOS, **settings)
 
 
-def test_rows_by_hand():
+def test_rows_match_a_packing_by_hand():
   # The stream is 1 2 3 9 | 4 9 | 5 6 7 8 9: eleven tokens, ten labels, rows of four.
   dataset = _dataset([[1, 2, 3], [4], [], [5, 6, 7, 8]], seq_len=4, batch_size=3)
   (batch,) = dataset.sequential()
@@ -31,7 +31,7 @@ def test_rows_by_hand():
     assert getattr(batch, name).dtype == np.int32
 
 
-def test_every_token_but_a_document_s_first_is_a_label_once(rng):
+def test_every_token_except_the_first_of_a_document_is_a_label_once(rng):
   documents = [list(rng.integers(0, 9, rng.integers(1, 30))) for _ in range(40)]
   dataset = _dataset(documents, seq_len=7, batch_size=4)
   got = collections.Counter()
@@ -41,7 +41,7 @@ def test_every_token_but_a_document_s_first_is_a_label_once(rng):
   assert got == want
 
 
-def test_attention_that_segments_allow_never_leaves_a_document(rng):
+def test_segments_keep_attention_within_a_document(rng):
   documents = [[i] * int(rng.integers(1, 6)) for i in range(30)]  # a token names its document
   dataset = PackedDataset.from_ids(documents, eos_id=50, seq_len=8, batch_size=2)
   for batch in dataset.sequential():
@@ -98,8 +98,8 @@ def test_excerpts_take_an_equal_share_of_each_text():
   [
     ([], {'seq_len': 4, 'batch_size': 1}, 'no text to train on'),
     ([[]], {'seq_len': 4, 'batch_size': 1}, 'no text to train on'),
-    ([[1]], {'seq_len': 0, 'batch_size': 1}, 'seq_len 0'),
-    ([[1]], {'seq_len': 4, 'batch_size': 0}, 'batch_size 0'),
+    ([[1]], {'seq_len': 0, 'batch_size': 1}, 'at least 1, not 0 and 1'),
+    ([[1]], {'seq_len': 4, 'batch_size': 0}, 'at least 1, not 4 and 0'),
   ],
 )
 def test_bad_input_is_refused(documents, settings, match):

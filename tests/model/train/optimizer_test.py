@@ -1,4 +1,4 @@
-"""The optimizer against torch's AdamW, and its schedule against the formula."""
+"""Tests the optimizer against torch's AdamW, and its schedule against the formula."""
 
 import math
 

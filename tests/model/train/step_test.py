@@ -1,4 +1,4 @@
-"""The compiled update against a plain gradient of whole logits, and against itself cut up."""
+"""Tests the compiled update against a plain gradient of all logits, and against its split forms."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ def _model(vocab_size=32, tied=False):
 
 
 def _batch(rng, rows=8, length=12):
-  """Packed documents, with label counts that differ a lot from row to row."""
+  """Builds packed documents whose label counts differ a lot from row to row."""
   documents = [rng.integers(1, 32, rng.integers(1, 20)) for _ in range(40)]
   dataset = PackedDataset.from_ids(documents, eos_id=0, seq_len=length, batch_size=rows)
   batch = dataset.batch(0)
@@ -60,7 +60,7 @@ def _assert_close(got, want):
 
 
 @pytest.mark.parametrize('tied', [False, True])
-def test_gradient_equals_that_of_whole_logits(rng, tied):
+def test_the_gradient_equals_that_of_unchunked_logits(rng, tied):
   model, batch = _model(tied=tied), _batch(rng)
   graphdef, params = nnx.split(model)
 
@@ -85,7 +85,7 @@ def test_gradient_equals_that_of_whole_logits(rng, tied):
 def test_accumulation_equals_one_big_batch(rng, n):
   model, batch = _model(), _batch(rng)
   counts = np.asarray(jnp.sum(batch.labels_BT >= 0, axis=1))
-  assert len(set(counts)) > 4  # a mean of means would be another number
+  assert len(set(counts)) > 4  # so that a mean of means would differ
   whole, whole_metrics = _updated(model, batch, StepConfig())
   parts, parts_metrics = _updated(model, batch, StepConfig(accumulation=n))
   _assert_close(parts.params, whole.params)
@@ -93,7 +93,7 @@ def test_accumulation_equals_one_big_batch(rng, n):
     assert float(parts_metrics[name]) == pytest.approx(float(whole_metrics[name]), rel=1e-5)
 
 
-def test_packed_documents_score_as_they_do_alone(rng):
+def test_packed_documents_have_the_same_loss_as_alone(rng):
   model = _model()
   documents = [rng.integers(1, 32, size) for size in (3, 5, 4, 7)]
   together = PackedDataset.from_ids(documents, eos_id=0, seq_len=30, batch_size=1)
@@ -119,7 +119,7 @@ def test_mixed_precision_keeps_float32_masters(rng):
   assert np.abs(want).max() > 0 and np.corrcoef(moved, want)[0, 1] > 0.9
 
 
-def test_init_copies_and_the_step_donates(rng):
+def test_init_copies_parameters_and_the_step_donates_its_state(rng):
   model = _model()
   optimizer = optax.adam(1e-3)
   graphdef, state = step_lib.init(model, optimizer)

@@ -1,6 +1,6 @@
-"""The accelerators' kernels, interpreted, against numpy; and which weights are given to them.
+"""Tests the accelerators' kernels against numpy in interpreted mode, and which weights they take.
 
-Where there is a GPU or a TPU, they also run as they are:
+Where there is a GPU or a TPU, the compiled kernels are tested too:
 
   JAX_PLATFORMS=cuda,cpu python -m pytest -n 0 -m accelerator tests/ops/kernels/fused_test.py
 """
@@ -15,8 +15,8 @@ from ops.kernels import fused
 from ops.kernels.gpu import quantized_matmul as gpu
 from ops.kernels.tpu import quantized_matmul as tpu
 
-# Relative to the sum of the sizes of the terms: sums in float32, in another order. With zero points
-# two sums of codes are subtracted that are larger than what is left of them.
+# Sums in float32 in another order, relative to the sum of the magnitudes of the terms. With zero
+# points, two sums are subtracted that are larger than their difference.
 FLOAT32 = {True: 1e-6, False: 1e-5}
 BFLOAT16 = 2**-8  # of the result, beside float32's
 CODEBOOK = 2**-9  # of each term, where a codebook's values are multiplied in bfloat16
@@ -97,7 +97,7 @@ def test_products_are_lowered_to_kernels(platform, name):
 
 @pytest.mark.parametrize('platform', ['tpu', 'gpu'])
 @examples
-def test_packing_changes_no_number(platform, name):
+def test_packing_preserves_values(platform, name):
   w = _weight(name)
   packed = fused.pack(w, platform)
   np.testing.assert_array_equal(jax.jit(lambda w: w.dense())(packed), jax.jit(_dense)(w))
@@ -110,13 +110,13 @@ def _dense(w):
 
 
 def _packed(name, platform, **options):
-  """The shapes of an example's packed form."""
+  """Returns the shapes of an example's packed form."""
   shape = jax.ShapeDtypeStruct((192, 70), jnp.float32)
   make = lambda w_IO: fused.pack(quantized.quantize(w_IO, **EXAMPLES[name]), platform, **options)
   return jax.eval_shape(make, shape)
 
 
-def test_what_goes_to_a_kernel_and_what_to_xla():
+def test_which_weights_use_a_kernel_and_which_use_xla():
   left_to_xla = lambda platform, **options: {
     name
     for name in EXAMPLES
@@ -135,7 +135,7 @@ def test_what_goes_to_a_kernel_and_what_to_xla():
   assert fused.pack(array, 'gpu') is array
 
 
-def test_what_is_inside_other_types_is_packed():
+def test_weights_inside_other_types_are_packed():
   w, key = _weight('nf4'), jax.random.key(0)
   adapted = fused.pack(lora.attach(w, 2, alpha=2.0, key=key), 'gpu')
   assert isinstance(adapted.base, fused.FusedTensor)
@@ -150,7 +150,7 @@ def test_what_is_inside_other_types_is_packed():
   assert fused.pack(plain, 'tpu') is plain
 
 
-def test_names_claim_no_speed():
+def test_kernel_names_claim_no_speed():
   w = _weight('nf4')
   for platform in ('tpu', 'gpu'):
     name = linear.kernel(fused.pack(w, platform), platform)
@@ -159,7 +159,7 @@ def test_names_claim_no_speed():
   assert linear.kernel(fused.pack(w, 'gpu'), 'cpu') is None
 
 
-def test_either_layout_is_multiplied_on_either_platform():
+def test_the_gpu_kernel_takes_the_tpu_layout():
   x, signed = _rows(2), quantized.native(_weight('int4'))
   assert signed.values.dtype == jnp.int4
   _check(fused.KERNELS['gpu'].product(x, signed, interpret=True), x, _weight('int4'))
