@@ -4,24 +4,29 @@
   hf.save_pretrained(model, tokenizer, 'folder')
 
 A folder holds config.json, model.safetensors (or shards and their index) and the tokenizer's files.
-Names and config keys of each family are in `model.hf_names`. A checkpoint is compared with what its
-config.json promises before any tensor is read, and tensors are read and written one at a time.
+`model.hf_names` has the tensor names and config keys of each family. The tensors of a checkpoint
+are compared with its config.json before any of them is read, and are read and written one at a
+time.
+
+A model that config.json cannot describe (compressed weights, layers of different widths) is written
+in the format of `model.native`, which `load_pretrained` reads too.
 """
 
 import json
+import logging
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from model import hf_names, native, safetensors_io, transformer
 from model.config import ModelConfig
 from model.files import atomic_folder, check_replaceable
-from model.hf_names import Entry, Family
+from model.hf_names import Entry
 from model.safetensors_io import Tensor
 from model.tokenizer import Tokenizer
 from model.tokenizer import check as check_tokenizer
@@ -30,25 +35,25 @@ from ops.linear import Weight
 
 CONFIG = 'config.json'
 GENERATION = 'generation_config.json'
-FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 MAX_LISTED = 20
-# What a download takes along: weights, configs and tokenizers of the top folder. Some repositories
-# keep a second copy of their weights in consolidated*.safetensors.
+LOG = logging.getLogger(__name__)
+# What is downloaded: weights, configs and tokenizer files of the top folder. Some repositories keep
+# a second copy of their weights in consolidated*.safetensors.
 _WANTED = ('*.json', '*.safetensors', '*.jinja', '*.txt', '*.model')
 _UNWANTED = ('*/*', 'consolidated*')
 
 
 def load_pretrained(path_or_hub_id: str | Path, dtype=None) -> tuple[Transformer, Tokenizer | None]:
-  """Loads a model, and its tokenizer where the folder has one.
+  """Loads a model, and its tokenizer if the folder has one.
 
-  `dtype` is that of the activations, to which the parameters are cast too; None keeps parameters as
-  stored and computes in float32.
+  `dtype` is the type of the activations, and the parameters are cast to it. None keeps the stored
+  type of the parameters (float32 for float64) and computes in float32. Buffers and the heads of
+  other tasks are left out, and a warning is logged that names them.
 
   Raises:
     ValueError: there is no such folder or hub repository; config.json is absent or describes
-      something unsupported; tensors are missing, unexpected, misshapen, not finite or of a dtype
-      that is not float32, float16 or bfloat16; a file is damaged; the tokenizer has more tokens
-      than the model.
+      something unsupported; tensors are missing, unexpected, misshapen, not finite, or integers; a
+      file is damaged; the tokenizer has more tokens than the model.
   """
   folder = find_folder(path_or_hub_id)
   config = load_config(folder)
@@ -82,20 +87,30 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-  """Reads config.json, and the stop tokens of generation_config.json, which chat models extend."""
+  """Reads config.json, and the special tokens of generation_config.json.
+
+  The stop tokens of generation_config.json win, because chat models add theirs there. Its padding
+  token counts where config.json has none.
+  """
   folder = Path(folder)
   if native.is_native(folder):
     return native.read_config(folder)
   if not (folder / CONFIG).is_file():
     raise ValueError(f'{folder} has no {CONFIG}, so it is no checkpoint of Hugging Face')
   hf = _read_json(folder / CONFIG)
-  if (folder / GENERATION).is_file():
-    eos = _read_json(folder / GENERATION).get('eos_token_id')
-    hf |= {} if eos is None else {'eos_token_id': eos}
+  generation = _read_generation(folder / GENERATION)
+  for key, wins in (('eos_token_id', True), ('pad_token_id', hf.get('pad_token_id') is None)):
+    if wins and generation.get(key) is not None:
+      hf[key] = generation[key]
   try:
     return hf_names.config_from_hf(hf)
   except ValueError as error:
     raise ValueError(f'{folder / CONFIG}: {error}') from error
+
+
+def _read_generation(path):
+  """The contents of generation_config.json; nothing where it is absent or empty."""
+  return _read_json(path) if path.is_file() and path.read_bytes().strip() else {}
 
 
 def _read_json(path):
@@ -109,17 +124,18 @@ def _read_json(path):
 
 
 def load_tensors(config: ModelConfig, stored: Mapping[str, Tensor], dtype=None) -> Transformer:
-  """Builds the model from the tensors of a checkpoint; see `load_pretrained`."""
+  """Builds the model from the tensors of a checkpoint, as `load_pretrained` describes."""
   family = hf_names.find(config.family)
   model = transformer.abstract(config, jnp.float32 if dtype is None else dtype)
   parameters = transformer.parameters(model)
   shapes = {path: tuple(param.get_value().shape) for path, param in parameters.items()}
   entries = hf_names.entries(family, config, shapes)
-  stored = _cleaned(family, config, stored)
-  _check_tensors(entries, stored)
+  kept, dropped = hf_names.select_tensors(family, config, stored)
+  _check_tensors(entries, kept)
+  _say(kept, dropped)
   bad = []
   for entry in entries:
-    values = stored[entry.theirs].read()
+    values = _read(kept[entry.theirs])
     if not np.isfinite(values).all():
       bad.append(f'{entry.theirs} {values.shape}')
     for path, part in zip(entry.ours, entry.split(values)):
@@ -129,25 +145,27 @@ def load_tensors(config: ModelConfig, stored: Mapping[str, Tensor], dtype=None) 
   return model
 
 
-def _cleaned(family: Family, config, stored):
-  """Drops buffers and the copy of a tied head, and adds the prefix that bare checkpoints lack."""
-  ignored = [re.compile(pattern) for pattern in family.ignored]
-  kept = {name: t for name, t in stored.items() if not any(p.search(name) for p in ignored)}
-  head, table = family.weight_of('head'), family.weight_of('embedding')
-  if not any(name.startswith(family.prefix) for name in kept):
-    kept = {name if name == head else family.prefix + name: t for name, t in kept.items()}
-  if config.tied and head in kept:
-    copy = kept.pop(head)
-    if table in kept and not _equal(copy, kept[table]):
-      raise ValueError(
-        f'config.json ties the head to the embedding, but {head} is stored and differs from '
-        f'{table}; set tie_word_embeddings to false if the stored head is the right one'
-      )
-  return kept
+def _read(tensor: Tensor) -> np.ndarray:
+  if tensor.dtype != np.float64:
+    return tensor.read()
+  with np.errstate(over='ignore'):  # the infinity is reported
+    return tensor.read().astype(np.float32)
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-  return a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a.read(), b.read())
+def _say(kept, dropped):
+  """Logs which tensors are not loaded as they are stored, a line for each kind."""
+  if dropped:
+    LOG.warning('tensors that are no weights of the model are left out: %s', _patterns(dropped))
+  wide = [name for name, tensor in kept.items() if tensor.dtype == np.float64]
+  if wide:
+    LOG.warning('tensors of float64 are rounded to float32: %s', _patterns(wide))
+
+
+def _patterns(names: list[str]) -> str:
+  """Names in one line; those that differ in the layer's number alone are named once and counted."""
+  counts = Counter(re.sub(r'(?<=\.)\d+(?=\.)', '*', name) for name in names)
+  shown = [name if n == 1 else f'{name} ({n})' for name, n in counts.items()]
+  return ', '.join(shown[:MAX_LISTED] + (['...'] if len(shown) > MAX_LISTED else []))
 
 
 def _check_tensors(entries: list[Entry], stored: Mapping[str, Tensor]) -> None:
@@ -158,7 +176,7 @@ def _check_tensors(entries: list[Entry], stored: Mapping[str, Tensor]) -> None:
       problems.append(f'unexpected: {name} {tensor.shape}')
     elif tensor.shape != expected[name]:
       problems.append(f'misshapen: {name} is {tensor.shape}, not {expected[name]}')
-    elif tensor.dtype not in FLOATS:
+    elif tensor.dtype not in hf_names.FLOATS:
       problems.append(f'unsupported dtype: {name} is {tensor.dtype}')
   _raise_listed('the tensors are not those that config.json describes', problems)
 
@@ -178,35 +196,46 @@ def save_pretrained(
   recipe: dict | None = None,
   max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-  """Writes a folder that `load_pretrained` can load, and transformers too if all is plain arrays.
+  """Writes a folder that `load_pretrained` can load.
 
-  A model with other weight types is written as `model.native` describes, with the recipe that made
-  it. The folder appears whole or not at all; an earlier output is replaced.
+  transformers can load it too if all weights are plain arrays and config.json can describe the
+  model. Other models are written as `model.native` describes, with the recipe that made them; a
+  warning is logged if the reason is config.json, for example because layers have different widths.
+  The folder appears whole or not at all; an earlier output is replaced.
 
   Raises:
-    ValueError: the folder holds something else; the tokenizer has more tokens than the model;
-      config.json of the family cannot describe the model, for one where its layers have different
-      widths.
+    ValueError: the folder holds something else; the tokenizer has more tokens than the model; the
+      family is unknown.
   """
   check_replaceable(path)
   if tokenizer is not None:
     check_tokenizer(tokenizer, model.config.vocab_size)
-  compressed = native.is_compressed(model)
-  tensors = native.tensors(model) if compressed else to_tensors(model)
-  dtype = str(model.embedding.table.get_value().dtype)
-  dtypes = {'dtype': dtype, 'torch_dtype': dtype}  # both spellings: transformers 4 and 5
-  dtypes |= native.HF_MARK if compressed else {}
-  config = {**hf_names.config_to_hf(model.config), **dtypes}
-  tokens = {key: config[key] for key in ('bos_token_id', 'eos_token_id')}
+  config, whole = _describe(model)
+  tensors = to_tensors(model) if whole else native.tensors(model)
+  tokens = {key: config[key] for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
   generation = {key: value for key, value in tokens.items() if value is not None}
   with atomic_folder(path) as folder:
     safetensors_io.write_folder(folder, tensors, max_shard_bytes=max_shard_bytes)
-    if compressed:
+    if not whole:
       _write_json(folder / native.MANIFEST, native.manifest(model, recipe))
     _write_json(folder / CONFIG, config)
     _write_json(folder / GENERATION, {'_from_model_config': True, **generation})
     if tokenizer is not None:
       tokenizer.save(folder)
+
+
+def _describe(model) -> tuple[dict, bool]:
+  """The contents of config.json, and whether they and plain arrays are the whole model."""
+  whole = not native.is_compressed(model)
+  config = hf_names.shared_to_hf(model.config)
+  try:
+    config = hf_names.config_to_hf(model.config)
+  except ValueError as error:
+    LOG.warning('saved in the format of Lissom, which transformers does not read: %s', error)
+    whole = False
+  dtype = str(model.embedding.table.get_value().dtype)
+  dtypes = {'dtype': dtype, 'torch_dtype': dtype}  # both spellings: transformers 4 and 5
+  return {**config, **dtypes, **({} if whole else native.HF_MARK)}, whole
 
 
 def to_tensors(model: Transformer) -> dict[str, Tensor]:

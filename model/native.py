@@ -1,11 +1,12 @@
-"""Folders that hold any weight types: `lissom.json` says what the arrays in the safetensors mean.
+"""Folders that hold any model: `lissom.json` describes the arrays in the safetensors files.
 
-A matrix that is not a plain array is stored as its fields, under the path of its parameter:
-`layers.0.ffn.up.weight.values`, `.scales` and so on, nested types likewise. `lissom.json` has the
-config; for each parameter its type and static fields; and the shape and dtype of each array, for
-those of codes and indices do not follow from the config. `config.json` is the one of Hugging Face
-but for its `model_type` and the method of its `quantization_config`, both "lissom", so that other
-tools refuse the folder instead of reading it wrongly.
+A weight that is no plain array is stored as its fields, under the path of its parameter:
+`layers.0.ffn.up.weight.values`, `.scales` and so on; nested types likewise. `lissom.json` has the
+config with every layer's own widths, the type and static fields of each parameter, and the shape
+and dtype of each array, because those of codes and indices do not follow from the config.
+`config.json` is the one of Hugging Face as far as it can describe the model, with "lissom" as
+`model_type` and as the method of `quantization_config`, so that other tools refuse the folder
+instead of reading it wrongly.
 """
 
 import dataclasses
@@ -29,19 +30,19 @@ from ops.linear import WEIGHT_TYPES, Matrix, Weight
 BUILT_IN = (activations, lora, quantized, rotated, sparse)
 MANIFEST = 'lissom.json'
 VERSION = 1
-# In config.json. Other tools refuse a model type that they do not know; at a quantization method
-# that it does not know, transformers 5 only warns, and fills the model with random numbers.
+# In config.json. Tools refuse an unknown model type. At an unknown quantization method transformers
+# 5 only warns, and fills the model with random numbers.
 HF_MARK = {'model_type': 'lissom', 'quantization_config': {'quant_method': 'lissom'}}
 Arrays = dict[str, jax.Array]
 
 
 def is_compressed(model: Transformer) -> bool:
-  """Whether any parameter is something else than a plain array."""
+  """Whether any parameter is no plain array."""
   return any(isinstance(p.get_value(), Weight) for p in parameters(model).values())
 
 
 def flatten(model: Transformer) -> tuple[Arrays, dict[str, Any]]:
-  """The arrays of a model by name, and the JSON description that turns them into weights again."""
+  """The arrays of a model by name, and the JSON description from which `build` makes weights."""
   arrays, layout = {}, {}
   for path, param in parameters(model).items():
     layout[path] = _describe(param.get_value(), path, arrays)
@@ -65,7 +66,7 @@ def _describe(w: Matrix, name: str, arrays: Arrays):
 
 
 def build(entry, name: str, array: Callable[[str], Any]) -> Any:
-  """Turns one entry of a layout into a weight; `array` gives the array of a name.
+  """Builds a weight from one entry of a layout; `array` returns the array of a name.
 
   Raises ValueError for a weight type or field that this version does not know.
   """
@@ -91,14 +92,14 @@ def build(entry, name: str, array: Callable[[str], Any]) -> Any:
 
 
 def names(entry, name: str) -> list[str]:
-  """The arrays that one entry of a layout consists of."""
+  """The names of the arrays of one entry of a layout."""
   found = []
   build(entry, name, found.append)
   return found
 
 
 def tensors(model: Transformer) -> dict[str, Tensor]:
-  """The arrays of a model, to be written into the safetensors of its folder."""
+  """The arrays of a model as the safetensors files of its folder hold them."""
   arrays, _ = flatten(model)
   return {
     name: Tensor(a.shape, np.dtype(a.dtype), lambda a=a: np.asarray(a))
@@ -107,7 +108,7 @@ def tensors(model: Transformer) -> dict[str, Tensor]:
 
 
 def manifest(model: Transformer, recipe: dict | None = None) -> dict[str, Any]:
-  """What `lissom.json` says."""
+  """The contents of `lissom.json`."""
   arrays, layout = flatten(model)
   return {
     'version': VERSION,
@@ -129,7 +130,7 @@ def is_native(folder: pathlib.Path) -> bool:
 
 
 def read_config(folder: pathlib.Path) -> configs.ModelConfig:
-  """The config of a model in this form. Raises ValueError if there is none that makes sense."""
+  """The config of a model in this form. Raises ValueError if there is no valid one."""
   try:
     return configs.from_json(_manifest(folder)['config'])
   except (KeyError, TypeError) as error:

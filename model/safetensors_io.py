@@ -1,12 +1,14 @@
 """Safetensors files, read and written one tensor at a time.
 
-A model is a mapping from names to `Tensor`: shape and dtype at once, the values when they are asked
-for. So a checkpoint is checked before any of it is read, and neither reading nor writing holds more
-of it in memory than the tensor at hand. The library `safetensors` judges whether a file is sound;
-the bytes are mapped here, because its numpy reader lacks the 8-bit float types.
+A model is a mapping from names to `Tensor`, which knows its shape and dtype and reads its values on
+request. So a checkpoint is checked before any of it is read, and reading and writing hold one
+tensor in memory at a time. The library `safetensors` decides whether a file is sound; the bytes are
+mapped here, because its numpy reader lacks the 8-bit float types.
 
 Format: https://github.com/huggingface/safetensors (eight bytes of header length, a JSON header,
-the data). Sharded folders have `model.safetensors.index.json`, which maps names to files.
+the data). Sharded folders have `model.safetensors.index.json`, which maps names to files. Where
+PyTorch's `save_model` stores a shared tensor once, the metadata maps its other names to the stored
+one.
 """
 
 import dataclasses
@@ -41,7 +43,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# What else people keep weights in. Pickles run code when they are opened.
+# Other files that hold weights. Pickles run code when they are opened.
 _PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 
 
@@ -61,7 +63,7 @@ class Tensor:
 def read_file(path: str | Path) -> dict[str, Tensor]:
   """Opens one file. `Tensor.read` gives read-only views of the mapped file.
 
-  Raises ValueError, naming the file, where it is truncated, corrupt or of an unknown dtype.
+  Raises ValueError, naming the file, if it is truncated, corrupt or of an unknown dtype.
   """
   path = Path(path)
   try:
@@ -72,8 +74,10 @@ def read_file(path: str | Path) -> dict[str, Tensor]:
   with path.open('rb') as file:
     length = int.from_bytes(file.read(8), 'little')
     header = json.loads(file.read(length))
-  header.pop('__metadata__', None)
-  return {name: _stored(path, 8 + length, name, entry) for name, entry in header.items()}
+  metadata = header.pop('__metadata__', None) or {}
+  tensors = {name: _stored(path, 8 + length, name, entry) for name, entry in header.items()}
+  shared = {name: tensors[kept] for name, kept in metadata.items() if kept in tensors}
+  return shared | tensors
 
 
 def _stored(path, data_start, name, entry):
@@ -97,25 +101,22 @@ def _stored(path, data_start, name, entry):
 def read_folder(folder: str | Path) -> dict[str, Tensor]:
   """Opens `model.safetensors` of a folder, or all the shards that its index names.
 
-  Raises ValueError where there is no safetensors file, a shard or a tensor of the index is missing,
-  or a file is not sound.
+  The tensors are those of the files: the index may name others, which no shard holds.
+
+  Raises ValueError if there is no safetensors file, a shard is missing, or a file is not sound.
   """
   folder = Path(folder)
   if (folder / SINGLE).is_file():
     return read_file(folder / SINGLE)
   if not (folder / INDEX).is_file():
     raise ValueError(_nothing_to_read(folder))
-  weight_map = _read_index(folder / INDEX)
-  shards = sorted(set(weight_map.values()))
+  shards = sorted(set(_read_index(folder / INDEX).values()))
   absent = [shard for shard in shards if not (folder / shard).is_file()]
   if absent:
     raise ValueError(f'{folder} lacks {len(absent)} of {len(shards)} shards: {", ".join(absent)}')
   tensors = {}
   for shard in shards:
     tensors.update(read_file(folder / shard))
-  lost = sorted(set(weight_map) - set(tensors))
-  if lost:
-    raise ValueError(f'{folder / INDEX} names tensors that no shard holds: {", ".join(lost[:20])}')
   return tensors
 
 
@@ -147,7 +148,7 @@ def _nothing_to_read(folder):
 def write_file(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
   """Writes one file, each tensor made just before it is written.
 
-  Raises ValueError where a tensor's values have another shape or dtype than announced.
+  Raises ValueError if a tensor's values have another shape or dtype than announced.
   """
   # Wide types first, so that every tensor starts at a multiple of its item size.
   names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))

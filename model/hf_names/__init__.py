@@ -13,8 +13,20 @@ from model.hf_names.llama import LLAMA, MISTRAL
 from model.hf_names.phi3 import PHI3
 from model.hf_names.qwen2 import QWEN2
 from model.hf_names.qwen3 import QWEN3
+from model.hf_names.stored import FLOATS, select_tensors
 
-__all__ = ['FAMILIES', 'Entry', 'Family', 'config_from_hf', 'config_to_hf', 'entries', 'find']
+__all__ = [
+  'FAMILIES',
+  'FLOATS',
+  'Entry',
+  'Family',
+  'config_from_hf',
+  'config_to_hf',
+  'entries',
+  'find',
+  'shared_to_hf',
+  'select_tensors',
+]
 
 FAMILIES = {
   family.model_type: family
@@ -23,7 +35,7 @@ FAMILIES = {
 
 
 def find(model_type: str) -> Family:
-  """The family of that name; ValueError with the nearest names where there is none."""
+  """The family of that name. Raises ValueError with the nearest names if there is none."""
   if model_type in FAMILIES:
     return FAMILIES[model_type]
   near = difflib.get_close_matches(str(model_type), FAMILIES, cutoff=0.4)
@@ -36,7 +48,7 @@ def find(model_type: str) -> Family:
 def config_from_hf(hf: dict) -> ModelConfig:
   """Reads the contents of a config.json.
 
-  Raises ValueError where it describes something that is not computed here, naming the key.
+  Raises ValueError, naming the key, if it describes something that is not supported.
   """
   if 'model_type' not in hf:
     raise ValueError(f'config.json has no model_type; supported: {", ".join(sorted(FAMILIES))}')
@@ -53,17 +65,11 @@ def config_from_hf(hf: dict) -> ModelConfig:
 def config_to_hf(config: ModelConfig) -> dict:
   """Writes the contents of a config.json that transformers 4 and 5 read.
 
-  Raises ValueError where the family's config.json cannot say what `config` says, for one where
+  Raises ValueError if the family's config.json cannot describe the model, for example because its
   layers have different widths; the message names the fields and layers.
   """
   family = find(config.family)
-  hf = {
-    'architectures': [family.architecture],
-    'model_type': family.model_type,
-    **family.config_to_hf(config),
-    **fields.tokens_to_hf(config.bos_id, config.eos_ids),
-    'pad_token_id': None,
-  }
+  hf = {**family.config_to_hf(config), **shared_to_hf(config)}
   problems = _differences(_normal(config), _normal(family.config_from_hf(hf)))
   if problems:
     raise ValueError(
@@ -71,6 +77,17 @@ def config_to_hf(config: ModelConfig) -> dict:
       f'{"; ".join(problems[:20])}'
     )
   return hf
+
+
+def shared_to_hf(config: ModelConfig) -> dict:
+  """The keys of a config.json that every family has."""
+  family = find(config.family)
+  return {
+    'architectures': [family.architecture],
+    'model_type': family.model_type,
+    'vocab_size': config.vocab_size,
+    **fields.tokens_to_hf(config),
+  }
 
 
 def _differences(config, written):
@@ -94,7 +111,7 @@ def _differences(config, written):
 
 
 def _normal(config: ModelConfig) -> ModelConfig:
-  """The same model with each value that equals its default written as the default."""
+  """The same model, with None for each value that None stands for."""
   return config.replace(layers=tuple(map(_normal_layer, config.layers)))
 
 

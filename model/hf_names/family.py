@@ -81,9 +81,10 @@ class Family:
   architecture: str
   prefix: str  # of all names but the head; bare checkpoints lack it
   rows: tuple[Row, ...]
-  ignored: tuple[str, ...]  # regular expressions: buffers that older checkpoints store
   config_from_hf: Callable[[dict], ModelConfig]
   config_to_hf: Callable[[ModelConfig], dict]  # without the keys that all families share
+  ignored: tuple[str, ...] = ()  # regular expressions: buffers of this family alone
+  aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> name in `rows`
 
   def weight_of(self, module: str) -> str:
     """The name on disk of the weight of one of our modules outside the layers, such as 'head'."""

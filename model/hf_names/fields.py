@@ -1,12 +1,13 @@
-"""Typed reading of the keys of `config.json` that families share.
+"""Reads the keys of `config.json` that families share, with their types.
 
 An absent key takes the default of the family's configuration class in transformers; `null` is a
-value of its own. What cannot be computed here raises a ValueError that names the key.
+value, not an absent key. A value that is not supported raises a ValueError that names the key.
 """
 
-from model.config import LayerConfig
+from model.config import LayerConfig, ModelConfig
 
-# Names of activations in transformers; the first name for one of ours is the one that is written.
+# Names of activations in transformers and here. Where several names mean one of ours, the first is
+# the one that is written.
 ACTIVATIONS = {
   'silu': 'silu',
   'swish': 'silu',
@@ -58,7 +59,7 @@ def _read(hf, key, default, kinds, what):
 
 
 def refuse(hf: dict, key: str, *harmless) -> None:
-  """Raises ValueError where a key asks for something that is not computed here."""
+  """Raises ValueError if a key has a value that is not supported."""
   if key in hf and hf[key] not in harmless:
     ok = ' or '.join(repr(value) for value in harmless)
     raise ValueError(f'{key} = {hf[key]!r} in config.json is not supported; supported: {ok}')
@@ -77,23 +78,34 @@ def activation_name(ours: str) -> str:
   return next(name for name, kind in ACTIVATIONS.items() if kind == ours)
 
 
-def tokens(hf: dict, bos: int | None, eos: int | None) -> dict:
-  """The special tokens as keywords of ModelConfig; `bos` and `eos` are the family's defaults."""
+def tokens(
+  hf: dict, bos: int | None, eos: int | None, pad: int | None = None, *, vocab_size: int
+) -> dict:
+  """The special tokens as keywords of ModelConfig; `bos`, `eos`, `pad` are the family's defaults.
+
+  A padding token beyond the vocabulary belongs to the tokenizer alone, and is None here.
+  """
   bos_id, ids = hf.get('bos_token_id', bos), hf.get('eos_token_id', eos)
+  pad_id = hf.get('pad_token_id', pad)
   ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-  for i in (*ids, *([] if bos_id is None else [bos_id])):
+  for i in (*ids, *(one for one in (bos_id, pad_id) if one is not None)):
     if not isinstance(i, int) or isinstance(i, bool):
-      raise ValueError(f'bos_token_id and eos_token_id must be integers; {i!r} is not')
-  return {'bos_id': bos_id, 'eos_ids': tuple(ids)}
+      raise ValueError(
+        f'bos_token_id, eos_token_id and pad_token_id in config.json must be integers; {i!r} is not'
+      )
+  pad_id = None if pad_id is None or pad_id >= vocab_size else pad_id
+  return {'bos_id': bos_id, 'eos_ids': tuple(ids), 'pad_id': pad_id}
 
 
-def tokens_to_hf(bos_id: int | None, eos_ids: tuple[int, ...]) -> dict:
-  eos = None if not eos_ids else eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)
-  return {'bos_token_id': bos_id, 'eos_token_id': eos}
+def tokens_to_hf(config: ModelConfig) -> dict:
+  """The keys that `tokens` reads."""
+  ids = list(config.eos_ids)
+  eos = None if not ids else ids[0] if len(ids) == 1 else ids
+  return {'bos_token_id': config.bos_id, 'eos_token_id': eos, 'pad_token_id': config.pad_id}
 
 
 def windows(hf: dict, slides: list[bool], window: int | None) -> list[int | None]:
-  """The window of each layer: from `layer_types` or, where that is absent, where `slides`."""
+  """The window of each layer: from `layer_types` or, where that is absent, from `slides`."""
   types = hf.get('layer_types')
   if types is None:
     types = ['sliding_attention' if s else 'full_attention' for s in slides]

@@ -19,6 +19,7 @@ DEFAULTS = llama.Defaults(
   tied=True,
   bos=2,
   eos=1,
+  pad=0,
   activation_key='hidden_activation',
   activation='gelu_pytorch_tanh',
 )
@@ -80,7 +81,6 @@ GEMMA2 = Family(
   architecture='Gemma2ForCausalLM',
   prefix='model.',
   rows=ROWS,
-  ignored=llama.IGNORED,
   config_from_hf=_from_hf,
   config_to_hf=_to_hf,
 )

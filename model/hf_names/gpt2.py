@@ -26,10 +26,10 @@ ROWS = (
 
 def _from_hf(hf):
   fields.refuse(hf, 'add_cross_attention', False)
-  width = fields.size(hf, 'n_embd', 768)
+  width, vocab_size = fields.size(hf, 'n_embd', 768), fields.size(hf, 'vocab_size', 50257)
   return ModelConfig(
     family='gpt2',
-    vocab_size=fields.size(hf, 'vocab_size', 50257),
+    vocab_size=vocab_size,
     width=width,
     layers=_blocks(hf, width),
     max_positions=fields.size(hf, 'n_positions', 1024),
@@ -37,7 +37,7 @@ def _from_hf(hf):
     norm_eps=fields.number(hf, 'layer_norm_epsilon', 1e-5),
     rope=None,
     tied=fields.flag(hf, 'tie_word_embeddings', True),
-    **fields.tokens(hf, 50256, 50256),
+    **fields.tokens(hf, 50256, 50256, vocab_size=vocab_size),
   )
 
 
@@ -94,7 +94,7 @@ GPT2 = Family(
   architecture='GPT2LMHeadModel',
   prefix='transformer.',
   rows=ROWS,
-  ignored=(r'\.attn\.bias$', r'\.attn\.masked_bias$'),
+  ignored=(r'\.attn\.bias$',),
   config_from_hf=_from_hf,
   config_to_hf=_to_hf,
 )

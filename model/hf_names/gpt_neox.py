@@ -24,9 +24,10 @@ ROWS = (
 def _from_hf(hf):
   width = fields.size(hf, 'hidden_size', 6144)
   max_positions = fields.size(hf, 'max_position_embeddings', 2048)
+  vocab_size = fields.size(hf, 'vocab_size', 50432)
   return ModelConfig(
     family='gpt_neox',
-    vocab_size=fields.size(hf, 'vocab_size', 50432),
+    vocab_size=vocab_size,
     width=width,
     layers=(_block(hf, width),) * fields.size(hf, 'num_hidden_layers', 44),
     max_positions=max_positions,
@@ -34,7 +35,7 @@ def _from_hf(hf):
     norm_eps=fields.number(hf, 'layer_norm_eps', 1e-5),
     rope=rope.from_hf(hf, max_positions, theta_key='rotary_emb_base'),
     tied=fields.flag(hf, 'tie_word_embeddings', False),
-    **fields.tokens(hf, 0, 2),
+    **fields.tokens(hf, 0, 2, vocab_size=vocab_size),
   )
 
 
@@ -87,7 +88,8 @@ GPT_NEOX = Family(
   architecture='GPTNeoXForCausalLM',
   prefix='gpt_neox.',
   rows=ROWS,
-  ignored=(r'\.attention\.(masked_)?bias$', r'\.rotary_emb\.inv_freq$'),
+  ignored=(r'\.attention\.bias$',),
+  aliases={'lm_head.weight': 'embed_out.weight'},  # its name in memory since transformers 5
   config_from_hf=_from_hf,
   config_to_hf=_to_hf,
 )

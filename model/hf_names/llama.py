@@ -1,4 +1,4 @@
-"""Llama and Mistral, and what the families of their build share: names, widths, rope.
+"""Llama and Mistral, and the names, widths and rope that other families share with them.
 
 transformers: models/llama, models/mistral (5.23).
 """
@@ -23,12 +23,11 @@ ROWS = (
   Row('model.norm', ('final_norm',)),
   Row('lm_head', ('head',), TRANSPOSE),
 )
-IGNORED = (r'\.rotary_emb\.inv_freq$',)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Defaults:
-  """What transformers assumes where config.json is silent."""
+  """What transformers assumes where config.json lacks a key."""
 
   vocab_size: int = 32000
   width: int = 4096
@@ -42,6 +41,7 @@ class Defaults:
   tied: bool = False
   bos: int | None = 1
   eos: int | None = 2
+  pad: int | None = None
   activation_key: str = 'hidden_act'
   activation: str = 'silu'
 
@@ -49,24 +49,25 @@ class Defaults:
 def decoder(
   hf: dict, family: str, defaults: Defaults, layers: tuple[LayerConfig, ...], **traits
 ) -> ModelConfig:
-  """The config of a model with RMS norms and rotary embeddings."""
+  """The config of a model with RMS norms and rotary embeddings; `traits` are fields of it."""
   max_positions = fields.size(hf, 'max_position_embeddings', defaults.max_positions)
+  vocab_size = fields.size(hf, 'vocab_size', defaults.vocab_size)
   return ModelConfig(
     family=family,
-    vocab_size=fields.size(hf, 'vocab_size', defaults.vocab_size),
+    vocab_size=vocab_size,
     width=fields.size(hf, 'hidden_size', defaults.width),
     layers=layers,
     max_positions=max_positions,
     norm='rms',
     norm_eps=fields.number(hf, 'rms_norm_eps', defaults.eps),
     tied=fields.flag(hf, 'tie_word_embeddings', defaults.tied),
-    **fields.tokens(hf, defaults.bos, defaults.eos),
+    **fields.tokens(hf, defaults.bos, defaults.eos, defaults.pad, vocab_size=vocab_size),
     **{'rope': rope.from_hf(hf, max_positions), **traits},
   )
 
 
 def blocks(hf: dict, defaults: Defaults, **traits) -> tuple[LayerConfig, ...]:
-  """The layers, all alike; `traits` are fields of LayerConfig."""
+  """The layers, all equal; `traits` are fields of LayerConfig."""
   width = fields.size(hf, 'hidden_size', defaults.width)
   heads = fields.size(hf, 'num_attention_heads', defaults.heads)
   head_width = fields.size_or_null(hf, 'head_dim', defaults.head_width)
@@ -90,7 +91,7 @@ def windowed(layers: tuple[LayerConfig, ...], windows: list[int | None]) -> tupl
 
 
 def decoder_to_hf(config: ModelConfig, activation_key: str = 'hidden_act') -> dict:
-  """The keys that `decoder` and `blocks` read, but for those of the rope."""
+  """The keys that `decoder` and `blocks` read, without those of the rope."""
   layer = config.layers[0]
   return {
     'vocab_size': config.vocab_size,
@@ -108,7 +109,7 @@ def decoder_to_hf(config: ModelConfig, activation_key: str = 'hidden_act') -> di
 
 
 def require_divisible(config: ModelConfig) -> None:
-  """Raises ValueError where transformers refuses the number of heads, whatever their width."""
+  """Raises ValueError if transformers refuses the number of heads, whatever their width."""
   heads = config.layers[0].query_heads
   if config.width % heads:
     raise ValueError(
@@ -148,7 +149,7 @@ def _mistral_from_hf(hf):
   window = fields.size_or_null(hf, 'sliding_window', 4096)
   windows = fields.windows(hf, [window is not None] * len(layers), window)
   if len(set(windows)) > 1 or windows[0] != window:
-    # transformers gives all layers the window; whoever wrote layer_types meant another model.
+    # transformers gives all layers the window, and so ignores these layer_types.
     raise ValueError(
       'layer_types in config.json contradicts sliding_window: a mistral has one kind'
     )
@@ -165,7 +166,6 @@ LLAMA = Family(
   architecture='LlamaForCausalLM',
   prefix='model.',
   rows=ROWS,
-  ignored=IGNORED,
   config_from_hf=_llama_from_hf,
   config_to_hf=_llama_to_hf,
 )

@@ -49,7 +49,6 @@ QWEN2 = Family(
   architecture='Qwen2ForCausalLM',
   prefix='model.',
   rows=llama.ROWS,
-  ignored=llama.IGNORED,
   config_from_hf=_from_hf,
   config_to_hf=_to_hf,
 )

@@ -37,7 +37,6 @@ QWEN3 = Family(
   architecture='Qwen3ForCausalLM',
   prefix='model.',
   rows=ROWS,
-  ignored=llama.IGNORED,
   config_from_hf=_from_hf,
   config_to_hf=_to_hf,
 )

@@ -1,6 +1,7 @@
 """Folders of compressed models: bitwise the same after loading, and each damage named."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ from flax import nnx
 
 from model import hf, native, safetensors_io, transformer
 from model.config import LayerConfig, ModelConfig
+from model.infer.generate import generate
 from model.transformer import Transformer
 from ops import lora, quantized, sparse
 from ops.linear import map_values
+from ops.rope import RopeConfig
 
 LAYER = LayerConfig(query_heads=2, kv_heads=1, head_width=16, ffn_width=64)
 CONFIG = ModelConfig(
@@ -207,7 +210,10 @@ MANIFESTS = {
   'another width': (_set('config', 'width', value=48), r'the config says \(48,'),
   'an unknown option': (_set('config', 'depth', value=3), r'no config of this version.*depth'),
   'a lost option': (lambda about: about['config'].pop('layers'), "no config .*'layers'"),
-  'a bad option': (_set('config', 'vocab_size', value=0), 'needs a vocabulary'),
+  'a bad option': (
+    _set('config', 'vocab_size', value=0),
+    'vocab_size must be an integer of at least 1, not 0',
+  ),
 }
 
 
@@ -238,3 +244,50 @@ def test_plain_models_are_described_too():
   arrays, layout = native.flatten(plain)
   assert set(layout.values()) == {'array'} and arrays.keys() == layout.keys()
   assert not native.is_compressed(plain)
+
+
+def _uneven(**changes):
+  """A model whose layers differ in every width."""
+  layers = (
+    LAYER,
+    LayerConfig(query_heads=6, kv_heads=3, head_width=8, ffn_width=40),
+    LayerConfig(query_heads=1, kv_heads=1, head_width=4, ffn_width=3),
+  )
+  return Transformer(CONFIG.replace(layers=layers, **changes), rngs=nnx.Rngs(0))
+
+
+UNSAID = {
+  'widths': (_uneven, r'layers 1: kv_heads = 3 \(it would be 1\)'),
+  'kind of rope': (
+    lambda: _uneven(rope=RopeConfig(kind='ntk', factor=2.0)),
+    "no way to say the rope kind 'ntk'",
+  ),
+}
+
+
+@pytest.mark.parametrize('case', UNSAID)
+def test_what_config_json_cannot_describe_is_saved_all_the_same(case, tmp_path, caplog):
+  make, reason = UNSAID[case]
+  model = make()
+  hf.save_pretrained(model, None, tmp_path / 'model')
+  (message,) = caplog.messages
+  assert message.startswith('saved in the format of Lissom, which transformers does not read: ')
+  assert re.search(reason, message)
+  loaded, _ = hf.load_pretrained(tmp_path / 'model')
+  assert loaded.config == model.config and not native.is_compressed(loaded)
+  assert_same_model(loaded, model)
+  np.testing.assert_array_equal(_logits(loaded), _logits(model))
+  with pytest.raises(ValueError, match='lissom'):
+    transformers.AutoConfig.from_pretrained(tmp_path / 'model')
+
+
+def test_a_layer_may_be_narrower_and_compressed(tmp_path):
+  model = _uneven()
+  weight = transformer.linears(model)['layers.1.ffn.up'].weight
+  weight.set_value(jax.jit(_int8)(weight.get_value()))
+  hf.save_pretrained(model, None, tmp_path / 'model')
+  loaded, _ = hf.load_pretrained(tmp_path / 'model')
+  assert_same_model(loaded, model)
+  np.testing.assert_array_equal(_logits(loaded), _logits(model))
+  cached = generate(loaded, [[1, 2, 3]], max_new_tokens=5)
+  assert cached == generate(model, [[1, 2, 3]], max_new_tokens=5) and len(cached[0]) > 0

@@ -1,0 +1,75 @@
+"""Configs check their own invariants: each message gives the value and the fix."""
+
+import dataclasses
+import math
+
+import pytest
+
+from model.config import LayerConfig, ModelConfig, from_json, to_json
+from ops.rope import RopeConfig
+
+LAYER = LayerConfig(query_heads=4, kv_heads=2, head_width=8, ffn_width=24)
+MODEL = ModelConfig(family='llama', vocab_size=40, width=32, layers=(LAYER,) * 2, max_positions=16)
+
+LAYERS = {
+  'no heads': ({'query_heads': 0}, 'query_heads must be an integer of at least 1, not 0'),
+  'no key heads': ({'kv_heads': 0}, 'kv_heads must be an integer of at least 1, not 0'),
+  'negative': ({'head_width': -8}, 'head_width must be an integer of at least 1, not -8'),
+  'no ffn': ({'ffn_width': 0}, 'ffn_width must be an integer of at least 1, not 0'),
+  'half a head': ({'query_heads': 4.0}, r'query_heads must be an integer of at least 1, not 4\.0'),
+  'a truth': ({'kv_heads': True}, 'kv_heads must be an integer of at least 1, not True'),
+  'uneven groups': ({'kv_heads': 3}, '4 query heads do not divide into 3 .* must be a multiple'),
+  'more keys': ({'kv_heads': 8}, '4 query heads do not divide into 8'),
+  'activation': (
+    {'activation': 'gelu_new'},
+    "'gelu_new' is not one of silu, gelu, gelu_tanh, relu",
+  ),
+  'window': ({'window': 0}, 'a window holds at least one key, not 0; None'),
+  'wide rotation': ({'rotary_width': 10}, 'within 1 and the head width 8, not 10; None rotates'),
+  'no rotation': ({'rotary_width': 0}, 'within 1 and the head width 8, not 0'),
+  'scale': ({'query_scale': 0.0}, r'query_scale must be a positive number, not 0\.0'),
+  'cap': ({'attention_softcap': math.nan}, 'attention_softcap must be a positive number, not nan'),
+}
+MODELS = {
+  'vocabulary': ({'vocab_size': 0}, 'vocab_size must be an integer of at least 1, not 0'),
+  'width': ({'width': 0}, 'width must be an integer of at least 1, not 0'),
+  'positions': ({'max_positions': -1}, 'max_positions must be an integer of at least 1, not -1'),
+  'layers': ({'layers': ()}, 'at least one layer'),
+  'norm': ({'norm': 'batch'}, "norm 'batch' is not one of rms, layer"),
+  'eps': ({'norm_eps': -1e-5}, 'norm_eps must be a number of at least 0, not -1e-05'),
+  'embedding scale': ({'embedding_scale': 0.0}, 'embedding_scale must be a positive number'),
+  'cap': ({'logit_softcap': -30.0}, r'logit_softcap must be a positive number, not -30\.0'),
+  'odd rotation': (
+    {'layers': (LAYER, dataclasses.replace(LAYER, head_width=7))},
+    'layer 1 rotates 7 elements of a head; choose an even head_width or rotary_width',
+  ),
+}
+
+
+@pytest.mark.parametrize('case', LAYERS)
+def test_a_layer_that_makes_no_sense_is_refused(case):
+  changes, message = LAYERS[case]
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(LAYER, **changes)
+
+
+@pytest.mark.parametrize('case', MODELS)
+def test_a_model_that_makes_no_sense_is_refused(case):
+  changes, message = MODELS[case]
+  with pytest.raises(ValueError, match=message):
+    MODEL.replace(**changes)
+
+
+def test_heads_may_be_odd_where_nothing_rotates_or_a_part_does():
+  odd = dataclasses.replace(LAYER, head_width=7)
+  assert MODEL.replace(layers=(odd,), rope=None).layers == (odd,)
+  part = dataclasses.replace(odd, rotary_width=6)
+  assert MODEL.replace(layers=(part,)).layers == (part,)
+
+
+def test_layers_of_different_widths_survive_json():
+  other = dataclasses.replace(LAYER, query_heads=2, kv_heads=1, ffn_width=7, window=3)
+  config = MODEL.replace(
+    layers=(LAYER, other), rope=RopeConfig(theta=500.0), eos_ids=(2, 3), pad_id=1
+  )
+  assert from_json(to_json(config)) == config
