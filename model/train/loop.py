@@ -8,25 +8,24 @@ on, the starting weights included, and refuses a run that differs in any of it.
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 import pathlib
 import time
 from typing import Any
 
 import jax
-import numpy as np
 import tqdm
 from flax import nnx
 
 from model import config as model_config
+from model import fingerprint
 from model.train import optimizer as optimizer_lib
 from model.train import step as step_lib
 from model.train.data import PackedDataset
 from model.train.optimizer import OptimizerConfig
 from model.train.run_folder import RunFolder
 from model.train.step import StepConfig
-from model.transformer import Transformer, parameters
+from model.transformer import Transformer
 
 Record = dict[str, Any]
 VERSION = 1  # raised when the same settings give another result
@@ -188,17 +187,5 @@ def _identity(model: Transformer, dataset: PackedDataset, config: FitConfig) -> 
     'step': dataclasses.asdict(config.step),
     'data': dataset.fingerprint,
     'model': model_config.to_json(model.config),
-    'starting weights': _fingerprint(model),
+    'starting weights': fingerprint.of_model(model),
   }
-
-
-def _fingerprint(model: Transformer) -> str:
-  """SHA-256 of the names, types, shapes and values of all parameters."""
-  digest = hashlib.sha256()
-  for name, param in parameters(model).items():
-    for path, leaf in jax.tree.leaves_with_path(param.get_value()):
-      values = np.asarray(leaf)
-      about = f'{name}{jax.tree_util.keystr(path)} {values.dtype} {values.shape}\n'
-      digest.update(about.encode())
-      digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
-  return digest.hexdigest()
