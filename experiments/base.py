@@ -1,20 +1,23 @@
 """The embedded default: a small base model, trained on the source of Python's standard library.
 
-It needs no network and two to three minutes on two cores, and is kept for the next run. The order
-of recipes shows on it; their exact numbers belong to it alone.
+Training needs no network, takes two to three minutes on two cores, and happens once: the model is
+kept in the cache folder. It shows which recipe is better than which; the exact numbers hold for
+this model alone.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
 import shutil
 import sys
+from collections.abc import Iterator
 
 import jax
 from flax import nnx
 
-from model import corpus, hf
+from model import corpus, files, hf, lock
 from model.config import LayerConfig, ModelConfig
 from model.corpus import Corpus
 from model.tokenizer import Tokenizer
@@ -26,12 +29,13 @@ from model.transformer import Transformer
 
 ABOUT = 'about.json'
 VERSION = 1  # of everything here that is not in `Plan`
-MEASURED_CHARACTERS = 200_000  # of the held-out and the calibration part, a passage of each file
+MEASURED_CHARACTERS = 200_000  # of the held-out and of the calibration part, a passage per file
+CHECKPOINT_EVERY = 100  # updates
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """The shape of the base model and how it is trained."""
+  """The shape of the base model and the settings of its training."""
 
   vocab_size: int = 2048
   tokenizer_characters: int = 4_000_000
@@ -65,7 +69,7 @@ SMOKE = Plan(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Embedded:
-  """A trained base model with its tokenizer, its texts, and what a record says of it."""
+  """A trained base model with its tokenizer, its texts, and the settings for a record."""
 
   model: Transformer
   tokenizer: Tokenizer
@@ -76,12 +80,18 @@ class Embedded:
 def load_or_train(
   cache: pathlib.Path, *, seed: int = 0, smoke: bool = False, plan: Plan | None = None
 ) -> Embedded:
-  """Loads the base model from the cache folder, or trains and keeps it; resumes if killed."""
+  """Loads the base model from the cache folder, or trains it and keeps it there.
+
+  A training that was killed is resumed. If another process is training the same model, this one
+  waits for it. Raises ValueError if the cache folder cannot be written.
+  """
   plan = plan or (SMOKE if smoke else Plan())
   texts = corpus.standard_library()
   folder = cache / f'base-{_key(plan, texts, seed)}'
-  if not (folder / 'config.json').is_file():
-    _train(plan, texts, seed, folder)
+  if not _is_trained(folder):
+    with _training(folder):
+      if not _is_trained(folder):  # by the process that was waited for
+        _train(plan, texts, seed, folder)
   model, tokenizer = hf.load_pretrained(folder)
   about = json.loads(folder.with_suffix('.json').read_text())
   texts = dataclasses.replace(
@@ -112,12 +122,26 @@ def config(plan: Plan, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def _key(plan, texts, seed) -> str:
-  what = [VERSION, dataclasses.asdict(plan), texts.fingerprint, seed, jax.default_backend()]
+  code = [VERSION, loop.VERSION]
+  what = [code, dataclasses.asdict(plan), texts.fingerprint, seed, jax.default_backend()]
   return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
+def _is_trained(folder: pathlib.Path) -> bool:
+  return (folder / 'config.json').is_file()
+
+
+@contextlib.contextmanager
+def _training(folder: pathlib.Path) -> Iterator[None]:
+  """Holds the training of one base model; a process that has to wait says so."""
+  wait = lambda sentence: _say(f'{sentence}, which is training it; waiting for its result')
+  files.make_folder(folder.parent, 'LISSOM_CACHE names another cache folder')
+  with lock.hold(folder.with_suffix('.lock'), f'the base model {folder}', on_wait=wait):
+    yield
+
+
 def _train(plan, texts, seed, folder):
-  print(f'training the base model once, kept in {folder}', file=sys.stderr, flush=True)
+  _say(f'training the base model once, kept in {folder}')
   tokenizer = Tokenizer.train_bpe(
     excerpts(texts.train, plan.tokenizer_characters, seed=seed), plan.vocab_size
   )
@@ -131,10 +155,16 @@ def _train(plan, texts, seed, folder):
   optimizer = OptimizerConfig(
     steps=plan.steps, learning_rate=plan.learning_rate, warmup_steps=plan.warmup_steps
   )
+  settings = FitConfig(optimizer=optimizer, checkpoint_every=CHECKPOINT_EVERY)
   model = Transformer(config(plan, tokenizer), rngs=nnx.Rngs(seed))
   run = folder.with_suffix('.run')
-  result = loop.fit(model, data, FitConfig(optimizer=optimizer, checkpoint_every=100), folder=run)
+  result = loop.fit(model, data, settings, folder=run)
   about = {'plan': dataclasses.asdict(plan), 'train_loss': result.records[-1]['loss']}
-  folder.with_suffix('.json').write_text(json.dumps(about))
+  with files.atomic_file(folder.with_suffix('.json')) as path:
+    path.write_text(json.dumps(about))
   hf.save_pretrained(result.model, tokenizer, folder)
   shutil.rmtree(run)
+
+
+def _say(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)

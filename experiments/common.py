@@ -1,4 +1,4 @@
-"""What every script needs: clean errors, progress bars, its own command line, plug-ins."""
+"""What all scripts share: errors in one line, output folders, progress bars, plug-ins, flags."""
 
 import functools
 import importlib.util
@@ -13,29 +13,52 @@ import numpy as np
 import tqdm
 from absl import app, flags, logging
 
+from experiments import compilation
 from model import corpus, sharding
 
 RECIPES = pathlib.Path(__file__).parent / 'recipes'
 CHARACTERS_A_TOKEN = 4  # of usual text and vocabularies
-SHORT_S = 2.0  # a progress bar appears only where the wait is longer than this
+SHORT_S = 2.0  # a wait without a progress bar
+WRONG_INPUT, INTERRUPTED = 2, 130  # exit statuses
 
 
 def run(main: Callable[[], None]) -> None:
-  """Runs a script's `main`. Wrong input ends it with one line on stderr and exit status 2."""
+  """Runs a script's `main`.
+
+  Wrong input and errors of the disk end the process with one line on stderr and exit status 2; with
+  LISSOM_TRACEBACK set, they show where they come from. Compiled programs are kept in the cache
+  folder.
+  """
 
   def guarded(argv):
     if len(argv) > 1:
       raise app.UsageError(f'unexpected arguments: {shlex.join(argv[1:])}; options need a --')
     logging.set_verbosity(logging.WARNING)  # the checkpoint library reports every file at INFO
+    compilation.use_cache(cache_folder() / 'xla')
     try:
       main()
-    except ValueError as error:
+      sys.stdout.flush()
+    except (ValueError, OSError, KeyboardInterrupt) as error:
       if os.environ.get('LISSOM_TRACEBACK'):
         raise
-      print(f'error: {error}', file=sys.stderr)
-      sys.exit(2)
+      _end(error)
 
   app.run(guarded)
+
+
+def _end(error: BaseException) -> None:
+  if isinstance(error, BrokenPipeError):  # the reader of our output wants no more of it
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
+  if isinstance(error, KeyboardInterrupt):
+    print('interrupted', file=sys.stderr)
+    sys.exit(INTERRUPTED)
+  text = str(error)
+  if isinstance(error, OSError) and error.strerror:
+    names = [os.fspath(name) for name in (error.filename, error.filename2) if name]
+    text = ': '.join([*map(str, names[:1]), error.strerror])
+  print(f'error: {text}', file=sys.stderr)
+  sys.exit(WRONG_INPUT)
 
 
 def progress(items: Iterable, label: str):
@@ -55,9 +78,16 @@ def command() -> str:
 
 
 def cache_folder() -> pathlib.Path:
-  """Where trained base models are kept between runs; LISSOM_CACHE names another place."""
+  """The folder that keeps trained base models and compiled programs; LISSOM_CACHE names another."""
   default = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'lissom'
   return pathlib.Path(os.environ.get('LISSOM_CACHE', default)).expanduser()
+
+
+def out(name: str) -> pathlib.Path:
+  """The folder that --out names, with ~ for the home folder. Raises ValueError if it is empty."""
+  if not name.strip():
+    raise ValueError('--out is empty; name a folder')
+  return pathlib.Path(name).expanduser()
 
 
 def load_plugins(paths: list[str]) -> None:
@@ -78,8 +108,8 @@ def load_plugins(paths: list[str]) -> None:
 def calibration_rows(tokenizer, texts, seq_len: int, count: int, seed: int = 0) -> np.ndarray:
   """Rows of tokens from random places of the calibration part: [count, seq_len].
 
-  Of the training part too where that is too short for them; fewer rows where both hold fewer
-  characters than tokens are asked for. Raises ValueError if there is not even one row in both.
+  If that part is too short, the training part is used as well. If both have fewer characters than
+  the rows have tokens, there are fewer rows. Raises ValueError if there is not enough text for one.
   """
   pool = texts.calibration
   if sum(map(len, pool)) < count * seq_len * CHARACTERS_A_TOKEN:
@@ -95,10 +125,15 @@ def check_positive(**values: float | None) -> None:
       raise ValueError(f'--{name} must be above 0, not {value}')
 
 
+def define_out(default: str, text: str) -> flags.FlagHolder:
+  """The --out flag; `out` reads it."""
+  return flags.DEFINE_string('out', default, text)
+
+
 def define_plugins() -> flags.FlagHolder:
   """The --plugins flag."""
   return flags.DEFINE_list(
-    'plugins', [], 'Python files to import first; they may register techniques of your own.'
+    'plugins', [], 'Python files to import first. They may register techniques of your own.'
   )
 
 

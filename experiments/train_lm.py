@@ -1,4 +1,4 @@
-r"""Trains a language model from scratch and says how well it predicts unseen text.
+r"""Trains a language model from scratch and measures its perplexity on unseen text.
 
 With no flags it trains the small base model of `experiments.compress` on the source of Python's
 standard library, with its own tokenizer:
@@ -12,16 +12,15 @@ On a text of yours (a file, or a folder of .txt, .md, .py and .jsonl files), a l
       --steps=20000 --learning_rate=6e-4 --dtype=bfloat16 --accumulation=4 --out=out/lm
 
 OUT/model is a Hugging Face folder of the Llama family, which `experiments.compress --model` and
-transformers load. OUT/run holds checkpoints and the loss of every update (loss.jsonl): a killed
-run that is started again with the same flags ends bit for bit the same. OUT/records.jsonl gets one
-line a run.
+transformers load. OUT/run holds checkpoints and the loss of every update (loss.jsonl). A killed run
+that is started again with the same flags resumes and ends with the same bits. OUT/records.jsonl
+gets one line per run.
 
-Device: any. Minutes: 2 for the default on two CPU cores. Expect about 2 bits a byte of held-out
-text for the default.
+Device: any. Minutes: 2 with the defaults on two CPU cores. Expect about 2 bits per byte of held-out
+text with the defaults.
 """
 
 import dataclasses
-import pathlib
 import time
 
 from absl import flags
@@ -34,7 +33,7 @@ from model import tokenizer as tokenizer_lib
 from model.eval import perplexity, records
 from model.files import check_replaceable
 from model.tokenizer import Tokenizer
-from model.train import loop
+from model.train import loop, run_folder
 from model.train.data import PackedDataset, excerpts
 from model.train.loop import FitConfig
 from model.train.optimizer import OptimizerConfig
@@ -42,7 +41,7 @@ from model.train.step import DTYPES, StepConfig
 from model.transformer import Transformer, parameters
 
 DEFAULT = embedded.Plan()
-# Text is tokenized for one pass over it at most; a token is rarely longer on average.
+# Tokenized text is used once at most; the mean length of a token is rarely above this.
 CHARACTERS_A_TOKEN = 6
 HELD_OUT_WINDOWS = 128
 
@@ -52,13 +51,13 @@ TEXT = flags.DEFINE_string(
 TOKENIZER = flags.DEFINE_string(
   'tokenizer', None, 'Folder of a tokenizer. Default: byte-level BPE trained on the text.'
 )
-OUT = flags.DEFINE_string('out', 'out/lm', 'Folder for the model, the run and the record.')
+OUT = common.define_out('out/lm', 'Folder for the model, the run and the record.')
 SMOKE = flags.DEFINE_bool('smoke', False, 'A tiny model and few updates, in under a minute.')
 DTYPE = flags.DEFINE_enum(
   'dtype', 'float32', DTYPES, 'Type of activations; weights, gradients and AdamW stay float32.'
 )
 ACCUMULATION = flags.DEFINE_integer(
-  'accumulation', 1, 'Micro-batches that a batch is worked through in.', lower_bound=1
+  'accumulation', 1, 'Micro-batches into which a batch is divided.', lower_bound=1
 )
 CHECKPOINT_EVERY = flags.DEFINE_integer(
   'checkpoint_every', 100, 'Updates between checkpoints.', lower_bound=1
@@ -74,17 +73,19 @@ def _define(name: str, text: str) -> flags.FlagHolder:
 
 
 PLAN_FLAGS = {
-  'vocab_size': _define('vocab_size', 'Tokens of a tokenizer that is trained here.'),
+  'vocab_size': _define('vocab_size', 'Tokens of the tokenizer, if one is trained.'),
   'width': _define('width', 'Width of the model.'),
   'layers': _define('layers', 'Number of layers.'),
-  'query_heads': _define('query_heads', 'Query heads a layer.'),
-  'kv_heads': _define('kv_heads', 'Key and value heads a layer; divides the query heads.'),
-  'head_width': _define('head_width', 'Width of a head.'),
+  'query_heads': _define('query_heads', 'Query heads per layer.'),
+  'kv_heads': _define('kv_heads', 'Key and value heads per layer; divides the query heads.'),
+  'head_width': _define('head_width', 'Width of each head.'),
   'ffn_width': _define('ffn_width', 'Width of the gated feed-forward layers.'),
-  'seq_len': _define('seq_len', 'Tokens a row; rows hold several documents, kept apart.'),
-  'batch_size': _define('batch_size', 'Rows an update.'),
+  'seq_len': _define(
+    'seq_len', 'Tokens per row; a row may hold several documents, which do not see each other.'
+  ),
+  'batch_size': _define('batch_size', 'Rows per update.'),
   'steps': _define('steps', 'Updates.'),
-  'warmup_steps': _define('warmup_steps', 'Updates in which the learning rate rises.'),
+  'warmup_steps': _define('warmup_steps', 'Updates during which the learning rate rises.'),
   'learning_rate': _define('learning_rate', 'Peak learning rate; it falls to a tenth of it.'),
 }
 
@@ -92,29 +93,17 @@ PLAN_FLAGS = {
 def main() -> None:
   plan = _plan()
   common.check_positive(**{name: getattr(plan, name) for name in PLAN_FLAGS if 'warm' not in name})
-  fit_config = FitConfig(
-    optimizer=OptimizerConfig(
-      steps=plan.steps, learning_rate=plan.learning_rate, warmup_steps=plan.warmup_steps
-    ),
-    step=StepConfig(compute_dtype=DTYPE.value, accumulation=ACCUMULATION.value),
-    checkpoint_every=CHECKPOINT_EVERY.value,
-  )
+  fit_config = _fit_config(plan)
   texts = corpus.load(TEXT.value)
+  out = common.out(OUT.value)
+  check_replaceable(out / 'model')
+  run_folder.check_free(out / 'run')
   tokenizer = _tokenizer(plan, texts)
   model = Transformer(_model_config(plan, tokenizer), rngs=nnx.Rngs(SEED.value))
   data = _data(plan, texts, tokenizer)
   windows = _windows(plan, texts, tokenizer)
-  out = pathlib.Path(OUT.value)
-  check_replaceable(out / 'model')
-  mesh = common.mesh(MESH)
-  sharding.shard(model, mesh)
   start = time.perf_counter()
-  try:
-    result = loop.fit(
-      model, data, fit_config, folder=out / 'run', batch_sharding=sharding.batch_sharding(mesh)
-    )
-  except FloatingPointError as error:
-    raise ValueError(error) from error
+  result = _fit(model, data, fit_config, out / 'run')
   train_s = time.perf_counter() - start
   hf.save_pretrained(result.model, tokenizer, out / 'model')
   quality = perplexity.evaluate(result.model, windows, progress=common.labelled('held-out text'))
@@ -124,6 +113,26 @@ def main() -> None:
     f'{out / "model"}: {record.value("parameters"):,.0f} parameters, held-out perplexity '
     f'{record.value("ppl"):.2f}, {record.value("bits_per_byte"):.3f} bits a byte'
   )
+
+
+def _fit_config(plan) -> FitConfig:
+  return FitConfig(
+    optimizer=OptimizerConfig(
+      steps=plan.steps, learning_rate=plan.learning_rate, warmup_steps=plan.warmup_steps
+    ),
+    step=StepConfig(compute_dtype=DTYPE.value, accumulation=ACCUMULATION.value),
+    checkpoint_every=CHECKPOINT_EVERY.value,
+  )
+
+
+def _fit(model, data, fit_config, folder) -> loop.FitResult:
+  mesh = common.mesh(MESH)
+  sharding.shard(model, mesh)
+  batches = sharding.batch_sharding(mesh)
+  try:
+    return loop.fit(model, data, fit_config, folder=folder, batch_sharding=batches)
+  except FloatingPointError as error:
+    raise ValueError(error) from error
 
 
 def _plan() -> embedded.Plan:

@@ -1,8 +1,9 @@
-"""Trains a model and can be killed at any time: `fit` again, and it ends bit for bit the same.
+"""Training that can be killed at any time: another call of `fit` ends with the same bits.
 
-What an update does depends on the state and the step alone (`PackedDataset.batch` is a function of
-the step), so the state after some update is all that has to be saved. This holds on the same
-devices; another number of them adds up in another order.
+An update depends only on the state and the step (`PackedDataset.batch` is a function of the step),
+so a checkpoint is the state after some update. The bits are the same on the same devices; another
+number of devices adds in another order. A run's folder records everything that the result depends
+on, the starting weights included, and refuses a run that differs in any of it.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import tqdm
 from flax import nnx
 
 from model import config as model_config
+from model import fingerprint
 from model.train import optimizer as optimizer_lib
 from model.train import step as step_lib
 from model.train.data import PackedDataset
@@ -26,11 +28,12 @@ from model.train.step import StepConfig
 from model.transformer import Transformer
 
 Record = dict[str, Any]
+VERSION = 1  # raised when the same settings give another result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitConfig:
-  """A training run: its optimizer, its compiled step, and how often it can be resumed from."""
+  """A training run: its optimizer, its compiled step, and the interval of its checkpoints."""
 
   optimizer: OptimizerConfig
   step: StepConfig = StepConfig()
@@ -43,9 +46,9 @@ class FitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FitResult:
-  """The trained model, with float32 weights, and one record an update.
+  """The trained model, with float32 weights, and one record per update.
 
-  A record has `step` (updates completed), `loss` (mean nats a label), `tokens` (labels),
+  A record has `step` (completed updates), `loss` (mean nats per label), `tokens` (labels),
   `grad_norm` and `learning_rate`.
   """
 
@@ -62,14 +65,14 @@ def fit(
   batch_sharding: jax.sharding.Sharding | None = None,
   progress: bool = True,
 ) -> FitResult:
-  """Trains a copy of `model` for `config.optimizer.steps` updates; the model itself stays as it is.
+  """Trains a copy of `model` for `config.optimizer.steps` updates; the model does not change.
 
-  With a folder, the run is saved there and goes on from where an earlier call stopped.
-  `batch_sharding` is where batches are put; parameters stay where the caller has put them.
+  With a folder, the run is saved there and resumes where an earlier call stopped. Batches are
+  placed by `batch_sharding`; parameters keep the placement that the caller gave them.
 
   Raises:
     ValueError: the batch does not divide into micro-batches, the vocabulary is too small for the
-      tokens, or the folder holds another run.
+      tokens, or the folder holds another run or is in use by another process.
     FloatingPointError: the loss or the gradient is not finite; the folder keeps earlier states.
   """
   _check(model, dataset, config)
@@ -103,9 +106,9 @@ def mean_nll(model: Transformer, dataset: PackedDataset, config: StepConfig | No
 
 
 class _Loop:
-  """What happens after each update: a record, now and then a checkpoint, and the progress bar.
+  """Keeps the records, the checkpoints and the progress bar.
 
-  A record is written when the next update is already on its way, so the device never waits for it.
+  A record is written while the next update runs, so the device never waits for it.
   """
 
   def __init__(self, *, config: FitConfig, run: RunFolder | None, bar, records: list[Record]):
@@ -120,7 +123,7 @@ class _Loop:
     self._pending = (step, metrics)
     last = step == self._config.optimizer.steps
     if last or step % self._config.checkpoint_every == 0:
-      self._flush()  # no checkpoint before the records that lead to it, or of a broken state
+      self._flush()  # the records precede their checkpoint, and a broken state gets none
       if self._run is not None:
         self._run.save(step, state)
 
@@ -177,9 +180,12 @@ def _check(model: Transformer, dataset: PackedDataset, config: FitConfig) -> Non
 
 
 def _identity(model: Transformer, dataset: PackedDataset, config: FitConfig) -> Record:
+  """Everything that the result depends on."""
   return {
+    'version': VERSION,
     'optimizer': dataclasses.asdict(config.optimizer),
     'step': dataclasses.asdict(config.step),
     'data': dataset.fingerprint,
     'model': model_config.to_json(model.config),
+    'starting weights': fingerprint.of_model(model),
   }

@@ -1,18 +1,24 @@
-"""What a training run leaves on disk, so that a killed run goes on as if nothing had happened.
+"""The files of a training run, from which a killed run resumes as if nothing had happened.
 
-run.json      what the run is: a run that differs does not resume here
-loss.jsonl    one record an update
+run.json      the run's identity: a run with another identity does not resume here
+loss.jsonl    one record per update
 checkpoints/  the whole state after some updates, written by Orbax to a temporary folder and renamed
+lock          held while a process trains here
 """
 
+import contextlib
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from model import files, lock
+
+LOCK = 'lock'
 KEPT_CHECKPOINTS = 2
 
 
@@ -23,22 +29,28 @@ class RunFolder:
     """Opens a new or empty folder, or one that a run of the same identity left.
 
     Raises:
-      ValueError: the folder holds something else, or another run (the differences are named).
+      ValueError: the folder holds something else, or another run (the differences are named), or
+        cannot be written, or another process trains there.
     """
-    self._folder = pathlib.Path(folder).absolute()
-    _claim(self._folder, identity)
-    options = ocp.CheckpointManagerOptions(
-      preservation_policy=ocp.checkpoint_managers.LatestN(KEPT_CHECKPOINTS),
-      # On a CPU a checkpoint written in the background may share memory with the donated state.
-      enable_async_checkpointing=False,
-    )
-    self._manager = ocp.CheckpointManager(self._folder / 'checkpoints', options=options)
+    self._folder = pathlib.Path(folder).resolve()
+    check_free(self._folder)
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(_locked(self._folder))
+      _claim(self._folder, identity)
+      options = ocp.CheckpointManagerOptions(
+        preservation_policy=ocp.checkpoint_managers.LatestN(KEPT_CHECKPOINTS),
+        # On a CPU a checkpoint written in the background may share memory with the donated state.
+        enable_async_checkpointing=False,
+      )
+      self._manager = ocp.CheckpointManager(self._folder / 'checkpoints', options=options)
+      stack.callback(self._manager.close)
+      self._stack = stack.pop_all()
 
   def __enter__(self) -> 'RunFolder':
     return self
 
   def __exit__(self, *_) -> None:
-    self._manager.close()
+    self._stack.close()
 
   def restore(self, state: Any) -> tuple[Any, list[dict[str, Any]]]:
     """Returns the state of the last checkpoint, placed as `state` is, and the records up to it.
@@ -55,38 +67,57 @@ class RunFolder:
 
   def append(self, record: dict[str, Any]) -> None:
     """Adds the record of one update."""
-    with open(self._folder / 'loss.jsonl', 'a') as file:
+    path = self._folder / 'loss.jsonl'
+    with files.naming(path), open(path, 'a') as file:
       file.write(json.dumps(record) + '\n')
 
   def save(self, step: int, state: Any) -> None:
     """Writes a checkpoint of the state after `step` updates."""
     names, leaves, _ = _flatten(state)
-    self._manager.save(step, args=ocp.args.StandardSave(dict(zip(names, leaves))), force=True)
+    args = ocp.args.StandardSave(dict(zip(names, leaves)))
+    try:
+      self._manager.save(step, args=args, force=True)
+    except ValueError as error:
+      _raise_disk_error(error, self._folder)
+      raise
 
   def _cut_records(self, step):
     path = self._folder / 'loss.jsonl'
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     # A killed run may leave half a line, but never before a checkpoint.
     kept = [line for line in lines if line.endswith('\n')][:step]
-    _replace(path, ''.join(kept))
+    _write(path, ''.join(kept))
     return [json.loads(line) for line in kept]
+
+
+def check_free(folder: str | pathlib.Path) -> None:
+  """Raises ValueError unless the folder is new, empty, or that of a training run."""
+  folder = pathlib.Path(folder)
+  if (folder / 'run.json').exists() or not folder.exists():
+    return
+  if not folder.is_dir() or {path.name for path in folder.iterdir()} - {LOCK}:
+    raise ValueError(f'{folder} is not a training run; choose a new or empty folder')
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path):
+  files.make_folder(folder)
+  with lock.hold(folder / LOCK, f'the training run {folder}'):
+    yield
 
 
 def _claim(folder: pathlib.Path, identity: dict[str, Any]) -> None:
   identity = json.loads(json.dumps(identity))
   path = folder / 'run.json'
-  if path.exists():
-    changes = _differences(json.loads(path.read_text()), identity)
-    if changes:
-      raise ValueError(
-        f'{folder} holds a run that differs in {"; ".join(changes)}. Resume with the same '
-        f'settings, or choose another folder'
-      )
+  if not path.exists():
+    _write(path, json.dumps(identity, indent=2) + '\n')
     return
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ValueError(f'{folder} is not a training run; choose a new or empty folder')
-  folder.mkdir(parents=True, exist_ok=True)
-  _replace(path, json.dumps(identity, indent=2) + '\n')
+  changes = _differences(json.loads(path.read_text()), identity)
+  if changes:
+    raise ValueError(
+      f'{folder} holds a run that differs in {"; ".join(changes)}. Resume with the same settings, '
+      'or choose another folder'
+    )
 
 
 def _differences(old: Any, new: Any, name: str = '') -> list[str]:
@@ -97,10 +128,16 @@ def _differences(old: Any, new: Any, name: str = '') -> list[str]:
   return [] if old == new else [f'{name} ({old!r} there, {new!r} here)']
 
 
-def _replace(path: pathlib.Path, text: str) -> None:
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(text)
-  os.replace(temporary, path)
+def _write(path: pathlib.Path, text: str) -> None:
+  with files.atomic_file(path) as partial:
+    partial.write_text(text)
+
+
+def _raise_disk_error(error: ValueError, folder: pathlib.Path) -> None:
+  """Raises the OSError that the storage library reports as a ValueError, if it is one."""
+  code = re.search(r"os_error_code='(\d+)'", str(error))
+  if code:
+    raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
 
 
 def _flatten(tree):

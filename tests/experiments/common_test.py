@@ -1,8 +1,16 @@
 """What the scripts share."""
 
+import os
+import pathlib
+import subprocess
+import sys
 import types
 
+import pytest
+
 from experiments import common
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_calibration_rows_come_from_the_calibration_part_and_are_no_more_than_the_text_has():
@@ -12,3 +20,54 @@ def test_calibration_rows_come_from_the_calibration_part_and_are_no_more_than_th
   assert rows_BT.shape == (24, 10) and (rows_BT == ord('a')).all()
   rows_BT = common.calibration_rows(tokenizer, texts, 10, 1000)
   assert rows_BT.shape == (149, 10) and {*rows_BT.ravel()} == {ord('a'), ord('b')}
+
+
+ERRORS = (
+  (ValueError('no such thing'), 2, 'error: no such thing\n'),
+  (OSError(28, os.strerror(28), '/a/b'), 2, 'error: /a/b: No space left on device\n'),
+  (OSError(18, os.strerror(18), 'a', None, 'b'), 2, 'error: a: Invalid cross-device link\n'),
+  (OSError('a message'), 2, 'error: a message\n'),
+  (KeyboardInterrupt(), 130, 'interrupted\n'),
+)
+
+
+@pytest.mark.parametrize('error, status, line', ERRORS)
+def test_errors_end_a_script_with_one_line(error, status, line, monkeypatch, capsys):
+  """And with LISSOM_TRACEBACK they show where they come from, as errors of the program do."""
+
+  def main():
+    raise error
+
+  monkeypatch.setattr(common.app, 'run', lambda guarded: guarded(['script']))
+  monkeypatch.setattr(common.compilation, 'use_cache', lambda _: None)
+  with pytest.raises(SystemExit) as end:
+    common.run(main)
+  assert (end.value.code, capsys.readouterr().err) == (status, line)
+  monkeypatch.setenv('LISSOM_TRACEBACK', '1')
+  with pytest.raises(type(error)):
+    common.run(main)
+
+
+def test_errors_of_the_program_are_not_hidden(monkeypatch):
+  monkeypatch.setattr(common.app, 'run', lambda guarded: guarded(['script']))
+  monkeypatch.setattr(common.compilation, 'use_cache', lambda _: None)
+  with pytest.raises(KeyError):
+    common.run(lambda: {}['x'])
+
+
+def test_a_reader_that_closes_the_pipe_ends_a_script_silently(tmp_path):
+  code = 'from experiments import common\ncommon.run(lambda: print("x" * 10**6))'
+  environment = {**os.environ, 'LISSOM_CACHE': str(tmp_path)}
+  command = f"{sys.executable} -c '{code}' | head -c 1"
+  done = subprocess.run(
+    command, shell=True, cwd=ROOT, capture_output=True, text=True, env=environment
+  )
+  assert (done.stdout, done.stderr) == ('x', '')
+
+
+def test_out_is_a_folder_at_home_or_anywhere(monkeypatch):
+  monkeypatch.setenv('HOME', '/home/me')
+  assert str(common.out('~/x')) == '/home/me/x'
+  assert str(common.out('a/b')) == 'a/b'
+  with pytest.raises(ValueError, match='--out is empty'):
+    common.out('')

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -61,6 +64,17 @@ class _DyingDataset(PackedDataset):
   def batch(self, step):
     if step == self.at:
       raise _Killed
+    return super().batch(step)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _CallingDataset(PackedDataset):
+  """Calls a function with the step before each batch."""
+
+  call: Callable[[int], object]
+
+  def batch(self, step):
+    self.call(step)
     return super().batch(step)
 
 
@@ -143,7 +157,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, whole):
 
 
 def test_a_finished_run_is_only_read(whole, whole_folder):
-  again = _fit(whole_folder, model=_model(seed=1))
+  again = _fit(whole_folder)
   assert again.records == whole.records and _same(_weights(again), _weights(whole))
   steps = sorted(int(p.name) for p in (whole_folder / 'checkpoints').iterdir() if p.name.isdigit())
   assert steps == [6, 8]
@@ -177,6 +191,44 @@ def test_another_run_s_folder_is_refused_and_the_difference_named(whole, whole_f
     _fit(whole_folder, config=_config(rate=0.02))
   with pytest.raises(ValueError, match=r'differs in data'):
     _fit(whole_folder, dataset=_dataset(seed=1))
+  with pytest.raises(ValueError, match=r'differs in starting weights \(\'\w{64}\' there'):
+    _fit(whole_folder, model=_model(seed=1))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, 'VERSION', loop.VERSION + 1)
+    with pytest.raises(ValueError, match=r'differs in version \(1 there, 2 here\)'):
+      _fit(whole_folder)
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(tmp_path):
+  code = (
+    'import sys\nfrom model.train.run_folder import RunFolder\n'
+    'with RunFolder(sys.argv[1], {}):\n  print("held", flush=True)\n  sys.stdin.read()\n'
+  )
+  command = [sys.executable, '-c', code, tmp_path]
+  with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    assert process.stdout.readline() == b'held\n'
+    with pytest.raises(ValueError, match=f'{tmp_path} is in use by process {process.pid}'):
+      _fit(tmp_path)
+    process.kill()
+  with RunFolder(tmp_path, {}):
+    pass
+
+
+def test_a_disk_that_fills_up_is_an_error_that_names_the_run(tmp_path):
+  folder = tmp_path / 'm'
+  folder.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=1200k', 'tmpfs', folder]
+  if subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip('mounting is not allowed here')
+  try:
+    fill = lambda step: (folder / 'x').write_bytes(bytes(900_000)) if step == 2 else None
+    whole = _dataset()
+    fields = {f.name: getattr(whole, f.name) for f in dataclasses.fields(whole)}
+    dataset = _CallingDataset(**fields, call=fill)
+    with pytest.raises(OSError, match=f"No space left on device: '{folder}"):
+      _fit(folder / 'run', dataset=dataset)
+  finally:
+    subprocess.run(['umount', '--lazy', folder], check=True)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
