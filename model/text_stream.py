@@ -12,8 +12,8 @@ class TextStream:
 
   A piece ends with a whole character; the tokens of half a character wait for the rest. What a
   token adds to a text depends on the tokens before it (a space at its beginning does), so each
-  call decodes the new tokens together with a few whose text is known. Where bytes never become UTF-8, a
-  sentencepiece decoder may take back the characters before them, which a stream cannot.
+  call decodes the new tokens together with a few whose text is known. Where bytes never become
+  UTF-8, a sentencepiece decoder may take back the characters before them, which a stream cannot.
   """
 
   def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
