@@ -95,13 +95,10 @@ def _compile(model: Transformer, mesh) -> jax.stages.Compiled:
   put = functools.partial(targets.placed, where=everywhere)
   batch = BATCH.value
   tokens_B = put(jax.ShapeDtypeStruct((batch,), jnp.int32))
-  key = put(jax.eval_shape(lambda: jax.random.key(0)))
   cache = jax.eval_shape(lambda: kv_cache.init(model.config, batch, CAPACITY.value, model.dtype))
   split = lambda a: targets.placed(a, sharding.sharding(mesh, CACHE_AXES, a.shape))
   program = generate.Program.of(model)
-  return generate.lower_decode(
-    program, tokens_B, tokens_B, jax.tree.map(split, cache), key
-  ).compile()
+  return generate.lower_decode(program, tokens_B, tokens_B, jax.tree.map(split, cache)).compile()
 
 
 def _record(name, model, compiled, mesh) -> records.Record:

@@ -1,8 +1,8 @@
 """Renders the chat templates that Hugging Face tokenizers carry.
 
-A template is a stranger's Jinja program, so it runs in an immutable sandbox and sees plain JSON
-values alone. Whitespace rules, filters and globals are those of transformers, which the tests
-compare with; what is left out is its tracking of the assistant's tokens.
+A template is a Jinja program that comes with a model, so it runs in an immutable sandbox and sees
+plain JSON values alone. Whitespace rules, filters and globals are those of transformers, which the
+tests compare with. The positions of the assistant's tokens are not tracked.
 """
 
 import datetime
@@ -30,12 +30,12 @@ def render(
     # Templates test whether a key is there, so one without a value has to be absent.
     chat = [{k: v for k, v in m.items() if v is not None} for m in messages]
     values = json.loads(json.dumps({**variables, 'messages': chat}))
-  except (TypeError, AttributeError) as error:
+  except (TypeError, ValueError, AttributeError, RecursionError) as error:
     raise ValueError(f'messages are dicts of JSON values: {error}') from error
   try:
     return _compile(template).render(**values)
-  except jinja2.TemplateError as error:
-    raise ValueError(f'the chat template failed: {error}') from error
+  except Exception as error:  # a template is a program, and fails as programs do
+    raise ValueError(f'the chat template failed: {type(error).__name__}: {error}') from error
 
 
 class _Generation(jinja2.ext.Extension):

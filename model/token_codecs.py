@@ -1,34 +1,28 @@
-"""Text to token ids and back, by the two libraries whose files pretrained models ship.
+"""Text to token ids and back, and the training of a byte-level vocabulary."""
 
-Both codecs have the same methods. Neither adds special tokens on its own, and both recognise the
-special tokens that are spelled out in the text, as transformers does.
-"""
-
-import itertools
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
 
 
-class TokenizersCodec:
-  """Reads the bytes of a `tokenizer.json`."""
+class Codec:
+  """Encodes and decodes with a `tokenizers.Tokenizer`, which it takes over.
 
-  def __init__(self, data: bytes):
-    try:
-      self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
-    except Exception as error:  # the library raises nothing more specific
-      raise ValueError(f'tokenizer.json is corrupt: {error}') from error
-    # Truncation and padding are left in many published files, and some post-processors cut the
-    # white space out of the offsets.
-    self._tokenizer.no_truncation()
-    self._tokenizer.no_padding()
-    self._tokenizer.post_processor = None
-    ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+  Nothing is added to a text: what the tokenizer's post-processor would put around it is kept as
+  `prefix` and `suffix`. Special tokens that are spelled out in the text become their ids.
+  """
+
+  def __init__(self, tokenizer: tokenizers.Tokenizer):
+    self._tokenizer = tokenizer
+    # Truncation and padding are left in many published files.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    self.prefix, self.suffix = _ends(tokenizer)
+    tokenizer.post_processor = None  # some trim the white space out of the offsets
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
     self.vocab_size = max(ids, default=-1) + 1
-    self.default_bos_id, self.default_eos_id = None, None
 
   def encode(self, text: str) -> list[int]:
     return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -48,75 +42,18 @@ class TokenizersCodec:
   def id_of(self, token: str) -> int | None:
     return self._tokenizer.token_to_id(token)
 
-
-class SentencePieceCodec:
-  """Reads the bytes of a sentencepiece `tokenizer.model`; `added` are tokens beyond it, by name.
-
-  Added and control tokens that are spelled out in the text are split off first, and each stretch
-  between them is encoded on its own (with a leading space, where the model was trained so).
-  """
-
-  def __init__(self, data: bytes, added: Mapping[str, int]):
-    try:
-      import sentencepiece
-    except ImportError as error:
-      raise ValueError('tokenizer.model needs the package: pip install sentencepiece') from error
-    try:
-      self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-      size = self._processor.get_piece_size()
-    except RuntimeError as error:
-      raise ValueError(f'tokenizer.model is corrupt: {error}') from error
-    if not size:
-      raise ValueError('tokenizer.model is corrupt: it holds no pieces')
-    control = {
-      self._processor.id_to_piece(i): i for i in range(size) if self._processor.is_control(i)
-    }
-    self._special = {**control, **added}
-    self._names = {i: name for name, i in self._special.items()}
-    names = sorted(self._special, key=len, reverse=True)
-    self._pattern = re.compile('|'.join(map(re.escape, names)) or r'(?!)')
-    self.vocab_size = max(size, *(i + 1 for i in added.values())) if added else size
-    ids = self._processor.bos_id(), self._processor.eos_id()
-    self.default_bos_id, self.default_eos_id = (i if i >= 0 else None for i in ids)
-
-  def encode(self, text: str) -> list[int]:
-    return self.encode_with_ends(text)[0]
-
-  def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-    return [self.encode(text) for text in texts]
-
-  def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-    """Returns ids, and the characters of `text` up to the end of each token."""
-    ids, ends, start = [], [], 0
-    for match in itertools.chain(self._pattern.finditer(text), [None]):
-      stop = match.start() if match else len(text)
-      if stop > start:
-        pieces = self._processor.encode(text[start:stop], return_type='offset_mapping')
-        ids += pieces['ids']
-        ends += [start + end for _, end in pieces['offsets']]
-      if match:
-        ids.append(self._special[match.group()])
-        ends.append(match.end())
-        start = match.end()
-    return ids, ends
-
-  def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-    parts = []
-    for special, group in itertools.groupby(map(int, ids), self._names.__contains__):
-      if not special:
-        parts.append(self._processor.decode(list(group)))
-      elif not skip_special:
-        parts += [self._names[i] for i in group]
-    return ''.join(parts)
-
-  def id_of(self, token: str) -> int | None:
-    if token in self._special:
-      return self._special[token]
-    i = self._processor.piece_to_id(token)
-    return i if self._processor.id_to_piece(i) == token else None
+  def added_ids(self) -> set[int]:
+    """The ids of added tokens, which text gives only where it spells them out."""
+    return set(self._tokenizer.get_added_tokens_decoder())
 
 
-Codec = TokenizersCodec | SentencePieceCodec
+def _ends(tokenizer: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """The ids that the post-processor puts before and after a text."""
+  encoding = tokenizer.encode('a', add_special_tokens=True)
+  inside = [at for at, added in enumerate(encoding.special_tokens_mask) if not added]
+  if not inside:  # a vocabulary that has no token for the letter
+    return tuple(encoding.ids), ()
+  return tuple(encoding.ids[: inside[0]]), tuple(encoding.ids[inside[-1] + 1 :])
 
 
 def byte_ends(text: str, char_ends: Sequence[int]) -> np.ndarray:

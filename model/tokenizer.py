@@ -1,27 +1,31 @@
 """Tokenizers of pretrained models, read from Hugging Face folders, and a trainer for new ones.
 
-A folder is read for `tokenizer.json` (the tokenizers library) or else `tokenizer.model`
-(sentencepiece), and for the small JSON files around it that name the special tokens and the chat
-template. `save` writes those files back as they were, so nothing that Lissom does not read is lost.
+`model.token_files` says which files hold a vocabulary and how they are read. `save` writes a
+tokenizer's files back as they were, so nothing that Lissom does not read is lost.
 """
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from model import chat_template, token_codecs
+from model import chat_template, token_codecs, token_files
 
-MODEL_FILES = ('tokenizer.json', 'tokenizer.model')
+MODEL_FILES = (
+  token_files.JSON,
+  token_files.SENTENCEPIECE,
+  token_files.VOCABULARY,
+  token_files.MERGES,
+)
+GENERATION = 'generation_config.json'
 SETTINGS_FILES = (
   'tokenizer_config.json',
   'special_tokens_map.json',
   'added_tokens.json',
-  'generation_config.json',
+  GENERATION,
   'chat_template.jinja',
 )
 END_OF_TEXT = '<|endoftext|>'
@@ -42,11 +46,10 @@ class Tokenizer:
 
   @classmethod
   def load(cls, folder: str | pathlib.Path) -> 'Tokenizer | None':
-    """Reads the tokenizer of a folder; None if it has neither of `MODEL_FILES`.
+    """Reads the tokenizer of a folder; None if the folder has no vocabulary.
 
     Raises:
-      ValueError: a file is corrupt, a named special token is not in the vocabulary, or
-        sentencepiece is needed and not installed.
+      ValueError: a file is corrupt, or the end or beginning token is not in the vocabulary.
     """
     folder = pathlib.Path(folder)
     files = {
@@ -54,14 +57,12 @@ class Tokenizer:
       for name in (*MODEL_FILES, *SETTINGS_FILES)
       if (folder / name).is_file()
     }
-    if not any(name in files for name in MODEL_FILES):
+    if not token_files.has_tokenizer(files):
       return None
-    config = folder / 'config.json'
-    if 'generation_config.json' not in files and config.is_file():
-      # Kept in the file's stead, so that a tokenizer saved without its model still knows them.
-      ids = _special_ids(_read_json('config.json', config.read_bytes()))
-      files |= {'generation_config.json': _to_bytes(ids)} if ids else {}
     try:
+      if (folder / 'config.json').is_file():
+        config = token_files.read_json('config.json', (folder / 'config.json').read_bytes())
+        files = _with_config(files, config)
       return cls.from_files(files)
     except ValueError as error:
       raise ValueError(f'{folder}: {error}') from error
@@ -69,14 +70,11 @@ class Tokenizer:
   @classmethod
   def from_files(cls, files: Mapping[str, bytes]) -> 'Tokenizer':
     """Builds a tokenizer from the contents of its files."""
-    settings = _settings(files)
-    if 'tokenizer.json' in files:
-      codec = token_codecs.TokenizersCodec(files['tokenizer.json'])
-    else:
-      codec = token_codecs.SentencePieceCodec(files['tokenizer.model'], _added_tokens(files))
-    ids = _special_ids(_read_json('generation_config.json', files.get('generation_config.json')))
-    bos = _token_ids(codec, settings, ids, 'bos')
-    eos = _token_ids(codec, settings, {}, 'eos') + _as_ids(ids.get('eos_token_id'), 'eos_token_id')
+    codec = token_codecs.Codec(token_files.build(files))
+    settings, generation = token_files.read_settings(files), _generation(files)
+    bos = _token_ids(codec, settings, generation, 'bos')
+    eos = _token_ids(codec, settings, {}, 'eos')
+    eos += _as_ids(generation.get('eos_token_id'), 'eos_token_id')
     return cls(
       files=dict(files),
       codec=codec,
@@ -97,7 +95,7 @@ class Tokenizer:
       'clean_up_tokenization_spaces': False,
     }
     model = token_codecs.train_byte_bpe(texts, vocab_size, [END_OF_TEXT])
-    files = {'tokenizer.json': model, 'tokenizer_config.json': _to_bytes(config)}
+    files = {'tokenizer.json': model, 'tokenizer_config.json': token_files.to_bytes(config)}
     return cls.from_files(files)
 
   @property
@@ -105,10 +103,20 @@ class Tokenizer:
     """One more than the highest id; a model may have more rows than that."""
     return self.codec.vocab_size
 
-  def encode(self, text: str, *, add_bos: bool = False, add_eos: bool = False) -> list[int]:
-    """Encodes `text`. Special tokens that are spelled out in it become their ids."""
-    ids = self.codec.encode(text)
-    return [*self._required(add_bos, 'bos'), *ids, *self._required(add_eos, 'eos')]
+  def encode(self, text: str) -> list[int]:
+    """Encodes `text` and adds nothing. Special tokens spelled out in it become their ids.
+
+    This is for text that is cut or joined, and for what a chat template gives, which has its own
+    special tokens.
+    """
+    return self.codec.encode(text)
+
+  def prompt(self, text: str) -> list[int]:
+    """Encodes a text that a model is to continue, with the special tokens that its files ask for.
+
+    Those are a BOS in front, or none, for most models.
+    """
+    return [*self.codec.prefix, *self.codec.encode(text), *self.codec.suffix]
 
   def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
     """Encodes many texts at once, on all cores where the library can."""
@@ -127,30 +135,44 @@ class Tokenizer:
     """Decodes ids; bytes that are not UTF-8 become replacement characters."""
     return self.codec.decode([int(i) for i in ids], skip_special)
 
+  def continuation(self, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text that the tokens `new` add to that of `prompt`, without special tokens.
+
+    Decoded alone, the first of them may lose the space that it begins with.
+    """
+    before = self.decode(prompt, skip_special=True)
+    return self.decode([*prompt, *new], skip_special=True)[len(before) :]
+
   def apply_chat_template(
     self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables
   ) -> str:
-    """Renders a conversation as the text of a prompt; encode it without adding a BOS.
+    """Renders a conversation as the text of a prompt, for `encode`: it brings its own BOS.
 
     Raises:
       ValueError: the tokenizer has no chat template, or the template refuses the messages.
     """
     if self.chat_template is None:
       raise ValueError('this tokenizer has no chat template; encode plain text instead')
-    settings = _settings(self.files)
-    tokens = {k: _content(v) for k, v in settings.items() if k.endswith('_token') and v}
-    known = {'tools': None, 'documents': None, 'add_generation_prompt': add_generation_prompt}
+    settings = token_files.read_settings(self.files)
+    tokens = {k: token_files.content(v) for k, v in settings.items() if k.endswith('_token')}
     tokens = {k: v for k, v in tokens.items() if isinstance(v, str)}
+    known = {'tools': None, 'documents': None, 'add_generation_prompt': add_generation_prompt}
     return chat_template.render(self.chat_template, messages, {**tokens, **known, **variables})
 
   @functools.cached_property
   def chat_template(self) -> str | None:
     """The Jinja template of a conversation, or None."""
-    if 'chat_template.jinja' in self.files:
-      return self.files['chat_template.jinja'].decode()
-    template = _settings(self.files).get('chat_template')
-    if isinstance(template, list):
-      template = {entry['name']: entry['template'] for entry in template}.get('default')
+    name = 'chat_template.jinja'
+    try:
+      if name in self.files:
+        return self.files[name].decode()
+      template = token_files.read_settings(self.files).get('chat_template')
+      if isinstance(template, list):
+        template = {entry['name']: entry['template'] for entry in template}.get('default')
+    except (UnicodeDecodeError, TypeError, LookupError) as error:
+      raise ValueError(f'the chat template is corrupt: {error!r}') from error
+    if not isinstance(template, str | None):
+      raise ValueError(f'a chat template is a text, not {type(template).__name__}')
     return template
 
   def save(self, folder: str | pathlib.Path) -> None:
@@ -160,18 +182,16 @@ class Tokenizer:
     for name, data in self.files.items():
       (folder / name).write_bytes(data)
 
-  def _required(self, wanted: bool, kind: str) -> list[int]:
-    if not wanted:
-      return []
-    ids = self.eos_ids[:1] if kind == 'eos' else [self.bos_id]
-    if not ids or ids[0] is None:
-      raise ValueError(f'add_{kind}: this tokenizer has no {kind} token')
-    return [ids[0]]
-
 
 def check(tokenizer: Tokenizer, vocab_size: int) -> None:
-  """Raises ValueError if the tokenizer has ids that a model of `vocab_size` rows does not."""
-  highest = max(tokenizer.vocab_size - 1, *tokenizer.eos_ids, tokenizer.bos_id or 0, 0)
+  """Raises ValueError if text has tokens that a model of `vocab_size` rows does not.
+
+  Added tokens may lie beyond the model's rows, as a pad token often does: no text has them unless
+  it spells them out. The beginning and end of a text may not.
+  """
+  beyond = set(range(vocab_size, tokenizer.vocab_size)) - tokenizer.codec.added_ids()
+  named = [i for i in (tokenizer.bos_id, *tokenizer.eos_ids) if i is not None and i >= vocab_size]
+  highest = max([*beyond, *named], default=-1)
   if highest >= vocab_size:
     raise ValueError(
       f'the tokenizer has ids up to {highest}, but the model has a vocabulary of {vocab_size}; '
@@ -179,41 +199,22 @@ def check(tokenizer: Tokenizer, vocab_size: int) -> None:
     )
 
 
-def _settings(files: Mapping[str, bytes]) -> dict[str, Any]:
-  # tokenizer_config.json is the newer file and wins.
-  names = ('special_tokens_map.json', 'tokenizer_config.json')
-  parts = [_read_json(name, files.get(name)) for name in names]
-  return {**parts[0], **parts[1]}
+def _with_config(files: dict[str, bytes], config: dict[str, Any]) -> dict[str, bytes]:
+  """Keeps what config.json says of the tokenizer, which may be saved without the model."""
+  files = token_files.with_class(files, config)
+  ids = _special_ids(config)
+  if GENERATION not in files and ids:
+    files[GENERATION] = token_files.to_bytes(ids)
+  return files
 
 
-def _read_json(name: str, data: bytes | None) -> dict[str, Any]:
-  if data is None:
-    return {}
-  try:
-    value = json.loads(data)
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f'{name} is corrupt: {error}') from error
-  if not isinstance(value, dict):
-    raise ValueError(f'{name} should hold an object, not {type(value).__name__}')
-  return value
-
-
-def _to_bytes(value: dict[str, Any]) -> bytes:
-  return (json.dumps(value, indent=2, ensure_ascii=False) + '\n').encode()
-
-
-def _content(token: Any) -> Any:
-  return token.get('content') if isinstance(token, dict) else token
-
-
-def _added_tokens(files: Mapping[str, bytes]) -> dict[str, int]:
-  added = dict(_read_json('added_tokens.json', files.get('added_tokens.json')))
-  decoder = _settings(files).get('added_tokens_decoder') or {}
-  return added | {_content(token): int(i) for i, token in decoder.items()}
+def _generation(files: Mapping[str, bytes]) -> dict[str, Any]:
+  data = files.get(GENERATION, b'')
+  return token_files.read_json(GENERATION, data) if data.strip() else {}
 
 
 def _special_ids(config: dict[str, Any]) -> dict[str, Any]:
-  names = ('bos_token_id', 'eos_token_id')
+  names = ('bos_token_id', 'eos_token_id', 'pad_token_id')
   return {name: config[name] for name in names if config.get(name) is not None}
 
 
@@ -227,14 +228,6 @@ def _as_ids(value: Any, name: str) -> list[int]:
 def _token_ids(codec, settings, ids, kind: str) -> list[int]:
   name = f'{kind}_token'
   if name in settings:  # null says that there is none
-    token = _content(settings[name])
-    if token is None:
-      return []
-    i = codec.id_of(token) if isinstance(token, str) else None
-    if i is None:
-      raise ValueError(f'{name} {token!r} is not in the vocabulary')
-    return [i]
-  if f'{name}_id' in ids:
-    return _as_ids(ids[f'{name}_id'], f'{name}_id')
-  default = codec.default_bos_id if kind == 'bos' else codec.default_eos_id
-  return [] if default is None else [default]
+    token = token_files.content(settings[name])
+    return [codec.id_of(token)] if isinstance(token, str) else []
+  return _as_ids(ids.get(f'{name}_id'), f'{name}_id')

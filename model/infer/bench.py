@@ -16,6 +16,7 @@ from model.infer import generate
 from model.infer.prepare import prepare as prepare_weights
 from model.kv_cache import CacheFormat
 from model.transformer import Transformer
+from ops.sampling import GREEDY
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ def prepare(
   lengths_B = np.full(batch, prompt_length, np.int32)
   cache = kv_cache.init(model.config, batch, prompt_length + steps, model.dtype, cache_format)
   prefill = generate.lower_prefill(program, tokens_BT, lengths_B, cache).compile()
-  start = (jnp.zeros(batch, jnp.int32), jnp.asarray(lengths_B), cache, jax.random.key(seed))
+  start = (jnp.zeros(batch, jnp.int32), jnp.asarray(lengths_B), cache)
   decode = generate.lower_decode(program, *start).compile()
   memory = decode.memory_analysis()
   held = {'cache': cache}
@@ -69,12 +70,11 @@ def prepare(
     return logits_BTV
 
   def run_decode(after_call=lambda new_TB: None):
-    tokens_B, positions_B, key = jnp.zeros(batch, jnp.int32), jnp.asarray(lengths_B), start[3]
-    key = jax.random.clone(key)
+    tokens_B, positions_B = jnp.zeros(batch, jnp.int32), jnp.asarray(lengths_B)
     for done in range(0, steps, generate.TOKENS_PER_CALL):
       count = np.int32(min(generate.TOKENS_PER_CALL, steps - done))
-      tokens_B, positions_B, held['cache'], key, new_TB = decode(
-        program.leaves, tokens_B, positions_B, held['cache'], key, count
+      tokens_B, positions_B, held['cache'], new_TB = decode(
+        program.leaves, tokens_B, positions_B, held['cache'], count, GREEDY, None
       )
       after_call(new_TB)
     return tokens_B

@@ -1,12 +1,14 @@
 """Batched generation: one compiled prefill, then a compiled loop of decode steps, over one cache.
 
-Rows of a batch may have different lengths. They are padded on the right; slot s of the cache holds
-position s of its row, and a query sees no slot past its own position, so a row gives the same
-tokens in any batch as alone. Lengths are rounded up to buckets, so few shapes are ever compiled.
+A row gives the same tokens in any batch as alone. Prompts are padded on the right; slot s of the
+cache holds position s of its row, and a query sees no slot past its own position. The random key of
+a draw follows from the row's own seed and the position of the token. What remains is rounding: a
+product over more rows may add in another order, which decides only between tokens that are equally
+good. Lengths are rounded up to buckets, so few shapes are ever compiled.
 
-The parameters travel as a flat tuple of leaves, and several tokens are taken in one call: walking a
-module in Python at each token would cost more than many a token's computation, and handing some
-hundred arrays over costs as much as a tenth of it. The cache is donated and written in place.
+The parameters travel as a flat tuple of leaves, because walking a module in Python takes longer
+than the computation of a token in many models. Several tokens are taken in one call, because
+passing a few hundred arrays takes a tenth of that time. The cache is donated and written in place.
 """
 
 import dataclasses
@@ -24,18 +26,18 @@ from model.infer.prepare import prepare
 from model.kv_cache import CacheFormat
 from model.transformer import Transformer
 from ops import sampling
-from ops.sampling import SamplingConfig
+from ops.sampling import GREEDY, Sampling, SamplingConfig
 
 PROMPT_BUCKET = 32
 CACHE_BUCKET = 128
 TOKENS_PER_CALL = 8
+GREEDY_CONFIG = SamplingConfig()
 BURST_S = 0.05  # streamed tokens come together if they take no longer than this
-GREEDY = SamplingConfig()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Structure:
-  """A model without its leaves: one object a structure, for jit hashes it at each step."""
+  """A model without its leaves; one object per structure, because jit hashes it at each step."""
 
   graphdef: nnx.GraphDef
   treedef: jax.tree_util.PyTreeDef
@@ -61,13 +63,14 @@ class Program:
     """Runs the prompts: (logits_BV after each row's last token, cache). Donates the cache."""
     return _prefill(self.static, self.leaves, tokens_BT, lengths_B, cache)
 
-  def decode(self, tokens_B, positions_B, cache, key, count: int, config: SamplingConfig):
-    """Runs `count` tokens a row, each sampled from what came before.
+  def decode(self, tokens_B, positions_B, cache, count, sampled: Sampling = GREEDY, keys_B=None):
+    """Runs `count` tokens per row, each chosen after those before it.
 
-    Returns (tokens_B, positions_B, cache, key, new_TB): the last tokens, and all new ones, of which
-    the first `count` of `TOKENS_PER_CALL` rows are filled. All arguments are donated but `count`.
+    `keys_B` are the keys of the rows' seeds; greedy settings need none. Returns (tokens_B,
+    positions_B, cache, new_TB): the last tokens, and all new ones, of which the first `count` of
+    `TOKENS_PER_CALL` steps are filled. Donates tokens, positions and cache.
     """
-    return _decode(self.static, config, self.leaves, tokens_B, positions_B, cache, key, count)
+    return _decode(self.static, self.leaves, tokens_B, positions_B, cache, count, sampled, keys_B)
 
 
 def _merge(static, leaves) -> Transformer:
@@ -84,20 +87,28 @@ def _prefill(static, leaves, tokens_BT, lengths_B, cache):
   return model.logits(x_BD), cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4, 5, 6))
-def _decode(static, config, leaves, tokens_B, positions_B, cache, key, count):
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3, 4))
+def _decode(static, leaves, tokens_B, positions_B, cache, count, sampled, keys_B):
   def step(i, carry):
-    tokens_B, positions_B, cache, key, new_TB = carry
-    # XLA moves what does not change out of a loop: whole matrices, widened, if it were let.
+    tokens_B, positions_B, cache, new_TB = carry
+    # Without the barrier, XLA moves what does not change out of the loop: whole widened matrices.
     held, tokens_B = jax.lax.optimization_barrier((leaves, tokens_B))
     model = _merge(static, held)
     x_BTD, cache = model.hidden(tokens_B[:, None], positions_BT=positions_B[:, None], cache=cache)
-    key, now = jax.random.split(key)
-    tokens_B = sampling.sample(model.logits(x_BTD[:, 0]), config, key=now)
-    return tokens_B, positions_B + 1, cache, key, new_TB.at[i].set(tokens_B)
+    positions_B = positions_B + 1
+    tokens_B = _choose(model.logits(x_BTD[:, 0]), positions_B, sampled, keys_B)
+    return tokens_B, positions_B, cache, new_TB.at[i].set(tokens_B)
 
   new_TB = jnp.zeros((TOKENS_PER_CALL, len(tokens_B)), jnp.int32)
-  return jax.lax.fori_loop(0, count, step, (tokens_B, positions_B, cache, key, new_TB))
+  return jax.lax.fori_loop(0, count, step, (tokens_B, positions_B, cache, new_TB))
+
+
+@jax.jit
+def _choose(logits_BV, positions_B, sampled, keys_B):
+  """The tokens that stand at these positions."""
+  if keys_B is not None:
+    keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
+  return sampling.sample(logits_BV, sampled, keys_B)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -118,13 +129,14 @@ def lower_prefill(program: Program, tokens_BT, lengths_B, cache) -> jax.stages.L
   return _prefill.lower(program.static, program.leaves, tokens_BT, lengths_B, cache)
 
 
-def lower_decode(program: Program, tokens_B, positions_B, cache, key) -> jax.stages.Lowered:
-  """The greedy decode loop, lowered; compiled, it is called without the static parts.
+def lower_decode(program: Program, tokens_B, positions_B, cache) -> jax.stages.Lowered:
+  """The greedy decode loop, lowered; compiled, it is called without the program's static part.
 
-  The compiled program's last argument is the number of tokens, an int32 up to `TOKENS_PER_CALL`.
+  The compiled program's arguments are those of `_decode` from the leaves to the number of tokens,
+  an int32 up to `TOKENS_PER_CALL`, and then `GREEDY, None`.
   """
-  arguments = (program.leaves, tokens_B, positions_B, cache, key, np.int32(1))
-  return _decode.lower(program.static, GREEDY, *arguments)
+  arguments = (program.leaves, tokens_B, positions_B, cache, np.int32(1), GREEDY, None)
+  return _decode.lower(program.static, *arguments)
 
 
 def generate(
@@ -132,41 +144,45 @@ def generate(
   prompts: Sequence[Sequence[int]],
   *,
   max_new_tokens: int,
-  sampling_config: SamplingConfig = GREEDY,
-  seed: int = 0,
+  sampling_config: SamplingConfig | Sequence[SamplingConfig] = GREEDY_CONFIG,
+  seed: int | Sequence[int] = 0,
   on_tokens: Callable[[np.ndarray], None] | None = None,
   cache_format: CacheFormat = 'float',
 ) -> list[list[int]]:
   """Continues each prompt until an end token of the config or `max_new_tokens`.
 
-  `on_tokens` receives each step's tokens, int32 [B], to stream them; some steps come together where
-  they are short. Returns the new tokens of each prompt, the end token left out. `cache_format` is
-  how keys and values are kept. The weights are packed for the platform first; where the same model
-  continues many prompts, pass what `prepare` returns, which is not packed again.
+  `sampling_config` and `seed` are for all rows, or one for each. One seed for all rows draws the
+  same continuation for equal prompts; seeds for each row draw different ones. `on_tokens` receives
+  each step's tokens, int32 [B], to stream them; some steps come together where they are short.
+  Returns the new tokens of each prompt, the end token left out. `cache_format` is how keys and
+  values are kept. The weights are packed for the platform first; where the same model continues
+  many prompts, pass what `prepare` returns, which is not packed again.
 
   Raises:
-    ValueError: no such cache format, an empty prompt, a token outside the vocabulary, or more
-      positions than the model has learned.
+    ValueError: no such cache format, an empty prompt, a token outside the vocabulary, more
+      positions than the model has learned, or settings or seeds for another number of rows.
   """
   kv_cache.check_format(cache_format)
   _check(model, prompts, max_new_tokens)
+  configs = _a_row_each(sampling_config, SamplingConfig, len(prompts), 'sampling settings')
+  seeds = _a_row_each(seed, int | np.integer, len(prompts), 'seeds')
   if max_new_tokens == 0:
     return [[] for _ in prompts]
-  program, key = Program.of(prepare(model)), jax.random.key(seed)
+  program, sampled = Program.of(prepare(model)), sampling.settings(configs)
+  keys_B = None if sampled is GREEDY else jnp.stack([jax.random.key(int(seed)) for seed in seeds])
   tokens_BT, lengths_B = pad(prompts)
   needed = max(tokens_BT.shape[1], int(lengths_B.max()) + max_new_tokens)
   capacity = _bucket(needed, CACHE_BUCKET)
   cache = kv_cache.init(model.config, len(prompts), capacity, model.dtype, cache_format)
   logits_BV, cache = program.prefill(tokens_BT, lengths_B, cache)
-  key, now = jax.random.split(key)
-  tokens_B = _sample(sampling_config, logits_BV, now)
   positions_B, count = jnp.asarray(lengths_B), 1
+  tokens_B = _choose(logits_BV, positions_B, sampled, keys_B)
   output = _Output(max_new_tokens, model.config.eos_ids, on_tokens)
   output.take(np.asarray(tokens_B)[None])
   while not output.done:
     start = time.perf_counter()
-    tokens_B, positions_B, cache, key, new_TB = program.decode(
-      tokens_B, positions_B, cache, key, np.int32(count), sampling_config
+    tokens_B, positions_B, cache, new_TB = program.decode(
+      tokens_B, positions_B, cache, np.int32(count), sampled, keys_B
     )
     output.take(np.asarray(new_TB)[:count])
     step_s = (time.perf_counter() - start) / count
@@ -198,9 +214,11 @@ class _Output:
     return _cut(np.stack(self.steps, 1), self.eos_ids)
 
 
-_sample = functools.partial(jax.jit, static_argnums=0)(
-  lambda config, logits_BV, key: sampling.sample(logits_BV, config, key=key)
-)
+def _a_row_each(value, kind, rows: int, what: str) -> list:
+  values = [value] * rows if isinstance(value, kind) else list(value)
+  if len(values) != rows:
+    raise ValueError(f'there are {rows} prompts, but {len(values)} {what}')
+  return values
 
 
 def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -206,7 +206,20 @@ def test_chat_template_of_its_own_file_wins_and_named_ones_are_found(trained, tm
     (CHATML, 'unknown role robot'),
     ('{{ messages.append(1) }}', 'append'),
     ("{{ ''.__class__.__mro__ }}", '__class__|unsafe'),
-    ('{% for %}', 'chat template failed'),
+    ('{% for %}', 'chat template failed: TemplateSyntaxError'),
+    ('{{ 1 / 0 }}', 'chat template failed: ZeroDivisionError: division by zero'),
+    ("{{ 'a' + 1 }}", 'chat template failed: TypeError'),
+    ('{{ messages[0].content.nothing.at_all }}', 'chat template failed: UndefinedError'),
+    ("{{ {}['x'] | int('a') + [] }}", 'chat template failed'),
+    ('{% for i in range(10 ** 9) %}{% endfor %}', 'chat template failed: OverflowError'),
+    ("{{ '%d' % 'x' }}", 'chat template failed: TypeError'),
+    ("{{ 'x'.encode('ascii').decode(3) }}", 'chat template failed: TypeError'),
+    ('{{ strftime_now(3) }}', 'chat template failed: TypeError'),
+    ('{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}', 'chat template failed: RecursionError'),
+    ('{{ messages | tojson(indent=[]) }}', 'chat template failed: TypeError'),
+    (3, 'a chat template is a text, not int'),
+    ([{'name': 'default'}], "chat template is corrupt: KeyError\\('template'\\)"),
+    (['x'], 'chat template is corrupt: TypeError'),
   ],
 )
 def test_chat_templates_fail_as_value_errors(trained, tmp_path, template, match):
@@ -221,6 +234,11 @@ def test_bad_messages_and_a_missing_template(trained, tmp_path):
   ours = Tokenizer.load(_write(tmp_path, _with(trained, chat_template='x')))
   with pytest.raises(ValueError, match='at least one message'):
     ours.apply_chat_template([])
+  circular = {'role': 'user'}
+  circular['content'] = circular
+  for messages in (['x'], [3], 'hello', 3, [circular], [{('a',): 1}]):
+    with pytest.raises(ValueError, match='messages'):
+      ours.apply_chat_template(messages)
   with pytest.raises(ValueError, match='JSON'):
     ours.apply_chat_template([{'role': 'user', 'content': object()}])
 
@@ -257,22 +275,31 @@ def test_special_tokens_map_is_read(trained, tmp_path):
   assert Tokenizer.load(_write(tmp_path, files)).eos_ids == (0,)
 
 
-def test_bos_and_eos_only_when_asked(trained, tmp_path):
+def test_encode_adds_nothing_and_a_prompt_what_its_files_say(trained, tmp_path):
   ids = trained.encode('ab')
-  assert trained.encode('ab', add_bos=True, add_eos=True) == [0, *ids, 0]
-  files = _with(trained, bos_token=None, eos_token=None)
-  bare = Tokenizer.load(_write(tmp_path, files))
-  for kind in ('bos', 'eos'):
-    with pytest.raises(ValueError, match=f'no {kind} token'):
-      bare.encode('ab', **{f'add_{kind}': True})
-  assert bare.decode(trained.encode('a', add_eos=True), skip_special=True) == 'a'
+  assert trained.prompt('ab') == ids and 0 not in ids
+  files = _with(trained)
+  data = json.loads(files['tokenizer.json'])
+  processor = tokenizers.processors.TemplateProcessing(
+    single=f'{END_OF_TEXT} $A', pair=None, special_tokens=[(END_OF_TEXT, 0)]
+  )
+  data['post_processor'] = json.loads(processor.__getstate__())
+  with_bos = Tokenizer.load(_write(tmp_path, files | {'tokenizer.json': data}))
+  assert with_bos.prompt('ab') == [0, *ids] and with_bos.prompt('') == [0]
+  assert with_bos.encode('ab') == ids and with_bos.encode_many(['ab']) == [ids]
+  assert with_bos.encode_with_bytes('ab')[0].tolist() == ids
+  assert with_bos.decode([0, *ids], skip_special=True) == 'ab'
 
 
 def test_sentencepiece_equals_the_library_and_round_trips(sentencepiece_model, tmp_path):
   files = {
     'tokenizer.model': sentencepiece_model,
     'added_tokens.json': {'<|im_start|>': 380, '<|im_end|>': 381},
-    'tokenizer_config.json': {'eos_token': '<|im_end|>', 'bos_token': '<s>'},
+    'tokenizer_config.json': {
+      'eos_token': '<|im_end|>',
+      'bos_token': '<s>',
+      'additional_special_tokens': ['<|im_start|>'],
+    },
   }
   ours = Tokenizer.load(_write(tmp_path / 'in', files))
   library = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model)
@@ -284,7 +311,7 @@ def test_sentencepiece_equals_the_library_and_round_trips(sentencepiece_model, t
   ids, ends = ours.encode_with_bytes('<|im_start|>é<s>x<|im_end|>')
   assert [ids[0], ids[-1]] == [380, 381] and 1 in ids
   assert [ends[0], ends[-1]] == [12, len('<|im_start|>é<s>x<|im_end|>'.encode())]
-  assert ours.decode([380, *library.encode('é'), 381]) == '<|im_start|>é<|im_end|>'
+  assert ours.decode([380, *library.encode('é'), 381]) == '<|im_start|> é<|im_end|>'
   assert ours.decode([380, *library.encode('é'), 381], skip_special=True) == 'é'
   ours.save(tmp_path / 'out')
   assert Tokenizer.load(tmp_path / 'out').files == ours.files
@@ -309,10 +336,10 @@ def test_saved_sentencepiece_folder_loads_in_transformers(sentencepiece_model, t
   assert ours.bos_id == theirs.bos_token_id and ours.eos_ids == (theirs.eos_token_id,)
 
 
-def test_sentencepiece_that_is_not_installed_is_named(sentencepiece_model, tmp_path, monkeypatch):
+def test_sentencepiece_files_need_no_other_library(sentencepiece_model, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'sentencepiece', None)
-  with pytest.raises(ValueError, match='pip install sentencepiece'):
-    Tokenizer.load(_write(tmp_path, {'tokenizer.model': sentencepiece_model}))
+  monkeypatch.setitem(sys.modules, 'google.protobuf', None)
+  assert Tokenizer.load(_write(tmp_path, {'tokenizer.model': sentencepiece_model})).encode('x')
 
 
 @pytest.mark.parametrize(
@@ -337,6 +364,24 @@ def test_corrupt_files_are_named(trained, tmp_path, files, match):
 
 def test_a_folder_without_a_tokenizer_gives_none(tmp_path):
   assert Tokenizer.load(_write(tmp_path, {'tokenizer_config.json': '{}'})) is None
+
+
+@pytest.mark.parametrize('data', [b'', b' \n', b'{}'])
+def test_an_empty_generation_config_says_nothing(trained, tmp_path, data):
+  files = _with(trained) | {'generation_config.json': data}
+  loaded = Tokenizer.load(_write(tmp_path, files))
+  assert (loaded.bos_id, loaded.eos_ids) == (0, (0,))
+
+
+def test_a_pad_token_beyond_the_models_rows_is_no_matter(trained, tmp_path):
+  loaded = Tokenizer.load(_write(tmp_path / 'pad', _with(trained, pad_token='[PAD]')))
+  assert loaded.encode('[PAD]') == [350]
+  tokenizer_lib.check(loaded, 350)
+  with pytest.raises(ValueError, match='ids up to 349, but the model has a vocabulary of 349'):
+    tokenizer_lib.check(loaded, 349)
+  files = _with(trained, eos_token='<end>') | {'added_tokens.json': {'<end>': 350}}
+  with pytest.raises(ValueError, match='ids up to 350, but the model has a vocabulary of 350'):
+    tokenizer_lib.check(Tokenizer.load(_write(tmp_path / 'end', files)), 350)
 
 
 def test_check_names_both_sizes(trained):

@@ -25,6 +25,14 @@ CASES = {
 }
 
 
+def rows(config, count):
+  return sampling.settings([config] * count)
+
+
+def keys(seed, count):
+  return jax.random.split(jax.random.key(seed), count)
+
+
 def hugging_face(logits, config):
   steps = [logits_process.TemperatureLogitsWarper(config.temperature)]
   if config.top_k is not None:
@@ -41,13 +49,13 @@ def test_cuts_to_what_hugging_face_keeps(rng, name):
   logits = (2 * rng.standard_normal((16, 100))).astype(np.float32)
   config = SamplingConfig(**CASES[name])
   np.testing.assert_allclose(
-    sampling.cut(jnp.asarray(logits), config), hugging_face(logits, config), rtol=1e-6
+    sampling.cut(jnp.asarray(logits), rows(config, 16)), hugging_face(logits, config), rtol=1e-6
   )
 
 
 def kept(probabilities, **cuts):
   logits = jnp.log(jnp.asarray([probabilities]))
-  cut = sampling.cut(logits, SamplingConfig(temperature=1.0, **cuts))
+  cut = sampling.cut(logits, rows(SamplingConfig(temperature=1.0, **cuts), 1))
   return ''.join('.X'[int(v)] for v in np.isfinite(cut)[0])
 
 
@@ -74,7 +82,7 @@ def test_each_cut_sees_what_the_one_before_left():
 
 def test_temperature_zero_is_greedy_and_needs_no_key(rng):
   logits = rng.standard_normal((8, 50)).astype(np.float32)
-  tokens = sampling.sample(jnp.asarray(logits), SamplingConfig(top_k=3), key=None)
+  tokens = sampling.sample(jnp.asarray(logits), rows(SamplingConfig(top_k=3), 8), None)
   assert tokens.dtype == jnp.int32
   np.testing.assert_array_equal(tokens, logits.argmax(-1))
 
@@ -83,8 +91,8 @@ def test_draws_as_often_as_the_probabilities_say(rng):
   logits = rng.standard_normal(12).astype(np.float32)
   config = SamplingConfig(temperature=0.8, top_k=8, top_p=0.95)
   draws = 20_000
-  rows = jnp.broadcast_to(jnp.asarray(logits)[None], (draws, 12))
-  tokens = jax.jit(lambda key: sampling.sample(rows, config, key=key))(jax.random.key(0))
+  logits_BV = jnp.broadcast_to(jnp.asarray(logits)[None], (draws, 12))
+  tokens = jax.jit(sampling.sample)(logits_BV, rows(config, draws), keys(0, draws))
   counts = np.bincount(np.asarray(tokens), minlength=12)
   expected = torch.tensor(hugging_face(logits[None], config)).softmax(-1).numpy()[0] * draws
   possible = expected > 0
@@ -95,8 +103,8 @@ def test_draws_as_often_as_the_probabilities_say(rng):
 
 
 def test_rows_are_drawn_independently_and_the_key_decides():
-  rows, config = jnp.zeros((64, 1000)), SamplingConfig(temperature=1.0)
-  draw = lambda seed: np.asarray(sampling.sample(rows, config, key=jax.random.key(seed)))
+  logits_BV, config = jnp.zeros((64, 1000)), SamplingConfig(temperature=1.0)
+  draw = lambda seed: np.asarray(sampling.sample(logits_BV, rows(config, 64), keys(seed, 64)))
   np.testing.assert_array_equal(draw(1), draw(1))
   assert len(set(draw(1))) > 32
   assert (draw(1) != draw(2)).any()
@@ -105,7 +113,7 @@ def test_rows_are_drawn_independently_and_the_key_decides():
 def test_low_precision_logits_are_cut_in_float32(rng):
   logits = jnp.asarray(rng.standard_normal((4, 300)), jnp.bfloat16)
   config = SamplingConfig(temperature=1.0, top_p=0.9)
-  cut = sampling.cut(logits, config)
+  cut = sampling.cut(logits, rows(config, 4))
   assert cut.dtype == jnp.float32
   # Equal logits are many in bfloat16, and which of them stays is free: compare how many stay.
   expected = hugging_face(np.asarray(logits, np.float32), config)
@@ -128,11 +136,52 @@ def test_a_config_that_makes_no_sense_is_refused(fields, message):
     SamplingConfig(**fields)
 
 
+MIXED = [SamplingConfig(**case) for case in CASES.values()] + [
+  SamplingConfig(),
+  SamplingConfig(top_k=3),
+]
+
+
+def test_rows_of_different_settings_are_each_as_alone(rng):
+  logits = (2 * rng.standard_normal((len(MIXED), 100))).astype(np.float32)
+  keys_B = keys(1, len(MIXED))
+  together = sampling.sample(jnp.asarray(logits), sampling.settings(MIXED), keys_B)
+  cut = np.asarray(sampling.cut(jnp.asarray(logits), sampling.settings(MIXED)))
+  for row, config in enumerate(MIXED):
+    one = slice(row, row + 1)
+    alone = sampling.sample(jnp.asarray(logits[one]), rows(config, 1), keys_B[one])
+    assert together[row] == alone[0]
+    if config.temperature > 0:
+      np.testing.assert_allclose(cut[one], hugging_face(logits[one], config), rtol=1e-6)
+    else:
+      assert together[row] == logits[row].argmax()
+
+
+def test_equal_keys_draw_equal_tokens_in_any_row():
+  logits_BV = jnp.zeros((3, 1000))
+  keys_B = keys(0, 2)[jnp.asarray([0, 1, 0])]
+  config = SamplingConfig(temperature=1.0, top_p=0.9)
+  a, b, c = sampling.sample(logits_BV, rows(config, 3), keys_B).tolist()
+  assert a == c != b
+
+
+def test_settings_that_no_row_has_are_absent():
+  assert sampling.settings([SamplingConfig(top_k=5)] * 3) is sampling.GREEDY
+  found = sampling.settings([SamplingConfig(temperature=0.5, top_k=5, top_p=1.0), SamplingConfig()])
+  assert (found.top_p_B, found.min_p_B, found.most) == (None, None, 8)
+  assert found.temperature_B.tolist() == [0.5, 0.0]
+  assert found.top_k_B[0] == 5 and found.top_k_B[1] > 10**9
+
+
 def test_bad_calls_are_refused():
   config = SamplingConfig(temperature=0.5)
-  with pytest.raises(ValueError, match='needs a random key'):
-    sampling.sample(jnp.zeros((1, 3)), config, key=None)
+  with pytest.raises(ValueError, match='needs a random key per row'):
+    sampling.sample(jnp.zeros((1, 3)), rows(config, 1), None)
   with pytest.raises(ValueError, match='BV has 2 axes'):
-    sampling.sample(jnp.zeros(3), config, key=jax.random.key(0))
+    sampling.sample(jnp.zeros(3), rows(config, 1), keys(0, 1))
+  with pytest.raises(ValueError, match='axis B'):
+    sampling.sample(jnp.zeros((2, 3)), rows(config, 2), keys(0, 1))
+  with pytest.raises(ValueError, match='axis B'):
+    sampling.sample(jnp.zeros((2, 3)), rows(config, 1), keys(0, 2))
   with pytest.raises(ValueError, match='take the argmax'):
-    sampling.cut(jnp.zeros((1, 3)), SamplingConfig())
+    sampling.cut(jnp.zeros((1, 3)), rows(SamplingConfig(), 1))

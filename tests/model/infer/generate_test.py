@@ -1,6 +1,7 @@
 """Generation: batches against rows, transformers as the oracle, ends, seeds, compilations."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -195,11 +196,42 @@ def test_a_seed_reproduces_a_sample(plain, prompts):
   assert generate(plain, prompts, max_new_tokens=6, sampling_config=narrow) == greedy
 
 
+SETTINGS = {
+  'greedy': SamplingConfig(),
+  'drawn': DRAW,
+  'cut': SamplingConfig(temperature=1.3, top_k=40, top_p=0.9, min_p=0.01),
+}
+
+
+@pytest.mark.parametrize('format', ['float', 'int8'])
+@pytest.mark.parametrize('name', SETTINGS)
+def test_company_does_not_change_a_row(plain, rng, name, format):
+  run = functools.partial(generate, plain, max_new_tokens=12, cache_format=format)
+  prompts = [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in (3, 1, 40, 17, 8)]
+  config = SETTINGS[name]
+  alone = [run([prompt], sampling_config=config, seed=7)[0] for prompt in prompts]
+  assert run(prompts, sampling_config=config, seed=7) == alone
+  assert run(prompts[::-1], sampling_config=config, seed=7) == alone[::-1]
+  assert run(prompts[:2], sampling_config=config, seed=7) == alone[:2]
+
+
+def test_each_row_has_settings_and_a_seed_of_its_own(plain, prompts):
+  run = functools.partial(generate, plain, max_new_tokens=12)
+  configs = list(SETTINGS.values())
+  together = run(prompts, sampling_config=configs, seed=[4, 5, 6])
+  for prompt, config, seed, tokens in zip(prompts, configs, [4, 5, 6], together):
+    assert run([prompt], sampling_config=config, seed=seed) == [tokens]
+  one, other = run(prompts[:1] * 2, sampling_config=DRAW, seed=[1, 2])
+  assert one != other
+  assert run(prompts[:1] * 2, sampling_config=DRAW, seed=1) == [one, one]
+
+
 def test_samples_follow_the_models_distribution():
   # A vocabulary of 5 and 400 continuations of one prompt: frequencies against probabilities.
   model, tokens = _model(vocab_size=5), []
-  for seed in range(100):
-    drawn = generate(model, [[1, 2, 3]] * 4, max_new_tokens=1, sampling_config=DRAW, seed=seed)
+  for first in range(0, 400, 4):
+    seeds = range(first, first + 4)
+    drawn = generate(model, [[1, 2, 3]] * 4, max_new_tokens=1, sampling_config=DRAW, seed=seeds)
     tokens.extend(drawn)
   counts_V = np.bincount(np.ravel(tokens), minlength=5)
   logits_V = _logits(model, np.asarray([[1, 2, 3]], np.int32))[0, -1]
@@ -242,6 +274,13 @@ def test_buckets(length, expected):
 def test_wrong_requests_are_refused(plain, prompts, count, message):
   with pytest.raises(ValueError, match=message):
     generate(plain, prompts, max_new_tokens=count)
+
+
+def test_settings_of_other_rows_are_refused(plain):
+  with pytest.raises(ValueError, match='there are 2 prompts, but 1 seeds'):
+    generate(plain, [[1], [2]], max_new_tokens=1, seed=[3])
+  with pytest.raises(ValueError, match='there are 1 prompts, but 2 sampling settings'):
+    generate(plain, [[1]], max_new_tokens=1, sampling_config=[DRAW, DRAW])
 
 
 def test_an_unknown_cache_is_refused(plain):
