@@ -76,16 +76,23 @@ def load_plugins(paths: list[str]) -> None:
 
 
 def calibration_rows(tokenizer, texts, seq_len: int, count: int, seed: int = 0) -> np.ndarray:
-  """Rows of tokens from random places of the calibration part: [count, seq_len].
+  """Draws rows of tokens from the calibration part of a corpus: [rows, seq_len].
 
-  Of the training part too where that is too short for them; fewer rows where both hold fewer
-  characters than tokens are asked for. Raises ValueError if there is not even one row in both.
+  They come from the training part too where the calibration part is too short. Where both together
+  have fewer than `count` rows of tokens, there are fewer rows, and a line on stderr says how many.
+  Raises ValueError if there is not even one row in both.
   """
   pool = texts.calibration
   if sum(map(len, pool)) < count * seq_len * CHARACTERS_A_TOKEN:
     pool = (*pool, *texts.train)
-  most = max(1, sum(map(len, pool)) // seq_len)
-  return corpus.sample_rows(pool, tokenizer.encode, seq_len, min(count, most), seed=seed)
+  rows_BT = corpus.sample_rows(pool, tokenizer.encode, seq_len, count, seed=seed)
+  if len(rows_BT) < count:
+    print(
+      f'calibration: the text has {len(rows_BT)} rows of {seq_len} tokens, not {count}; '
+      'rows are not repeated',
+      file=sys.stderr,
+    )
+  return rows_BT
 
 
 def check_positive(**values: float | None) -> None:
