@@ -1,8 +1,8 @@
 """The split of texts, against what hashlib says of each document."""
 
 import hashlib
-import re
 import json
+import re
 import sysconfig
 
 import numpy as np
