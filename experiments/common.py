@@ -106,16 +106,23 @@ def load_plugins(paths: list[str]) -> None:
 
 
 def calibration_rows(tokenizer, texts, seq_len: int, count: int, seed: int = 0) -> np.ndarray:
-  """Rows of tokens from random places of the calibration part: [count, seq_len].
+  """Draws rows of tokens from the calibration part of a corpus: [rows, seq_len].
 
-  If that part is too short, the training part is used as well. If both have fewer characters than
-  the rows have tokens, there are fewer rows. Raises ValueError if there is not enough text for one.
+  If that part is too short, the training part is used as well. If both have fewer than `count` rows
+  of tokens, there are fewer rows, and a line on stderr says how many. Raises ValueError if there is
+  not enough text for one row.
   """
   pool = texts.calibration
   if sum(map(len, pool)) < count * seq_len * CHARACTERS_A_TOKEN:
     pool = (*pool, *texts.train)
-  most = max(1, sum(map(len, pool)) // seq_len)
-  return corpus.sample_rows(pool, tokenizer.encode, seq_len, min(count, most), seed=seed)
+  rows_BT = corpus.sample_rows(pool, tokenizer.encode, seq_len, count, seed=seed)
+  if len(rows_BT) < count:
+    print(
+      f'calibration: the text has {len(rows_BT)} rows of {seq_len} tokens, not {count}; '
+      'rows are not repeated',
+      file=sys.stderr,
+    )
+  return rows_BT
 
 
 def check_positive(**values: float | None) -> None:

@@ -20,7 +20,7 @@ TRAIN_PERCENT, CALIBRATION_PERCENT = 90, 5  # the rest is held out
 SUFFIXES = ('.txt', '.md', '.py', '.jsonl')
 LARGEST_BLOCK = 8192  # characters of a block, where one text is cut up
 SMALLEST_BLOCK = 64
-LONGEST_TOKEN = 16  # characters of as long a token as is at all common
+LONGEST_TOKEN = 16  # characters; a row of tokens is longer than 16 characters a token only rarely
 # Installed packages, frozen copies of old grammars and fixtures that are not real modules.
 SKIPPED_FOLDERS = frozenset({'site-packages', 'dist-packages', 'lib2to3', 'idle_test'})
 
@@ -128,30 +128,44 @@ def sample_rows(
   *,
   seed: int = 0,
 ) -> np.ndarray:
-  """Draws rows of tokens from random places, int32 [count, length].
+  """Draws rows of tokens that begin anywhere in the texts, int32 [rows, length], in random order.
 
-  A row begins with a line, long ones more likely, and goes on with a line elsewhere where its text
-  ends first. Rows may overlap.
+  The rows are spread over all texts, a text may end and the next begin within a row, and no two
+  rows share a place. Where the texts have fewer than `count` rows of tokens, there are just enough
+  rows to hold all tokens: they begin at equal distances and overlap by less than a row in all.
 
   Raises:
     ValueError: the texts together are shorter than one row.
   """
-  sizes = np.array([len(text) for text in texts], float)
-  if sizes.sum() < length * LONGEST_TOKEN:
-    have = len(encode('\n'.join(texts)))
-    if have < length:
-      raise ValueError(f'the text has {have} tokens, fewer than one row of {length}')
   random = np.random.default_rng(seed)
-  rows = np.empty((count, length), np.int32)
-  for row in rows:
-    tokens = []
-    while len(tokens) < length:
-      text = texts[random.choice(len(texts), p=sizes / sizes.sum())]
-      start = text.rfind('\n', 0, int(random.integers(len(text)))) + 1
-      stop = start + LONGEST_TOKEN * (length - len(tokens))
-      tokens += encode(text[start:stop])
-    row[:] = tokens[:length]
-  return rows
+  whole = ''.join(text if text.endswith('\n') else f'{text}\n' for text in texts)
+  rows = _from_cells(whole, encode, length, count, random)
+  if rows is None:
+    rows = _from_all(np.asarray(encode(whole), np.int32), length, count, random)
+  return random.permutation(np.asarray(rows, np.int32))
+
+
+def _from_cells(whole, encode, length, count, random):
+  """One row from each of `count` equal parts of a long text; None if a part may be too short."""
+  cell, reach = len(whole) // count, LONGEST_TOKEN * length
+  rows = []
+  for i in range(count if cell >= reach else 0):
+    start = i * cell + int(random.integers(cell - reach + 1))
+    rows.append(encode(whole[start : start + reach])[:length])
+  return rows if rows and all(len(row) == length for row in rows) else None
+
+
+def _from_all(tokens, length, count, random):
+  """Rows of a text that is tokenized as a whole, by the random gaps that they leave in it."""
+  if len(tokens) < length:
+    raise ValueError(f'the text has {len(tokens)} tokens, fewer than one row of {length}')
+  spare = len(tokens) - count * length
+  if spare < 0:
+    count = -(-len(tokens) // length)
+    starts = np.linspace(0, len(tokens) - length, count).round().astype(int)
+  else:
+    starts = np.arange(count) * length + np.sort(random.integers(spare + 1, size=count))
+  return [tokens[start : start + length] for start in starts]
 
 
 def _cut(text: str, low: int, high: int) -> int:

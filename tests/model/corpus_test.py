@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sysconfig
 
 import numpy as np
@@ -122,26 +123,58 @@ def _letters(text):
   return [ord(letter) for letter in text]
 
 
-def test_rows_begin_with_lines_anywhere_and_are_repeatable():
-  texts = [''.join(f'{name}{i:03}\n' for i in range(200)) for name in 'ab']
-  rows_BT = corpus.sample_rows(texts, _letters, 20, 64, seed=3)
-  assert rows_BT.shape == (64, 20) and rows_BT.dtype == np.int32
-  rows = [''.join(map(chr, row)) for row in rows_BT]
-  assert all(row[0] in 'ab' and row[4] == '\n' for row in rows)
-  # A row that does not reach the end of its text is a stretch of it.
-  assert sum(any(row in text for text in texts) for row in rows) > 56
-  assert 20 < sum(row[0] == 'a' for row in rows) < 44
-  assert len(set(rows)) > 48
-  assert (corpus.sample_rows(texts, _letters, 20, 64, seed=3) == rows_BT).all()
-  assert (corpus.sample_rows(texts, _letters, 20, 64, seed=4) != rows_BT).any()
+def _numbered(count, separator):
+  """A text whose words are all different, and the token of each: its number."""
+  return separator.join(f'{i:06}' for i in range(count))
 
 
-def test_rows_go_on_in_another_text_where_one_is_short():
-  rows_BT = corpus.sample_rows(['abc\n', 'xyz\n'], _letters, 8, 16)
-  rows = {''.join(map(chr, row)) for row in rows_BT}
-  assert rows == {a + b for a in ('abc\n', 'xyz\n') for b in ('abc\n', 'xyz\n')}
+def _numbers(text):
+  return [int(number) for number in re.findall(r'\d{6}', text)]
+
+
+@pytest.mark.parametrize(
+  'text, count, expected',
+  [
+    (_numbered(43000, ' '), 16, 16),  # one line of 300 KB
+    (_numbered(43000, '\r'), 16, 16),  # no line ends but carriage returns
+    (_numbered(3000, '\n'), 298, 24),  # 20 KB
+  ],
+  ids=['one line', 'carriage returns', 'short'],
+)
+def test_no_row_repeats_while_there_is_other_text(text, count, expected):
+  rows_BT = corpus.sample_rows([text], _numbers, 128, count)
+  assert rows_BT.shape == (expected, 128)
+  places, times = np.unique(rows_BT, return_counts=True)
+  # 24 rows of the short text have 3072 places for 3000 tokens: all of them, and 72 twice.
+  assert (len(places), times.max()) == ((3000, 2) if expected == 24 else (16 * 128, 1))
+
+
+def test_rows_are_stretches_that_begin_anywhere_and_are_repeatable():
+  text = _numbered(43000, ' ')
+  rows_BT = corpus.sample_rows([text], _numbers, 128, 16, seed=3)
+  assert (np.diff(rows_BT, axis=1) == 1).all()
+  assert len(set(rows_BT[:, 0] % 100)) > 8 and (np.diff(rows_BT[:, 0]) < 0).any()
+  assert np.ptp(rows_BT) > 0.8 * 43000
+  assert (corpus.sample_rows([text], _numbers, 128, 16, seed=3) == rows_BT).all()
+  assert (corpus.sample_rows([text], _numbers, 128, 16, seed=4) != rows_BT).any()
+
+
+def test_rows_do_not_overlap_where_the_text_is_just_long_enough():
+  rows_BT = corpus.sample_rows([_numbered(1700, ' ')], _numbers, 100, 16, seed=1)
+  assert rows_BT.shape == (16, 100) and len(np.unique(rows_BT)) == 1600
+
+
+def test_a_text_of_tokens_longer_than_usual_still_fills_its_rows():
+  text = ' ' * 50_000 + _numbered(20_000, ' ')  # its first cells hold no token at all
+  rows_BT = corpus.sample_rows([text], _numbers, 100, 16)
+  assert rows_BT.shape == (16, 100) and len(np.unique(rows_BT)) == 1600
+
+
+def test_rows_go_on_in_the_next_text_where_one_is_short():
+  rows_BT = corpus.sample_rows(['abc\n', 'xyz'], _letters, 7, 1)
+  assert ''.join(map(chr, rows_BT[0])) in ('abc\nxyz', 'bc\nxyz\n')
 
 
 def test_texts_shorter_than_a_row_are_refused():
-  with pytest.raises(ValueError, match='7 tokens, fewer than one row of 8'):
-    corpus.sample_rows(['abc', 'xyz'], _letters, 8, 1)
+  with pytest.raises(ValueError, match='8 tokens, fewer than one row of 9'):
+    corpus.sample_rows(['abc', 'xyz'], _letters, 9, 1)
