@@ -1,11 +1,13 @@
-"""Checkpoints in the format of Hugging Face, in and out.
+"""Checkpoints in the format of Hugging Face, in and out, and GGUF files in.
 
   model, tokenizer = hf.load_pretrained('path/or/hub-id')
+  model, tokenizer = hf.load_pretrained('model.gguf')
   hf.save_pretrained(model, tokenizer, 'folder')
 
 A folder holds config.json, model.safetensors (or shards and their index) and the tokenizer's files.
-Names and config keys of each family are in `model.hf_names`. A checkpoint is compared with what its
-config.json promises before any tensor is read, and tensors are read and written one at a time.
+Names and config keys of each family are in `model.hf_names`; `model.gguf` has those of GGUF files,
+which hold all of it in one. A checkpoint is compared with what its config promises before any
+tensor is read, and tensors are read and written one at a time.
 """
 
 import json
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from model import hf_names, native, safetensors_io, transformer
+from model import gguf, hf_names, native, safetensors_io, transformer
 from model.config import ModelConfig
 from model.files import atomic_folder, check_replaceable
 from model.hf_names import Entry, Family
@@ -39,17 +41,21 @@ _UNWANTED = ('*/*', 'consolidated*')
 
 
 def load_pretrained(path_or_hub_id: str | Path, dtype=None) -> tuple[Transformer, Tokenizer | None]:
-  """Loads a model, and its tokenizer where the folder has one.
+  """Loads a model, and its tokenizer where the checkpoint has one.
 
-  `dtype` is that of the activations, to which the parameters are cast too; None keeps parameters as
-  stored and computes in float32.
+  A GGUF file is named itself, or by its folder if that holds no other and no config.json. Its
+  weights are dequantized to float32. `dtype` is that of the activations, to which the parameters
+  are cast too; None keeps parameters as stored and computes in float32.
 
   Raises:
-    ValueError: there is no such folder or hub repository; config.json is absent or describes
-      something unsupported; tensors are missing, unexpected, misshapen, not finite or of a dtype
-      that is not float32, float16 or bfloat16; a file is damaged; the tokenizer has more tokens
-      than the model.
+    ValueError: there is no such file, folder or hub repository; the config is absent or describes
+      something unsupported; tensors are missing, unexpected, misshapen, not finite or of a type
+      that is not read (float32, float16 and bfloat16 are, and the blocks of `gguf.container`); a
+      file is damaged; the tokenizer has more tokens than the model.
   """
+  file = gguf.find_file(path_or_hub_id)
+  if file is not None:
+    return _load_gguf(file, dtype)
   folder = find_folder(path_or_hub_id)
   config = load_config(folder)
   tokenizer = Tokenizer.load(folder)
@@ -60,6 +66,18 @@ def load_pretrained(path_or_hub_id: str | Path, dtype=None) -> tuple[Transformer
   return load_tensors(config, safetensors_io.read_folder(folder), dtype), tokenizer
 
 
+def _load_gguf(path, dtype):
+  file = gguf.read(path)
+  config, tokenizer = gguf.to_config(file), gguf.to_tokenizer(file)
+  if tokenizer is not None:
+    check_tokenizer(tokenizer, config.vocab_size)
+  names = gguf.find(file.metadata['general.architecture'])
+  try:
+    return load_tensors(config, file.tensors, dtype, names), tokenizer
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
+
+
 def find_folder(path_or_hub_id: str | Path) -> Path:
   """The local folder itself, or the one that the hub's files were downloaded into."""
   folder = Path(path_or_hub_id)
@@ -67,7 +85,9 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
     return folder
   name = str(path_or_hub_id)
   if folder.exists() or not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name) or name.startswith('.'):
-    raise ValueError(f'{name!r} is no folder, nor the name of a Hugging Face repository')
+    raise ValueError(
+      f'{name!r} is no folder, no {gguf.EXTENSION} file, nor the name of a Hugging Face repository'
+    )
   import huggingface_hub  # seconds to import, and local folders do without
 
   try:
@@ -108,9 +128,14 @@ def _read_json(path):
   return data
 
 
-def load_tensors(config: ModelConfig, stored: Mapping[str, Tensor], dtype=None) -> Transformer:
-  """Builds the model from the tensors of a checkpoint; see `load_pretrained`."""
-  family = hf_names.find(config.family)
+def load_tensors(
+  config: ModelConfig, stored: Mapping[str, Tensor], dtype=None, names: Family | None = None
+) -> Transformer:
+  """Builds the model from the tensors of a checkpoint; see `load_pretrained`.
+
+  `names` are those of the tensors; by default those of the config's family.
+  """
+  family = names or hf_names.find(config.family)
   model = transformer.abstract(config, jnp.float32 if dtype is None else dtype)
   parameters = transformer.parameters(model)
   shapes = {path: tuple(param.get_value().shape) for path, param in parameters.items()}
@@ -160,7 +185,7 @@ def _check_tensors(entries: list[Entry], stored: Mapping[str, Tensor]) -> None:
       problems.append(f'misshapen: {name} is {tensor.shape}, not {expected[name]}')
     elif tensor.dtype not in FLOATS:
       problems.append(f'unsupported dtype: {name} is {tensor.dtype}')
-  _raise_listed('the tensors are not those that config.json describes', problems)
+  _raise_listed('the tensors are not those that the config describes', problems)
 
 
 def _raise_listed(what, problems):
