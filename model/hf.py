@@ -1,12 +1,13 @@
-"""Checkpoints in the format of Hugging Face, in and out.
+"""Checkpoints in the format of Hugging Face, in and out, and GGUF files in.
 
   model, tokenizer = hf.load_pretrained('path/or/hub-id')
+  model, tokenizer = hf.load_pretrained('model.gguf')
   hf.save_pretrained(model, tokenizer, 'folder')
 
 A folder holds config.json, model.safetensors (or shards and their index) and the tokenizer's files.
-`model.hf_names` has the tensor names and config keys of each family. The tensors of a checkpoint
-are compared with its config.json before any of them is read, and are read and written one at a
-time.
+`model.hf_names` has the tensor names and config keys of each family, `model.gguf` those of GGUF
+files, which hold everything in one file. The tensors of a checkpoint are compared with its config
+before any of them is read, and are read and written one at a time.
 
 A model that config.json cannot describe (compressed weights, layers of different widths) is written
 in the format of `model.native`, which `load_pretrained` reads too.
@@ -23,10 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import hf_names, native, safetensors_io, transformer
+from model import gguf, hf_names, native, safetensors_io, transformer
 from model.config import ModelConfig
 from model.files import atomic_folder, check_replaceable
-from model.hf_names import Entry
+from model.hf_names import Entry, Family
 from model.safetensors_io import Tensor
 from model.tokenizer import Tokenizer
 from model.tokenizer import check as check_tokenizer
@@ -44,17 +45,24 @@ _UNWANTED = ('*/*', 'consolidated*')
 
 
 def load_pretrained(path_or_hub_id: str | Path, dtype=None) -> tuple[Transformer, Tokenizer | None]:
-  """Loads a model, and its tokenizer if the folder has one.
+  """Loads a model, and its tokenizer if the checkpoint has one.
+
+  A GGUF file is named itself, or by its folder if that holds no other and no config.json. Its
+  weights are dequantized to float32.
 
   `dtype` is the type of the activations, and the parameters are cast to it. None keeps the stored
   type of the parameters (float32 for float64) and computes in float32. Buffers and the heads of
   other tasks are left out, and a warning is logged that names them.
 
   Raises:
-    ValueError: there is no such folder or hub repository; config.json is absent or describes
-      something unsupported; tensors are missing, unexpected, misshapen, not finite, or integers; a
+    ValueError: there is no such file, folder or hub repository; the config is absent or describes
+      something unsupported; tensors are missing, unexpected, misshapen, not finite, or of a type
+      that is not read (floating types are, and the blocks of `gguf.container`); a
       file is damaged; the tokenizer has more tokens than the model.
   """
+  file = gguf.find_file(path_or_hub_id)
+  if file is not None:
+    return _load_gguf(file, dtype)
   folder = find_folder(path_or_hub_id)
   config = load_config(folder)
   tokenizer = Tokenizer.load(folder)
@@ -65,6 +73,18 @@ def load_pretrained(path_or_hub_id: str | Path, dtype=None) -> tuple[Transformer
   return load_tensors(config, safetensors_io.read_folder(folder), dtype), tokenizer
 
 
+def _load_gguf(path, dtype):
+  file = gguf.read(path)
+  config, tokenizer = gguf.to_config(file), gguf.to_tokenizer(file)
+  if tokenizer is not None:
+    check_tokenizer(tokenizer, config.vocab_size)
+  names = gguf.find(file.metadata['general.architecture'])
+  try:
+    return load_tensors(config, file.tensors, dtype, names), tokenizer
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
+
+
 def find_folder(path_or_hub_id: str | Path) -> Path:
   """The local folder itself, or the one that the hub's files were downloaded into."""
   folder = Path(path_or_hub_id)
@@ -72,7 +92,9 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
     return folder
   name = str(path_or_hub_id)
   if folder.exists() or not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name) or name.startswith('.'):
-    raise ValueError(f'{name!r} is no folder, nor the name of a Hugging Face repository')
+    raise ValueError(
+      f'{name!r} is no folder, no {gguf.EXTENSION} file, nor the name of a Hugging Face repository'
+    )
   import huggingface_hub  # seconds to import, and local folders do without
 
   try:
@@ -123,9 +145,14 @@ def _read_json(path):
   return data
 
 
-def load_tensors(config: ModelConfig, stored: Mapping[str, Tensor], dtype=None) -> Transformer:
-  """Builds the model from the tensors of a checkpoint, as `load_pretrained` describes."""
-  family = hf_names.find(config.family)
+def load_tensors(
+  config: ModelConfig, stored: Mapping[str, Tensor], dtype=None, names: Family | None = None
+) -> Transformer:
+  """Builds the model from the tensors of a checkpoint, as `load_pretrained` describes.
+
+  `names` has the names of the tensors; by default they are those of the config's family.
+  """
+  family = names or hf_names.find(config.family)
   model = transformer.abstract(config, jnp.float32 if dtype is None else dtype)
   parameters = transformer.parameters(model)
   shapes = {path: tuple(param.get_value().shape) for path, param in parameters.items()}
@@ -178,7 +205,7 @@ def _check_tensors(entries: list[Entry], stored: Mapping[str, Tensor]) -> None:
       problems.append(f'misshapen: {name} is {tensor.shape}, not {expected[name]}')
     elif tensor.dtype not in hf_names.FLOATS:
       problems.append(f'unsupported dtype: {name} is {tensor.dtype}')
-  _raise_listed('the tensors are not those that config.json describes', problems)
+  _raise_listed('the tensors are not those that the config describes', problems)
 
 
 def _raise_listed(what, problems):

@@ -21,10 +21,15 @@ class Codec:
 
   transpose: theirs are (O, I), as in torch.nn.Linear; else (I, O) like ours.
   interleaved: the outputs alternate head by head, not part by part (GPT-NeoX).
+  paired: the two elements of a head that rotate together are neighbours (2i, 2i + 1), where ours
+    are half a head apart (GGUF's llama).
+  offset: a constant that theirs contain and ours do not (GGUF's Gemma: the 1 of the norm scales).
   """
 
   transpose: bool = False
   interleaved: bool = False
+  paired: bool = False
+  offset: float = 0.0
 
   def shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
     """The shape of theirs, from the shapes of ours."""
@@ -32,24 +37,26 @@ class Codec:
     outputs = sum(shape[-1] for shape in shapes)
     return (outputs, *inputs) if self.transpose else (*inputs, outputs)
 
-  def join(self, arrays: list[np.ndarray], heads: int) -> np.ndarray:
-    """Theirs from ours; `heads` is the number of heads that interleave."""
-    if len(arrays) == 1:
-      return self._turn(arrays[0])
-    parts = [self._turn(a) for a in arrays]
+  def join(self, arrays: list[np.ndarray], head_width: int) -> np.ndarray:
+    """Theirs from ours."""
+    parts = [self._shifted(self._paired(self._turn(a), head_width), self.offset) for a in arrays]
+    if len(parts) == 1:
+      return parts[0]
     if not self.interleaved:
       return np.concatenate(parts, self._axis)
     rows = parts[0].shape[1:]
-    return np.stack([p.reshape(heads, -1, *rows) for p in parts], 1).reshape(-1, *rows)
+    return np.stack([p.reshape(-1, head_width, *rows) for p in parts], 1).reshape(-1, *rows)
 
-  def split(self, array: np.ndarray, shapes: list[tuple[int, ...]], heads: int):
+  def split(self, array: np.ndarray, shapes: list[tuple[int, ...]], head_width: int):
     """Ours from theirs, as views where possible; `shapes` are those of ours."""
-    if not self.interleaved:
+    if self.interleaved:
+      rows = array.shape[1:]
+      heads = array.reshape(-1, len(shapes), head_width, *rows)
+      parts = [heads[:, i].reshape(-1, *rows) for i in range(len(shapes))]
+    else:
       ends = np.cumsum([shape[-1] for shape in shapes])[:-1]
-      return [self._turn(part) for part in np.split(array, ends, self._axis)]
-    rows = array.shape[1:]
-    parts = array.reshape(heads, len(shapes), -1, *rows)
-    return [self._turn(parts[:, i].reshape(-1, *rows)) for i in range(len(shapes))]
+      parts = np.split(array, ends, self._axis)
+    return [self._shifted(self._turn(self._halved(p, head_width)), -self.offset) for p in parts]
 
   @property
   def _axis(self):
@@ -58,10 +65,28 @@ class Codec:
   def _turn(self, array):
     return array.T if self.transpose else array
 
+  def _halved(self, array, head_width):
+    """Moves the rows of each head from neighbouring pairs to two halves."""
+    return self._regroup(array, (head_width // 2, 2)) if self.paired else array
+
+  def _paired(self, array, head_width):
+    """The inverse of `_halved`."""
+    return self._regroup(array, (2, head_width // 2)) if self.paired else array
+
+  @staticmethod
+  def _shifted(array, offset):
+    return array + array.dtype.type(offset) if offset else array
+
+  @staticmethod
+  def _regroup(array, groups):
+    rows = array.shape[1:]
+    return array.reshape(-1, *groups, *rows).swapaxes(1, 2).reshape(array.shape)
+
 
 PLAIN = Codec()
 TRANSPOSE = Codec(transpose=True)
 INTERLEAVED = Codec(transpose=True, interleaved=True)
+PAIRED = Codec(transpose=True, paired=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,15 +123,15 @@ class Entry:
   theirs: str
   ours: tuple[str, ...]
   codec: Codec
-  heads: int
+  head_width: int
   shape: tuple[int, ...]
   shapes: tuple[tuple[int, ...], ...]
 
   def split(self, array: np.ndarray) -> list[np.ndarray]:
-    return self.codec.split(array, self.shapes, self.heads)
+    return self.codec.split(array, self.shapes, self.head_width)
 
   def join(self, arrays: list[np.ndarray]) -> np.ndarray:
-    return self.codec.join(arrays, self.heads)
+    return self.codec.join(arrays, self.head_width)
 
 
 def entries(
@@ -125,8 +150,8 @@ def entries(
         if all(path in left for path in paths):
           own = tuple(left.pop(path) for path in paths)
           name = f'{row.theirs.format(l=l)}.{their_leaf}'
-          heads = config.layers[l].query_heads
-          result.append(Entry(name, paths, row.codec, heads, row.codec.shape(own), own))
+          width = config.layers[l].head_width
+          result.append(Entry(name, paths, row.codec, width, row.codec.shape(own), own))
   if left:
     raise ValueError(
       f'a {family.model_type} checkpoint has no names for {len(left)} parameters of this model: '

@@ -204,18 +204,18 @@ def test_parameters_without_a_name_are_listed():
 @pytest.mark.parametrize('codec', [PLAIN, TRANSPOSE])
 def test_fused_parts_lie_one_after_the_other(codec, rng):
   parts = [rng.normal(size=(5, n)) for n in (4, 2, 2)]
-  joined = codec.join(parts, heads=2)
+  joined = codec.join(parts, head_width=2)
   expected = np.concatenate(parts, 1)
   np.testing.assert_array_equal(joined, expected.T if codec.transpose else expected)
   assert codec.shape([p.shape for p in parts]) == joined.shape
-  for part, back in zip(parts, codec.split(joined, [p.shape for p in parts], heads=2)):
+  for part, back in zip(parts, codec.split(joined, [p.shape for p in parts], head_width=2)):
     np.testing.assert_array_equal(part, back)
 
 
 def test_interleaved_parts_alternate_head_by_head():
   # Two heads of width two: q0 q0 k0 k0 v0 v0 q1 q1 k1 k1 v1 v1.
   query, key, value = (np.arange(4) + 10 * part for part in (1, 2, 3))
-  joined = INTERLEAVED.join([query, key, value], heads=2)
+  joined = INTERLEAVED.join([query, key, value], head_width=2)
   assert joined.tolist() == [10, 11, 20, 21, 30, 31, 12, 13, 22, 23, 32, 33]
-  back = INTERLEAVED.split(joined, [(4,)] * 3, heads=2)
+  back = INTERLEAVED.split(joined, [(4,)] * 3, head_width=2)
   np.testing.assert_array_equal(back, [query, key, value])

@@ -1,0 +1,83 @@
+"""The architectures of GGUF files: one table of tensor names each.
+
+An architecture is a family of `model.hf_names` with other names and codecs, so reading is the same
+there and here. The codecs undo what llama.cpp's converter does to the tensors of a Hugging Face
+checkpoint: rows of queries and keys lie in pairs (llama), norm scales have one added (gemma2), and
+the parts of a fused matrix lie one after another, not interleaved (gptneox).
+"""
+
+import dataclasses
+import difflib
+
+from model import hf_names
+from model.hf_names.family import PAIRED, PLAIN, TRANSPOSE, Codec, Family, Row
+
+_ATTENTION = tuple(f'layers.{{l}}.attention.{part}' for part in ('query', 'key', 'value'))
+_GATE_UP = ('layers.{l}.ffn.gate', 'layers.{l}.ffn.up')
+_ONE_MORE = Codec(offset=1.0)
+
+
+IGNORED = (
+  r'^rope_freqs\.weight$',  # part of the config
+  r'^blk\.\d+\.(rope_freqs|attn_rot_embd)\.weight$',  # a copy, and a buffer in old files
+)
+
+
+def _ends(norm: Codec = PLAIN) -> tuple[Row, ...]:
+  return (
+    Row('token_embd', ('embedding',)),
+    Row('output_norm', ('final_norm',), norm),
+    Row('output', ('head',), TRANSPOSE),
+    Row('blk.{l}.attn_norm', ('layers.{l}.attention_norm',), norm),
+    Row('blk.{l}.ffn_norm', ('layers.{l}.ffn_norm',), norm),
+    Row('blk.{l}.attn_output', ('layers.{l}.attention.output',), TRANSPOSE),
+    Row('blk.{l}.ffn_down', ('layers.{l}.ffn.down',), TRANSPOSE),
+  )
+
+
+def _separate(codec: Codec = TRANSPOSE) -> tuple[Row, ...]:
+  """Queries, keys and values apart; `codec` is that of queries and keys."""
+  query, key, value = _ATTENTION
+  return (
+    Row('blk.{l}.attn_q', (query,), codec),
+    Row('blk.{l}.attn_k', (key,), codec),
+    Row('blk.{l}.attn_v', (value,), TRANSPOSE),
+  )
+
+
+_FUSED = (Row('blk.{l}.attn_qkv', _ATTENTION, TRANSPOSE),)
+_UP = (Row('blk.{l}.ffn_up', ('layers.{l}.ffn.up',), TRANSPOSE),)
+_GATED = (Row('blk.{l}.ffn_gate', ('layers.{l}.ffn.gate',), TRANSPOSE), *_UP)
+_QK_NORMS = (
+  Row('blk.{l}.attn_q_norm', ('layers.{l}.attention.query_norm',)),
+  Row('blk.{l}.attn_k_norm', ('layers.{l}.attention.key_norm',)),
+)
+_POST_NORMS = (
+  Row('blk.{l}.post_attention_norm', ('layers.{l}.attention_post_norm',), _ONE_MORE),
+  Row('blk.{l}.post_ffw_norm', ('layers.{l}.ffn_post_norm',), _ONE_MORE),
+)
+
+ARCHITECTURES = {
+  name: dataclasses.replace(hf_names.find(family), prefix='', rows=rows, ignored=IGNORED)
+  for name, family, rows in (
+    ('llama', 'llama', (*_ends(), *_separate(PAIRED), *_GATED)),
+    ('qwen2', 'qwen2', (*_ends(), *_separate(), *_GATED)),
+    ('qwen3', 'qwen3', (*_ends(), *_separate(), *_GATED, *_QK_NORMS)),
+    ('gemma2', 'gemma2', (*_ends(_ONE_MORE), *_separate(), *_GATED, *_POST_NORMS)),
+    ('phi3', 'phi3', (*_ends(), *_FUSED, Row('blk.{l}.ffn_up', _GATE_UP, TRANSPOSE))),
+    ('gpt2', 'gpt2', (*_ends(), Row('position_embd', ('positions',)), *_FUSED, *_UP)),
+    ('gptneox', 'gpt_neox', (*_ends(), *_FUSED, *_UP)),
+  )
+}
+
+
+def find(name: str) -> Family:
+  """The architecture of that name; ValueError with the nearest names where there is none."""
+  if name in ARCHITECTURES:
+    return ARCHITECTURES[name]
+  near = difflib.get_close_matches(str(name), ARCHITECTURES, cutoff=0.4)
+  hint = f'; did you mean {" or ".join(near)}?' if near else ''
+  raise ValueError(
+    f'general.architecture {name!r} is not supported; supported: '
+    f'{", ".join(sorted(ARCHITECTURES))}{hint}'
+  )
