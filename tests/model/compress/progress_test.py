@@ -121,13 +121,13 @@ def test_the_progress_of_another_compression_is_refused(tiny, tokens_BT, tmp_pat
     arguments = RECIPE, model, tokens_BT
   else:
     arguments = CHANGES[change](RECIPE, model, tokens_BT)
-  with pytest.raises(ValueError, match='something else than the progress'):
+  with pytest.raises(ValueError, match='does not hold the progress of this recipe'):
     pipeline.compress(arguments[1], arguments[0], arguments[2], resume=folder)
 
 
 def test_a_folder_of_other_files_is_refused(tiny, tokens_BT, tmp_path):
   (tmp_path / 'thesis.tex').write_text('chapter 1')
-  with pytest.raises(ValueError, match='something else'):
+  with pytest.raises(ValueError, match='does not hold the progress'):
     pipeline.compress(tiny(), RECIPE, tokens_BT, resume=tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ['thesis.tex']
 

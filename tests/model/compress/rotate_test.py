@@ -126,7 +126,9 @@ def test_a_rotated_and_quantized_model_is_saved_and_loaded(rng, tmp_path):
   assert native.is_compressed(again)
 
 
-@pytest.mark.parametrize('name, message', [('tiny-gpt2', 'layer norm'), ('tiny-gemma2', 'behind')])
+@pytest.mark.parametrize(
+  'name, message', [('tiny-gpt2', 'layer norm'), ('tiny-gemma2', 'norms after attention')]
+)
 def test_models_that_do_not_commute_with_rotations_are_refused(name, message):
   model = Transformer(presets.preset(name), rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match=message):
