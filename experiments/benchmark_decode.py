@@ -87,7 +87,7 @@ class Subject:
   batch: int
   bench: bench.Bench
   bytes_per_step: float
-  notes: tuple[str, ...]
+  missing: study.MissingKernels
 
 
 def main() -> None:
@@ -170,7 +170,7 @@ def _subject(name, model, setting, batch) -> Subject:
     batch=batch,
     bench=own,
     bytes_per_step=one_row + (batch - 1) * cache,
-    notes=study.kernel_notes(model, ready),
+    missing=study.missing_kernels(model, ready),
   )
 
 
@@ -249,7 +249,8 @@ def _record(subject: Subject, samples, setting, bandwidth: Metric, outside_s) ->
     environment=records.environment(),
     seed=0,
     metrics=metrics,
-    notes=subject.notes,
+    without_kernel=subject.missing.count,
+    notes=subject.missing.notes,
   )
 
 

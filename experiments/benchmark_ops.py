@@ -148,7 +148,7 @@ def _record(case: Case, name: str, w, times, limits) -> records.Record:
     for limit, nbytes in limits.items():
       shares = np.divide(times[limit].samples_s, time.samples_s) * w.nbytes / nbytes
       metrics[f'{form} of {limit}'] = timing.summarize(shares, '1')
-  note = linear.kernel(w, 'cpu')
+  kernel = linear.kernel(w, 'cpu')
   return records.Record(
     experiment='benchmark_ops',
     recipe=name,
@@ -157,7 +157,8 @@ def _record(case: Case, name: str, w, times, limits) -> records.Record:
     environment=records.environment(),
     seed=0,
     metrics=metrics,
-    notes=(note or f'no kernel: {cpu.why_not() or "this format has none"}',),
+    without_kernel=int(kernel is None),
+    notes=(kernel or f'no kernel: {cpu.why_not() or "this format has none"}',),
   )
 
 

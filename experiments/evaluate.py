@@ -3,6 +3,7 @@ r"""Measures the perplexity of a model on a text, and how far it is from its bas
   python -m experiments.evaluate --model=DIR --text=FILE --seq_len=512
   python -m experiments.evaluate --model=DIR --text=FILE --seq_len=512 --base=DIR --json
   python -m experiments.evaluate --model=DIR --text=FILE --seq_len=512 --kv_cache=int8
+  python -m experiments.evaluate --model=DIR --text=FILE --seq_len=512 --widened
 
 The model is a Hugging Face folder or hub id, or a folder that `experiments.compress` saved.
 Protocol: the text is tokenized once and cut into consecutive windows of seq_len tokens (the last,
@@ -11,6 +12,9 @@ ppl = exp(sum NLL / tokens). Sums and the model's arithmetic are in float32 unle
 otherwise. --kv_cache feeds each window through a cache of that format in pieces of 32 tokens, as
 generation would; the base of --base runs without one, so that with --base=DIR of the same model KL
 and flips are those of the cache.
+
+Weights are multiplied as in generation, by the fast products of this device, which may round
+activations; with --widened they are widened to floating point first.
 
 Device: any. Minutes: below 1 for a small model on two CPU cores.
 """
@@ -26,6 +30,7 @@ from experiments import base as embedded
 from experiments import common
 from model import hf, kv_cache, sharding
 from model.eval import cost, perplexity
+from model.infer.prepare import prepare
 from model.transformer import parameters
 
 MODEL = flags.DEFINE_string('model', None, 'Folder or hub id of the model to measure.')
@@ -46,6 +51,9 @@ KV_CACHE = flags.DEFINE_enum(
   list(kv_cache.FORMATS),
   'Read keys and values from a cache of this format; without it there is none.',
 )
+WIDENED = flags.DEFINE_bool(
+  'widened', False, 'Multiply by weights widened to floating point, not by the fast products.'
+)
 MESH = common.define_mesh()
 PLUGINS = common.define_plugins()
 
@@ -63,13 +71,17 @@ def main() -> None:
       f'{model.config.vocab_size}; only models with the same tokens can be compared'
     )
   quality = perplexity.evaluate(
-    model,
+    _ready(model),
     windows,
-    base=base,
+    base=None if base is None else _ready(base),
     cache_format=KV_CACHE.value,
     progress=common.labelled('evaluate'),
   )
   print(json.dumps(_result(model, quality)) if JSON.value else _words(quality))
+
+
+def _ready(model):
+  return model if WIDENED.value else prepare(model)
 
 
 def _load(path):
@@ -104,6 +116,7 @@ def _result(model, quality) -> dict:
     'tokens': quality.tokens,
     'seq_len': quality.seq_len,
     'activations': str(model.dtype),
+    'widened': WIDENED.value,
     'stored_bytes': sum(p.get_value().nbytes for p in parameters(model).values()),
   }
   if KV_CACHE.value is not None:

@@ -32,8 +32,9 @@ def find(work: Study, choices: Sequence[Recipe], megabytes: float) -> tuple[Reci
     progress=common.labelled('budget: sensitivity'),
   )
   print(
-    f'budget: {found.nbytes / MEGABYTE:.3f} MB of {megabytes:g}, KL {found.kl:.4g} nats a token on '
-    f'the calibration text ({found.predicted:.4g} as a sum over layers); '
+    f'budget: {found.nbytes / MEGABYTE:.3f} MB of {megabytes:g}, KL {found.kl:.4g} nats per token '
+    f'on the calibration text ({found.predicted:.4g} as a sum over layers), before the weights are '
+    f'prepared for this device; '
     f'{found.recipe.description}',
     file=sys.stderr,
   )

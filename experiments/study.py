@@ -1,4 +1,10 @@
-"""Measures what a recipe does to a model: quality, bytes, speed, and what fell short on the way."""
+"""Measures what a recipe does to a model: quality, bytes, speed and fallbacks.
+
+Quality and speed are those of one program: the model as `model.infer.prepare` packs it for this
+device, which is also what generation runs. On a CPU its products may round activations, so the
+perplexity of the same weights widened to floating point is measured beside it, as
+`widened_ppl_ratio`; the difference to `ppl_ratio` is the price of the fast products.
+"""
 
 import collections
 import dataclasses
@@ -31,7 +37,7 @@ class Study:
   base: Transformer
   calibration_BT: np.ndarray
   text: perplexity.Windows
-  settings: dict  # what the records say of model, text and protocol
+  settings: dict  # model, text and protocol, for the records
   environment: dict
   seed: int
   rounds: int = 7
@@ -40,8 +46,9 @@ class Study:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Baseline:
-  """The base's own measurements, which every recipe is compared with."""
+  """The base, prepared for this device, and its measurements."""
 
+  ready: Transformer
   quality: perplexity.Quality
   bench: bench.Bench
   bandwidth: Metric
@@ -49,9 +56,11 @@ class Baseline:
 
 def baseline(study: Study) -> Baseline:
   """Measures the base once."""
+  ready = prepare(study.base)
   return Baseline(
-    quality=_evaluate(study, study.base, None, 'base'),
-    bench=_bench(study, study.base),
+    ready=ready,
+    quality=_evaluate(study, ready, None, 'base'),
+    bench=_bench(study, ready),
     bandwidth=timing.copy_bandwidth(),
   )
 
@@ -59,8 +68,10 @@ def baseline(study: Study) -> Baseline:
 def base_record(study: Study, base: Baseline) -> Record:
   """The row that every ratio refers to."""
   metrics = {**_quality_metrics(base.quality, base.quality), **_bytes(study.base)}
+  metrics |= _widened(study, study.base, base.ready, base, records.BASE)
   metrics |= _speed(study, study.base, base.bench, base)
-  return _record(study, records.BASE, {'name': records.BASE, 'steps': []}, metrics, Ledger(), ())
+  recipe, missing = {'name': records.BASE, 'steps': []}, missing_kernels(study.base, base.ready)
+  return _record(study, recipe, metrics, Ledger(), missing)
 
 
 def run(
@@ -74,37 +85,47 @@ def run(
   )
   jax.block_until_ready([p.get_value() for p in parameters(model).values()])
   compress_s = time.perf_counter() - start
-  quality = _evaluate(study, model, study.base, recipe.name)
-  metrics = {**_quality_metrics(quality, base.quality), **_bytes(model)}
   ready = prepare(model)
+  quality = _evaluate(study, ready, base.ready, recipe.name)
+  metrics = {**_quality_metrics(quality, base.quality), **_bytes(model)}
+  metrics |= _widened(study, model, ready, base, recipe.name)
   metrics |= _speed(study, model, _bench(study, ready), base)
   metrics['compress_s'] = Metric(compress_s, 's')
-  if ready is not model:
-    # The native products round activations; what is fast has to be as good, so it is measured too.
-    fast = _evaluate(study, ready, None, f'{recipe.name}, native')
-    metrics['native_ppl_ratio'] = Metric(fast.ppl / quality.ppl, '1', fast.tokens)
-  notes = kernel_notes(model, ready)
-  return model, _record(study, recipe.name, recipe.to_dict(), metrics, ledger, notes)
+  missing = missing_kernels(model, ready)
+  return model, _record(study, recipe.to_dict(), metrics, ledger, missing)
 
 
-def kernel_notes(model: Transformer, ready: Transformer) -> tuple[str, ...]:
-  """What no kernel makes faster here, of a model and its prepared form, in sentences."""
-  platform = jax.default_backend()
-  missing = collections.Counter(
-    pipeline.describe(w) for w in _blocks(ready).values() if linear.kernel(w, platform) is None
-  )
-  pruned = [w for w in _blocks(model).values() if not isinstance(w, linear.Weight)]
-  zeros = sum(float((w == 0).mean()) > ZEROS for w in pruned)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MissingKernels:
+  """How many matrices of the blocks no kernel makes faster, and why, in sentences."""
+
+  count: int
+  notes: tuple[str, ...]
+
+
+def missing_kernels(model: Transformer, ready: Transformer) -> MissingKernels:
+  """Finds what no kernel of this device makes faster, in a model and its prepared form.
+
+  That is a matrix that is widened at each use, and one whose zeros are multiplied.
+  """
+  platform, blocks = jax.default_backend(), _blocks(ready)
+  widened = {path for path, w in blocks.items() if linear.kernel(w, platform) is None}
+  pruned = {
+    path
+    for path, w in _blocks(model).items()
+    if not isinstance(w, linear.Weight) and float((w == 0).mean()) > ZEROS
+  }
+  kinds = collections.Counter(pipeline.describe(blocks[path]) for path in sorted(widened))
   notes = [
-    f'no kernel for {what} on {platform} ({count} matrices): it is widened at each use, so no '
+    f'no kernel for {kind} on {platform} ({count} matrices): it is widened at each use, so no '
     'speed-up is expected'
-    for what, count in missing.items()
+    for kind, count in kinds.items()
   ]
-  if zeros:
+  if pruned:
     notes.append(
-      f'the zeros of {zeros} pruned matrices are multiplied: no speed-up expected of them'
+      f'the zeros of {len(pruned)} pruned matrices are multiplied: no speed-up expected of them'
     )
-  return tuple(notes)
+  return MissingKernels(count=len(widened | pruned), notes=tuple(notes))
 
 
 def _blocks(model):
@@ -120,6 +141,14 @@ def _bench(study, model) -> bench.Bench:
   return bench.prepare(
     model, batch=BATCH, prompt_length=study.prompt_length, steps=DECODE_STEPS, seed=study.seed
   )
+
+
+def _widened(study, model, ready, base: Baseline, name) -> dict[str, Metric]:
+  """The perplexity ratio of the same weights in floating-point products, if those differ."""
+  if ready is model:
+    return {}
+  quality = _evaluate(study, model, None, f'{name}, widened')
+  return {'widened_ppl_ratio': Metric(quality.ppl / base.quality.ppl, '1', quality.tokens)}
 
 
 def _quality_metrics(quality, base) -> dict[str, Metric]:
@@ -164,7 +193,7 @@ def _speed(study, model, own: bench.Bench, base: Baseline) -> dict[str, Metric]:
   return metrics
 
 
-def _record(study, name, recipe, metrics, ledger, notes) -> Record:
+def _record(study, recipe: dict, metrics, ledger, missing: MissingKernels) -> Record:
   rows = tuple(
     {
       'layer': event.layer,
@@ -176,12 +205,13 @@ def _record(study, name, recipe, metrics, ledger, notes) -> Record:
   layers = [{**dataclasses.asdict(row), 'shape': list(row.shape)} for row in ledger.layers]
   return Record(
     experiment='compress',
-    recipe=name,
+    recipe=recipe['name'],
     command=common.command(),
     config={**study.settings, 'recipe': recipe, 'layers': layers},
     environment=study.environment,
     seed=study.seed,
     metrics=metrics,
     ledger=rows,
-    notes=notes,
+    without_kernel=missing.count,
+    notes=missing.notes,
   )

@@ -1,19 +1,21 @@
-r"""Writes the generated parts of README.md: the techniques, the measured tables, the tree.
+r"""Writes the generated parts of README.md and docs/: measured tables, techniques, the tree.
 
-  python -m experiments.update_readme            # rewrites README.md
-  python -m experiments.update_readme --check    # exits with 2 if it is out of date
+  python -m experiments.update_readme            # rewrites the files
+  python -m experiments.update_readme --check    # exits with 2 if one is out of date
 
-A part stands between `<!-- NAME -->` and `<!-- /NAME -->`. Numbers come from the committed records
-in experiments/results alone, so a table cannot say what no run has measured.
+A part stands between `<!-- NAME -->` and `<!-- /NAME -->`; `PARTS` lists them with their files.
+Numbers come only from the committed records in experiments/results. A part whose records are not
+committed yet is left out, and has to stand in its file as soon as they are.
 
 Device: any. Minutes: below 1.
 """
 
 import ast
+import dataclasses
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from absl import flags
 
@@ -21,42 +23,37 @@ from experiments import common
 from model.compress import registry
 from model.eval import records
 from model.eval.records import BASE, Record
+from model.eval.select import MEGABYTE
 
-CHECK = flags.DEFINE_bool('check', False, 'Only say whether README.md is up to date.')
+CHECK = flags.DEFINE_bool('check', False, 'Only say whether the files are up to date.')
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'experiments' / 'results'
 SHOWN = ('ops', 'model', 'experiments')
 
 
 def main() -> None:
-  path = ROOT / 'README.md'
-  old = path.read_text()
-  new = render(old)
-  if CHECK.value and new != old:
-    raise ValueError('README.md is out of date; run python -m experiments.update_readme')
-  if new != old:
-    path.write_text(new)
-    print('README.md was rewritten', file=sys.stderr)
+  for name in dict.fromkeys(part.file for part in PARTS):
+    path = ROOT / name
+    old = path.read_text()
+    new = render(name, old)
+    if CHECK.value and new != old:
+      raise ValueError(f'{name} is out of date; run python -m experiments.update_readme')
+    if new != old:
+      path.write_text(new)
+      print(f'{name} was rewritten', file=sys.stderr)
 
 
-def render(text: str) -> str:
-  """README's text with every generated part made anew. Raises ValueError if one is missing."""
-  for name, body in parts().items():
-    pattern = re.compile(rf'(<!-- {name} -->\n).*?(\n<!-- /{name} -->)', re.DOTALL)
-    text, count = pattern.subn(lambda m, body=body: m[1] + body + m[2], text)
+def render(file: str, text: str) -> str:
+  """The text of a file with its generated parts made anew. Raises ValueError if one is missing."""
+  for part in PARTS:
+    if part.file != file or not part.has_records():
+      continue
+    pattern = re.compile(rf'(<!-- {part.name} -->\n).*?(\n?<!-- /{part.name} -->)', re.DOTALL)
+    body = part.generate(*part.paths())
+    text, count = pattern.subn(lambda m, body=body: f'{m[1]}{body}\n{m[2].lstrip()}', text)
     if count != 1:
-      raise ValueError(f'README.md needs the part {name} once, not {count} times')
+      raise ValueError(f'{file} needs the part {part.name} once, not {count} times')
   return text
-
-
-def parts() -> dict[str, str]:
-  """Every generated part by its name."""
-  return {
-    'techniques': techniques(),
-    'results': results(RESULTS / 'compress_cpu.jsonl'),
-    'decoding': decoding(RESULTS / 'decode_cpu.jsonl'),
-    'tree': '\n'.join(['```', *tree(), '```']),
-  }
 
 
 def techniques() -> str:
@@ -86,6 +83,53 @@ def results(path: pathlib.Path) -> str:
     f'{about.seed}); records: {_link(path)}.'
   )
   return '\n'.join(lines)
+
+
+def real(english: pathlib.Path, code: pathlib.Path) -> str:
+  """Two runs of the main job on a real model, which differ in the text, as one table.
+
+  Raises ValueError if the runs are not of the same model and recipes.
+  """
+  rows, other = records.read(english), records.read(code)
+  plan = lambda rows: [(row.config['model'], row.config['recipe']) for row in rows]
+  if plan(rows) != plan(other):
+    raise ValueError(f'{english.name} and {code.name} differ in the model or in the recipes')
+  lines = [
+    '| recipe | English: perplexity | vs base | KL, nats | code: perplexity | vs base | KL, nats '
+    '| model, MB | linear layers, of bf16 | decode, tokens/s | vs base | |',
+    f'| --- |{" ---: |" * 10} --- |',
+    *(_real_line(row, twin) for row, twin in zip(rows, other)),
+  ]
+  about = rows[0]
+  commands = ' and '.join(f'`{one.command}`' for one in (about, other[0]))
+  lines.append(
+    f'\n{commands} on {_machine(about)}; KL: divergence from the base per token; decoding at batch '
+    f'1, medians ± half an interquartile range; records: {_link(english)}, {_link(code)}.'
+  )
+  return '\n'.join(lines)
+
+
+def _real_line(row: Record, twin: Record) -> str:
+  decode = row.metrics['decode_tokens_per_s']
+  cells = [
+    f'`{row.recipe}`',
+    *_quality(row),
+    *_quality(twin),
+    f'{row.value("stored_bytes") / MEGABYTE:.1f}',
+    f'{row.value("linear_bytes_vs_bf16"):.3f}',
+    f'{decode.value:.0f} ± {decode.spread / 2:.0f}',
+    _ratio(row, 'decode_speedup'),
+    'no kernel' if row.without_kernel else '',
+  ]
+  return f'| {" | ".join(cells)} |'
+
+
+def _quality(row: Record) -> list[str]:
+  """Perplexity, its change against the base, and the KL divergence from the base."""
+  ppl = f'{row.value("ppl"):.3f}'
+  if row.recipe == BASE:
+    return [ppl, '', '']
+  return [ppl, f'{row.value("ppl_ratio") - 1:+.2%}', f'{row.value("kl_to_base"):.4f}']
 
 
 def decoding(path: pathlib.Path) -> str:
@@ -129,13 +173,10 @@ def _link(path: pathlib.Path) -> str:
 
 
 def _result_line(row: Record) -> str:
-  value = row.value
   cells = [
     f'`{row.recipe}`',
-    f'{value("ppl"):.3f}',
-    '' if row.recipe == BASE else f'{value("ppl_ratio") - 1:+.2%}',
-    '' if row.recipe == BASE else f'{value("kl_to_base"):.4f}',
-    f'{value("linear_bytes_vs_bf16"):.3f}',
+    *_quality(row),
+    f'{row.value("linear_bytes_vs_bf16"):.3f}',
     _ratio(row, 'prefill_speedup'),
     _ratio(row, 'decode_speedup'),
     'no kernel' if row.without_kernel else '',
@@ -152,15 +193,65 @@ def _spread(row: Record, name: str, digits: str) -> str:
   return f'{metric.value:{digits}} ± {metric.spread / 2:{digits}}'
 
 
-def tree() -> Iterator[str]:
-  """One line a file: its path and the first sentence of its docstring."""
-  for package in SHOWN:
-    for path in sorted((ROOT / package).rglob('*.py')):
-      name = path.relative_to(ROOT)
-      docstring = ast.get_docstring(ast.parse(path.read_text())) or ''
-      first = re.split(r'(?<=[.:;])\s', docstring.replace('\n', ' '), maxsplit=1)[0].rstrip('.:;')
-      label = f'{name.parent}/' if path.name == '__init__.py' else f'{name}'
-      yield f'{label:32} {first}'
+def tree() -> str:
+  """A table for each folder: its files and the first sentences of their docstrings."""
+  folders = sorted({path.parent for name in SHOWN for path in (ROOT / name).rglob('*.py')})
+  return '\n\n'.join('\n'.join(_folder(folder)) for folder in sorted(folders, key=_order))
+
+
+def _order(folder: pathlib.Path) -> tuple:
+  parts = folder.relative_to(ROOT).parts
+  return SHOWN.index(parts[0]), parts
+
+
+def _folder(folder: pathlib.Path) -> Iterator[str]:
+  yield f'## {folder.relative_to(ROOT)}/\n'
+  yield f'{_first_sentence(folder / "__init__.py")}\n'
+  files = [path for path in sorted(folder.glob('*.py')) if path.name != '__init__.py']
+  if files:
+    yield '| file | what it does |'
+    yield '| --- | --- |'
+  for path in files:
+    name = path.relative_to(ROOT)
+    yield f'| [`{path.name}`](../{name}) | {_first_sentence(path)} |'
+
+
+def _first_sentence(path: pathlib.Path) -> str:
+  docstring = ast.get_docstring(ast.parse(path.read_text())) or ''
+  # A sentence ends at a full stop before a capital letter, but not in "et al." and "e.g.".
+  paragraph = docstring.split('\n\n')[0].replace('\n', ' ')
+  end = r'(?<=\.)(?<!et al\.)(?<!e\.g\.)\s+(?=[A-Z`])'
+  return re.split(end, paragraph, maxsplit=1)[0].replace('|', '\\|')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+  """A generated part of a file, made from records of `experiments/results`."""
+
+  file: str
+  name: str
+  generate: Callable[..., str]
+  results: tuple[str, ...] = ()
+
+  def paths(self) -> list[pathlib.Path]:
+    return [RESULTS / name for name in self.results]
+
+  def has_records(self) -> bool:
+    return all(path.is_file() for path in self.paths())
+
+
+PARTS = (
+  Part(
+    file='README.md',
+    name='real',
+    generate=real,
+    results=('smollm2_english_cpu.jsonl', 'smollm2_code_cpu.jsonl'),
+  ),
+  Part(file='README.md', name='results', generate=results, results=('compress_cpu.jsonl',)),
+  Part(file='README.md', name='decoding', generate=decoding, results=('decode_cpu.jsonl',)),
+  Part(file='docs/techniques.md', name='techniques', generate=techniques),
+  Part(file='docs/tree.md', name='tree', generate=tree),
+)
 
 
 if __name__ == '__main__':

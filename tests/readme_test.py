@@ -1,4 +1,4 @@
-"""README is executable: its generated parts are fresh, its snippets run, its commands exist."""
+"""README and docs/ are executable: generated parts are fresh, snippets run, commands exist."""
 
 import pathlib
 import re
@@ -19,13 +19,22 @@ def _blocks(language):
   return [body for found, body in BLOCKS if found == language]
 
 
-def test_generated_parts_are_those_of_the_code_and_the_records():
-  assert update_readme.render(README) == README
+@pytest.mark.parametrize('file', sorted({part.file for part in update_readme.PARTS}))
+def test_generated_parts_are_those_of_the_code_and_the_records(file):
+  text = (ROOT / file).read_text()
+  assert update_readme.render(file, text) == text
 
 
 def test_a_changed_number_is_noticed():
   number = re.search(r'\| `int8` \| (\d+\.\d+) \|', README)[1]
-  assert update_readme.render(README.replace(number, '1.234')) == README
+  assert update_readme.render('README.md', README.replace(number, '1.234')) == README
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'docs').glob('*.md')), ids=lambda path: path.stem)
+def test_pages_of_docs_are_linked_from_readme_and_link_to_files(path):
+  assert f'](docs/{path.name})' in README
+  links = re.findall(r'\]\((?!http)([^)]+)\)', path.read_text())
+  assert all((path.parent / link).exists() for link in links)
 
 
 def test_it_opens_with_the_two_commands():

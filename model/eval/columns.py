@@ -1,4 +1,4 @@
-"""The columns of the comparison: which metric each shows, how it reads, and what it means."""
+"""The columns of the comparison: the metric of each, its format, and its meaning."""
 
 import dataclasses
 import math
@@ -12,15 +12,16 @@ DASH = '–'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Column:
-  """One column of both tables: what it is called, how its number reads, and what it means."""
+  """One column of both tables: its names, how it formats a number, and what the number means."""
 
   metric: str
   title: str  # for a page
-  short: tuple[str, str]  # for a terminal: the two lines of its heading
+  short: tuple[str, str] | None  # for a terminal: the two lines of its heading; None: not there
   show: Callable[[float], str]
   meaning: str
   bar: bool = False  # a small bar in the cell
   bar_from: float = 0.0  # the value of an empty bar
+  optional: bool = False  # left out where no record has the metric
 
 
 def change(ratio: float) -> str:
@@ -42,79 +43,89 @@ COLUMNS = (
     title='perplexity',
     short=('', 'perplexity'),
     show=lambda v: f'{v:,.2f}' if v < 1e5 else f'{v:.2e}',
-    meaning='exp of the mean negative log likelihood a token, on held-out text; lower is better.',
+    meaning='exp of the mean negative log likelihood per token of held-out text, computed by the '
+    'products whose speed is shown; lower is better.',
   ),
   Column(
     metric='ppl_ratio',
     title='perplexity vs base',
     short=('ppl', 'vs base'),
     show=change,
-    meaning="Perplexity against the base's: +1% is one per cent worse; from twice on, a factor.",
+    meaning="Perplexity against the base's: +1% is one per cent worse; a factor if at least twice.",
     bar=True,
     bar_from=1.0,
   ),
   Column(
+    metric='widened_ppl_ratio',
+    title='perplexity vs base, weights widened',
+    short=None,
+    show=change,
+    meaning='The same weights multiplied in floating point. The difference to the column before '
+    'is the price of products that round activations to be fast.',
+    optional=True,
+  ),
+  Column(
     metric='kl_to_base',
-    title='KL, nats',
+    title='KL divergence, nats per token',
     short=('KL', 'nats'),
     show=lambda v: f'{v:.4f}',
-    meaning='KL divergence from the base, in nats a token: how far the predictions moved.',
+    meaning='KL divergence from the base: how far the predicted distributions moved.',
   ),
   Column(
     metric='flip_rate',
-    title='flips, %',
+    title='changed top predictions, %',
     short=('flips', '%'),
     show=lambda v: f'{100 * v:.2f}',
-    meaning='Flip rate: the share of tokens whose most likely prediction differs from the base.',
+    meaning='Flip rate: the share of tokens whose most likely prediction is not that of the base.',
   ),
   Column(
     metric='linear_bytes',
-    title='linear, MB',
+    title='size of linear layers, MB',
     short=('linear', 'MB'),
     show=_size,
-    meaning='Stored size of the linear layers’ weights, scales and indices included.',
+    meaning='Stored bytes of the linear layers’ weights, with scales and indices.',
     bar=True,
   ),
   Column(
     metric='linear_bytes_vs_bf16',
-    title='÷ bf16',
+    title='size, of bfloat16',
     short=('of', 'bf16'),
     show=lambda v: f'{v:.3f}',
-    meaning='The same size as a share of the same weights in bfloat16.',
+    meaning='This size divided by that of the same weights in bfloat16.',
   ),
   Column(
     metric='bits_per_weight',
-    title='bits a weight',
+    title='bits per weight',
     short=('bits', 'weight'),
     show=lambda v: f'{v:.2f}',
-    meaning='Stored bits for each element of the linear layers.',
+    meaning='Stored bits per element of the linear layers.',
   ),
   Column(
     metric='prefill_tokens_per_s',
-    title='prefill, tok/s',
+    title='reading a prompt, tokens/s',
     short=('prefill', 'tok/s'),
     show=_rate,
-    meaning='Prompt tokens processed a second.',
+    meaning='Prefill: prompt tokens processed per second.',
     bar=True,
   ),
   Column(
     metric='prefill_speedup',
-    title='prefill speed-up',
+    title='reading a prompt, speed vs base',
     short=('vs', 'base'),
     show=lambda v: f'{v:.2f}×',
     meaning='Speed of the prefill against the base, timed in the same rounds; above 1 is faster.',
   ),
   Column(
     metric='decode_tokens_per_s',
-    title='decode, tok/s',
+    title='generating, tokens/s',
     short=('decode', 'tok/s'),
     show=_rate,
-    meaning='New tokens generated a second.',
+    meaning='Decode: new tokens generated per second.',
     bar=True,
   ),
   Column(
     metric='decode_speedup',
-    title='decode speed-up',
+    title='generating, speed vs base',
     short=('vs', 'base'),
     show=lambda v: f'{v:.2f}×',
     meaning='Speed of decoding against the base, timed in the same rounds; above 1 is faster.',
@@ -122,22 +133,31 @@ COLUMNS = (
 )
 
 
+TERMINAL_COLUMNS = tuple(column for column in COLUMNS if column.short is not None)
+
+
+def of_page(records: Sequence[Record]) -> tuple[Column, ...]:
+  """The columns of a page that shows these records."""
+  measured = {name for record in records for name in record.metrics}
+  return tuple(c for c in COLUMNS if not c.optional or c.metric in measured)
+
+
 def value(record: Record, column: Column, records: Sequence[Record]) -> float | None:
-  """The number in this column, or None where it was not measured."""
+  """The number in this column, or None if it was not measured."""
   if column.metric == 'ppl_ratio':
     return select.ppl_ratio(record, records)
   return record.value(column.metric)
 
 
 def text(number: float | None, column: Column) -> str:
-  """A number as it reads in this column; an en dash where there is none."""
+  """A number in the format of this column; an en dash if there is none."""
   if number is None:
     return DASH
   return column.show(number) if math.isfinite(number) else non_finite(number)
 
 
 def bar_percent(number: float | None, column: Column, numbers: Sequence[float | None]) -> float:
-  """The length of a cell's bar in per cent of the longest in the column; 0 for no bar."""
+  """The length of a cell's bar in per cent of the column's longest; 0: no bar."""
   finite = [n - column.bar_from for n in numbers if n is not None and math.isfinite(n)]
   longest = max(finite, default=0.0)
   if not column.bar or longest <= 0 or number is None or not math.isfinite(number):
@@ -154,7 +174,7 @@ def spread(record: Record, column: Column) -> str:
 
 
 def plain(number: float) -> str:
-  """Any number, of any metric, to five digits or whole."""
+  """A number of any metric, to five digits or as an integer."""
   if not math.isfinite(number):
     return non_finite(number)
   if abs(number) < 1e15 and (number == int(number) or abs(number) >= 1e4):

@@ -1,9 +1,9 @@
-"""Measured numbers and the one JSON line a run that keeps them.
+"""Measured numbers, and the JSON line that keeps those of one run.
 
-A `Record` says what was run (experiment, recipe, command, config, seed), where (environment), what
-came out (metrics with units, sample sizes and spread), what fell back to something simpler (ledger)
-and what a reader has to know (notes). Lines are strict JSON: NaN and infinities are written as the
-strings 'NaN', 'Infinity' and '-Infinity', and only metrics turn them back into numbers.
+A `Record` holds what was run (experiment, recipe, command, config, seed), where (environment), the
+results (metrics with units, sample sizes and spread), the matrices that no kernel makes fast, the
+fallbacks (ledger) and remarks for a reader (notes). Lines are strict JSON: NaN and infinities are
+written as the strings 'NaN', 'Infinity' and '-Infinity', and only metrics are read back as numbers.
 """
 
 import contextlib
@@ -26,7 +26,6 @@ from typing import Any
 import jax
 
 BASE = 'base'  # the recipe of the row that every ratio refers to
-NO_KERNEL_PHRASES = ('no kernel', 'no speed-up expected')
 LEDGER_FIELDS = ('layer', 'event', 'detail')
 NON_FINITE = {'NaN': math.nan, 'Infinity': math.inf, '-Infinity': -math.inf}
 
@@ -52,7 +51,11 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-  """What one run measured. `ledger` rows have the keys layer, event and detail."""
+  """What one run measured.
+
+  `without_kernel` counts the compressed matrices that no kernel of the device makes faster: no
+  speed-up is expected of them. `ledger` rows have the keys layer, event and detail.
+  """
 
   experiment: str
   recipe: str
@@ -61,6 +64,7 @@ class Record:
   environment: dict[str, Any]
   seed: int | None
   metrics: dict[str, Metric]
+  without_kernel: int = 0
   ledger: tuple[dict[str, str], ...] = ()
   notes: tuple[str, ...] = ()
 
@@ -72,6 +76,7 @@ class Record:
       _expect(getattr(self, name), dict, name)
     if self.seed is not None:
       _expect(self.seed, int, 'seed')
+    _expect(self.without_kernel, int, 'without_kernel')
     for name, metric in self.metrics.items():
       _expect(metric, Metric, f'the metric {name!r}')
     for row in self.ledger:
@@ -83,17 +88,12 @@ class Record:
     """The value of a metric, or None where it was not measured."""
     return self.metrics[name].value if name in self.metrics else None
 
-  @property
-  def without_kernel(self) -> bool:
-    """Whether the notes say that no kernel multiplies this format fast on this device."""
-    return any(phrase in note.lower() for note in self.notes for phrase in NO_KERNEL_PHRASES)
-
 
 def to_line(record: Record) -> str:
   """The record as one line of strict JSON, without the line's end.
 
   Raises:
-    ValueError: the config or the environment holds something that JSON has no word for.
+    ValueError: the config or the environment holds a value that JSON cannot represent.
   """
   plain = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
   plain['metrics'] = {name: dataclasses.asdict(metric) for name, metric in record.metrics.items()}
@@ -118,8 +118,8 @@ def from_line(line: str) -> Record:
 def append(path: str | os.PathLike, record: Record) -> None:
   """Adds the record as the last line of a .jsonl file, whole or not at all.
 
-  The file is written anew beside the old one and renamed, under a lock on its folder, so writers
-  in other processes wait and readers see complete lines.
+  A new file is written beside the old one and renamed, under a lock on the folder. So writers in
+  other processes wait, and readers see complete lines.
   """
   path = pathlib.Path(os.path.realpath(path))
   line = to_line(record)
@@ -136,7 +136,7 @@ def append(path: str | os.PathLike, record: Record) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """Gives a file name beside `path` to write to; it becomes `path` if nothing was raised."""
+  """Yields a file name beside `path`; the file written there becomes `path` if nothing raises."""
   path = pathlib.Path(path)
   partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
   try:
@@ -147,7 +147,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 def read(path: str | os.PathLike) -> list[Record]:
-  """Reads every record of a .jsonl file; a ValueError names the file and the line that is wrong."""
+  """Reads every record of a .jsonl file. Raises ValueError naming the file and the wrong line."""
   records = []
   with open(path, encoding='utf-8') as file:
     for number, line in enumerate(file, start=1):
@@ -159,7 +159,7 @@ def read(path: str | os.PathLike) -> list[Record]:
 
 
 def environment(device: jax.Device | None = None) -> dict[str, Any]:
-  """What the numbers depend on besides the code's arguments; `device` defaults to JAX's first."""
+  """Code version, libraries and machine, on which numbers depend. `device`: JAX's first."""
   device = device or jax.devices()[0]
   revision, dirty = _git(pathlib.Path(__file__).resolve().parents[2])
   packages = ('jax', 'jaxlib', 'flax', 'numpy')
@@ -179,7 +179,7 @@ def environment(device: jax.Device | None = None) -> dict[str, Any]:
 
 
 def peak_rss_bytes() -> int:
-  """The most resident memory this process has had so far, in bytes."""
+  """The largest resident memory of this process so far, in bytes."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == 'darwin' else peak * 1024  # Linux counts in KiB
 

@@ -1,8 +1,8 @@
 """The comparison of recipes for people: a terminal table, pareto.png, and report.html.
 
-Everything is drawn from records alone. A metric that a record lacks is an en dash; a metric that no
-column knows is listed below the table with its unit. The page is one file: it asks the network for
-nothing, escapes every string, and can be read without JavaScript.
+Everything is made from records alone. A metric that a record lacks is an en dash; a metric without
+a column is listed below the table with its unit. The page is one file: it loads nothing from the
+network, escapes every string, and can be read without JavaScript.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 
 from model.eval import columns, figures, select
-from model.eval.columns import COLUMNS, DASH
+from model.eval.columns import DASH, TERMINAL_COLUMNS
 from model.eval.records import BASE, Record, replacing
 
 NO_KERNEL = 'no kernel'
@@ -29,17 +29,20 @@ PROTOCOL = (
   'last, shorter one is dropped and no BOS is added. In each window every token but the first is '
   'predicted; perplexity = exp(sum of NLL / count).',
   'KL divergence and flip rate compare with the base on the same windows.',
+  'Quality and speed are those of the same program: the weights as they are prepared for this '
+  'device, whose products may round activations. The perplexity of the same weights in '
+  'floating-point products is given beside it where it differs (widened_ppl_ratio).',
   'Time: at least 3 warm-up calls, then at least 5 rounds in which all programs take turns; '
   'medians with interquartile ranges, and ratios to the base within each round.',
-  'Bytes: what is really stored, scales and indices included. 1 MB is 1,000,000 bytes.',
-  'Zeros that are multiplied save no time: what has no kernel here says so, and no speed-up is '
-  'expected of it.',
+  'Bytes: those that are stored, with scales and indices. 1 MB is 1,000,000 bytes.',
+  'Zeros that are multiplied save no time. “No kernel” marks recipes some of whose weights no '
+  'kernel of this device makes faster.',
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Page:
-  """What the page tells besides the records."""
+  """What the page shows besides the records."""
 
   title: str = 'Compression report'
   choice: select.Choice | None = None  # None: the smallest recipe within 5 % of the perplexity
@@ -50,10 +53,12 @@ class Page:
 def table(records: Sequence[Record]) -> str:
   """A plain-text table of at most 120 columns; a long recipe name takes several lines."""
   body = [
-    [*(columns.text(columns.value(r, c, records), c) for c in COLUMNS), _mark(r)] for r in records
+    [*(columns.text(columns.value(r, c, records), c) for c in TERMINAL_COLUMNS), _mark(r)]
+    for r in records
   ]
-  lines = [[c.short[0] for c in COLUMNS] + [''], [c.short[1] for c in COLUMNS] + [''], *body]
-  widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS) + 1)]
+  heading = [[column.short[line] for column in TERMINAL_COLUMNS] + [''] for line in (0, 1)]
+  lines = [*heading, *body]
+  widths = [max(map(len, cells)) for cells in zip(*lines)]
   names = [_printable(r.recipe) for r in records]
   room = TERMINAL_WIDTH - sum(widths) - len(widths)
   width = max(MIN_RECIPE_WIDTH, min(MAX_RECIPE_WIDTH, room, max(map(len, names), default=0)))
@@ -79,7 +84,7 @@ def html(records: Sequence[Record], page: Page | None = None) -> str:
     page=page,
     choice=choice,
     cards=_cards(choice.record or choice.nearest, records),
-    columns=COLUMNS,
+    columns=columns.of_page(records),
     rows=_rows(records),
     plain=columns.plain,
     chart=figures.svg(records),
@@ -106,11 +111,12 @@ def write(
 
 
 def _rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-  """What the template needs for each line of the table and for the details below it."""
-  numbers = {c.metric: [columns.value(r, c, records) for r in records] for c in COLUMNS}
+  """The values of each row of the table, and of the details below it."""
+  shown = columns.of_page(records)
+  numbers = {c.metric: [columns.value(r, c, records) for r in records] for c in shown}
   rows = []
   for i, record in enumerate(records):
-    cells = [_cell(record, c, numbers[c.metric][i], numbers[c.metric]) for c in COLUMNS]
+    cells = [_cell(record, c, numbers[c.metric][i], numbers[c.metric]) for c in shown]
     metrics = [(name, columns.plain(m.value), m) for name, m in sorted(record.metrics.items())]
     rows.append({'record': record, 'is_base': record.recipe == BASE, 'cells': cells})
     rows[-1]['metrics'] = metrics
@@ -144,7 +150,7 @@ def _cards(record: Record | None, records: Sequence[Record]) -> list[tuple[str, 
 
 
 def _environments(records: Sequence[Record]) -> list[tuple[list[str], list[tuple[str, str]]]]:
-  """Each distinct environment as (recipes measured there, its facts); dates do not distinguish."""
+  """Each distinct environment, apart from dates, as (recipes measured there, its facts)."""
   groups: dict[tuple, list[str]] = {}
   for record in records:
     facts = tuple((k, v) for k, v in _flat(record.environment) if k != 'date_utc')
@@ -169,12 +175,12 @@ def _mark(record: Record) -> str:
 
 
 def _printable(text: str) -> str:
-  """Without control characters, which a terminal would obey."""
+  """The text without control characters, which a terminal would execute."""
   return ''.join(c if c.isprintable() else '?' for c in text)
 
 
 def _aligned(names, name_width: int, line, widths, gap: str) -> str:
-  """One row; all parts of the name but the first stand on lines of their own."""
+  """One row; the parts of the name after the first have lines of their own."""
   *numbers, mark = line
   cells = [names[0].ljust(name_width), *(n.rjust(w) for n, w in zip(numbers, widths)), mark]
   return '\n'.join([gap.join(cells).rstrip(), *names[1:]])

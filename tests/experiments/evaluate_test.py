@@ -5,8 +5,11 @@ import json
 import pytest
 from absl import flags
 
-from model import hf
+from model import hf, transformer
 from model.eval import perplexity
+from model.infer.prepare import prepare
+from ops import quantized
+from ops.kernels import cpu
 
 
 @pytest.fixture(scope='module')
@@ -21,7 +24,7 @@ def test_json_has_the_numbers_of_the_protocol(script, base, text, capsys):
   found = json.loads(capsys.readouterr().out)
   model, tokenizer = hf.load_pretrained(base)
   windows = perplexity.windows(*tokenizer.encode_with_bytes(text.read_text()), 32, 5)
-  quality = perplexity.evaluate(model, windows)
+  quality = perplexity.evaluate(prepare(model), windows)
   assert found['ppl'] == quality.ppl
   assert found['bits_per_byte'] == quality.bits_per_byte
   assert found['nll_sum'] == quality.nll_sum
@@ -44,6 +47,28 @@ def test_the_cache_is_measured_and_named(script, base, text, capsys):
   assert found['kv_cache'] == 'int8'
   assert found['kv_cache_bytes'] == 2 * 2 * 64 * (64 + 2)  # two layers, one head of 64
   assert 'kv_cache' not in plain
+
+
+def test_the_fast_products_are_measured_unless_widened_ones_are_asked_for(
+  script, base, text, capsys, tmp_path
+):
+  model, tokenizer = hf.load_pretrained(base)
+  for linear in transformer.linears(model).values():
+    linear.weight.set_value(quantized.quantize(linear.weight.get_value(), 'int4', group_size=32))
+  hf.save_pretrained(model, tokenizer, tmp_path / 'int4')
+  windows = perplexity.windows(*tokenizer.encode_with_bytes(text.read_text()), 32, 5)
+  base_model, _ = hf.load_pretrained(base)
+  found = {}
+  for flag, form in (('--nowidened', prepare), ('--widened', lambda model: model)):
+    arguments = f'--model={tmp_path / "int4"}', f'--text={text}', '--seq_len=32', '--json'
+    script(*arguments, '--max_windows=5', f'--base={base}', flag)
+    found[flag] = json.loads(capsys.readouterr().out)
+    quality = perplexity.evaluate(form(model), windows, base=form(base_model))
+    assert found[flag]['ppl'] == quality.ppl
+    assert found[flag]['kl_to_base'] == quality.kl_to_base
+    assert found[flag]['widened'] == (flag == '--widened')
+  same = found['--widened']['ppl'] == found['--nowidened']['ppl']
+  assert same != cpu.available()  # native products round activations
 
 
 def test_words_with_a_base(script, base, text, capsys):

@@ -14,6 +14,8 @@ import pytest
 from model.eval import records
 from model.eval.records import Metric, Record
 
+RESULTS = pathlib.Path(__file__).parents[3] / 'experiments' / 'results'
+
 
 def _record(**changes):
   fields = {
@@ -25,6 +27,7 @@ def _record(**changes):
     'seed': 0,
     'metrics': {'ppl': Metric(12.5, '1', 1000), 'time': Metric(0.25, 's', 5, 0.01)},
     'ledger': ({'layer': 'layers.0.ffn.up', 'event': 'fallback', 'detail': 'singular'},),
+    'without_kernel': 7,
     'notes': ('no kernel for this format on cpu, no speed-up expected',),
   }
   return Record(**(fields | changes))
@@ -42,7 +45,7 @@ def test_a_line_gives_the_record_back():
 
 def test_the_line_has_the_documented_form():
   data = json.loads(records.to_line(_record()))
-  names = 'experiment recipe command config environment seed metrics ledger notes'
+  names = 'experiment recipe command config environment seed metrics without_kernel ledger notes'
   assert ' '.join(data) == names
   assert data['metrics']['time'] == {'value': 0.25, 'unit': 's', 'n': 5, 'spread': 0.01}
   assert data['metrics']['ppl']['spread'] is None
@@ -90,6 +93,7 @@ def _changed(**changes):
     (_changed(extra=1), "unknown: 'extra'"),
     (_changed(recipe=3), 'recipe must be a str, not 3'),
     (_changed(seed=True), 'seed must be a int, not True'),
+    (_changed(without_kernel='no kernel'), "without_kernel must be a int, not 'no kernel'"),
     (_changed(notes='no'), 'notes must be a list'),
     (_changed(ledger=[{'layer': 'a'}]), 'missing: event, detail'),
     (_changed(metrics={'ppl': 3}), "metric 'ppl' must be a dict"),
@@ -150,10 +154,20 @@ def test_processes_that_append_at_once_lose_nothing(tmp_path):
   assert sorted(got) == sorted(f'{name}{i}' for name in 'ab' for i in range(10))
 
 
-def test_notes_tell_of_a_missing_kernel():
-  assert _record().without_kernel
-  assert _record(notes=('No kernel for nf4 on cpu',)).without_kernel
-  assert not _record(notes=('kernel: pallas',)).without_kernel
+def test_missing_kernels_are_counted_in_a_field_and_not_read_off_the_notes():
+  assert records.from_line(records.to_line(_record())).without_kernel == 7
+  told = _record(without_kernel=0, notes=('no kernel is missing: a speed-up is expected',))
+  assert told.without_kernel == 0
+  line = json.loads(records.to_line(told))
+  del line['without_kernel']
+  with pytest.raises(ValueError, match='missing: without_kernel'):
+    records.from_line(json.dumps(line))
+
+
+@pytest.mark.parametrize('path', sorted(RESULTS.glob('*.jsonl')), ids=lambda path: path.stem)
+def test_the_committed_records_are_read(path):
+  rows = records.read(path)
+  assert [records.to_line(row) for row in rows] == path.read_text().splitlines()
 
 
 def test_environment_names_the_machine():

@@ -43,7 +43,7 @@ def _record(recipe, ppl, size, **changes):
 RECORDS = [
   _record('base', 10.0, 2.0),
   _record('int8', 10.05, 0.53),
-  _record('int4', 10.4, 0.27, notes=('no kernel for int4 on cpu, no speed-up expected',)),
+  _record('int4', 10.4, 0.27, without_kernel=14),
   _record('int4-worse', 11.0, 0.28, metrics={'plugin_magic': Metric(7.5, 'widget', 3)}),
   _record(EVIL, 13.0, 0.2, ledger=({'layer': EVIL, 'event': 'fallback', 'detail': EVIL},)),
 ]
@@ -97,7 +97,7 @@ def test_the_table_is_aligned_and_fits_120_columns():
     'prefill_tokens_per_s': Metric(12_345_678, 'token/s'),
     'linear_bytes': Metric(140e9, 'byte'),
   }
-  records = [*RECORDS, _record(long, 10, 1, metrics=huge, notes=('no kernel',)), BARE]
+  records = [*RECORDS, _record(long, 10, 1, metrics=huge, without_kernel=1), BARE]
   text = report.table(records)
   lines = text.splitlines()
   assert max(map(len, lines)) <= report.TERMINAL_WIDTH
@@ -171,6 +171,17 @@ def test_unknown_metrics_and_missing_ones():
   assert 'plugin_magic' in words and 'widget' in words
   bare = Page(report.html([BARE]))
   assert 'nothing to draw' in bare.words() and 'There is none' in bare.words()
+
+
+def test_the_widened_perplexity_has_a_column_of_the_page_where_it_was_measured():
+  title = 'perplexity vs base, weights widened'
+  assert title not in Page(report.html(RECORDS)).words()
+  fast = _record('fast', 10.09, 0.3, metrics={'widened_ppl_ratio': Metric(1.0012, '1', 1000)})
+  page = Page(report.html([*RECORDS, fast]))
+  assert title in page.words()
+  cells = [data for tag, data in page.text if tag == 'td']
+  assert '+0.90%' in cells and '+0.12%' in cells  # what was timed, and the same weights widened
+  assert '+0.12%' not in report.table([*RECORDS, fast])
 
 
 def test_every_fallback_is_a_row():

@@ -1,0 +1,100 @@
+"""The generator of README's tables: parts are found, joined and refused as promised."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from experiments import update_readme
+from experiments.update_readme import Part
+from model.eval import records
+from model.eval.records import Metric, Record
+
+
+def _record(recipe, ppl, size, speed, **changes):
+  metrics = {
+    'ppl': Metric(ppl, '1', 100),
+    'ppl_ratio': Metric(ppl / 20, '1', 100),
+    'kl_to_base': Metric(ppl / 1000, 'nat/token', 100),
+    'stored_bytes': Metric(size, 'byte'),
+    'linear_bytes_vs_bf16': Metric(size / 2e8, '1'),
+    'decode_tokens_per_s': Metric(speed, 'token/s', 7, 8.0),
+    'decode_speedup': Metric(speed / 50, '1', 7, 0.2),
+  }
+  return Record(
+    experiment='compress',
+    recipe=recipe,
+    command='python -m experiments.compress',
+    config={'model': 'real.gguf', 'recipe': {'name': recipe}},
+    environment={'cpu': 'A CPU', 'cpu_cores': 2},
+    seed=0,
+    metrics=metrics,
+    **changes,
+  )
+
+
+ENGLISH = [_record('base', 20.0, 4e8, 50), _record('int4', 21.0, 1e8, 150, without_kernel=3)]
+CODE = [_record('base', 5.0, 4e8, 51), _record('int4', 22.5, 1e8, 149)]
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+  """A function (name, records) -> the path of their file."""
+  monkeypatch.setattr(update_readme, 'ROOT', tmp_path)
+  monkeypatch.setattr(update_readme, 'RESULTS', tmp_path)
+
+  def make(name, rows) -> pathlib.Path:
+    for row in rows:
+      records.append(tmp_path / name, row)
+    return tmp_path / name
+
+  return make
+
+
+def test_the_table_of_the_real_model_joins_two_texts(write):
+  lines = update_readme.real(write('e.jsonl', ENGLISH), write('c.jsonl', CODE)).splitlines()
+  assert {line.count('|') for line in lines[:4]} == {13}
+  assert lines[2] == ('| `base` | 20.000 |  |  | 5.000 |  |  | 400.0 | 2.000 | 50 ± 4 |  |  |')
+  assert lines[3] == (
+    '| `int4` | 21.000 | +5.00% | 0.0210 | 22.500 | +12.50% | 0.0225 | 100.0 | 0.500 | 150 ± 4 '
+    '| 3.00 ± 0.10 | no kernel |'
+  )
+  assert 'A CPU, 2 cores' in lines[-1] and '[`e.jsonl`](e.jsonl), [`c.jsonl`](c.jsonl)' in lines[-1]
+
+
+@pytest.mark.parametrize('change', ['recipe', 'order', 'model', 'missing'])
+def test_runs_that_differ_are_not_joined(write, change):
+  other = {
+    'recipe': [CODE[0], _record('int4', 22.5, 1e8, 149)],
+    'order': CODE[::-1],
+    'model': [dataclasses.replace(r, config=r.config | {'model': 'another.gguf'}) for r in CODE],
+    'missing': CODE[:1],
+  }[change]
+  other[-1].config['recipe'] = {**other[-1].config['recipe'], 'head': change == 'recipe'}
+  with pytest.raises(ValueError, match=r'e\.jsonl and c\.jsonl differ'):
+    update_readme.real(write('e.jsonl', ENGLISH), write('c.jsonl', other))
+
+
+def test_a_part_stands_once_in_its_file_as_soon_as_its_records_exist(write, monkeypatch):
+  count = lambda path: f'{len(records.read(path))} rows'
+  part = Part(file='a.md', name='some', generate=count, results=('e.jsonl',))
+  monkeypatch.setattr(update_readme, 'PARTS', (part,))
+  text = 'before\n<!-- some -->\nold\nlines\n<!-- /some -->\nafter\n'
+  assert update_readme.render('a.md', text) == text  # there is nothing to make it from
+  write('e.jsonl', ENGLISH)
+  new = update_readme.render('a.md', text)
+  assert new == 'before\n<!-- some -->\n2 rows\n<!-- /some -->\nafter\n'
+  assert update_readme.render('a.md', new) == new
+  empty = text.replace('old\nlines\n', '')
+  assert update_readme.render('a.md', empty) == new
+  assert update_readme.render('b.md', 'another file') == 'another file'
+  for wrong, times in (('', 0), (text * 2, 2)):
+    with pytest.raises(ValueError, match=f'a.md needs the part some once, not {times} times'):
+      update_readme.render('a.md', wrong)
+
+
+def test_the_first_sentence_is_whole(tmp_path):
+  path = tmp_path / 'x.py'
+  path.write_text('"""GPTQ: after Frantar et al. (2022),\nor e.g. `x | y`: whole. Not this."""\n')
+  whole = 'GPTQ: after Frantar et al. (2022), or e.g. `x \\| y`: whole.'
+  assert update_readme._first_sentence(path) == whole
