@@ -21,7 +21,7 @@ from model.eval import layer_figures, records, report, select
 from model.eval.records import Record
 
 KIND = 'compress'  # of the output folder
-RECORDS, HELD_OUT, MODELS, LAYERS = 'records.jsonl', 'held_out.txt', 'models', 'layers.png'
+RECORDS, MODELS, LAYERS = 'records.jsonl', 'models', 'layers.png'
 TITLE = 'What each recipe costs and buys'
 ROOT = pathlib.Path(__file__).parents[1]
 CODE = ('ops', 'model', 'experiments')
@@ -44,7 +44,10 @@ class Comparison:
       'settings': self.work.settings,
       'weights': fingerprint.of_model(self.work.base),
       'tokens': fingerprint.of_arrays(
-        [('measured', self.work.text.tokens_BT), ('calibration', self.work.calibration_BT)]
+        [
+          *((name, text.tokens_BT) for name, text in self.work.texts.items()),
+          ('calibration rows', self.work.calibration_BT),
+        ]
       ),
       'recipes': [one.to_dict() for one in self.recipes],
       'seed': self.work.seed,
@@ -108,7 +111,7 @@ def write(
   """Writes the report, the pictures and the text; `out` is the name that the folder will have."""
   if comparison.found is not None:
     search.write(comparison.found, comparison.costs, folder)
-  write_held_out(folder / HELD_OUT, comparison.inputs, comparison.work.text)
+  write_held_out(folder, comparison.inputs, comparison.work.texts)
   use = {
     one.name: f'python -m experiments.generate --model={out}/{MODELS}/{one.name} '
     '--prompt="import os"'

@@ -6,7 +6,7 @@ and a page.
 
   python -m experiments.compress
 
-On a checkpoint of yours (a Hugging Face folder) and a text of yours:
+On a checkpoint of yours (a Hugging Face folder or a GGUF file) and a text of yours:
 
   python -m experiments.compress --model=DIR --text=FILE --recipes=int8,nf4,wanda50 --out=DIR
 
@@ -55,13 +55,17 @@ SMOKE_RECIPES = ('int8', 'wanda_2of4_int8')
 DEFAULT_PPL_RATIO = 1.05
 
 MODEL = flags.DEFINE_string(
-  'model', None, 'Hugging Face folder or hub id to compress. Default: train a small base model.'
-)
-TEXT = flags.DEFINE_string(
-  'text',
+  'model',
   None,
-  'Text file or folder to calibrate and measure on. It is split by content; OUT/held_out.txt has '
-  "the measured part. Default: the source of Python's standard library.",
+  'Hugging Face folder or hub id, or GGUF file, to compress. Default: train a small base model.',
+)
+TEXT = flags.DEFINE_list(
+  'text',
+  [],
+  'Text file or folder to calibrate and measure on, or python-source or python-docs, which every '
+  'Python installation has. It is split by content; OUT/held_out.txt has the measured part. Of '
+  'several, separated by commas, all are calibrated on together, and each is measured by itself. '
+  'Default: python-source.',
 )
 RECIPE_NAMES = flags.DEFINE_list(
   'recipes', None, f'Recipes to apply, separated by commas. Default: {",".join(DEFAULT_RECIPES)}.'

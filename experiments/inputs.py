@@ -1,7 +1,10 @@
 """The inputs of the main job: a model, its texts, and the windows that are cut from them."""
 
+import collections
 import dataclasses
+import hashlib
 import pathlib
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,6 +18,7 @@ from model.transformer import Transformer
 DEFAULT_SEQ_LEN = 512
 CALIBRATION_TOKENS = 32_768
 SMOKE_ROWS, SMOKE_WINDOWS = 8, 16
+HELD_OUT = 'held_out.txt'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,9 +27,9 @@ class Inputs:
 
   model: Transformer
   tokenizer: Tokenizer
-  texts: corpus.Corpus
+  texts: Mapping[str, corpus.Corpus]  # by name
   name: str
-  trained: dict  # the settings of its training, if it was trained here
+  about: dict  # for the records: how the model was trained here, or the hash of its file
   seq_len: int  # the default length of a window
 
 
@@ -41,26 +45,27 @@ class Protocol:
   seed: int = 0
 
 
-def load(model: str | None, text: str | None, *, seed: int, smoke: bool) -> Inputs:
-  """Loads a model and a text; without a model, the embedded base model and its corpus.
+def load(model: str | None, texts: Sequence[str], *, seed: int, smoke: bool) -> Inputs:
+  """Loads a model and texts; without a model, the embedded base model and its corpus.
 
   Raises:
-    ValueError: the model or the text cannot be read, the model has no tokenizer, or there is a text
-      without a model.
+    ValueError: the model or a text cannot be read, two texts have the same name, the model has no
+      tokenizer, or there is a text without a model.
   """
   if model is None:
-    if text is not None:
+    if texts:
       raise ValueError('--text needs a --model; without one the base model brings its own corpus')
     return _embedded(embedded.load_or_train(common.cache_folder(), seed=seed, smoke=smoke))
+  _check_names(texts)
   loaded, tokenizer = hf.load_pretrained(model)
   if tokenizer is None:
     raise ValueError(f'{model} has no tokenizer; put its tokenizer.json into the folder')
   return Inputs(
     model=loaded,
     tokenizer=tokenizer,
-    texts=corpus.load(text),
+    texts={corpus.name(text): corpus.load(text) for text in texts or [corpus.SOURCE]},
     name=model,
-    trained={},
+    about=_hash(pathlib.Path(model)),
     seq_len=min(DEFAULT_SEQ_LEN, loaded.config.max_positions),
   )
 
@@ -68,15 +73,16 @@ def load(model: str | None, text: str | None, *, seed: int, smoke: bool) -> Inpu
 def make_study(inputs: Inputs, protocol: Protocol) -> study.Study:
   """Cuts the texts into windows and rows. Raises ValueError if they are too short."""
   seq_len = protocol.seq_len or inputs.seq_len
-  tokens_T, ends_T = _held_out_tokens(inputs)
-  text = perplexity.windows(tokens_T, ends_T, seq_len, protocol.max_windows)
-  perplexity.check(inputs.model, text)
+  texts = {}
+  for name, text in inputs.texts.items():
+    tokens_T, ends_T = _held_out_tokens(inputs.tokenizer, text)
+    texts[name] = perplexity.windows(tokens_T, ends_T, seq_len, protocol.max_windows)
+    perplexity.check(inputs.model, texts[name])
   rows = protocol.calibration_rows or -(-CALIBRATION_TOKENS // seq_len)
-  calibration_BT = common.calibration_rows(inputs.tokenizer, inputs.texts, seq_len, rows)
   work = study.Study(
     base=inputs.model,
-    calibration_BT=calibration_BT,
-    text=text,
+    calibration_BT=_calibration_rows(inputs, seq_len, rows),
+    texts=texts,
     settings={},
     environment=records.environment(),
     seed=protocol.seed,
@@ -86,32 +92,42 @@ def make_study(inputs: Inputs, protocol: Protocol) -> study.Study:
   return dataclasses.replace(work, settings=_settings(inputs, work))
 
 
-def write_held_out(path: pathlib.Path, inputs: Inputs, windows: perplexity.Windows) -> None:
+def write_held_out(
+  folder: pathlib.Path, inputs: Inputs, texts: Mapping[str, perplexity.Windows]
+) -> None:
   """Writes the text of the windows, so that `evaluate` measures the same tokens.
+
+  The first text becomes `held_out.txt`, another one `held_out_NAME.txt`.
+  """
+  for i, (name, windows) in enumerate(texts.items()):
+    file = folder / (f'held_out_{name}.txt' if i else HELD_OUT)
+    file.write_bytes(_held_out(inputs.tokenizer, inputs.texts[name], windows).encode())
+
+
+def _held_out(tokenizer: Tokenizer, text: corpus.Corpus, windows: perplexity.Windows) -> str:
+  """The text of which the tokenizer makes these windows and no other.
 
   The last word of a text that is cut may become other tokens than it is within the text. So the cut
   moves on until the text gives the same windows, and no more of them.
   """
-  held_out = ''.join(inputs.texts.held_out)
-  tokens_T, ends_T = _held_out_tokens(inputs)
+  held_out = ''.join(text.held_out)
+  tokens_T, ends_T = _held_out_tokens(tokenizer, text)
   size, seq_len = windows.tokens_BT.size, windows.seq_len
   for end in ends_T[size - 1 : size - 1 + seq_len]:
-    text = held_out.encode()[:end].decode(errors='ignore')
-    again_T = inputs.tokenizer.encode(text)
+    cut = held_out.encode()[:end].decode(errors='ignore')
+    again_T = tokenizer.encode(cut)
     if len(again_T) < size + seq_len and np.array_equal(again_T[:size], tokens_T[:size]):
-      break
-  else:
-    text = held_out
-  path.write_bytes(text.encode())
+      return cut
+  return held_out
 
 
 def _embedded(trained: embedded.Embedded) -> Inputs:
   return Inputs(
     model=trained.model,
     tokenizer=trained.tokenizer,
-    texts=trained.texts,
+    texts={corpus.SOURCE: trained.texts},
     name='embedded default',
-    trained=trained.about,
+    about=trained.about,
     seq_len=trained.about['plan']['seq_len'],
   )
 
@@ -120,11 +136,9 @@ def _settings(inputs: Inputs, work: study.Study) -> dict:
   """What the records say of model, text and protocol."""
   return {
     'model': inputs.name,
-    **inputs.trained,
-    'corpus': inputs.texts.source,
-    'corpus_fingerprint': inputs.texts.fingerprint,
+    **inputs.about,
+    'texts': {name: _about_text(inputs.texts[name], work.texts[name]) for name in work.texts},
     'seq_len': work.text.seq_len,
-    'windows': len(work.text.tokens_BT),
     'calibration_rows': len(work.calibration_BT),
     'activations': str(inputs.model.dtype),
     'batch': study.BATCH,
@@ -133,5 +147,41 @@ def _settings(inputs: Inputs, work: study.Study) -> dict:
   }
 
 
-def _held_out_tokens(inputs: Inputs):
-  return inputs.tokenizer.encode_with_bytes(''.join(inputs.texts.held_out))
+def _about_text(text: corpus.Corpus, windows: perplexity.Windows) -> dict:
+  return {
+    'source': text.source,
+    'fingerprint': text.fingerprint,
+    'windows': len(windows.tokens_BT),
+  }
+
+
+def _calibration_rows(inputs: Inputs, seq_len: int, count: int) -> np.ndarray:
+  """Rows of all texts, equally many of each: [rows, seq_len]."""
+  texts = list(inputs.texts.values())
+  shares = [len(part) for part in np.array_split(np.arange(count), len(texts))]
+  return np.concatenate(
+    [
+      common.calibration_rows(inputs.tokenizer, text, seq_len, share)
+      for text, share in zip(texts, shares)
+      if share
+    ]
+  )
+
+
+def _check_names(texts: Sequence[str]) -> None:
+  counts = collections.Counter(map(corpus.name, texts))
+  twice = sorted(name for name, count in counts.items() if count > 1)
+  if twice:
+    raise ValueError(f'--text names {", ".join(twice)} twice; a text is known by its name')
+
+
+def _hash(file: pathlib.Path) -> dict:
+  """The hash of a checkpoint that is one file."""
+  if not file.is_file():
+    return {}
+  with file.open('rb') as opened:
+    return {'model_sha256': hashlib.file_digest(opened, 'sha256').hexdigest()}
+
+
+def _held_out_tokens(tokenizer: Tokenizer, text: corpus.Corpus):
+  return tokenizer.encode_with_bytes(''.join(text.held_out))

@@ -4,12 +4,16 @@ Quality and speed are those of one program: the model as `model.infer.prepare` p
 device, which is also what generation runs. On a CPU its products may round activations, so the
 perplexity of the same weights widened to floating point is measured beside it, as
 `widened_ppl_ratio`; the difference to `ppl_ratio` is the price of the fast products.
+
+Quality may be measured on several texts. The metrics of the first have plain names; those of
+another text end in its name, as in `ppl:python-source`.
 """
 
 import collections
 import dataclasses
 import pathlib
 import time
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -36,12 +40,17 @@ class Study:
 
   base: Transformer
   calibration_BT: np.ndarray
-  text: perplexity.Windows
+  texts: Mapping[str, perplexity.Windows]  # by name; the first decides between recipes
   settings: dict  # model, text and protocol, for the records
   environment: dict
   seed: int
   rounds: int = 7
   prompt_length: int = 128
+
+  @property
+  def text(self) -> perplexity.Windows:
+    """The first text."""
+    return next(iter(self.texts.values()))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +58,7 @@ class Baseline:
   """The base, prepared for this device, and its measurements."""
 
   ready: Transformer
-  quality: perplexity.Quality
+  qualities: Mapping[str, perplexity.Quality]  # by the name of the text
   bench: bench.Bench
   bandwidth: Metric
 
@@ -59,7 +68,7 @@ def baseline(study: Study) -> Baseline:
   ready = prepare(study.base)
   return Baseline(
     ready=ready,
-    quality=_evaluate(study, ready, None, 'base'),
+    qualities=_evaluate_all(study, ready, None, 'base'),
     bench=_bench(study, ready),
     bandwidth=timing.copy_bandwidth(),
   )
@@ -67,7 +76,7 @@ def baseline(study: Study) -> Baseline:
 
 def base_record(study: Study, base: Baseline) -> Record:
   """The row that every ratio refers to."""
-  metrics = {**_quality_metrics(base.quality, base.quality), **_bytes(study.base)}
+  metrics = {**_quality_metrics(base.qualities, base), **_bytes(study.base)}
   metrics |= _widened(study, study.base, base.ready, base, records.BASE)
   metrics |= _speed(study, study.base, base.bench, base)
   recipe, missing = {'name': records.BASE, 'steps': []}, missing_kernels(study.base, base.ready)
@@ -86,8 +95,8 @@ def run(
   jax.block_until_ready([p.get_value() for p in parameters(model).values()])
   compress_s = time.perf_counter() - start
   ready = prepare(model)
-  quality = _evaluate(study, ready, base.ready, recipe.name)
-  metrics = {**_quality_metrics(quality, base.quality), **_bytes(model)}
+  qualities = _evaluate_all(study, ready, base.ready, recipe.name)
+  metrics = {**_quality_metrics(qualities, base), **_bytes(model)}
   metrics |= _widened(study, model, ready, base, recipe.name)
   metrics |= _speed(study, model, _bench(study, ready), base)
   metrics['compress_s'] = Metric(compress_s, 's')
@@ -132,9 +141,13 @@ def _blocks(model):
   return {path: w for path, w in matrices(model).items() if path.startswith('layers.')}
 
 
-def _evaluate(study, model, base, name):
+def _evaluate_all(study, model, base, name) -> dict[str, perplexity.Quality]:
+  return {text: _evaluate(study.texts[text], model, base, name) for text in study.texts}
+
+
+def _evaluate(text, model, base, name) -> perplexity.Quality:
   progress = common.labelled(f'{name}: evaluate')
-  return perplexity.evaluate(model, study.text, base=base, progress=progress)
+  return perplexity.evaluate(model, text, base=base, progress=progress)
 
 
 def _bench(study, model) -> bench.Bench:
@@ -147,11 +160,20 @@ def _widened(study, model, ready, base: Baseline, name) -> dict[str, Metric]:
   """The perplexity ratio of the same weights in floating-point products, if those differ."""
   if ready is model:
     return {}
-  quality = _evaluate(study, model, None, f'{name}, widened')
-  return {'widened_ppl_ratio': Metric(quality.ppl / base.quality.ppl, '1', quality.tokens)}
+  quality = _evaluate(study.text, model, None, f'{name}, widened')
+  first = next(iter(base.qualities.values()))
+  return {'widened_ppl_ratio': Metric(quality.ppl / first.ppl, '1', quality.tokens)}
 
 
-def _quality_metrics(quality, base) -> dict[str, Metric]:
+def _quality_metrics(qualities, base: Baseline) -> dict[str, Metric]:
+  metrics = {}
+  for i, (text, quality) in enumerate(qualities.items()):
+    for name, metric in _metrics_of_text(quality, base.qualities[text]).items():
+      metrics[f'{name}:{text}' if i else name] = metric
+  return metrics
+
+
+def _metrics_of_text(quality, base) -> dict[str, Metric]:
   n = quality.tokens
   metrics = {
     'ppl': Metric(quality.ppl, '1', n),

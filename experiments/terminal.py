@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 
 from experiments import common
-from experiments.comparison import HELD_OUT, LAYERS, MODELS, RECORDS
+from experiments.comparison import LAYERS, MODELS, RECORDS
+from experiments.inputs import HELD_OUT
 from model.compress import recipe, registry
 from model.compress.recipe import Recipe
 from model.eval import columns, report, select
-from model.eval.columns import COLUMNS
+from model.eval.columns import TERMINAL_COLUMNS as COLUMNS
 from model.eval.records import BASE, Record
 
 MIN_WIDTH = 7  # of a column: all that `columns` shows of usual models fits in

@@ -85,36 +85,30 @@ def results(path: pathlib.Path) -> str:
   return '\n'.join(lines)
 
 
-def real(english: pathlib.Path, code: pathlib.Path) -> str:
-  """Two runs of the main job on a real model, which differ in the text, as one table.
-
-  Raises ValueError if the runs are not of the same model and recipes.
-  """
-  rows, other = records.read(english), records.read(code)
-  plan = lambda rows: [(row.config['model'], row.config['recipe']) for row in rows]
-  if plan(rows) != plan(other):
-    raise ValueError(f'{english.name} and {code.name} differ in the model or in the recipes')
+def real(path: pathlib.Path) -> str:
+  """One run of the main job on a real model and two texts as a table."""
+  rows = records.read(path)
+  about = rows[0]
+  _, other = about.config['texts']
   lines = [
     '| recipe | English: perplexity | vs base | KL, nats | code: perplexity | vs base | KL, nats '
     '| model, MB | linear layers, of bf16 | decode, tokens/s | vs base | |',
     f'| --- |{" ---: |" * 10} --- |',
-    *(_real_line(row, twin) for row, twin in zip(rows, other)),
+    *(_real_line(row, other) for row in rows),
   ]
-  about = rows[0]
-  commands = ' and '.join(f'`{one.command}`' for one in (about, other[0]))
   lines.append(
-    f'\n{commands} on {_machine(about)}; KL: divergence from the base per token; decoding at batch '
-    f'1, medians ± half an interquartile range; records: {_link(english)}, {_link(code)}.'
+    f'\n`{about.command}` on {_machine(about)}; KL: divergence from the base per token; decoding '
+    f'at batch 1, medians ± half an interquartile range; records: {_link(path)}.'
   )
   return '\n'.join(lines)
 
 
-def _real_line(row: Record, twin: Record) -> str:
+def _real_line(row: Record, other: str) -> str:
   decode = row.metrics['decode_tokens_per_s']
   cells = [
     f'`{row.recipe}`',
     *_quality(row),
-    *_quality(twin),
+    *_quality(row, f':{other}'),
     f'{row.value("stored_bytes") / MEGABYTE:.1f}',
     f'{row.value("linear_bytes_vs_bf16"):.3f}',
     f'{decode.value:.0f} ± {decode.spread / 2:.0f}',
@@ -124,12 +118,13 @@ def _real_line(row: Record, twin: Record) -> str:
   return f'| {" | ".join(cells)} |'
 
 
-def _quality(row: Record) -> list[str]:
+def _quality(row: Record, text: str = '') -> list[str]:
   """Perplexity, its change against the base, and the KL divergence from the base."""
-  ppl = f'{row.value("ppl"):.3f}'
+  ppl = f'{row.value(f"ppl{text}"):.3f}'
   if row.recipe == BASE:
     return [ppl, '', '']
-  return [ppl, f'{row.value("ppl_ratio") - 1:+.2%}', f'{row.value("kl_to_base"):.4f}']
+  change, kl = row.value(f'ppl_ratio{text}') - 1, row.value(f'kl_to_base{text}')
+  return [ppl, f'{change:+.2%}', f'{kl:.4f}']
 
 
 def decoding(path: pathlib.Path) -> str:
@@ -245,7 +240,7 @@ PARTS = (
     file='README.md',
     name='real',
     generate=real,
-    results=('smollm2_english_cpu.jsonl', 'smollm2_code_cpu.jsonl'),
+    results=('smollm2_cpu.jsonl',),
   ),
   Part(file='README.md', name='results', generate=results, results=('compress_cpu.jsonl',)),
   Part(file='README.md', name='decoding', generate=decoding, results=('decode_cpu.jsonl',)),

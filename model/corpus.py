@@ -16,13 +16,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from model import library
+
 TRAIN_PERCENT, CALIBRATION_PERCENT = 90, 5  # the rest is held out
 SUFFIXES = ('.txt', '.md', '.py', '.jsonl')
 LARGEST_BLOCK = 8192  # characters of a block, where one text is cut up
 SMALLEST_BLOCK = 64
 LONGEST_TOKEN = 16  # characters; a row of tokens is longer than 16 characters a token only rarely
-# Installed packages, frozen copies of old grammars and fixtures that are not real modules.
-SKIPPED_FOLDERS = frozenset({'site-packages', 'dist-packages', 'lib2to3', 'idle_test'})
+SOURCE, DOCUMENTATION = 'python-source', 'python-docs'
+BUILT_IN = {  # what they are, and how they are read
+  SOURCE: ('the standard library', library.source),
+  DOCUMENTATION: ('the documentation', library.documentation),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +47,7 @@ class Corpus:
 
 
 def load(path: str | pathlib.Path | None = None) -> Corpus:
-  """Reads a text file, or a folder of `SUFFIXES` files; with no path the standard library.
+  """Reads a text file, a folder of `SUFFIXES` files, or a text of `BUILT_IN` by its name.
 
   A file of any other name is read as text. A `.jsonl` file has one document a line, in the field
   "text"; every other file is one document. Fewer than three documents are cut into blocks at blank
@@ -52,8 +57,9 @@ def load(path: str | pathlib.Path | None = None) -> Corpus:
   Raises:
     ValueError: the path is missing or holds no text, or a file is not UTF-8 or not valid JSON.
   """
-  if path is None:
-    return standard_library()
+  path = SOURCE if path is None else path
+  if path in BUILT_IN:
+    return _built_in(path)
   path = pathlib.Path(path)
   documents = _unique(text for file in _files(path) for text in _read(file))
   if not documents:
@@ -65,21 +71,14 @@ def load(path: str | pathlib.Path | None = None) -> Corpus:
   return split(documents, source=str(path))
 
 
-def standard_library() -> Corpus:
-  """The `.py` files of the running Python's standard library, its tests included.
+def name(path: str | pathlib.Path) -> str:
+  """A short name of a text: that of the file without its extensions, of the folder, or its own."""
+  return str(path) if path in BUILT_IN else pathlib.Path(path).resolve().name.partition('.')[0]
 
-  Some distributions ship Python without its tests; there it is about 700 files and 12 MB.
-  """
-  folder = pathlib.Path(sysconfig.get_path('stdlib'))
-  texts = []
-  for file in sorted(folder.rglob('*.py')):
-    if SKIPPED_FOLDERS.isdisjoint(file.relative_to(folder).parts) and file.is_file():
-      try:
-        texts.append(file.read_bytes().decode())
-      except UnicodeDecodeError:
-        continue  # test data about other encodings
-  version = sysconfig.get_python_version()
-  return split(_unique(texts), source=f'the standard library of Python {version}')
+
+def standard_library() -> Corpus:
+  """The source of the running Python's standard library, in three parts."""
+  return _built_in(SOURCE)
 
 
 def split(documents: Iterable[str], *, source: str) -> Corpus:
@@ -166,6 +165,11 @@ def _from_all(tokens, length, count, random):
   else:
     starts = np.arange(count) * length + np.sort(random.integers(spare + 1, size=count))
   return [tokens[start : start + length] for start in starts]
+
+
+def _built_in(name: str) -> Corpus:
+  what, read = BUILT_IN[name]
+  return split(_unique(read()), source=f'{what} of Python {sysconfig.get_python_version()}')
 
 
 def _cut(text: str, low: int, high: int) -> int:

@@ -14,6 +14,7 @@ from model.compress import registry
 from model.eval import perplexity, records
 from model.infer.generate import generate
 from model.infer.prepare import prepare
+from model.tokenizer import Tokenizer
 from ops.kernels import cpu
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -116,7 +117,7 @@ def test_the_records_say_what_was_measured(finished):
     assert row.experiment == 'compress'
     assert row.config['calibration_rows'] == 8
     assert row.config['prompt_length'] == 128
-    assert row.metrics['ppl'].n == row.config['windows'] * 63 == 16 * 63
+    assert row.metrics['ppl'].n == row.config['texts']['python-source']['windows'] * 63 == 16 * 63
     assert row.metrics['decode_tokens_per_s'].n == 5
   assert int8.config['recipe']['steps'][-1]['round_to_nearest']['format'] == 'int8'
   if jax.default_backend() == 'cpu':
@@ -208,3 +209,32 @@ def test_a_plug_in_adds_a_technique(script, tmp_path, monkeypatch, capsys):
   assert recipe.resolve('mine', common.RECIPES).steps[0].spec.strength is None
   with pytest.raises(ValueError, match='strength is float'):
     recipe.parse({'name': 'x', 'steps': [{'mine': {'strength': 'much'}}]})
+
+
+def test_several_texts_are_calibrated_on_together_and_measured_one_by_one(script, base, tmp_path):
+  tokenizer, texts, out = Tokenizer.load(base), {}, tmp_path / 'out'
+  for name, words in (('verse', 'roses are red, violets blue'), ('sums', '1 + 1 = 2; 3 - 2 = 1')):
+    lines = [f'{i} {words} {i * i}\n' for i in range(3000)]
+    texts[name] = tmp_path / f'{name}.txt'
+    texts[name].write_text(''.join(lines))
+  arguments = ['--recipes=wanda50', '--calibration_rows=9', '--max_windows=4', '--rounds=5']
+  both = f'--text={texts["verse"]},{texts["sums"]}'
+  script(f'--model={base}', both, '--seq_len=64', f'--out={out}', *arguments)
+  first, pruned = records.read(out / 'records.jsonl')
+  assert list(pruned.config['texts']) == ['verse', 'sums']
+  assert pruned.config['calibration_rows'] == 9
+  model = hf.load_pretrained(out / 'models' / 'wanda50')[0]
+  for file, suffix in (('held_out.txt', ''), ('held_out_sums.txt', ':sums')):
+    text = (out / file).read_bytes().decode()
+    windows = perplexity.windows(*tokenizer.encode_with_bytes(text), 64)
+    ppl = perplexity.evaluate(prepare(model), windows).ppl
+    assert ppl == pruned.value(f'ppl{suffix}') != first.value(f'ppl{suffix}')
+    ratio = pruned.value(f'ppl{suffix}') / first.value(f'ppl{suffix}')
+    assert pruned.value(f'ppl_ratio{suffix}') == pytest.approx(ratio, rel=1e-12)
+  assert pruned.value('ppl') != pruned.value('ppl:sums')
+
+
+def test_texts_of_one_name_are_refused(script, base, tmp_path):
+  same = tmp_path / 'a' / 'x.txt', tmp_path / 'b' / 'x.md'
+  with pytest.raises(ValueError, match='--text names x twice'):
+    script(f'--model={base}', f'--text={same[0]},{same[1]}', f'--out={tmp_path / "out"}')

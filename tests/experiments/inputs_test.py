@@ -17,9 +17,10 @@ def test_held_out_text_gives_its_windows_again(tmp_path):
     for limit in range(1, len(tokens_T) // seq_len):
       text = perplexity.windows(tokens_T, ends_T, seq_len, limit)
       corpus = type('Corpus', (), {'held_out': [texts]})
-      found = type('Inputs', (), {'texts': corpus, 'tokenizer': tokenizer})
-      inputs.write_held_out(tmp_path / 'held_out.txt', found, text)
+      found = type('Inputs', (), {'texts': {'a': corpus, 'b': corpus}, 'tokenizer': tokenizer})
+      inputs.write_held_out(tmp_path, found, {'a': text, 'b': text})
       again = tokenizer.encode_with_bytes((tmp_path / 'held_out.txt').read_text())
+      assert (tmp_path / 'held_out_b.txt').read_text() == (tmp_path / 'held_out.txt').read_text()
       found = perplexity.windows(*again, seq_len)
       np.testing.assert_array_equal(found.tokens_BT, text.tokens_BT)
       assert found.predicted_bytes == text.predicted_bytes

@@ -5,7 +5,7 @@ import sys
 from experiments import terminal
 from model.compress import recipe
 from model.eval import select
-from model.eval.columns import COLUMNS
+from model.eval.columns import TERMINAL_COLUMNS as COLUMNS
 from model.eval.records import Metric, Record
 
 INT8 = recipe.Recipe(name='int8', steps=(), description='all in int8')

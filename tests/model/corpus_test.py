@@ -8,7 +8,7 @@ import sysconfig
 import numpy as np
 import pytest
 
-from model import corpus
+from model import corpus, library
 
 
 def _bucket(text):
@@ -34,6 +34,19 @@ def test_standard_library_is_split_by_content_hash_and_repeatable():
   assert 0.8 < len(loaded.train) / len(texts) < 0.97
   assert corpus.load().fingerprint == loaded.fingerprint
   assert sysconfig.get_python_version() in loaded.source
+
+
+def test_documentation_is_a_text_with_a_name():
+  loaded = corpus.load(corpus.DOCUMENTATION)
+  texts = sorted(text for part in _parts(loaded).values() for text in part)
+  assert texts == sorted(set(library.documentation()))
+  assert loaded.source == f'the documentation of Python {sysconfig.get_python_version()}'
+  assert loaded.fingerprint != corpus.load(corpus.SOURCE).fingerprint
+
+
+def test_a_text_is_named_after_its_file(tmp_path):
+  names = [corpus.name(path) for path in ('python-docs', tmp_path / 'wiki.jsonl.gz', 'a/b/')]
+  assert names == ['python-docs', 'wiki', 'b']
 
 
 def test_folder_reads_every_kind_and_drops_empties_and_repeats(tmp_path):

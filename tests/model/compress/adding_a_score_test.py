@@ -22,7 +22,7 @@ def own_registry(monkeypatch):
 def work(tiny, tokens_BT):
   text = perplexity.windows(tokens_BT.reshape(-1), np.arange(tokens_BT.size), 10)
   shared = {'settings': {}, 'environment': {}, 'seed': 0, 'rounds': 5, 'prompt_length': 8}
-  return study.Study(base=tiny(), calibration_BT=tokens_BT, text=text, **shared)
+  return study.Study(base=tiny(), calibration_BT=tokens_BT, texts={'text': text}, **shared)
 
 
 def test_ten_lines(work):
