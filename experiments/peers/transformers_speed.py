@@ -10,6 +10,7 @@ line per dtype has the tokens per second of the prefill (median of 3) and of dec
 Device: CPU. Minutes: 1 on two cores. Needs the extra `test`, for torch and transformers.
 """
 
+import inspect
 import json
 import statistics
 import time
@@ -55,17 +56,23 @@ def _prefill(model, tokens):
     start = time.perf_counter()
     out = model(tokens, use_cache=True)
     times.append(time.perf_counter() - start)
-  return statistics.median(times), out.past_key_values
+  return statistics.median(times), out[_cache_name(model)]
 
 
 def _decode(model, token, cache):
   times = []
   for _ in range(TOKENS.value):
     start = time.perf_counter()
-    out = model(token, past_key_values=cache, use_cache=True)
+    out = model(token, use_cache=True, **{_cache_name(model): cache})
     token = out.logits[:, -1:].argmax(-1)
     times.append(time.perf_counter() - start)
   return statistics.median(times)
+
+
+def _cache_name(model) -> str:
+  # transformers 5.24 renamed the argument.
+  named = 'cache' in inspect.signature(model.forward).parameters
+  return 'cache' if named else 'past_key_values'
 
 
 if __name__ == '__main__':
