@@ -29,6 +29,8 @@ CHECK = flags.DEFINE_bool('check', False, 'Only say whether the files are up to 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'experiments' / 'results'
 SHOWN = ('ops', 'model', 'experiments')
+# A full stop before a capital letter or code, but not that of an abbreviation.
+SENTENCE_END = re.compile(r'(?<=\.)(?<!et al\.)(?<!e\.g\.)\s+(?=[A-Z`])')
 
 
 def main() -> None:
@@ -213,10 +215,8 @@ def _folder(folder: pathlib.Path) -> Iterator[str]:
 
 def _first_sentence(path: pathlib.Path) -> str:
   docstring = ast.get_docstring(ast.parse(path.read_text())) or ''
-  # A sentence ends at a full stop before a capital letter, but not in "et al." and "e.g.".
-  paragraph = docstring.split('\n\n')[0].replace('\n', ' ')
-  end = r'(?<=\.)(?<!et al\.)(?<!e\.g\.)\s+(?=[A-Z`])'
-  return re.split(end, paragraph, maxsplit=1)[0].replace('|', '\\|')
+  paragraph = docstring.split('\n\n')[0].replace('\n', ' ').replace('|', '\\|')
+  return SENTENCE_END.split(paragraph, maxsplit=1)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

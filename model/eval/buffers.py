@@ -1,9 +1,9 @@
-"""The buffers of a compiled program, read off its text, and the widened weights among them.
+"""Finds the buffers of a compiled program in its text, and the widened weights among them.
 
-A program that multiplies by a compressed weight saves nothing if it first writes the weight out in
-a wider type. What a fusion computes in passing has no buffer, so computations inside fusions are
-left out, and so are the program's arguments. XLA:TPU may keep a buffer in its vector memory
-(VMEM); it counts too, because it was written and has to be read again.
+A program that multiplies by a compressed weight saves nothing if it first writes the weight to
+memory in a wider type. Values inside a fusion have no buffer, so computations inside fusions are
+left out, and so are the program's arguments. XLA:TPU may keep a buffer in its vector memory (VMEM);
+such a buffer counts too, because it is written and read again.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ _ARRAY = re.compile(r'\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]')
 _RESULT = re.compile(r'^\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\(')
 _FUSED = re.compile(r'\bfusion\(.*\bcalls=%?([\w.-]+)')
 _APPLIED = re.compile(r'\bto_apply=%?([\w.-]+)')
-# No buffer of their own: arguments, views of others, parts of tuples, and what a loop only carries.
+# Instructions without a buffer of their own: arguments, views, parts of tuples, carries of loops.
 _NO_BUFFER = {'parameter', 'bitcast', 'tuple', 'get-tuple-element', 'while'}
-PADDING = 9 / 8  # a copy may be filled up to whole blocks
+PADDING = 9 / 8  # a copy may be padded to whole blocks
 
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-  """An array that a program writes."""
+  """An array that a program writes to memory."""
 
   dtype: str  # as in the program's text, such as 'bf16'
   shape: tuple[int, ...]
@@ -39,13 +39,13 @@ class Buffer:
 
   @property
   def bits(self) -> int:
-    """Of an element."""
+    """The bits of one element."""
     found = re.search(r'[0-9]+', self.dtype)
     return int(found[0]) if found else 8  # pred
 
 
 def buffers(text: str) -> Iterator[Buffer]:
-  """Every array that an instruction outside fusions writes, from the text of an HLO module."""
+  """Yields each array that instructions outside fusions write, from the text of an HLO module."""
   lines = text.splitlines()
   inner = {m[1] for line in lines for m in (_FUSED.search(line), _APPLIED.search(line)) if m}
   inside = False
@@ -60,9 +60,9 @@ def buffers(text: str) -> Iterator[Buffer]:
 
 
 def widened(text: str, weights: Iterable[linear.Matrix]) -> list[Buffer]:
-  """The buffers with as many elements as one of the weights, and more bits for each than it stores.
+  """Returns the buffers with as many elements as one of the weights, but more bits per element.
 
-  An activation that happens to be as large as a weight is among them; check the shape.
+  An activation of the size of a weight is among them; check the shape.
   """
   sizes = {(math.prod(w.shape), _bits(w)) for w in weights}
   return [
@@ -73,6 +73,6 @@ def widened(text: str, weights: Iterable[linear.Matrix]) -> list[Buffer]:
 
 
 def _bits(w: linear.Matrix) -> float:
-  """The bits that an element takes in the largest array of a weight."""
+  """The bits per element in the largest array of a weight."""
   largest = max(jax.tree.leaves(w), key=lambda leaf: leaf.size)
   return jax.dtypes.itemsize_bits(largest.dtype) * largest.size / math.prod(w.shape)

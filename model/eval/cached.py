@@ -1,10 +1,10 @@
 """Hidden states of whole windows, computed as in generation: through the key/value cache.
 
-A window is fed in pieces of `PIECE` tokens, so every query reads keys and values out of the cache,
-as the format stores them. One pass over the window would not measure a format that leaves the
-tokens of its own call exact. A page of 'int4' is a piece, and there a query sees what it would have
-seen token by token: its own page exactly, and the pages before as they are stored. The other
-formats give the same for pieces of any length.
+A window is processed in pieces of `PIECE` tokens, so that queries read the keys and values that the
+format has stored. One pass over the whole window would not measure a format that keeps the tokens
+of the present call exact. A piece is a page of 'int4': a query then sees what it sees in decoding
+token by token, its own page exactly and earlier pages as they are stored. The results of the other
+formats do not depend on the length of a piece.
 
 The cost is that of a prefill that reads the whole cache for each piece.
 """
@@ -28,7 +28,7 @@ def hidden(
   batch, length = tokens_BT.shape
   count = -(-length // piece)
   padded_BT = jnp.pad(tokens_BT, ((0, 0), (0, count * piece - length)))
-  # Padding repeats the last position, as the cache wants it.
+  # Padding repeats the last position, as the cache requires.
   positions_BT = jnp.minimum(jnp.arange(count * piece, dtype=jnp.int32), length - 1)[None]
   positions_BT = jnp.broadcast_to(positions_BT, padded_BT.shape)
   cache = kv_cache.init(model.config, batch, count * piece, model.dtype, cache_format)

@@ -1,7 +1,7 @@
-"""The Pareto chart as geometry: which points, which axes, and where each label finds room.
+"""The geometry of the Pareto chart: its points, its axes and the places of its labels.
 
-Every drawing of the chart uses these functions, so they all show the same thing. A label is set
-beside its point, in growing rings, at the first place that is free of points and of other labels.
+All drawings of the chart use these functions and so show the same. The places for a label lie on
+rings around its point, and the first one that overlaps no point and no other label is taken.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class Box:
 
 
 def points(records: Sequence[Record]) -> list[Point]:
-  """The records that have both ratios; what is on the front or the base comes last, on top."""
+  """The records that have both ratios; the base and the front come last, to be drawn on top."""
   size = lambda r: r.value(SIZE_RATIO)
   loss = lambda r: select.ppl_ratio(r, records)
   front = {id(r) for r in select.pareto_front(records, size, loss)}
@@ -79,7 +79,7 @@ def points(records: Sequence[Record]) -> list[Point]:
 
 
 def front_steps(chart: Sequence[Point]) -> list[tuple[float, float]]:
-  """The corners of the staircase below which no measured recipe lies, by growing size."""
+  """The corners of the staircase below which no measured recipe lies, in order of size."""
   corners, best = [], math.inf
   for point in sorted(chart, key=lambda p: (p.size_ratio, p.ppl_ratio)):
     if point.ppl_ratio < best:
@@ -96,11 +96,11 @@ def place_labels(
   bounds: Box,
   lines: Sequence[tuple[float, float]] = (),
 ) -> list[Box | None]:
-  """A free place near each anchor for a label of the given size, in pixels; None: there is none.
+  """Returns a free place near each anchor for a label of the given size, in pixels, or None.
 
-  A label that is nearer to its own point than to any other is preferred, for it is read as that
-  point's. `lines` are the corners of a staircase that labels keep off. What matters most comes
-  last, for it is drawn on top, and is placed first.
+  Places that are nearer to the label's own point than to any other are preferred, because a reader
+  assigns a label to the nearest point. Labels do not overlap `lines`, the corners of a staircase.
+  The last points are drawn on top and matter most, so their labels are placed first.
   """
   taken = [Box(x - POINT_RADIUS, y - POINT_RADIUS, *[2 * POINT_RADIUS] * 2) for x, y in anchors]
   taken += [_around(start, end) for start, end in itertools.pairwise(lines)]
@@ -115,13 +115,13 @@ def place_labels(
 
 
 def is_log(chart: Sequence[Point]) -> bool:
-  """Whether the vertical axis is logarithmic; the horizontal one always is."""
+  """Whether the vertical axis is logarithmic. The horizontal axis always is."""
   ratios = [p.ppl_ratio for p in chart]
   return max(ratios) / min(ratios) >= LOG_FROM
 
 
 def limits(chart: Sequence[Point]) -> tuple[tuple[float, float], tuple[float, float]]:
-  """The ranges of both axes, with room round the points: (x from, x to), (y from, y to)."""
+  """The ranges of both axes, with margins around the points: (x from, x to), (y from, y to)."""
   left, right = min(p.size_ratio for p in chart), max(p.size_ratio for p in chart)
   low, high = min(p.ppl_ratio for p in chart), max(p.ppl_ratio for p in chart)
   margin = 1.15 * (right / left) ** 0.05
@@ -133,7 +133,7 @@ def limits(chart: Sequence[Point]) -> tuple[tuple[float, float], tuple[float, fl
 
 
 def halvings(low: float, high: float) -> list[float]:
-  """The powers of two within [low, high], for an axis of sizes; other round numbers if too few."""
+  """The powers of two within [low, high] for an axis of sizes, or `ticks` if they are too few."""
   powers = [2.0**e for e in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
   return powers if len(powers) > 1 else ticks(low, high)
 
@@ -155,10 +155,10 @@ def ticks(low: float, high: float, log: bool = False, count: int = 6) -> list[fl
 
 
 def _beside(anchor, size, ring, angle) -> Box:
-  """The label whose near edge or corner lies `ring` beyond the point's radius, at `angle`."""
+  """The label's box whose nearest edge or corner is `ring` away from the point, at `angle`."""
   reach = POINT_RADIUS + ring
   sides = (math.cos(angle), math.sin(angle))
-  # -1: all of the label before the anchor, on this axis; 1: all of it after; 0: its middle there.
+  # The share of the label that lies before the anchor on each axis: 0, 0.5 or 1.
   before = [0.5 if abs(side) < 0.1 else float(side < 0) for side in sides]
   x, y = (a + reach * s - b * w for a, s, b, w in zip(anchor, sides, before, size, strict=True))
   return Box(x, y, *size)

@@ -1,11 +1,11 @@
-"""What a model costs by arithmetic alone: parameters, FLOPs a token, bytes stored and bytes read.
+"""The analytic cost of a model: parameters, FLOPs per token, bytes stored and bytes read.
 
-A product of x[I] with w[I, O] counts 2 I O FLOPs, whatever the weight's format: zeros that are
-multiplied count. Attention counts its two products over the keys that a query may see, so a causal
-prefill of T tokens counts (T + 1) / 2 keys a query, about half of the dense square, and a window
-counts only the keys inside it. Norms, rotations, softmax and activations are left out: they are
-below 1 % of a model of any size. After Kaplan et al., "Scaling Laws for Neural Language Models"
-(2020, https://arxiv.org/abs/2001.08361), section 2.1, which leaves the embedding lookup out, too.
+A product of x[I] with w[I, O] counts 2 I O FLOPs in every weight format, multiplied zeros included.
+Attention counts its two products over the keys that a query may see: (T + 1) / 2 keys per query in
+a causal prefill of T tokens, about half of the dense square, and only the keys inside a window.
+Norms, rotations, softmax and activations are left out; they are below 1 % in a model of any size.
+After Kaplan et al., "Scaling Laws for Neural Language Models" (2020,
+https://arxiv.org/abs/2001.08361), section 2.1, which leaves out the embedding lookup too.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from model.kv_cache import CacheFormat
 from ops.linear import Matrix
 
 EMBEDDING = 'embedding.table'
-LOOKED_UP = (EMBEDDING, 'positions.table')  # one row a token is read, not the table
+LOOKED_UP = (EMBEDDING, 'positions.table')  # one row per token is read, not the table
 VOCABULARY = (*LOOKED_UP, 'head.weight', 'head.bias')
 BF16_BYTES = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parameters:
-  """Parameter counts as papers and model cards give them; a tied head counts once."""
+  """Parameter counts as in papers and model cards: a tied head counts once."""
 
   total: int
   non_embedding: int  # without embedding, learned positions and head
@@ -37,7 +37,7 @@ class Parameters:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flops:
-  """FLOPs a token, apart: matrices of the layers, attention over the keys, and the head."""
+  """FLOPs per token: matrices of the layers, attention over the keys, and the head."""
 
   linear: float
   attention: float
@@ -50,7 +50,7 @@ class Flops:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Storage:
-  """What some matrices take: logical elements, and bytes really stored."""
+  """The logical elements of some matrices, and the bytes that are stored for them."""
 
   elements: int
   nbytes: int
@@ -87,7 +87,7 @@ def parameters(config: ModelConfig) -> Parameters:
 
 
 def prefill_flops_per_token(config: ModelConfig, length: int) -> Flops:
-  """FLOPs a token, averaged over a causal prefill of `length` tokens; the head runs on each."""
+  """FLOPs per token, averaged over a causal prefill of `length` tokens with the head on each."""
   _positive('the prefill length', length)
   return _flops(config, lambda layer: _mean_keys(length, layer.window))
 
@@ -99,16 +99,16 @@ def decode_flops_per_token(config: ModelConfig, context: int) -> Flops:
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype=jnp.bfloat16) -> int:
-  """Bytes by which a dense key/value cache grows a token, all layers together."""
+  """Bytes per token of a dense key/value cache, all layers together."""
   return sum(_kv_bytes(layer, dtype) for layer in config.layers)
 
 
 def kv_cache_bytes(
   config: ModelConfig, context: int, dtype=jnp.bfloat16, cache_format: CacheFormat = 'float'
 ) -> int:
-  """Bytes held for the keys and values that a token sees at this context; a window bounds them.
+  """Bytes of the keys and values that a token sees at this context, at most a window of them.
 
-  Scales, and what a format keeps exact in `dtype`, are counted as they are allocated.
+  The scales of a format, and the tokens that it keeps exact in `dtype`, are counted as allocated.
   """
   _positive('the context', context)
 
@@ -129,8 +129,8 @@ def decode_bytes_per_token(
 ) -> int:
   """Bytes that one decode step of one sequence must read: every weight as stored, and the cache.
 
-  `weights` has every parameter of the model under its path. Of a table that is looked up, one row
-  is read; a tied embedding is read whole, for it is also the head.
+  `weights` has every parameter of the model under its path. One row of a lookup table is read; a
+  tied embedding is read whole, because it is also the head.
   """
   read = kv_cache_bytes(config, context, cache_dtype, cache_format)
   for path, w in weights.items():
@@ -140,7 +140,7 @@ def decode_bytes_per_token(
 
 
 def storage(weights: Mapping[str, Matrix]) -> Storage:
-  """Elements and stored bytes of these matrices, scales and indices included."""
+  """Elements and stored bytes of these matrices, with scales and indices."""
   if not weights:
     raise ValueError('there are no weights to measure')
   return Storage(
@@ -152,7 +152,7 @@ def storage(weights: Mapping[str, Matrix]) -> Storage:
 def storage_metrics(
   linears: Mapping[str, Matrix], weights: Mapping[str, Matrix]
 ) -> dict[str, Metric]:
-  """The record's metrics of size: of the `linears` (path -> matrix), and of all `weights`."""
+  """The size metrics of a record: of the `linears` (path -> matrix), and of all `weights`."""
   linear = storage(linears)
   return {
     'linear_bytes': Metric(linear.nbytes, 'byte', len(linears)),

@@ -1,7 +1,7 @@
-"""The Pareto chart, bytes against perplexity, drawn as a PNG and prepared for an inline SVG.
+"""Draws the Pareto chart of bytes against perplexity as a PNG, and prepares it for an inline SVG.
 
-Colours are Okabe and Ito's, and every kind of point has its own shape, so that no reader depends
-on colour (https://jfly.uni-koeln.de/color/).
+Each kind of point has a colour of Okabe and Ito's palette and a shape of its own, so that readers
+need not tell colours apart (https://jfly.uni-koeln.de/color/).
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ STYLES = {
   'other': ('#D55E00', 's', 5.5, 'another recipe is as small and better'),
   'base': ('#555555', 'D', 6.5, 'base'),
 }
-LEADER_FROM = 1.6 * chart.POINT_RADIUS  # a label further away than this gets a line to its point
+LEADER_FROM = 1.6 * chart.POINT_RADIUS  # labels further away than this get a line to their point
 CSS_DPI = 96  # labels are placed in CSS pixels
 
 SVG_WIDTH, SVG_HEIGHT = 960, 480
@@ -37,7 +37,7 @@ SVG_FONT_SIZE = 12.5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SvgPoint:
-  """One point in SVG coordinates, with its label and the line that leads there, if any."""
+  """One point in SVG coordinates, with its label and the end of the line to it, if any."""
 
   point: Point
   x: float
@@ -49,7 +49,7 @@ class SvgPoint:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SvgChart:
-  """All that the template needs to write the SVG."""
+  """What the template needs to write the SVG."""
 
   points: tuple[SvgPoint, ...]
   x_ticks: tuple[tuple[float, str], ...]
@@ -61,7 +61,7 @@ class SvgChart:
 
 
 def svg(records: Sequence[Record]) -> SvgChart | None:
-  """The chart in SVG coordinates, or None where no record has both a size and a quality."""
+  """The chart in SVG coordinates, or None if no record has both a size and a quality."""
   points = chart.points(records)
   if not points:
     return None
@@ -90,7 +90,7 @@ def write_png(records: Sequence[Record], path: str | os.PathLike) -> None:
   if points:
     _draw_axes(axes, points)
     _draw_points(axes, points)
-    canvas.draw()  # fixes the layout, which the labels depend on
+    canvas.draw()  # fixes the layout, on which the labels depend
     figure.set_layout_engine('none')
     _draw_labels(axes, points, canvas.get_renderer())
   else:
@@ -177,13 +177,13 @@ def _svg_points(points, x_of, y_of, corners) -> tuple[SvgPoint, ...]:
 
 
 def _leader(anchor: tuple[float, float], place: Box) -> tuple[float, float] | None:
-  """Where a line from the anchor to its label ends, or None where the label is close enough."""
+  """The end of a line from the anchor to its label, or None if the label is close enough."""
   end = place.nearest(*anchor)
   return end if math.dist(end, anchor) > LEADER_FROM else None
 
 
 def _text_width(text: str) -> float:
-  """An upper estimate, for the browser's font is not known here."""
+  """An upper estimate, because the browser's font is unknown."""
   wide = sum(unicodedata.east_asian_width(c) in 'WF' for c in text)
   return SVG_FONT_SIZE * (0.58 * len(text) + 0.5 * wide)
 

@@ -1,4 +1,4 @@
-"""What happened to each layer, as pictures: error and bits of recipes, and costs of treatments."""
+"""Pictures of single layers: error and bits of each recipe, and the costs of treatments."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from model.eval.records import BASE, Record, replacing
 
-# Okabe and Ito's colours, and a marker each, so that no reader depends on colour.
+# A colour of Okabe and Ito's and a marker each, so that readers need not tell colours apart.
 KINDS = {
   'query': ('#0072B2', 'o'),
   'key': ('#56B4E9', 's'),
@@ -27,9 +27,9 @@ COLUMNS = 3
 
 
 def write_layers(records: Sequence[Record], path: str | os.PathLike) -> bool:
-  """Draws a panel a recipe: the relative error of each matrix, and its stored bits a weight.
+  """Draws a panel per recipe: the relative error and the bits per weight of each matrix.
 
-  Returns False, and draws nothing, where no record says what its layers became.
+  Returns False and draws nothing if no record describes its compressed layers.
   """
   shown = [r for r in records if r.recipe != BASE and r.config.get('layers')]
   if not shown:
@@ -53,7 +53,7 @@ def write_layers(records: Sequence[Record], path: str | os.PathLike) -> bool:
 
 
 def write_sensitivity(costs: Sequence[tuple[str, str, float]], path: str | os.PathLike) -> None:
-  """Draws costs (layer, treatment, KL in nats a token) as a map: layers down, treatments across."""
+  """Draws costs (layer, treatment, KL in nats per token) as a map of layers by treatments."""
   layers = list(dict.fromkeys(layer for layer, _, _ in costs))
   treatments = list(dict.fromkeys(t for _, t, kl in costs if kl > 0))
   known = {(layer, treatment): kl for layer, treatment, kl in costs}
@@ -66,7 +66,7 @@ def write_sensitivity(costs: Sequence[tuple[str, str, float]], path: str | os.Pa
   axes.set_xticks(range(len(treatments)), treatments, rotation=30, ha='right', fontsize=8)
   axes.set_yticks(range(len(layers)), layers, fontsize=6)
   bar = figure.colorbar(image, ax=axes)
-  bar.set_label('KL from the base, nats a token (log10)', fontsize=8)
+  bar.set_label('KL from the base, nats per token (log10)', fontsize=8)
   axes.set_title('What each treatment of one matrix costs', loc='left', fontsize=9)
   _save(figure, path)
 
@@ -91,7 +91,7 @@ def _draw_layers(panel, record):
 
 
 def _rows(record) -> list[dict]:
-  """The matrices of the blocks, in the order in which they run."""
+  """The matrices of the blocks in running order."""
   rows = [row for row in record.config['layers'] if row['layer'].startswith('layers.')]
   return sorted(rows, key=lambda row: _order(row['layer']))
 

@@ -1,8 +1,8 @@
 """Choosing among measured recipes: the best one within a budget, and the Pareto front.
 
-A budget of bytes asks for the lowest perplexity that fits in; a budget of quality asks for the
-fewest bytes. Bytes are those of the whole model (`stored_bytes`), for that is what has to fit on a
-device. The base is what one compresses, so it is never the answer.
+Within a budget of bytes the lowest perplexity is best, within a budget of quality the fewest bytes.
+Bytes are those of the whole model (`stored_bytes`), because all of it has to fit on a device.
+Perplexity (`ppl`) is that of the model as it is timed. The base is never chosen.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-  """The best record within a budget, or None and the record that came nearest; and why."""
+  """The best record within a budget, or None and the record nearest to it, with the reason."""
 
   record: Record | None
   nearest: Record | None
@@ -52,7 +52,7 @@ def choose(records: Sequence[Record], budget: Budget) -> Choice:
 
 
 def ppl_ratio(record: Record, records: Sequence[Record]) -> float | None:
-  """Perplexity over the base's: as measured, else from the base's row, else None."""
+  """Perplexity divided by the base's: as recorded, or computed from the base's row, or None."""
   ratio = record.value('ppl_ratio')
   if ratio is not None:
     return ratio
@@ -68,10 +68,10 @@ def pareto_front(
   cost: Callable[[Record], float | None] | str = BYTES,
   loss: Callable[[Record], float | None] | str = PERPLEXITY,
 ) -> list[Record]:
-  """The records that no other beats in both `cost` and `loss`, from the cheapest to the best.
+  """The records that no other beats in both `cost` and `loss`, in order of cost.
 
-  `cost` and `loss` are names of metrics or functions of a record; a record without a finite value
-  of both is left out, and of equal records the first stays.
+  `cost` and `loss` are names of metrics or functions of a record. Records without a finite value of
+  both are left out; of equal records the first is kept.
   """
   cost, loss = _reader(cost), _reader(loss)
   known = [r for r in records if _finite(cost(r)) and _finite(loss(r))]
@@ -123,7 +123,7 @@ def _smallest_bytes(candidates, records, limit: float) -> Choice:
 
 
 def _describe(record: Record, records: Sequence[Record]) -> str:
-  """Size and perplexity in words, with what they are of the base's where that is known."""
+  """Size and perplexity in words, compared with the base's if those are known."""
   base = next((r.value(BYTES) for r in records if r.recipe == BASE), None)
   ratio = ppl_ratio(record, records)
   share = f' ({record.value(BYTES) / base:.0%} of the base)' if base else ''

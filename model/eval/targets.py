@@ -1,11 +1,11 @@
-"""Devices that are not here, to compile for: XLA's compilers for TPUs and NVIDIA GPUs need none.
+"""Compiles for TPUs and NVIDIA GPUs on a machine without them; XLA's compilers need no device.
 
   python -m pip install 'lissom[tpu]'     libtpu, for a TPU topology such as 'v5e:2x2'
   python -m pip install 'lissom[cuda]'    JAX's CUDA plug-in, for one H200
 
-A program is lowered for arguments that are placed on such a device (`placed`), and compiled; its
-text and its memory analysis are those of the real one. It cannot run. The compilers pick tile
-sizes by a model and not by timing, so a GPU program may come out otherwise where there is a GPU.
+A program is lowered for arguments that are placed on such a device (`placed`), and compiled. It has
+the text and the memory analysis of the program on a device, but cannot run. The compilers choose
+tile sizes by a cost model instead of by timing, so the program on a machine with a GPU may differ.
 """
 
 import os
@@ -15,7 +15,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Sharding, SingleDeviceSharding
 
-# The fields of XLA's description of a GPU that its compiler asks for.
+# The fields of XLA's description of a GPU that its compiler needs.
 H200 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -34,8 +34,9 @@ device_description_str: "NVIDIA H200"
 
 
 def tpu(topology: str = 'v5e:2x2') -> list[jax.Device]:
-  """The devices of a TPU topology. Raises ValueError without libtpu, or if there is none such."""
-  # Else libtpu asks a server on the network what machine it is on, and serves one process only.
+  """The devices of a TPU topology. Raises ValueError if it or libtpu does not exist."""
+  # Without these, libtpu asks a server on the network for the kind of machine, and serves only one
+  # process at a time.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   find = lambda: topologies.get_topology_desc(platform='tpu', topology_name=topology)
@@ -51,7 +52,7 @@ def gpu() -> list[jax.Device]:
 
 
 def placed(tree, where: jax.Device | Sharding):
-  """The shapes of a tree's arrays, placed on a device or by a sharding."""
+  """The shapes of a tree's arrays, placed on a device or with a sharding."""
   sharding = where if isinstance(where, Sharding) else SingleDeviceSharding(where)
   place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
   return jax.tree.map(place, tree)

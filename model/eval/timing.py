@@ -1,8 +1,9 @@
-"""Time, measured the same way for everything: interleaved rounds, medians, interquartile ranges.
+"""Measures time by one protocol: interleaved rounds, medians, interquartile ranges.
 
-Two programs are compared within a round, moments apart, so that a machine that grows slower (heat,
-neighbours) slows both; the reported ratio is the median of the rounds' ratios, not the ratio of
-medians. The order turns by one each round, so that nobody always runs on another's warm cache.
+Programs are compared within a round, moments apart, so that a machine that becomes slower (heat,
+other processes) slows all of them. The reported ratio is the median of the rounds' ratios, not the
+ratio of medians. The order rotates by one each round, so that no program always finds the caches as
+the same other one left them.
 """
 
 import dataclasses
@@ -20,12 +21,12 @@ from model.eval.records import Metric
 MIN_WARMUP = 3
 MIN_ROUNDS = 5
 CPU_BUFFER_BYTES = 2**28
-ACCELERATOR_BUFFER_BYTES = 2**32  # a launch costs some 50 us: little against 2 ms of copying
+ACCELERATOR_BUFFER_BYTES = 2**32  # copying takes 2 ms, a launch only some 50 us
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timing:
-  """The samples of one callable, one a round, and its speed-ups over the base's in each round."""
+  """The samples of one callable, one per round, and its speed-up over the base in each round."""
 
   samples_s: tuple[float, ...]
   speedups: tuple[float, ...]  # seconds of the base / seconds of this: above 1 is faster
@@ -44,7 +45,7 @@ class Timing:
     return summarize(self.speedups, '1')
 
   def rate(self, amount: float, unit: str) -> Metric:
-    """Amount a second, for callables that do `amount` of something (tokens, bytes) a call."""
+    """The amount per second of a callable that does `amount` (tokens, bytes) per call."""
     return summarize([amount / sample for sample in self.samples_s], unit)
 
 
@@ -55,7 +56,7 @@ def time_interleaved(
   warmup: int = MIN_WARMUP,
   rounds: int = MIN_ROUNDS,
 ) -> dict[str, Timing]:
-  """Times every callable once a round, and waits for what it returns.
+  """Times every callable once per round, up to when its result is ready.
 
   Args:
     calls: name -> callable without arguments; its result is any pytree of arrays.
@@ -97,10 +98,10 @@ def interquartile_range(samples: Sequence[float]) -> float:
 
 
 class Copy:
-  """Adds 1 to a long array at each call, which reads and writes `nbytes` bytes together.
+  """Adds 1 to a long array at each call, which reads and writes `nbytes` bytes in total.
 
-  The array is past the last-level cache and is updated in place: fresh output pages would be
-  measured otherwise. It is the yardstick for the bytes a second of decoding.
+  The array is larger than the last-level cache, and is updated in place, because a new output would
+  add the cost of fresh pages. Its rate is what the bytes per second of decoding are compared with.
   """
 
   def __init__(self, device: jax.Device | None = None, *, buffer_bytes: int | None = None):
@@ -117,13 +118,13 @@ class Copy:
 
 
 def copy_bandwidth(device: jax.Device | None = None, *, buffer_bytes: int | None = None) -> Metric:
-  """Bytes a second that `device` reads and writes, together: see `Copy`."""
+  """Bytes per second that `device` reads and writes in total, by `Copy`."""
   copy = Copy(device, buffer_bytes=buffer_bytes)
   return time_interleaved({'copy': copy}, rounds=7)['copy'].rate(copy.nbytes, 'byte/s')
 
 
 def seconds(call: Callable[[], Any]) -> float:
-  """Runs a callable once and waits for what it returns."""
+  """The seconds of one call, up to when its result is ready."""
   start = time.perf_counter()
   jax.block_until_ready(call())
   return time.perf_counter() - start
@@ -149,7 +150,7 @@ def _past_the_cache(device: jax.Device) -> int:
 
 
 def _last_level_cache_bytes() -> int:
-  """The largest cache that the first core shares, as Linux tells it; 0 where it does not."""
+  """The largest cache of the first core according to Linux; 0 if it does not say."""
   sizes = [0]
   for path in pathlib.Path('/sys/devices/system/cpu/cpu0/cache').glob('index*/size'):
     text = path.read_text().strip()

@@ -73,7 +73,7 @@ def config_to_hf(config: ModelConfig) -> dict:
   problems = _differences(_normal(config), _normal(family.config_from_hf(hf)))
   if problems:
     raise ValueError(
-      f'config.json of the family {config.family} cannot say all of this model: '
+      f'config.json of the family {config.family} cannot describe this model: '
       f'{"; ".join(problems[:20])}'
     )
   return hf

@@ -1,7 +1,7 @@
-"""What a model family is on disk: one table of names and one mapping of configs.
+"""The format of a model family on disk: one table of names and one mapping of configs.
 
-A row maps modules, not tensors: which parameters a module has follows from the model itself, so
-biases, gates and tied heads need no conditions here.
+A row of the table maps modules, not tensors. The parameters of a module follow from the model
+itself, so biases, gates and tied heads need no conditions here.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ LEAVES = {'table': 'weight', 'scale': 'weight', 'weight': 'weight', 'bias': 'bia
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Codec:
-  """How arrays of ours lie inside one of theirs: side by side along the outputs.
+  """How arrays of ours are concatenated to one of theirs, along the outputs.
 
-  transpose: theirs are (O, I), as in torch.nn.Linear; else (I, O) like ours.
-  interleaved: the outputs alternate head by head, not part by part (GPT-NeoX).
+  transpose: theirs are (O, I), as in torch.nn.Linear; otherwise (I, O) like ours.
+  interleaved: the parts alternate head by head (GPT-NeoX); otherwise they follow each other.
   paired: the two elements of a head that rotate together are neighbours (2i, 2i + 1), where ours
     are half a head apart (GGUF's llama).
   offset: a constant that theirs contain and ours do not (GGUF's Gemma: the 1 of the norm scales).
@@ -38,7 +38,7 @@ class Codec:
     return (outputs, *inputs) if self.transpose else (*inputs, outputs)
 
   def join(self, arrays: list[np.ndarray], head_width: int) -> np.ndarray:
-    """Theirs from ours."""
+    """Makes theirs from ours."""
     parts = [self._shifted(self._paired(self._turn(a), head_width), self.offset) for a in arrays]
     if len(parts) == 1:
       return parts[0]
@@ -48,7 +48,7 @@ class Codec:
     return np.stack([p.reshape(-1, head_width, *rows) for p in parts], 1).reshape(-1, *rows)
 
   def split(self, array: np.ndarray, shapes: list[tuple[int, ...]], head_width: int):
-    """Ours from theirs, as views where possible; `shapes` are those of ours."""
+    """Makes ours from theirs, as views if possible; `shapes` are those of ours."""
     if self.interleaved:
       rows = array.shape[1:]
       heads = array.reshape(-1, len(shapes), head_width, *rows)
@@ -91,7 +91,7 @@ PAIRED = Codec(transpose=True, paired=True)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One module of theirs and the modules of ours that it holds; `{l}` stands for the layer."""
+  """One module of theirs and the modules of ours in it; `{l}` stands for the layer's number."""
 
   theirs: str
   ours: tuple[str, ...]
@@ -104,7 +104,7 @@ class Family:
 
   model_type: str
   architecture: str
-  prefix: str  # of all names but the head; bare checkpoints lack it
+  prefix: str  # of all names except the head's; bare checkpoints lack it
   rows: tuple[Row, ...]
   config_from_hf: Callable[[dict], ModelConfig]
   config_to_hf: Callable[[ModelConfig], dict]  # without the keys that all families share
@@ -118,7 +118,7 @@ class Family:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One tensor of theirs, and the parameters of ours that it is made of."""
+  """One tensor of theirs, and the parameters of ours that it consists of."""
 
   theirs: str
   ours: tuple[str, ...]
@@ -139,7 +139,7 @@ def entries(
 ) -> list[Entry]:
   """Pairs the parameters of a model, given as path -> shape, with the tensors of a checkpoint.
 
-  Raises ValueError where the family has no name for a parameter.
+  Raises ValueError if the family has no name for a parameter.
   """
   result, left = [], dict(shapes)
   for row in family.rows:

@@ -1,6 +1,6 @@
-"""Gemma 2: norms around both halves of a block, soft caps, windows on every other layer.
+"""Gemma 2: norms before and after each half of a block, soft caps, windows on every other layer.
 
-Norm scales are stored less one, and embeddings are multiplied by the square root of the width.
+Norm scales are stored minus one, and embeddings are multiplied by the square root of the width.
 transformers: models/gemma2 (5.23).
 """
 
@@ -24,7 +24,7 @@ DEFAULTS = llama.Defaults(
   activation='gelu_pytorch_tanh',
 )
 WINDOW = 4096
-# Llama calls the norm before the feed-forward what Gemma 2 calls the one after attention.
+# Llama's name of the norm before the feed-forward is Gemma 2's name of the norm after attention.
 _NORMS = (
   Row('model.layers.{l}.post_attention_layernorm', ('layers.{l}.attention_post_norm',)),
   Row('model.layers.{l}.pre_feedforward_layernorm', ('layers.{l}.ffn_norm',)),
@@ -70,7 +70,7 @@ def _to_hf(config):
     'query_pre_attn_scalar': max(1, round(scale**-2)),
     'attn_logit_softcapping': layer.attention_softcap,
     'final_logit_softcapping': config.logit_softcap,
-    # transformers wants a window even where no layer slides.
+    # transformers needs a window even if no layer slides.
     'sliding_window': fields.first_window(config.layers) or WINDOW,
     'layer_types': fields.layer_types(config.layers),
   }

@@ -34,7 +34,7 @@ def _from_hf(hf):
     'phi3',
     DEFAULTS,
     tuple(dataclasses.replace(layer, rotary_width=rotary) for layer in layers),
-    # 'yarn' and 'su' are names for longrope here.
+    # 'yarn' and 'su' are names of longrope in this family.
     rope=rope.from_hf(hf, max_positions, types=('default',)),
   )
 

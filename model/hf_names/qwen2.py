@@ -13,7 +13,7 @@ DEFAULTS = llama.Defaults(
 
 
 def late_windows(hf: dict, layers: tuple[LayerConfig, ...]) -> tuple[LayerConfig, ...]:
-  """Gives `layers` the windows that Qwen2 and Qwen3 configs say."""
+  """Returns `layers` with the windows of a Qwen2 or Qwen3 config."""
   window = fields.size_or_null(hf, 'sliding_window', 4096)
   window = window if fields.flag(hf, 'use_sliding_window', False) else None
   first = fields.integer(hf, 'max_window_layers', 28)
@@ -23,7 +23,7 @@ def late_windows(hf: dict, layers: tuple[LayerConfig, ...]) -> tuple[LayerConfig
 
 def late_windows_to_hf(layers: tuple[LayerConfig, ...]) -> dict:
   window = fields.first_window(layers)
-  # Older versions of transformers know max_window_layers alone.
+  # Older versions of transformers know only max_window_layers.
   first = next((l for l, layer in enumerate(layers) if layer.window is not None), len(layers))
   return {
     'use_sliding_window': window is not None,

@@ -1,7 +1,7 @@
 """Rotary embeddings in `config.json`.
 
-Two spellings: `rope_theta` beside `rope_scaling` (transformers 4, where the type may be called
-`type` or `rope_type`) and one `rope_parameters` (transformers 5). Both are read, both are written.
+There are two forms: `rope_theta` and `rope_scaling` (transformers 4, where the key of the type is
+`type` or `rope_type`), and `rope_parameters` (transformers 5). Both are read and both are written.
 """
 
 import math
@@ -25,7 +25,7 @@ def from_hf(
   theta_key: str = 'rope_theta',
   types: tuple[str, ...] = tuple(KINDS),
 ) -> RopeConfig:
-  """The rotary embedding of a config.json; `types` are those that the family may have."""
+  """The rotary embedding of a config.json; `types` are those that the family supports."""
   scaling = parameters(hf)
   theta = fields.number(scaling, 'rope_theta', fields.number(hf, theta_key, 10000.0))
   name = scaling.get('rope_type', scaling.get('type', 'default'))
@@ -41,7 +41,7 @@ def from_hf(
   if name == 'dynamic':
     factor = _numbers(scaling, name, 'factor')
     return RopeConfig(**common, **factor, original_max_positions=max_positions)
-  # A key beside the dictionary wins over one inside it, as in transformers.
+  # A key outside the dictionary takes precedence, as in transformers.
   original = fields.size(scaling, 'original_max_position_embeddings', max_positions)
   original = fields.size(hf, 'original_max_position_embeddings', original)
   common['original_max_positions'] = original
@@ -52,7 +52,7 @@ def from_hf(
 
 
 def parameters(hf: dict) -> dict:
-  """`rope_scaling`, or else `rope_parameters`, or else an empty dictionary."""
+  """`rope_scaling` or, if that is absent or empty, `rope_parameters`, or an empty dictionary."""
   for key in ('rope_scaling', 'rope_parameters'):
     value = hf.get(key)
     if value:
@@ -77,7 +77,7 @@ def _yarn(scaling, implied_factor):
   factor = fields.number_or_null(scaling, 'factor', None)
   return {
     'factor': implied_factor if factor is None else factor,
-    # Zero counts as absent, as in transformers.
+    # Zero means absent, as in transformers.
     'beta_fast': fields.number_or_null(scaling, 'beta_fast', None) or 32.0,
     'beta_slow': fields.number_or_null(scaling, 'beta_slow', None) or 1.0,
     'attention_factor': fields.number_or_null(scaling, 'attention_factor', None),
@@ -88,11 +88,11 @@ def _yarn(scaling, implied_factor):
 
 
 def to_hf(config: RopeConfig | None, *, theta_key: str = 'rope_theta', **partial) -> dict:
-  """The keys of a rotary embedding in both spellings; `partial` goes into the newer one."""
+  """The keys of a rotary embedding in both forms; `partial` is added to the newer one."""
   names = {kind: name for name, kind in KINDS.items()}
   if config is None or config.kind not in names:
     described = 'learned positions' if config is None else f'the rope kind {config.kind!r}'
-    raise ValueError(f'config.json of this family has no way to say {described}')
+    raise ValueError(f'config.json of this family cannot describe {described}')
   scaling = {'rope_type': names[config.kind], **_scaling_to_hf(config)}
   return {
     theta_key: config.theta,

@@ -168,7 +168,7 @@ def _with_layer(family, index, **changes) -> ModelConfig:
     (_config('llama', norm='layer'), r"norm = 'layer' \(it would be 'rms'\)"),
     (_config('llama', logit_softcap=3.0), r'logit_softcap = 3.0'),
     (_config('llama', head_bias=True), 'head_bias'),
-    (_config('llama', rope=None), 'no way to say learned positions'),
+    (_config('llama', rope=None), 'cannot describe learned positions'),
     (_config('llama', rope=RopeConfig(kind='ntk', factor=2.0)), "the rope kind 'ntk'"),
     (_config('phi3', rope=RopeConfig(kind='linear', factor=2.0)), "rope type 'linear'"),
     (_config('llama', width=4008), 'transformers reads a llama only where hidden_size'),

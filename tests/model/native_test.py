@@ -260,7 +260,7 @@ UNSAID = {
   'widths': (_uneven, r'layers 1: kv_heads = 3 \(it would be 1\)'),
   'kind of rope': (
     lambda: _uneven(rope=RopeConfig(kind='ntk', factor=2.0)),
-    "no way to say the rope kind 'ntk'",
+    "cannot describe the rope kind 'ntk'",
   ),
 }
 
