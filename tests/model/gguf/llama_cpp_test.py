@@ -1,4 +1,4 @@
-"""GGUF files against llama.cpp, where its Python package is installed (pip install llama-cpp-python).
+"""GGUF files against llama.cpp; skipped where the package llama-cpp-python is not installed.
 
   LISSOM_GGUF=model.gguf python -m pytest tests/model/gguf/llama_cpp_test.py
 
@@ -10,13 +10,14 @@ written out in float32.
 import ctypes
 import os
 import pathlib
+import pydoc_data.topics
 import random
 import sysconfig
+import unicodedata
 
 import gguf
 import jax.numpy as jnp
 import numpy as np
-import pydoc_data.topics
 import pytest
 import torch
 import transformers
@@ -26,14 +27,14 @@ from model.gguf import pre_tokenizers, read, to_tokenizer
 
 llama_cpp = pytest.importorskip('llama_cpp')
 
-# Keys and values are float16 in llama.cpp's cache; logits are of order 1 (10 in a trained model).
-LOGIT_TOLERANCE = 5e-3
-REAL_LOGIT_TOLERANCE = 5e-2
+# Both compute in float32 and add in different orders; logits are of order 1.
+LOGIT_TOLERANCE = 1e-4
 PREFIX = 'tokenizer.ggml.'
 K_TYPES = {'Q2_K': 10, 'Q3_K': 12, 'Q4_K': 15, 'Q5_K': 17, 'Q6_K': 18}  # llama.cpp's file types
 FLOAT32_FILE = 0
-# Differences that are llama.cpp's: it does not compose accents, and approximates these patterns.
-COMPOSED = [name for name, pre in pre_tokenizers.PRE_TOKENIZERS.items() if pre.composed]
+FLOAT32_CACHE = {'type_k': 0, 'type_v': 0}
+# llama.cpp's patterns for these leave combining marks out of words; those of the originals do not.
+NO_MARKS = ('tekken', 'gpt-4o')
 
 
 def _llama(vocab_size, **changes):
@@ -67,6 +68,8 @@ def test_byte_level_ids(pre, byte_level, lines, write_gguf, tmp_path):
   metadata = {**byte_level, f'{PREFIX}pre': pre}
   model = _llama(len(byte_level[f'{PREFIX}tokens']))
   path = write_gguf(model, tmp_path / 'm.gguf', tokenizer=metadata)
+  if pre in NO_MARKS:
+    lines = [line for line in lines if not any(unicodedata.category(c)[0] == 'M' for c in line)]
   _assert_same_tokens(path, lines)
 
 
@@ -108,7 +111,7 @@ def test_k_types(kind, byte_level, write_gguf, tmp_path):
 
 
 def _their_logits(path, ids):
-  theirs = _open(path, n_ctx=len(ids), logits_all=True)
+  theirs = _open(path, n_ctx=len(ids), logits_all=True, **FLOAT32_CACHE)
   theirs.eval(list(ids))
   return np.array(theirs.scores[: len(ids)])
 
@@ -157,8 +160,9 @@ def test_tokens_of_a_real_model_on_ten_thousand_lines(real, lines):
 
 
 def test_logits_of_a_real_model(real, tmp_path):
+  """On the weights in float32; logits of a trained model are of order 10."""
   wide = _requantize(real, tmp_path / 'wide.gguf', FLOAT32_FILE)
   ids = to_tokenizer(read(real)).encode(pydoc_data.topics.topics['while'])[:128]
   np.testing.assert_allclose(
-    _our_logits(real, ids), _their_logits(wide, ids), atol=REAL_LOGIT_TOLERANCE
+    _our_logits(real, ids), _their_logits(wide, ids), atol=10 * LOGIT_TOLERANCE
   )
