@@ -61,6 +61,7 @@ class ModelConfig:
   head_bias: bool = False
   bos_id: int | None = None
   eos_ids: tuple[int, ...] = ()
+  pad_id: int | None = None  # nothing reads it here; it is kept for those who read our files
 
   def __post_init__(self):
     if self.vocab_size < 1 or self.width < 1 or not self.layers:

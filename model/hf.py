@@ -89,7 +89,7 @@ def load_config(folder: str | Path) -> ModelConfig:
   if not (folder / CONFIG).is_file():
     raise ValueError(f'{folder} has no {CONFIG}, so it is no checkpoint of Hugging Face')
   hf = _read_json(folder / CONFIG)
-  if (folder / GENERATION).is_file():
+  if (folder / GENERATION).is_file() and (folder / GENERATION).read_bytes().strip():
     eos = _read_json(folder / GENERATION).get('eos_token_id')
     hf |= {} if eos is None else {'eos_token_id': eos}
   try:
@@ -197,7 +197,7 @@ def save_pretrained(
   dtypes = {'dtype': dtype, 'torch_dtype': dtype}  # both spellings: transformers 4 and 5
   dtypes |= native.HF_MARK if compressed else {}
   config = {**hf_names.config_to_hf(model.config), **dtypes}
-  tokens = {key: config[key] for key in ('bos_token_id', 'eos_token_id')}
+  tokens = {key: config[key] for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
   generation = {key: value for key, value in tokens.items() if value is not None}
   with atomic_folder(path) as folder:
     safetensors_io.write_folder(folder, tensors, max_shard_bytes=max_shard_bytes)

@@ -62,7 +62,7 @@ def config_to_hf(config: ModelConfig) -> dict:
     'model_type': family.model_type,
     **family.config_to_hf(config),
     **fields.tokens_to_hf(config.bos_id, config.eos_ids),
-    'pad_token_id': None,
+    'pad_token_id': config.pad_id,
   }
   problems = _differences(_normal(config), _normal(family.config_from_hf(hf)))
   if problems:

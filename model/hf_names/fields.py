@@ -77,14 +77,17 @@ def activation_name(ours: str) -> str:
   return next(name for name, kind in ACTIVATIONS.items() if kind == ours)
 
 
-def tokens(hf: dict, bos: int | None, eos: int | None) -> dict:
-  """The special tokens as keywords of ModelConfig; `bos` and `eos` are the family's defaults."""
+def tokens(hf: dict, bos: int | None, eos: int | None, pad: int | None = None) -> dict:
+  """The special tokens as keywords of ModelConfig; the others are the family's defaults."""
   bos_id, ids = hf.get('bos_token_id', bos), hf.get('eos_token_id', eos)
+  pad_id = hf.get('pad_token_id', pad)
   ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-  for i in (*ids, *([] if bos_id is None else [bos_id])):
+  for i in (*ids, *(i for i in (bos_id, pad_id) if i is not None)):
     if not isinstance(i, int) or isinstance(i, bool):
-      raise ValueError(f'bos_token_id and eos_token_id must be integers; {i!r} is not')
-  return {'bos_id': bos_id, 'eos_ids': tuple(ids)}
+      raise ValueError(
+        f'bos_token_id, eos_token_id and pad_token_id must be integers; {i!r} is not'
+      )
+  return {'bos_id': bos_id, 'eos_ids': tuple(ids), 'pad_id': pad_id}
 
 
 def tokens_to_hf(bos_id: int | None, eos_ids: tuple[int, ...]) -> dict:

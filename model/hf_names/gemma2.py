@@ -19,6 +19,7 @@ DEFAULTS = llama.Defaults(
   tied=True,
   bos=2,
   eos=1,
+  pad=0,
   activation_key='hidden_activation',
   activation='gelu_pytorch_tanh',
 )

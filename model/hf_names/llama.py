@@ -42,6 +42,7 @@ class Defaults:
   tied: bool = False
   bos: int | None = 1
   eos: int | None = 2
+  pad: int | None = None
   activation_key: str = 'hidden_act'
   activation: str = 'silu'
 
@@ -60,7 +61,7 @@ def decoder(
     norm='rms',
     norm_eps=fields.number(hf, 'rms_norm_eps', defaults.eps),
     tied=fields.flag(hf, 'tie_word_embeddings', defaults.tied),
-    **fields.tokens(hf, defaults.bos, defaults.eos),
+    **fields.tokens(hf, defaults.bos, defaults.eos, defaults.pad),
     **{'rope': rope.from_hf(hf, max_positions), **traits},
   )
 

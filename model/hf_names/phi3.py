@@ -9,7 +9,13 @@ from model.hf_names import fields, llama, rope
 from model.hf_names.family import TRANSPOSE, Family, Row
 
 DEFAULTS = llama.Defaults(
-  vocab_size=32064, width=3072, ffn_width=8192, max_positions=4096, eps=1e-5, eos=32000
+  vocab_size=32064,
+  width=3072,
+  ffn_width=8192,
+  max_positions=4096,
+  eps=1e-5,
+  eos=32000,
+  pad=32000,
 )
 _QKV = tuple(f'layers.{{l}}.attention.{part}' for part in ('query', 'key', 'value'))
 _GATE_UP = ('layers.{l}.ffn.gate', 'layers.{l}.ffn.up')
