@@ -14,6 +14,7 @@ import tqdm
 from absl import app, flags, logging
 
 from model import corpus, sharding
+from model.tokenizer import WINDOW_BOS
 
 RECIPES = pathlib.Path(__file__).parent / 'recipes'
 CHARACTERS_A_TOKEN = 4  # of usual text and vocabularies
@@ -75,12 +76,18 @@ def load_plugins(paths: list[str]) -> None:
     spec.loader.exec_module(sys.modules[name])
 
 
-def calibration_rows(tokenizer, texts, seq_len: int, count: int, seed: int = 0) -> np.ndarray:
+def calibration_rows(
+  tokenizer, texts, seq_len: int, count: int, seed: int = 0, bos_id: int | None = None
+) -> np.ndarray:
   """Rows of tokens from random places of the calibration part: [count, seq_len].
 
-  Of the training part too where that is too short for them; fewer rows where both hold fewer
-  characters than tokens are asked for. Raises ValueError if there is not even one row in both.
+  The training part is taken as well where the calibration part is too short. There are fewer rows
+  where both hold fewer characters than tokens are asked for. With `bos_id`, each row begins with
+  it. Raises ValueError if both together are shorter than a row.
   """
+  if bos_id is not None:
+    rows_BT = calibration_rows(tokenizer, texts, seq_len - 1, count, seed)
+    return np.pad(rows_BT, ((0, 0), (1, 0)), constant_values=bos_id)
   pool = texts.calibration
   if sum(map(len, pool)) < count * seq_len * CHARACTERS_A_TOKEN:
     pool = (*pool, *texts.train)
@@ -99,6 +106,16 @@ def define_plugins() -> flags.FlagHolder:
   """The --plugins flag."""
   return flags.DEFINE_list(
     'plugins', [], 'Python files to import first; they may register techniques of your own.'
+  )
+
+
+def define_bos() -> flags.FlagHolder:
+  """The --bos flag; `model.tokenizer.window_bos` reads it."""
+  return flags.DEFINE_enum(
+    'bos',
+    'auto',
+    list(WINDOW_BOS),
+    'Token in front of each window: none, the BOS (window), or what the family needs (auto).',
   )
 
 

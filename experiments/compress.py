@@ -39,6 +39,7 @@ from model import corpus, hf
 from model.compress import pipeline, recipe, registry
 from model.eval import layer_figures, perplexity, records, report, select
 from model.eval.records import Record
+from model.tokenizer import window_bos
 
 DEFAULT_RECIPES = (
   'bf16',
@@ -240,16 +241,20 @@ def _study(inputs: Inputs) -> study.Study:
   held_out = ''.join(inputs.texts.held_out)
   tokens_T, ends_T = inputs.tokenizer.encode_with_bytes(held_out)
   limit = 16 if SMOKE.value else MAX_WINDOWS.value or None
-  text = perplexity.windows(tokens_T, ends_T, seq_len, limit)
+  bos_id = window_bos(inputs.tokenizer, inputs.model.config, 'auto')
+  text = perplexity.windows(tokens_T, ends_T, seq_len, limit, bos_id)
   perplexity.check(inputs.model, text)
   prompt_length = min(PROMPT_LENGTH.value, inputs.model.config.max_positions // 2)
-  calibration_BT = common.calibration_rows(inputs.tokenizer, inputs.texts, seq_len, rows)
+  calibration_BT = common.calibration_rows(
+    inputs.tokenizer, inputs.texts, seq_len, rows, bos_id=bos_id
+  )
   settings = {
     'model': inputs.name,
     **inputs.trained,
     'corpus': inputs.texts.source,
     'corpus_fingerprint': inputs.texts.fingerprint,
     'seq_len': seq_len,
+    'bos': text.bos,
     'windows': len(text.tokens_BT),
     'calibration_rows': len(calibration_BT),
     'activations': str(inputs.model.dtype),
@@ -298,11 +303,12 @@ def _write_held_out(folder, inputs, work):
   """
   held_out = ''.join(inputs.texts.held_out)
   tokens_T, ends_T = inputs.tokenizer.encode_with_bytes(held_out)
-  size, seq_len = work.text.tokens_BT.size, work.text.seq_len
-  for end in ends_T[size - 1 : size - 1 + seq_len]:
+  text_len = work.text.text_len
+  size = len(work.text.tokens_BT) * text_len
+  for end in ends_T[size - 1 : size - 1 + text_len]:
     text = held_out.encode()[:end].decode(errors='ignore')
     again_T = inputs.tokenizer.encode(text)
-    if len(again_T) < size + seq_len and np.array_equal(again_T[:size], tokens_T[:size]):
+    if len(again_T) < size + text_len and np.array_equal(again_T[:size], tokens_T[:size]):
       break
   else:
     text = held_out

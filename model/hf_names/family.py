@@ -84,6 +84,7 @@ class Family:
   ignored: tuple[str, ...]  # regular expressions: buffers that older checkpoints store
   config_from_hf: Callable[[dict], ModelConfig]
   config_to_hf: Callable[[ModelConfig], dict]  # without the keys that all families share
+  bos_in_windows: bool = False  # the model predicts badly where no BOS stands before the text
 
   def weight_of(self, module: str) -> str:
     """The name on disk of the weight of one of our modules outside the layers, such as 'head'."""

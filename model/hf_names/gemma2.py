@@ -84,4 +84,5 @@ GEMMA2 = Family(
   ignored=llama.IGNORED,
   config_from_hf=_from_hf,
   config_to_hf=_to_hf,
+  bos_in_windows=True,
 )
