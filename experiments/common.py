@@ -15,6 +15,7 @@ from absl import app, flags, logging
 
 from experiments import compilation
 from model import corpus, sharding
+from model.tokenizer import WINDOW_BOS
 
 RECIPES = pathlib.Path(__file__).parent / 'recipes'
 CHARACTERS_A_TOKEN = 4  # of usual text and vocabularies
@@ -105,13 +106,18 @@ def load_plugins(paths: list[str]) -> None:
     spec.loader.exec_module(sys.modules[name])
 
 
-def calibration_rows(tokenizer, texts, seq_len: int, count: int, seed: int = 0) -> np.ndarray:
+def calibration_rows(
+  tokenizer, texts, seq_len: int, count: int, seed: int = 0, bos_id: int | None = None
+) -> np.ndarray:
   """Draws rows of tokens from the calibration part of a corpus: [rows, seq_len].
 
   If that part is too short, the training part is used as well. If both have fewer than `count` rows
-  of tokens, there are fewer rows, and a line on stderr says how many. Raises ValueError if there is
-  not enough text for one row.
+  of tokens, there are fewer rows, and a line on stderr says how many. With `bos_id`, each row
+  begins with it. Raises ValueError if there is not enough text for one row.
   """
+  if bos_id is not None:
+    rows_BT = calibration_rows(tokenizer, texts, seq_len - 1, count, seed)
+    return np.pad(rows_BT, ((0, 0), (1, 0)), constant_values=bos_id)
   pool = texts.calibration
   if sum(map(len, pool)) < count * seq_len * CHARACTERS_A_TOKEN:
     pool = (*pool, *texts.train)
@@ -141,6 +147,16 @@ def define_plugins() -> flags.FlagHolder:
   """The --plugins flag."""
   return flags.DEFINE_list(
     'plugins', [], 'Python files to import first. They may register techniques of your own.'
+  )
+
+
+def define_bos() -> flags.FlagHolder:
+  """The --bos flag; `model.tokenizer.window_bos` reads it."""
+  return flags.DEFINE_enum(
+    'bos',
+    'auto',
+    list(WINDOW_BOS),
+    'Token in front of each window: none, the BOS (window), or what the family needs (auto).',
   )
 
 

@@ -39,6 +39,7 @@ from model.compress import pipeline
 from model.compress import recipe as recipe_module
 from model.eval import perplexity, records, timing
 from model.eval.records import Metric, Record
+from model.tokenizer import window_bos
 from model.transformer import parameters
 
 # What the peer is asked for, and our recipe of the same.
@@ -104,9 +105,11 @@ def _prepare(work, model, tokenizer) -> perplexity.Windows:
     param.set_value(param.get_value().astype(jnp.bfloat16))
   hf.save_pretrained(model, tokenizer, work / 'model')
   texts, length = corpus.load(TEXT.value), SEQ_LEN.value
-  calibration_BT = common.calibration_rows(tokenizer, texts, length, ROWS.value, SEED.value)
+  bos_id = window_bos(tokenizer, model.config, 'auto')
+  calibration_BT = common.calibration_rows(tokenizer, texts, length, ROWS.value, SEED.value, bos_id)
   held_out = ''.join(texts.held_out)[: 12 * WINDOWS.value * length]
-  windows = perplexity.windows(*tokenizer.encode_with_bytes(held_out), length, WINDOWS.value)
+  tokens_T, ends_T = tokenizer.encode_with_bytes(held_out)
+  windows = perplexity.windows(tokens_T, ends_T, length, WINDOWS.value, bos_id)
   np.save(work / 'calibration.npy', calibration_BT)
   np.save(work / 'held_out.npy', windows.tokens_BT)
   return windows
@@ -141,6 +144,7 @@ def _compare(name, work, model, windows, base_ppl) -> Record:
       },
       'calibration_rows': len(np.load(work / 'calibration.npy')),
       'seq_len': SEQ_LEN.value,
+      'bos': windows.bos,
     },
     environment=records.environment(),
     seed=SEED.value,

@@ -6,12 +6,14 @@ r"""Measures the perplexity of a model on a text, and how far it is from its bas
   python -m experiments.evaluate --model=DIR --text=FILE --seq_len=512 --widened
 
 The model is a Hugging Face folder or hub id, or a folder that `experiments.compress` saved.
-Protocol: the text is tokenized once and cut into consecutive windows of seq_len tokens (the last,
-shorter one dropped), no BOS is added, and in each window every token but the first is predicted;
-ppl = exp(sum NLL / tokens). Sums and the model's arithmetic are in float32 unless --dtype says
-otherwise. --kv_cache feeds each window through a cache of that format in pieces of 32 tokens, as
-generation would; the base of --base runs without one, so that with --base=DIR of the same model KL
-and flips are those of the cache.
+Protocol: the text is tokenized once and cut into consecutive windows of seq_len tokens; the last,
+shorter one is dropped. In each window every token but the first is predicted. With --bos=window the
+first token of each window is the BOS, which is what Gemma needs and gets by default; with
+--bos=none all tokens are text, which is the default of the other families. ppl = exp(sum NLL /
+tokens). Sums and the model's arithmetic are in float32 unless --dtype says otherwise. --kv_cache
+feeds each window through a cache of that format in pieces of 32 tokens, as generation would; the
+base of --base runs without one, so that with --base=DIR of the same model KL and flips are those of
+the cache.
 
 Weights are multiplied as in generation, by the fast products of this device, which may round
 activations; with --widened they are widened to floating point first.
@@ -21,22 +23,26 @@ Device: any. Minutes: below 1 for a small model on two CPU cores.
 
 import json
 import math
-import pathlib
 
 import jax.numpy as jnp
 from absl import flags
 
 from experiments import base as embedded
 from experiments import common
-from model import hf, kv_cache, sharding
+from model import corpus, hf, kv_cache, sharding
 from model.eval import cost, perplexity
 from model.infer.prepare import prepare
+from model.tokenizer import window_bos
 from model.transformer import parameters
 
 MODEL = flags.DEFINE_string('model', None, 'Folder or hub id of the model to measure.')
-TEXT = flags.DEFINE_string('text', None, 'Text file (UTF-8), measured as a whole.')
+TEXT = flags.DEFINE_string(
+  'text',
+  None,
+  'Text to measure on, a file or a folder: text, JSON lines or arrays, or .gz of these.',
+)
 BASE = flags.DEFINE_string('base', None, 'Model to compare with: adds KL divergence and flip rate.')
-SEQ_LEN = flags.DEFINE_integer('seq_len', 512, 'Tokens a window.', lower_bound=2)
+SEQ_LEN = flags.DEFINE_integer('seq_len', 512, 'Tokens per window.', lower_bound=2)
 MAX_WINDOWS = flags.DEFINE_integer(
   'max_windows', 0, 'Only the first so many windows; 0: all.', lower_bound=0
 )
@@ -54,6 +60,7 @@ KV_CACHE = flags.DEFINE_enum(
 WIDENED = flags.DEFINE_bool(
   'widened', False, 'Multiply by weights widened to floating point, not by the fast products.'
 )
+BOS = common.define_bos()
 MESH = common.define_mesh()
 PLUGINS = common.define_plugins()
 
@@ -62,7 +69,9 @@ def main() -> None:
   common.load_plugins(PLUGINS.value)
   model, tokenizer, text = _inputs()
   tokens_T, ends_T = tokenizer.encode_with_bytes(text)
-  windows = perplexity.windows(tokens_T, ends_T, SEQ_LEN.value, MAX_WINDOWS.value or None)
+  bos_id = window_bos(tokenizer, model.config, BOS.value)
+  limit = MAX_WINDOWS.value or None
+  windows = perplexity.windows(tokens_T, ends_T, SEQ_LEN.value, limit, bos_id)
   sharding.shard(model, common.mesh(MESH))
   base = _load(BASE.value)[0] if BASE.value else None
   if base is not None and base.config.vocab_size != model.config.vocab_size:
@@ -94,15 +103,10 @@ def _inputs():
     return trained.model, trained.tokenizer, ''.join(trained.texts.held_out)[:40_000]
   if MODEL.value is None or TEXT.value is None:
     raise ValueError('evaluate needs --model and --text (or --smoke)')
-  if not pathlib.Path(TEXT.value).is_file():
-    raise ValueError(f'there is no text file {TEXT.value}')
+  text = '\n'.join(corpus.documents(TEXT.value))
   model, tokenizer = _load(MODEL.value)
   if tokenizer is None:
     raise ValueError(f'{MODEL.value} has no tokenizer; put its tokenizer.json into the folder')
-  try:
-    text = pathlib.Path(TEXT.value).read_bytes().decode()
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{TEXT.value} is not UTF-8: {error}') from None
   return model, tokenizer, text
 
 
@@ -115,6 +119,7 @@ def _result(model, quality) -> dict:
     'nll_sum': quality.nll_sum,
     'tokens': quality.tokens,
     'seq_len': quality.seq_len,
+    'bos': quality.bos,
     'activations': str(model.dtype),
     'widened': WIDENED.value,
     'stored_bytes': sum(p.get_value().nbytes for p in parameters(model).values()),
@@ -136,10 +141,10 @@ def _words(quality) -> str:
     f'perplexity    {quality.ppl:.4f}',
     f'bits per byte {quality.bits_per_byte:.4f}',
     f'NLL           {quality.nll_sum:.2f} nats over {quality.tokens} predicted tokens, '
-    f'windows of {quality.seq_len}',
+    f'windows of {quality.seq_len}' + (' that begin with a BOS' if quality.bos == 'window' else ''),
   ]
   if quality.kl_to_base is not None:
-    lines.append(f'KL to base    {quality.kl_to_base:.6f} nats a token')
+    lines.append(f'KL to base    {quality.kl_to_base:.6f} nats per token')
     lines.append(f'flip rate     {quality.flip_rate:.2%}')
   return '\n'.join(lines)
 

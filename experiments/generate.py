@@ -4,8 +4,10 @@ r"""Continues a prompt with a model, compressed or not.
   python -m experiments.generate --model=DIR --prompt='Hello' --chat --temperature=0.7 --top_p=0.9
   python -m experiments.generate --model=DIR --prompt='import os' --kv_cache=int8
 
-Several prompts, as repeated --prompt flags, run as one batch. --temperature=0 is greedy, and gives
-the same tokens every time. A single continuation is streamed as it appears.
+Several prompts, as repeated --prompt flags, run as one batch, and each gives what it gives alone.
+--temperature=0 is greedy, and gives the same tokens every time; a draw follows from --seed. The
+prompt gets the special tokens that the tokenizer's files ask for, such as a BOS; with --chat they
+come from the chat template. A single continuation is streamed as it appears.
 
 Device: any. Minutes: below 1.
 """
@@ -20,6 +22,7 @@ from experiments import base as embedded
 from experiments import common
 from model import hf, kv_cache, sharding
 from model.infer import generate as generation
+from model.text_stream import TextStream
 from ops.sampling import SamplingConfig
 
 MODEL = flags.DEFINE_string('model', None, 'Folder or hub id of the model.')
@@ -30,7 +33,7 @@ TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 takes the most likely to
 TOP_K = flags.DEFINE_integer('top_k', None, 'Sample among the k most likely tokens.')
 TOP_P = flags.DEFINE_float('top_p', None, 'Sample among the most likely tokens of this mass.')
 MIN_P = flags.DEFINE_float('min_p', None, 'Leave out tokens below this share of the likeliest.')
-SEED = flags.DEFINE_integer('seed', 0, 'Seed of the sampling.')
+SEED = flags.DEFINE_integer('seed', 0, 'Seed of the sampling, of each prompt.')
 DTYPE = flags.DEFINE_enum(
   'dtype', None, ['float32', 'bfloat16'], 'Type of activations and plain weights.'
 )
@@ -51,7 +54,10 @@ def main() -> None:
   model, tokenizer, texts, limit = _inputs()
   sharding.shard(model, common.mesh(MESH))
   prompts = [_encode(tokenizer, text) for text in texts]
-  stream = _Stream(tokenizer, texts[0], model.config.eos_ids) if len(texts) == 1 else None
+  stream = None
+  if len(texts) == 1:
+    print(_shown(texts[0]), end='', flush=True)
+    stream = _Stream(tokenizer, prompts[0], model.config.eos_ids)
   start = time.perf_counter()
   new = generation.generate(
     model,
@@ -64,10 +70,10 @@ def main() -> None:
   )
   seconds = time.perf_counter() - start
   if stream is not None:
-    stream.end(new[0])
+    stream.end()
   else:
-    for text, tokens in zip(texts, new):
-      print(_shown(text) + tokenizer.decode(tokens, skip_special=True))
+    for text, prompt, tokens in zip(texts, prompts, new):
+      print(_shown(text) + tokenizer.continuation(prompt, tokens))
   if SPEED.value:
     count = sum(map(len, new))
     print(f'{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s', file=sys.stderr)
@@ -77,22 +83,14 @@ class _Stream:
   """Prints the text of one row as its tokens come, each character once it is whole."""
 
   def __init__(self, tokenizer, prompt, eos_ids):
-    self.tokenizer, self.eos_ids = tokenizer, eos_ids
-    self.tokens, self.printed = [], 0
-    print(_shown(prompt), end='', flush=True)
+    self._text, self._eos_ids = TextStream(tokenizer, prompt), eos_ids
 
   def __call__(self, tokens_B):
-    if int(tokens_B[0]) not in self.eos_ids:
-      self.tokens.append(int(tokens_B[0]))
-      self._show(self.tokenizer.decode(self.tokens, skip_special=True).rstrip('\ufffd'))
+    if int(tokens_B[0]) not in self._eos_ids:
+      print(self._text.push(tokens_B[0]), end='', flush=True)
 
-  def end(self, tokens):
-    self._show(self.tokenizer.decode(tokens, skip_special=True))
-    print(flush=True)
-
-  def _show(self, text):
-    print(text[self.printed :], end='', flush=True)
-    self.printed = max(self.printed, len(text))
+  def end(self):
+    print(self._text.end(), flush=True)
 
 
 def _shown(prompt) -> str:
@@ -102,7 +100,7 @@ def _shown(prompt) -> str:
 def _encode(tokenizer, text):
   if CHAT.value:
     return tokenizer.encode(tokenizer.apply_chat_template([{'role': 'user', 'content': text}]))
-  tokens = tokenizer.encode(text)
+  tokens = tokenizer.prompt(text)
   if not tokens:
     raise ValueError('--prompt is empty; give it some text')
   return tokens

@@ -12,7 +12,7 @@ from experiments import base as embedded
 from experiments import common, study
 from model import corpus, hf
 from model.eval import perplexity, records
-from model.tokenizer import Tokenizer
+from model.tokenizer import Tokenizer, window_bos
 from model.transformer import Transformer
 
 DEFAULT_SEQ_LEN = 512
@@ -73,15 +73,16 @@ def load(model: str | None, texts: Sequence[str], *, seed: int, smoke: bool) -> 
 def make_study(inputs: Inputs, protocol: Protocol) -> study.Study:
   """Cuts the texts into windows and rows. Raises ValueError if they are too short."""
   seq_len = protocol.seq_len or inputs.seq_len
+  bos_id = window_bos(inputs.tokenizer, inputs.model.config, 'auto')
   texts = {}
   for name, text in inputs.texts.items():
     tokens_T, ends_T = _held_out_tokens(inputs.tokenizer, text)
-    texts[name] = perplexity.windows(tokens_T, ends_T, seq_len, protocol.max_windows)
+    texts[name] = perplexity.windows(tokens_T, ends_T, seq_len, protocol.max_windows, bos_id)
     perplexity.check(inputs.model, texts[name])
   rows = protocol.calibration_rows or -(-CALIBRATION_TOKENS // seq_len)
   work = study.Study(
     base=inputs.model,
-    calibration_BT=_calibration_rows(inputs, seq_len, rows),
+    calibration_BT=_calibration_rows(inputs, seq_len, rows, bos_id),
     texts=texts,
     settings={},
     environment=records.environment(),
@@ -112,11 +113,12 @@ def _held_out(tokenizer: Tokenizer, text: corpus.Corpus, windows: perplexity.Win
   """
   held_out = ''.join(text.held_out)
   tokens_T, ends_T = _held_out_tokens(tokenizer, text)
-  size, seq_len = windows.tokens_BT.size, windows.seq_len
-  for end in ends_T[size - 1 : size - 1 + seq_len]:
+  text_len = windows.text_len
+  size = len(windows.tokens_BT) * text_len
+  for end in ends_T[size - 1 : size - 1 + text_len]:
     cut = held_out.encode()[:end].decode(errors='ignore')
     again_T = tokenizer.encode(cut)
-    if len(again_T) < size + seq_len and np.array_equal(again_T[:size], tokens_T[:size]):
+    if len(again_T) < size + text_len and np.array_equal(again_T[:size], tokens_T[:size]):
       return cut
   return held_out
 
@@ -139,6 +141,7 @@ def _settings(inputs: Inputs, work: study.Study) -> dict:
     **inputs.about,
     'texts': {name: _about_text(inputs.texts[name], work.texts[name]) for name in work.texts},
     'seq_len': work.text.seq_len,
+    'bos': work.text.bos,
     'calibration_rows': len(work.calibration_BT),
     'activations': str(inputs.model.dtype),
     'batch': study.BATCH,
@@ -155,13 +158,13 @@ def _about_text(text: corpus.Corpus, windows: perplexity.Windows) -> dict:
   }
 
 
-def _calibration_rows(inputs: Inputs, seq_len: int, count: int) -> np.ndarray:
+def _calibration_rows(inputs: Inputs, seq_len: int, count: int, bos_id) -> np.ndarray:
   """Rows of all texts, equally many of each: [rows, seq_len]."""
   texts = list(inputs.texts.values())
   shares = [len(part) for part in np.array_split(np.arange(count), len(texts))]
   return np.concatenate(
     [
-      common.calibration_rows(inputs.tokenizer, text, seq_len, share)
+      common.calibration_rows(inputs.tokenizer, text, seq_len, share, bos_id=bos_id)
       for text, share in zip(texts, shares)
       if share
     ]

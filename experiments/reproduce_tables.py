@@ -31,6 +31,7 @@ from model.compress import pipeline
 from model.compress import recipe as recipe_module
 from model.eval import perplexity, records
 from model.eval.records import Metric, Record
+from model.tokenizer import window_bos
 from model.transformer import parameters
 
 # Recipes by table. `--recipes` takes any others.
@@ -183,14 +184,16 @@ def _setting() -> Setting:
       raise ValueError(f'{MODEL.value} has no tokenizer; put its tokenizer.json into the folder')
     texts, length = corpus.load(TEXT.value), SEQ_LEN.value
   rows = 8 if SMOKE.value else ROWS.value
+  bos_id = window_bos(tokenizer, model.config, 'auto')
   draws = [
-    common.calibration_rows(tokenizer, texts, length, rows, seed) for seed in range(SEEDS.value)
+    common.calibration_rows(tokenizer, texts, length, rows, seed, bos_id)
+    for seed in range(SEEDS.value)
   ]
   limit = 8 if SMOKE.value else WINDOWS.value or None
   held_out = ''.join(texts.held_out)
   if limit:
     held_out = held_out[: 16 * limit * length]  # few tokens are longer than 16 characters
-  windows = perplexity.windows(*tokenizer.encode_with_bytes(held_out), length, limit)
+  windows = perplexity.windows(*tokenizer.encode_with_bytes(held_out), length, limit, bos_id)
   perplexity.check(model, windows)
   base = perplexity.evaluate(model, windows, progress=common.labelled('base: evaluate'))
   return Setting(
@@ -225,6 +228,7 @@ def _run(setting: Setting, one) -> Record:
       'model': setting.name,
       'recipe': one.to_dict(),
       'seq_len': setting.windows.seq_len,
+      'bos': setting.windows.bos,
       'windows': len(setting.windows.tokens_BT),
       'calibration_rows': 0 if draws[0] is None else len(draws[0]),
       'draws_ppl': ppls,

@@ -79,7 +79,7 @@ class ModelConfig:
   head_bias: bool = False
   bos_id: int | None = None
   eos_ids: tuple[int, ...] = ()
-  pad_id: int | None = None
+  pad_id: int | None = None  # nothing reads it here; it is kept for those who read our files
 
   def __post_init__(self):
     for name in ('vocab_size', 'width', 'max_positions'):

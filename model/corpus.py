@@ -1,17 +1,19 @@
-"""Texts to train, calibrate and measure on, split by what they say and not by where they lie.
+"""Texts to train, calibrate and measure on, split by their content.
 
 A document's part follows from the SHA-256 of its content, so copies of a document share a part, and
-a part stays the same when other documents come or go. The fingerprint goes into every record that
-was measured on the corpus. Without a text of the user's, the corpus is the source of the Python
-standard library that runs the program: no network, and about 28 MB.
+a part stays the same when other documents are added or removed. The fingerprint goes into every
+record that was measured on the corpus. Without a text of the user's, the corpus is the source of
+the Python standard library that runs the program: no network, and about 28 MB.
 """
 
 import collections
 import dataclasses
+import gzip
 import hashlib
 import json
 import pathlib
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -19,7 +21,7 @@ import numpy as np
 from model import library
 
 TRAIN_PERCENT, CALIBRATION_PERCENT = 90, 5  # the rest is held out
-SUFFIXES = ('.txt', '.md', '.py', '.jsonl')
+SUFFIXES = ('.txt', '.md', '.py', '.json', '.jsonl')  # in small or capital letters, or with .gz
 LARGEST_BLOCK = 8192  # characters of a block, where one text is cut up
 SMALLEST_BLOCK = 64
 LONGEST_TOKEN = 16  # characters; a row of tokens is longer than 16 characters a token only rarely
@@ -47,28 +49,40 @@ class Corpus:
 
 
 def load(path: str | pathlib.Path | None = None) -> Corpus:
-  """Reads a text file, a folder of `SUFFIXES` files, or a text of `BUILT_IN` by its name.
+  """Reads the documents of a file or a folder, or a text of `BUILT_IN`, and splits them.
 
-  A file of any other name is read as text. A `.jsonl` file has one document a line, in the field
-  "text"; every other file is one document. Fewer than three documents are cut into blocks at blank
-  lines (or else line ends, spaces, anywhere), so that every part has some. Empty documents and
-  repeats are dropped.
+  Fewer than three documents are cut into blocks at blank lines (or else line ends, spaces,
+  anywhere), so that every part has some. Empty documents and repeats are dropped.
 
   Raises:
-    ValueError: the path is missing or holds no text, or a file is not UTF-8 or not valid JSON.
+    ValueError: what `documents` raises, or there is no text.
   """
   path = SOURCE if path is None else path
   if path in BUILT_IN:
     return _built_in(path)
-  path = pathlib.Path(path)
-  documents = _unique(text for file in _files(path) for text in _read(file))
-  if not documents:
+  texts = _unique(documents(path))
+  if not texts:
     raise ValueError(f'{path}: all of its texts are empty')
-  if len(documents) < 3:
-    documents = _unique(block for text in documents for block in blocks(text))
-  if len(documents) < 3:
+  if len(texts) < 3:
+    texts = _unique(block for text in texts for block in blocks(text))
+  if len(texts) < 3:
     raise ValueError(f'{path}: too little text to be split into three parts; give more')
-  return split(documents, source=str(path))
+  return split(texts, source=str(path))
+
+
+def documents(path: str | pathlib.Path) -> list[str]:
+  """Reads the documents of a text file, or of a folder of `SUFFIXES` files.
+
+  A `.jsonl` file has one document per line, a `.json` file has an array of documents, or lines like
+  a `.jsonl` file. There, a document is a string, or an object with a string field "text". A file of
+  any other name is one document. Each may be compressed by gzip, with `.gz` after its name, and may
+  begin with a byte-order mark.
+
+  Raises:
+    ValueError: the path is missing, the folder has no such file, or a file is damaged, not UTF-8
+      or not JSON of this form.
+  """
+  return [text for file in _files(pathlib.Path(path)) for text in _read(file)]
 
 
 def name(path: str | pathlib.Path) -> str:
@@ -208,31 +222,59 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
     return [path]
   if not path.is_dir():
     raise ValueError(f'{path}: no such file or folder')
-  files = sorted(f for f in path.rglob('*') if f.suffix in SUFFIXES and f.is_file())
+  files = sorted(f for f in path.rglob('*') if _suffix(f) in SUFFIXES and f.is_file())
   if not files:
     raise ValueError(f'{path}: the folder holds no {", ".join(SUFFIXES)} files')
   return files
 
 
+def _suffix(file: pathlib.Path) -> str:
+  return pathlib.PurePath(file.name.lower().removesuffix('.gz')).suffix
+
+
 def _read(file: pathlib.Path) -> Iterator[str]:
+  data = file.read_bytes()
   try:
-    text = file.read_bytes().decode()
+    if file.suffix.lower() == '.gz':
+      data = gzip.decompress(data)
+    text = data.decode('utf-8-sig')
   except UnicodeDecodeError as error:
     raise ValueError(f'{file}: not UTF-8 ({error.reason} at byte {error.start})') from error
-  if file.suffix != '.jsonl':
-    yield text
-    return
+  except (OSError, EOFError, zlib.error) as error:
+    raise ValueError(f'{file}: not a whole gzip file ({error})') from error
+  if _suffix(file) not in ('.json', '.jsonl'):
+    return iter([text])
+  array = _array(text) if _suffix(file) == '.json' else None
+  return _of_lines(text, file) if array is None else _of_array(array, file)
+
+
+def _array(text: str) -> list | None:
+  """The array or the single object that the text is; None if it is neither."""
+  try:
+    value = json.loads(text)
+  except json.JSONDecodeError:
+    return None
+  return value if isinstance(value, list) else [value]
+
+
+def _of_array(records: list, file: pathlib.Path) -> Iterator[str]:
+  for number, record in enumerate(records, 1):
+    yield _text_of(record, f'{file}, entry {number}')
+
+
+def _of_lines(text: str, file: pathlib.Path) -> Iterator[str]:
   for number, line in enumerate(text.split('\n'), 1):
     if line.strip():
-      yield _text_field(line, f'{file}, line {number}')
+      where = f'{file}, line {number}'
+      try:
+        record = json.loads(line)
+      except json.JSONDecodeError as error:
+        raise ValueError(f'{where}: not JSON ({error})') from error
+      yield _text_of(record, where)
 
 
-def _text_field(line: str, where: str) -> str:
-  try:
-    record = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise ValueError(f'{where}: not JSON ({error})') from error
-  text = record.get('text') if isinstance(record, dict) else None
+def _text_of(record, where: str) -> str:
+  text = record.get('text') if isinstance(record, dict) else record
   if not isinstance(text, str):
-    raise ValueError(f'{where}: expected an object with a string field "text"')
+    raise ValueError(f'{where}: expected a string, or an object with a string field "text"')
   return text

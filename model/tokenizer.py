@@ -8,11 +8,12 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from model import chat_template, token_codecs, token_files
+from model import chat_template, hf_names, token_codecs, token_files
+from model.config import ModelConfig
 
 MODEL_FILES = (
   token_files.JSON,
@@ -28,6 +29,8 @@ SETTINGS_FILES = (
   GENERATION,
   'chat_template.jinja',
 )
+WindowBos = Literal['auto', 'none', 'window']
+WINDOW_BOS = get_args(WindowBos)
 END_OF_TEXT = '<|endoftext|>'
 
 
@@ -197,6 +200,20 @@ def check(tokenizer: Tokenizer, vocab_size: int) -> None:
       f'the tokenizer has ids up to {highest}, but the model has a vocabulary of {vocab_size}; '
       f'they do not belong together'
     )
+
+
+def window_bos(tokenizer: Tokenizer, config: ModelConfig, choice: WindowBos) -> int | None:
+  """The id to put in front of each window of evaluation or calibration text; None for no token.
+
+  'auto' is what the model's family needs, as far as the tokenizer has it. Raises ValueError if
+  'window' is asked for and the tokenizer has no BOS.
+  """
+  if choice not in WINDOW_BOS:
+    raise ValueError(f'bos should be one of {", ".join(WINDOW_BOS)}, not {choice!r}')
+  if choice == 'window' and tokenizer.bos_id is None:
+    raise ValueError('bos=window needs a BOS, but the tokenizer has none; use bos=none')
+  needed = choice == 'auto' and hf_names.find(config.family).bos_in_windows
+  return tokenizer.bos_id if needed or choice == 'window' else None
 
 
 def _with_config(files: dict[str, bytes], config: dict[str, Any]) -> dict[str, bytes]:

@@ -1,18 +1,21 @@
 """Perplexity, bits per byte, and how far a model has moved from its base.
 
-Protocol: the text is tokenized once and cut into consecutive windows of `seq_len` tokens (the last,
-shorter one is dropped), with no BOS added; in each window every token but the first is predicted.
-ppl = exp(sum NLL / tokens). Bits per byte = sum NLL / ln 2 / bytes of the predicted tokens' text.
-KL(base || model) in nats a token and the share of tokens whose most likely prediction differs from
-the base's are measured on the same windows. With a cache format, the model's keys and values go
-through such a cache (`model.eval.cached`); the base always runs without one. Sums are in float64;
-float32 products are float32 on GPU and TPU as well, where they are rounded further by default.
+Protocol: the text is tokenized once and cut into consecutive windows of `seq_len` tokens; the last,
+shorter one is dropped. In each window every token but the first is predicted. With a BOS (`bos` is
+'window') the first token of each window is the BOS, and `seq_len - 1` tokens of text follow; all of
+these are predicted. Without one (`bos` is 'none') all tokens are text. ppl = exp(sum NLL / tokens).
+Bits per byte = sum NLL / ln 2 / bytes of the predicted tokens' text. KL(base || model) in nats per
+token and the share of tokens whose most likely prediction differs from the base's are measured on
+the same windows. With a cache format, the model's keys and values go through such a cache
+(`model.eval.cached`); the base always runs without one. Sums are in float64. Float32 products are
+float32 on GPU and TPU as well, which round them further by default.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +28,7 @@ from model.kv_cache import CacheFormat
 from model.transformer import Transformer
 from ops import losses
 
+Bos = Literal['none', 'window']
 TOKENS_A_BATCH = 4096
 CHUNK = 512  # tokens whose logits exist at once
 
@@ -35,6 +39,7 @@ class Windows:
 
   tokens_BT: np.ndarray
   predicted_bytes: int
+  bos: Bos = 'none'
 
   @property
   def seq_len(self) -> int:
@@ -43,6 +48,11 @@ class Windows:
   @property
   def predicted(self) -> int:
     return self.tokens_BT.shape[0] * (self.seq_len - 1)
+
+  @property
+  def text_len(self) -> int:
+    """Tokens of text in each window."""
+    return self.seq_len - (self.bos == 'window')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +63,7 @@ class Quality:
   tokens: int
   predicted_bytes: int
   seq_len: int
+  bos: Bos = 'none'
   kl_sum: float | None = None
   flips: int | None = None
 
@@ -74,24 +85,37 @@ class Quality:
     return None if self.flips is None else self.flips / self.tokens
 
 
-def windows(tokens_T, ends_T, seq_len: int, max_windows: int | None = None) -> Windows:
-  """Cuts a tokenized text into windows.
+def windows(
+  tokens_T, ends_T, seq_len: int, max_windows: int | None = None, bos_id: int | None = None
+) -> Windows:
+  """Cuts a tokenized text into windows, each with `bos_id` in front if that is given.
 
-  `ends_T`: the UTF-8 bytes of the text up to the end of each token.
-  Raises ValueError if the text is shorter than one window.
+  `ends_T`: the UTF-8 bytes of the text up to the end of each token. `model.tokenizer.window_bos`
+  gives the `bos_id` that a model needs. Raises ValueError if the text is shorter than one window.
   """
   if seq_len < 2:
     raise ValueError(f'a window needs at least 2 tokens to predict one, not {seq_len}')
-  count = len(tokens_T) // seq_len
+  text_len = seq_len if bos_id is None else seq_len - 1
+  count = len(tokens_T) // text_len
   if count == 0:
     raise ValueError(
-      f'the text has {len(tokens_T)} tokens, fewer than one window of {seq_len}; '
+      f'the text has {len(tokens_T)} tokens, fewer than one window of {text_len}; '
       'give a longer text or a smaller seq_len'
     )
   count = min(count, max_windows or count)
-  tokens_BT = np.asarray(tokens_T[: count * seq_len], np.int32).reshape(count, seq_len)
-  ends_BT = np.asarray(ends_T[: count * seq_len]).reshape(count, seq_len)
-  return Windows(tokens_BT=tokens_BT, predicted_bytes=int((ends_BT[:, -1] - ends_BT[:, 0]).sum()))
+  tokens_BT = np.asarray(tokens_T[: count * text_len], np.int32).reshape(count, text_len)
+  ends_T = np.asarray(ends_T[: count * text_len])
+  ends_BT = ends_T.reshape(count, text_len)
+  if bos_id is None:
+    starts_B = ends_BT[:, 0]  # the first token of a window is not predicted
+  else:
+    starts_B = np.concatenate([[0], ends_BT[:-1, -1]])
+    tokens_BT = np.pad(tokens_BT, ((0, 0), (1, 0)), constant_values=bos_id)
+  return Windows(
+    tokens_BT=tokens_BT,
+    predicted_bytes=int((ends_BT[:, -1] - starts_B).sum()),
+    bos='none' if bos_id is None else 'window',
+  )
 
 
 def evaluate(
@@ -105,8 +129,8 @@ def evaluate(
   """Measures a model on the windows, and against `base` if there is one.
 
   With `cache_format`, the model reads keys and values from a cache of that format.
-  Raises ValueError if a window is longer than the positions that a model has learned, or there is
-  no such format.
+  Raises ValueError if a window is longer than the positions that a model has learned, a token is
+  outside its vocabulary, or there is no such format.
   """
   if cache_format is not None:
     kv_cache.check_format(cache_format)
@@ -126,13 +150,19 @@ def evaluate(
     tokens=text.predicted,
     predicted_bytes=text.predicted_bytes,
     seq_len=text.seq_len,
+    bos=text.bos,
     kl_sum=None if base is None else float(totals[1]),
     flips=None if base is None else round(totals[2]),
   )
 
 
 def check(model: Transformer, text: Windows) -> None:
-  """Raises ValueError if a window is longer than the positions that the model has learned."""
+  """Raises ValueError if the model has not learned a window's positions, or lacks its tokens."""
+  highest = int(text.tokens_BT.max())
+  if highest >= model.config.vocab_size:
+    raise ValueError(
+      f'the text has token {highest}, but the model has a vocabulary of {model.config.vocab_size}'
+    )
   if model.positions is not None and text.seq_len > model.config.max_positions:
     raise ValueError(
       f'windows of {text.seq_len} tokens are longer than the {model.config.max_positions} learned '

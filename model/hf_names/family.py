@@ -110,6 +110,7 @@ class Family:
   config_to_hf: Callable[[ModelConfig], dict]  # without the keys that all families share
   ignored: tuple[str, ...] = ()  # regular expressions: buffers of this family alone
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> name in `rows`
+  bos_in_windows: bool = False  # the model predicts badly where no BOS stands before the text
 
   def weight_of(self, module: str) -> str:
     """The name on disk of the weight of one of our modules outside the layers, such as 'head'."""

@@ -83,4 +83,5 @@ GEMMA2 = Family(
   rows=ROWS,
   config_from_hf=_from_hf,
   config_to_hf=_to_hf,
+  bos_in_windows=True,
 )

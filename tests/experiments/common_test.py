@@ -22,6 +22,9 @@ def test_calibration_rows_come_from_the_calibration_part_and_no_more_than_the_te
   rows_BT = common.calibration_rows(tokenizer, texts, 10, 1000)
   assert rows_BT.shape == (151, 10) and {*rows_BT.ravel()} == {ord('a'), ord('b'), ord('\n')}
   assert 'the text has 151 rows of 10 tokens, not 1000' in capsys.readouterr().err
+  with_bos_BT = common.calibration_rows(tokenizer, texts, 10, 24, bos_id=7)
+  assert (with_bos_BT[:, 0] == 7).all()
+  assert (with_bos_BT[:, 1:] == common.calibration_rows(tokenizer, texts, 9, 24)).all()
 
 
 ERRORS = (

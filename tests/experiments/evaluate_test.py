@@ -1,7 +1,9 @@
 """evaluate: its numbers are those of the library, and bad input is refused."""
 
+import gzip
 import json
 
+import numpy as np
 import pytest
 from absl import flags
 
@@ -71,11 +73,43 @@ def test_the_fast_products_are_measured_unless_widened_ones_are_asked_for(
   assert same != cpu.available()  # native products round activations
 
 
+def test_windows_begin_with_a_bos_where_it_is_asked_for(script, base, text, tmp_path, capsys):
+  arguments = f'--text={text}', '--seq_len=32', '--max_windows=5', '--json'
+  found = {}
+  for bos in ('auto', 'none', 'window'):
+    script(f'--model={base}', *arguments, f'--bos={bos}')
+    found[bos] = json.loads(capsys.readouterr().out)
+  assert found['auto'] == found['none'] and found['auto']['bos'] == 'none'
+  model, tokenizer = hf.load_pretrained(base)
+  ids_T, ends_T = tokenizer.encode_with_bytes(text.read_text())
+  rows_BT = np.pad(ids_T[: 5 * 31].reshape(5, 31), ((0, 0), (1, 0)), constant_values=0)
+  assert tokenizer.bos_id == 0
+  windows = perplexity.Windows(tokens_BT=rows_BT, predicted_bytes=int(ends_T[5 * 31 - 1]))
+  expected = perplexity.evaluate(model, windows)
+  assert found['window']['nll_sum'] == expected.nll_sum != found['none']['nll_sum']
+  assert found['window']['bits_per_byte'] == expected.bits_per_byte
+  assert (found['window']['bos'], found['window']['tokens']) == ('window', 5 * 31)
+
+
+def test_the_text_may_be_packed_records(script, base, text, tmp_path, capsys):
+  path = tmp_path / 'text.JSONL.gz'
+  lines = text.read_text().split('\n\n\n')
+  records = '\n'.join(json.dumps({'text': line}) for line in lines).encode('utf-8-sig')
+  path.write_bytes(gzip.compress(records))
+  plain = tmp_path / 'plain.TXT'
+  plain.write_text('\n'.join(lines))
+  found = []
+  for file in (path, plain):
+    script(f'--model={base}', f'--text={file}', '--seq_len=32', '--json', '--max_windows=2')
+    found.append(json.loads(capsys.readouterr().out) | {'text': ''})
+  assert found[0] == found[1]
+
+
 def test_words_with_a_base(script, base, text, capsys):
   script(f'--model={base}', f'--text={text}', f'--base={base}', '--seq_len=32', '--max_windows=2')
   shown = capsys.readouterr().out
   assert 'perplexity' in shown
-  assert 'KL to base    0.000000 nats a token' in shown
+  assert 'KL to base    0.000000 nats per token' in shown
   assert 'flip rate     0.00%' in shown
 
 
@@ -101,7 +135,7 @@ def test_smoke(script, capsys):
     ([], 'needs --model and --text'),
     (['--model=x'], 'needs --model and --text'),
     (['--model=no/such/folder/x', '--text=TEXT'], 'is no folder'),
-    (['--model=BASE', '--text=none.txt'], 'there is no text file none.txt'),
+    (['--model=BASE', '--text=none.txt'], 'none.txt: no such file or folder'),
     (['--model=BASE', '--text=TEXT', '--seq_len=9000'], 'fewer than one window of 9000'),
     (['--model=BASE', '--text=TEXT', '--plugins=x.py'], 'there is no plug-in x.py'),
   ],
@@ -115,7 +149,7 @@ def test_bad_input_is_refused(script, base, text, arguments, message):
 def test_text_that_is_not_utf8_is_refused(script, base, tmp_path):
   path = tmp_path / 'x.txt'
   path.write_bytes(b'caf\xe9')
-  with pytest.raises(ValueError, match='is not UTF-8'):
+  with pytest.raises(ValueError, match='not UTF-8'):
     script(f'--model={base}', f'--text={path}')
 
 
@@ -133,7 +167,7 @@ def test_a_base_of_another_vocabulary_is_refused(script, base, damaged, text):
 
 
 @pytest.mark.parametrize(
-  'argument', ['--max_windows=-1', '--seq_len=1', '--dtype=int8', '--kv_cache=x']
+  'argument', ['--max_windows=-1', '--seq_len=1', '--dtype=int8', '--kv_cache=x', '--bos=all']
 )
 def test_bad_flags_are_refused(script, argument):
   with pytest.raises(flags.Error):

@@ -54,12 +54,13 @@ def test_no_new_tokens(script, base, capsys):
 def test_characters_of_several_tokens_are_streamed_whole(script, loaded, capsys):
   tokenizer = loaded[1]
   tokens = tokenizer.encode('né 東京 🎉')
-  stream = script.module._Stream(tokenizer, '>', ())
+  stream, shown = script.module._Stream(tokenizer, tokenizer.encode('>'), ()), []
   for token in tokens:
     stream([token])
-    assert '\ufffd' not in capsys.readouterr().out
-  stream.end(tokens)
-  assert stream.printed == len('né 東京 🎉')
+    shown.append(capsys.readouterr().out)
+  assert '\ufffd' not in ''.join(shown)
+  stream.end()
+  assert ''.join(shown) + capsys.readouterr().out == 'né 東京 🎉\n'
 
 
 def test_smoke_and_speed(script, capsys):

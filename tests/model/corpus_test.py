@@ -1,5 +1,6 @@
 """The split of texts, against what hashlib says of each document."""
 
+import gzip
 import hashlib
 import json
 import re
@@ -66,6 +67,37 @@ def test_folder_reads_every_kind_and_drops_empties_and_repeats(tmp_path):
   assert loaded.source == str(tmp_path)
 
 
+RECORDS = [{'text': 'one\u2028line', 'id': 1}, {'text': 'two é'}, 'three']
+LINES = '\n'.join(json.dumps(r, ensure_ascii=False) for r in RECORDS) + '\n\n'
+LAYOUTS = {
+  'a.jsonl': LINES,
+  'a.JSONL': LINES,
+  'lines.json': LINES,
+  'a.json': json.dumps(RECORDS),
+  'a.Json': json.dumps(RECORDS, indent=2),
+}
+
+
+@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize('mark', [b'', b'\xef\xbb\xbf'])
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_every_layout_of_records_gives_the_same_documents(tmp_path, name, mark, packed):
+  data = mark + LAYOUTS[name].encode()
+  file = tmp_path / (name + '.gz' if packed else name)
+  file.write_bytes(gzip.compress(data) if packed else data)
+  for path in (file, tmp_path):
+    assert corpus.documents(path) == ['one\u2028line', 'two é', 'three']
+
+
+def test_text_of_any_case_marked_or_packed(tmp_path):
+  (tmp_path / 'A.TXT').write_bytes(b'\xef\xbb\xbfcapitals')
+  (tmp_path / 'b.txt.gz').write_bytes(gzip.compress('packed é'.encode()))
+  (tmp_path / 'C.MD.GZ').write_bytes(gzip.compress(b'both'))
+  (tmp_path / 'one.json').write_text('{"text": "a record"}')
+  (tmp_path / 'none.bin.gz').write_bytes(b'')
+  assert corpus.documents(tmp_path) == ['capitals', 'both', 'packed é', 'a record']
+
+
 def test_parts_do_not_move_when_documents_come(tmp_path):
   documents = [f'document {i}' for i in range(400)]
   few = corpus.split(documents[:300], source='few')
@@ -115,8 +147,18 @@ def test_three_documents_are_enough():
     ('a.txt', b'too short', 'too little text'),
     ('a.txt', b'fine \xff', 'not UTF-8 .* at byte 5'),
     ('a.jsonl', b'{"text": "a"}\n{"text": ', 'line 2: not JSON'),
-    ('a.jsonl', b'{"body": "a"}\n', 'line 1: expected an object with a string field "text"'),
-    ('a.jsonl', b'["a"]\n', 'line 1: expected an object'),
+    (
+      'a.jsonl',
+      b'{"body": "a"}\n',
+      'line 1: expected a string, or an object with a string field "text"',
+    ),
+    ('a.jsonl', b'["a"]\n', 'line 1: expected a string, or an object'),
+    ('a.json', b'["a", {"body": "b"}]', 'entry 2: expected a string, or an object'),
+    ('a.json', b'["a", ', 'line 1: not JSON'),
+    ('a.json', b'3', 'entry 1: expected a string'),
+    ('a.txt.gz', b'plain', 'not a whole gzip file'),
+    ('a.txt.gz', gzip.compress(b'text ' * 50)[:-9], 'not a whole gzip file'),
+    ('a.txt.gz', gzip.compress(b'fine \xff'), 'not UTF-8 .* at byte 5'),
   ],
 )
 def test_bad_text_is_named(tmp_path, name, data, match):
@@ -128,7 +170,7 @@ def test_bad_text_is_named(tmp_path, name, data, match):
 
 
 def test_a_folder_without_texts_is_named(tmp_path):
-  with pytest.raises(ValueError, match=r'holds no \.txt, \.md, \.py, \.jsonl files'):
+  with pytest.raises(ValueError, match=r'holds no \.txt, \.md, \.py, \.json, \.jsonl files'):
     corpus.load(tmp_path)
 
 

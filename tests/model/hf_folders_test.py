@@ -185,6 +185,50 @@ def test_stop_tokens_of_generation_config_win(folder):
   assert hf.load_config(folder).eos_ids == (7, 8)
 
 
+@pytest.mark.parametrize('text', ['', '\n', '{}'])
+def test_an_empty_generation_config_says_nothing(folder, text):
+  _edit(folder, eos_token_id=3)
+  (folder / 'generation_config.json').write_text(text)
+  Tokenizer.train_bpe(['text'], 257).save(folder)
+  _edit(folder, vocab_size=VOCABULARY)
+  assert hf.load_config(folder).eos_ids == (3,)
+
+
+@pytest.mark.parametrize('generation', [True, False])
+@pytest.mark.parametrize('pad', [7, 0, None])
+def test_the_pad_token_survives_saving(folder, tmp_path, pad, generation):
+  _edit(folder, pad_token_id=pad)
+  path = folder / 'generation_config.json'
+  path.write_text(json.dumps({'eos_token_id': 2, 'pad_token_id': pad}))
+  if not generation:
+    path.unlink()
+  model, _ = hf.load_pretrained(folder)
+  vocabulary = {'vocab.json': json.dumps({'a': 0, '<pad>': 7}), 'merges.txt': '#version: 0.2\n'}
+  for name, data in vocabulary.items():
+    (folder / name).write_text(data)
+  (folder / 'tokenizer_config.json').write_text('{"pad_token": "<pad>"}')
+  for tokenizer in (None, Tokenizer.load(folder)):
+    out = tmp_path / f'out {tokenizer is None}'
+    hf.save_pretrained(model, tokenizer, out)
+    assert transformers.AutoConfig.from_pretrained(out).pad_token_id == pad
+    assert transformers.GenerationConfig.from_pretrained(out).pad_token_id == pad
+    assert hf.load_pretrained(out)[0].config == model.config
+  Tokenizer.load(folder).save(tmp_path / 'tokenizer')
+  again = json.loads((tmp_path / 'tokenizer' / 'generation_config.json').read_text())
+  assert again.get('pad_token_id') == pad
+
+
+def test_a_pad_token_past_the_last_row_loads(folder, tmp_path):
+  vocabulary = {f'{i:02}': i for i in range(VOCABULARY)}
+  (folder / 'vocab.json').write_text(json.dumps(vocabulary))
+  (folder / 'merges.txt').write_text('')
+  (folder / 'added_tokens.json').write_text(json.dumps({'<pad>': VOCABULARY}))
+  model, tokenizer = hf.load_pretrained(folder)
+  assert tokenizer.encode('<pad>') == [VOCABULARY]
+  hf.save_pretrained(model, tokenizer, tmp_path / 'out')
+  assert hf.load_pretrained(tmp_path / 'out')[1] == tokenizer
+
+
 def test_a_killed_save_leaves_the_earlier_output(folder, monkeypatch):
   model, _ = hf.load_pretrained(folder)
   before = sorted(path.read_bytes() for path in folder.iterdir())

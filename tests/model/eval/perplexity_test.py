@@ -1,5 +1,6 @@
 """Perplexity, KL, flips and bits per byte against torch and transformers on the same text."""
 
+import json
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from flax import nnx
 
 from model import hf
 from model.eval import perplexity
-from model.tokenizer import Tokenizer
+from model.tokenizer import Tokenizer, window_bos
 
 # The whole protocol in float32, by two libraries that add in different orders.
 TOLERANCE = 1e-4
@@ -31,6 +32,7 @@ TINY = {
 CASES = {
   'Llama': TINY,
   'Qwen3': {**TINY, 'head_dim': 24},
+  'Gemma2': {**TINY, 'head_dim': 24, 'query_pre_attn_scalar': 24},
   'GPT2': {'n_embd': 48, 'n_layer': 2, 'n_head': 4, 'n_positions': 64},
 }
 
@@ -171,6 +173,57 @@ def test_windows_follow_the_protocol():
   assert perplexity.windows(np.arange(11), ends_T, 4, max_windows=1).tokens_BT.shape == (1, 4)
   assert perplexity.windows(np.arange(11), ends_T, 4, max_windows=9).tokens_BT.shape == (2, 4)
   assert perplexity.windows(np.arange(4), ends_T, 4).tokens_BT.shape == (1, 4)
+
+
+def test_windows_with_a_bos_predict_all_of_their_text():
+  ends_T = np.cumsum(np.arange(1, 12))
+  text = perplexity.windows(np.arange(11), ends_T, 4, bos_id=77)
+  assert text.tokens_BT.tolist() == [[77, 0, 1, 2], [77, 3, 4, 5], [77, 6, 7, 8]]
+  assert (text.seq_len, text.text_len, text.bos) == (4, 3, 'window')
+  assert text.predicted == 9
+  assert text.predicted_bytes == sum(range(1, 10))
+  one = perplexity.windows(np.arange(11), ends_T, 4, 1, 77)
+  assert one.tokens_BT.shape == (1, 4) and one.predicted_bytes == 1 + 2 + 3
+  assert perplexity.windows(np.arange(3), ends_T[:3], 4, bos_id=77).predicted == 3
+  plain = perplexity.windows(np.arange(11), ends_T, 4)
+  assert (plain.text_len, plain.bos) == (4, 'none')
+  with pytest.raises(ValueError, match='2 tokens, fewer than one window of 3'):
+    perplexity.windows(np.arange(2), ends_T[:2], 4, bos_id=77)
+
+
+def test_gemma_is_measured_after_a_bos(tokenizer, tmp_path):
+  other = _folder(tmp_path, 'Gemma2', tokenizer)
+  model, own = hf.load_pretrained(tmp_path)
+  bos_id = window_bos(own, model.config, 'auto')
+  assert bos_id == 0 and window_bos(own, model.config, 'none') is None
+  quality = perplexity.evaluate(model, _windows(own, TEXTS[0], bos_id=bos_id))
+  ids_T, nll, count = tokenizer.encode(TEXTS[0]), 0.0, 0
+  for start in range(0, len(ids_T) - SEQ_LEN + 2, SEQ_LEN - 1):
+    row = torch.tensor([[0, *ids_T[start : start + SEQ_LEN - 1]]])
+    with torch.no_grad():
+      logits = other(row).logits[0, :-1].double()
+    nll += float(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction='sum'))
+    count += SEQ_LEN - 1
+  assert (quality.tokens, quality.bos) == (count, 'window')
+  assert quality.nll_sum == pytest.approx(nll, rel=TOLERANCE)
+
+
+def test_a_window_bos_is_what_the_family_needs(llama, tokenizer):
+  assert window_bos(tokenizer, llama.config, 'auto') is None
+  assert window_bos(tokenizer, llama.config, 'window') == 0
+  config = json.dumps({'bos_token': None, 'eos_token': None}).encode()
+  bare = Tokenizer.from_files({**tokenizer.files, 'tokenizer_config.json': config})
+  assert window_bos(bare, llama.config.replace(family='gemma2'), 'auto') is None
+  with pytest.raises(ValueError, match='bos=window needs a BOS, but the tokenizer has none'):
+    window_bos(bare, llama.config, 'window')
+  with pytest.raises(ValueError, match="one of auto, none, window, not 'all'"):
+    window_bos(tokenizer, llama.config, 'all')
+
+
+def test_a_token_that_the_model_lacks_is_refused(llama):
+  text = perplexity.windows(np.full(8, 300), np.arange(8), 4)
+  with pytest.raises(ValueError, match='the text has token 300, but the model has a vocabulary of'):
+    perplexity.evaluate(llama, text)
 
 
 @pytest.mark.parametrize('tokens', [0, 1, SEQ_LEN - 1])
