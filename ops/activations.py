@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from ops import quantized
-from ops.linear import Matrix, Weight, array, dense, map_values, matmul, weight_type
+from ops.linear import Matrix, Weight, array, dense, map_values, matmul, require, weight_type
 
 Bits = Literal[8, 4]
 TINY = 1e-30  # the scale of a token that is all zeros
@@ -41,10 +41,18 @@ class ActivationQuantized(Weight):
   """
 
   values: Matrix = array('IO')
-  scale: jax.Array | None = array('')
+  scale: jax.Array | None = array('', optional=True)
   bits: Bits
 
   passes_to = 'values'
+
+  def check_fields(self):
+    check_bits(self.bits)
+    if self.scale is not None:
+      dtype = self.scale.dtype
+      require(jnp.issubdtype(dtype, jnp.floating), f'the scale is floating, not {dtype}')
+    rounds = isinstance(self.values, ActivationQuantized)
+    require(not rounds, 'the inputs of this matrix are quantized already')
 
   @property
   def shape(self):
@@ -92,13 +100,18 @@ def quantize_activations(
   `absmax` is the largest magnitude that a static scale has to reach; None: a scale of each token.
   Raises ValueError for other widths, or if the weight rounds its inputs already.
   """
-  if bits not in typing.get_args(Bits):
-    raise ValueError(f'activations have 8 or 4 bits, not {bits}')
+  check_bits(bits)
   if isinstance(w, ActivationQuantized):
     raise ValueError(f'the inputs of this matrix are quantized already, to {w.bits} bits')
   if absmax is None:
     return ActivationQuantized(w, None, bits)
   return ActivationQuantized(w, static_scale(absmax, bits), bits)
+
+
+def check_bits(bits: Bits) -> None:
+  """Raises ValueError unless inputs can be rounded to so many bits."""
+  if bits not in typing.get_args(Bits):
+    raise ValueError(f'activations have 8 or 4 bits, not {bits}')
 
 
 def static_scale(absmax: jax.Array, bits: Bits) -> jax.Array:

@@ -4,6 +4,11 @@ The letters are the same in names (`q_BTNH`), in einsum strings and in checks. A
 "Shape Suffixes" (2024). `check` costs nothing under jit, because shapes are static.
 """
 
+from typing import Any
+
+import jax
+import numpy as np
+
 ALPHABET = {
   'B': 'batch',
   'T': 'query length',
@@ -45,6 +50,27 @@ def check(spec: str, *arrays) -> dict[str, int]:
     if array is not None:
       _bind(part, tuple(array.shape), sizes)
   return sizes
+
+
+def is_array(value: Any) -> bool:
+  """Whether a leaf of a pytree is an array: a real one, a traced one or a `ShapeDtypeStruct`.
+
+  The gradient of an integer (float0) is none, for it has the shape of an array but no values.
+  """
+  kinds = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+  return isinstance(value, kinds) and value.dtype != jax.dtypes.float0
+
+
+def check_fields(spec: str, *arrays) -> None:
+  """`check` for the fields of a pytree, in its `__post_init__`: it skips what holds no arrays.
+
+  Maps over a pytree build it anew with other leaves: None, shardings, or statistics that have
+  fewer axes than the arrays. Raises ValueError as `check` does.
+  """
+  parts = spec.split(',')
+  own = zip(parts, arrays, strict=True)
+  if all(is_array(a) and a.ndim >= len(part.removeprefix('...')) for part, a in own):
+    check(spec, *arrays)
 
 
 def _bind(part, shape, sizes):

@@ -4,6 +4,12 @@ Weights come as [J, g, O]: J groups of g inputs, each with one scale, and a zero
 asymmetric. `fit` finds them, `to_codes` rounds half to even and clips; `levels` and `scaled` go
 back. ops/quantized.py says what the formats are, and stores them.
 
+The largest magnitude of a symmetric group of integers is halfway between two codes (7.5 in int4). A
+negative one has a code on either side, a positive one only the lower. If the rounding of the scale
+decided between the two, most would move inwards, all outputs would shrink, and a model of 30 layers
+would lose several per cent of perplexity. So a stored scale is never above amax / top, which sends
+the negative ones outwards.
+
 A group's range may be clipped: fewer values at its ends are reached, and all others are nearer. The
 search is that of GPTQ's reference code (Frantar et al. 2022, https://arxiv.org/abs/2210.17323): of
 `CLIP_STEPS` ranges down to a fifth the one of the least error in a norm of 2.4, at the cost of 81
@@ -39,7 +45,7 @@ NF4_CODEBOOK = (
   1.0,
 )
 FP8_MAX = 448.0
-TINY = 1e-30  # the scale of a group that is all zeros
+TINY = 1e-30  # the least scale that is divided by
 CLIP_GRID, CLIP_STEPS = 100, 80  # ranges are shrunk by a hundredth, 80 times
 CLIP_NORM = 2.4
 
@@ -67,27 +73,43 @@ FORMATS = {
 }
 
 
-def fit(w_JgO: jax.Array, format: FormatName, symmetric: bool, clip: Clip):
-  """The scales [J, O] in bfloat16, and zero points or None, that span each group's range."""
+def fit(w_JgO: jax.Array, format: FormatName, symmetric: bool, clip: Clip, dtype: jnp.dtype):
+  """The scales [J, O] in `dtype`, and zero points or None, that span each group's range."""
   low_JO, high_JO = jnp.minimum(w_JgO.min(1), 0), jnp.maximum(w_JgO.max(1), 0)
   if symmetric:
     high_JO = jnp.maximum(-low_JO, high_JO)
-  span = functools.partial(_span, low_JO, high_JO, format, symmetric)
+  span = functools.partial(_span, low_JO, high_JO, format, symmetric, dtype)
   return span(1.0) if clip == 'none' else _least_error(w_JgO, span, format)
 
 
-def _span(low_JO, high_JO, format, symmetric, share):
+def _span(low_JO, high_JO, format, symmetric, dtype, share):
   """The scales and zero points whose grid reaches over this share of the range."""
   low_JO, high_JO, spec = share * low_JO, share * high_JO, FORMATS[format]
   if not symmetric:
-    scales_JO = _stored((high_JO - low_JO) / (2**spec.bits - 1))
+    scales_JO = stored((high_JO - low_JO) / (2**spec.bits - 1), dtype)
     return scales_JO, zero_points(low_JO, scales_JO.astype(jnp.float32), spec.bits)
-  top = (2**spec.bits - 1) / 2 if spec.integer else {'nf4': 1.0, 'fp8_e4m3': FP8_MAX}[format]
-  return _stored(high_JO / top), None
+  if spec.integer:
+    return _not_above(high_JO, (2**spec.bits - 1) / 2, dtype), None
+  return stored(high_JO / {'nf4': 1.0, 'fp8_e4m3': FP8_MAX}[format], dtype), None
 
 
-def _stored(scales):
-  return jnp.maximum(scales, TINY).astype(jnp.bfloat16)
+def _not_above(high_JO, top, dtype):
+  """The scales at which `high_JO` is at least `top` steps away from zero, as it is divided."""
+  if dtype == jnp.float32:  # XLA's quotients are off by a bit or two
+    return stored(high_JO / top * (1 - 2.0**-22), dtype)
+  scales_JO = stored(high_JO / top, dtype)
+  short_JO = high_JO / scales_JO.astype(jnp.float32) < top
+  lower_JO = jnp.nextafter(scales_JO, jnp.zeros_like(scales_JO))
+  return jnp.where(short_JO & (lower_JO >= _smallest(dtype)), lower_JO, scales_JO)
+
+
+def stored(scale_JO: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Rounds scales to the nearest of `dtype`, within its range and never to zero."""
+  return jnp.clip(scale_JO, _smallest(dtype), float(jnp.finfo(dtype).max)).astype(dtype)
+
+
+def _smallest(dtype) -> float:
+  return max(float(jnp.finfo(dtype).smallest_subnormal), TINY)
 
 
 def zero_points(low_JO: jax.Array, scale_JO: jax.Array, bits: int) -> jax.Array:

@@ -7,16 +7,19 @@ business, so a compressed model is the same model with other weight types in its
 
 A new weight type is a subclass under `@weight_type`; each of its arrays says which axes it has in
 the alphabet of `ops.axes`, in terms of the weight's own I and O (and J for the groups along I).
-That is all that saving, sharding and the contract tests need to know of it.
+That is all that saving, sharding and the contract tests need to know of it. `check_fields` says
+what must hold of its shapes, dtypes and static fields, and is called when a weight is built.
 """
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+
+from ops import axes
 
 WEIGHT_TYPES: dict[str, type['Weight']] = {}
 
@@ -36,6 +39,36 @@ class Weight(abc.ABC):
   # The field with the weight that takes the product over, for a type that adds to it: it changes or
   # rounds the inputs, or corrects the result. What packs weights for a platform packs that one.
   passes_to: ClassVar[str | None] = None
+
+  def __post_init__(self):
+    if _holds_arrays(self):
+      self.check()
+
+  def check(self) -> None:
+    """Checks ranks, then what the type asks of its fields, and the weights inside it.
+
+    Building a weight does this by itself, unless its leaves stand for something else: a map over
+    the pytree may leave None, a sharding, or fewer axes (a sum, a factored statistic) in their
+    place. Raises ValueError.
+    """
+    lead = None
+    for field, value in _arrays(self):
+      if isinstance(value, Weight):
+        value.check()
+      elif not axes.is_array(value):
+        raise ValueError(f'{field.name} is a {type(value).__name__}, not an array')
+      rank = len(field.metadata['axes'])
+      if len(value.shape) < rank:
+        raise ValueError(f'{field.name} has the shape {value.shape}, not at least {rank} axes')
+      own = tuple(value.shape[: len(value.shape) - rank])
+      lead = own if lead is None else lead
+      if own != lead:
+        raise ValueError(f'{field.name} has the leading axes {own}, and others have {lead}')
+    self.check_fields()
+
+  def check_fields(self) -> None:
+    """Raises ValueError where shapes, dtypes or static fields do not fit one another."""
+    return
 
   @property
   @abc.abstractmethod
@@ -80,12 +113,42 @@ class Weight(abc.ABC):
 Matrix = jax.Array | Weight
 
 
-def array(axes: str) -> Any:
-  """A dataclass field that holds an array (or a nested Weight), or None.
+def array(axes: str, *, optional: bool = False) -> Any:
+  """A dataclass field that holds an array (or a nested Weight), or None if it is `optional`.
 
   `axes` has one letter an axis; '_' is an axis that is never sharded.
   """
-  return dataclasses.field(metadata={'axes': axes})
+  return dataclasses.field(metadata={'axes': axes, 'optional': optional})
+
+
+def _arrays(w: Weight) -> Iterator[tuple[dataclasses.Field, Any]]:
+  """The fields made by `array` and what they hold; an optional one that is absent is left out."""
+  for field in dataclasses.fields(w):
+    if 'axes' in field.metadata:
+      value = getattr(w, field.name)
+      if value is not None or not field.metadata['optional']:
+        yield field, value
+
+
+def _holds_arrays(w: Weight) -> bool:
+  """Whether the leaves of a weight are its arrays, not what a map over the tree made of them."""
+  return all(
+    _holds_arrays(value)
+    if isinstance(value, Weight)
+    else axes.is_array(value) and len(value.shape) >= len(field.metadata['axes'])
+    for field, value in _arrays(w)
+  )
+
+
+def require(condition: bool, message: str) -> None:
+  """Raises ValueError with the message unless the condition holds; for `Weight.check_fields`."""
+  if not condition:
+    raise ValueError(message)
+
+
+def is_count(value: Any) -> bool:
+  """Whether a static field is a whole number above zero."""
+  return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def weight_type(cls):

@@ -5,12 +5,23 @@ https://arxiv.org/abs/2305.14314).
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
 from ops import axes
-from ops.linear import Matrix, Weight, array, dense, map_values, matmul, matmuls, weight_type
+from ops.linear import (
+  Matrix,
+  Weight,
+  array,
+  dense,
+  map_values,
+  matmul,
+  matmuls,
+  require,
+  weight_type,
+)
 
 
 @weight_type
@@ -24,6 +35,14 @@ class LoraTensor(Weight):
   scale: float
 
   passes_to = 'base'
+
+  def check_fields(self):
+    axes.check('...IO,...IR,...RO', self.base, self.a_IR, self.b_RO)
+    number = isinstance(self.scale, int | float) and math.isfinite(self.scale)
+    require(number, f'the scale of a correction is a finite number, not {self.scale!r}')
+    for side in (self.a_IR, self.b_RO):
+      floating = jnp.issubdtype(side.dtype, jnp.floating)
+      require(floating, f'the sides of a correction are floating, not {side.dtype}')
 
   @property
   def shape(self):

@@ -10,10 +10,14 @@ asymmetric one a zero point:  w = (code - zero) * scale, or w = codebook[code] *
 
 Codes of fewer than 8 bits are packed without gaps (ops/packing.py). Rounding is half to even.
 Symmetric scales are amax / (2**bits - 1) * 2, so the grid reaches from -2**(bits-1) to
-2**(bits-1) - 1 and the largest value of a group is half a step away, as in compressed-tensors. A
-scale is rounded to its stored precision before the codes are computed: in bfloat16 that costs the
-largest value up to half a step more at 8 bits, and next to nothing at 4. Zero is exactly
-representable wherever zero points are integers, so pruned weights stay pruned.
+2**(bits-1) - 1 and the largest value of a group is half a step away, as in compressed-tensors. Zero
+is exactly representable wherever zero points are integers, so pruned weights stay pruned.
+
+Codes are computed from the scale as it is stored. It is float32 for 8-bit codes and for whole
+columns, and float16 for groups of smaller codes, whose scales are a large part of the bytes and
+need no more than 11 bits. A float16 scale lies between 2**-24 and 65504: groups whose weights are
+all below 2e-7 become zero in int4, and weights beyond 5e5 are clipped. Scales that are quantized
+themselves start as float32.
 
 A product needs no widened copy of the codes where they are numbers of XLA's own and the scale comes
 after the product: y_O = sum over J of scale_JO * (x_Jg @ codes_JgO - zero_JO * sum(x_Jg)). XLA then
@@ -31,9 +35,10 @@ import jax.numpy as jnp
 from ops import axes, formats, packing
 from ops.formats import FORMATS, TINY, Clip, FormatName
 from ops.formats import NF4_CODEBOOK as NF4_CODEBOOK
-from ops.linear import Matrix, Weight, array, dense, matmul, weight_type
+from ops.linear import Matrix, Weight, array, dense, is_count, matmul, require, weight_type
 
 SCALE_BLOCK = 256  # scales that share one second-level scale in double quantization
+SCALE_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
 SMALLEST_GROUP = 16  # a smaller one would spend more bits on scales than it saves
 ROWS = 8  # the least that XLA gives to a matrix unit as one product
 UNMEASURED = 'compiled, not yet timed'  # what is said of products on devices not at hand
@@ -52,10 +57,26 @@ class QuantizedTensor(Weight):
 
   values: jax.Array = array('IO')
   scales: Matrix = array('JO')
-  zeros: jax.Array | None = array('JO')
+  zeros: jax.Array | None = array('JO', optional=True)
   format: FormatName
   inputs: int  # I: the last byte of packed codes may be filled up with zeros
   dtype: jnp.dtype
+
+  def check_fields(self):
+    known = ', '.join(FORMATS)
+    require(self.format in FORMATS, f'format {self.format!r} is not one of {known}')
+    require(is_count(self.inputs), f'{self.inputs!r} inputs are no whole number above 0')
+    _check_codes(self)
+    (groups, outputs), columns = self.scales.shape[-2:], self.values.shape[-1]
+    require(outputs == columns, f'{columns} columns of codes have scales for {outputs}')
+    divides = groups and self.inputs % groups == 0
+    require(divides, f'{groups} groups of scales do not divide {self.inputs} inputs')
+    require(self.scales.dtype in SCALE_DTYPES, f'scales are floating, not {self.scales.dtype}')
+    if self.zeros is not None:
+      shape, expected = self.zeros.shape[-2:], (groups, outputs)
+      require(shape == expected, f'zeros have the shape {shape}, and scales {expected}')
+      whole = self.zeros.dtype == jnp.uint8
+      require(whole or self.zeros.dtype in SCALE_DTYPES, f'no zero points are {self.zeros.dtype}')
 
   @property
   def shape(self):
@@ -107,6 +128,25 @@ class QuantizedTensor(Weight):
       f'a matrix that is already quantized ({self.format}) cannot be pruned, cast or quantized; '
       'put that step before the quantization'
     )
+
+
+def _check_codes(w: QuantizedTensor) -> None:
+  """Raises ValueError where the codes have not the dtype or the rows of their format."""
+  spec, dtype = FORMATS[w.format], w.values.dtype
+  symmetric = w.zeros is None
+  require(symmetric or spec.integer, f'{w.format} has no zero points')
+  if spec.bits == 8:
+    dtypes = [jnp.float8_e4m3fn if not spec.integer else jnp.int8 if symmetric else jnp.uint8]
+  else:
+    laid_out = jnp.int4 if spec.integer and symmetric else jnp.uint4
+    dtypes = [jnp.uint8] + [laid_out] * (spec.bits <= 4)
+  names = ' or '.join(jnp.dtype(d).name for d in dtypes)
+  require(dtype in dtypes, f'codes of {w.format} are {names}, not {dtype}')
+  rows = -(-w.inputs * spec.bits // 8) if w.packed else w.inputs
+  found = w.values.shape[-2]
+  require(
+    found == rows, f'{w.inputs} inputs of {w.format} take {rows} rows of {dtype}, not {found}'
+  )
 
 
 def through_dense(x: jax.Array, w: QuantizedTensor) -> jax.Array:
@@ -195,6 +235,15 @@ class QuantizedScales(Weight):
   scales: jax.Array = array('J_')  # [J, blocks]
   offset: jax.Array = array('')
 
+  def check_fields(self):
+    (groups, outputs), dtype = self.codes.shape[-2:], self.codes.dtype
+    require(dtype == jnp.int8, f'codes of scales are int8, not {dtype}')
+    expected, found = (groups, -(-outputs // SCALE_BLOCK)), self.scales.shape[-2:]
+    require(found == expected, f'second-level scales have the shape {found}, not {expected}')
+    dtypes = self.scales.dtype, self.offset.dtype
+    floating = all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes)
+    require(floating, f'second-level scales and their mean are floating, not {dtypes}')
+
   @property
   def shape(self):
     return self.codes.shape
@@ -249,9 +298,12 @@ def quantize(
     ValueError: unknown format, a group size that does not divide I, or an option that the format
       does not have.
   """
-  scales, zeros_JO = fit(w_IO, format, group_size=group_size, symmetric=symmetric, clip=clip)
+  dtype = jnp.float32 if double else None
+  scales, zeros_JO = fit(
+    w_IO, format, group_size=group_size, symmetric=symmetric, clip=clip, dtype=dtype
+  )
   if double:
-    exact_JO, scales = scales.astype(jnp.float32), quantize_scales(scales)
+    exact_JO, scales = scales, quantize_scales(scales)
     if zeros_JO is not None:  # keep the low end of the range where it is
       low_JO = -zeros_JO.astype(jnp.float32) * exact_JO
       zeros_JO = formats.zero_points(low_JO, scales.dense(), FORMATS[format].bits)
@@ -265,16 +317,24 @@ def fit(
   group_size: int | None = None,
   symmetric: bool = True,
   clip: Clip = 'none',
+  dtype: jnp.dtype | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """Finds the scales [J, O] in bfloat16, and zero points or None, that span each group's range.
+  """Finds the scales [J, O], and zero points or None, that span each group's range.
 
-  `clip` 'mse' searches the share of the range that loses least. Raises ValueError as `quantize`.
+  `clip` 'mse' searches the share of the range that loses least. `dtype` is that of the scales;
+  None: see `scale_dtype`. Raises ValueError as `quantize`.
   """
   axes.check('IO', w_IO)
   check_options(format, w_IO.shape[0], group_size, symmetric, clip)
   size = resolve_group(format, w_IO.shape[0], group_size)
   w_JgO = w_IO.astype(jnp.float32).reshape(-1, size, w_IO.shape[1])
-  return formats.fit(w_JgO, format, symmetric, clip)
+  return formats.fit(w_JgO, format, symmetric, clip, dtype or scale_dtype(format, len(w_JgO)))
+
+
+def scale_dtype(format: FormatName, groups: int) -> jnp.dtype:
+  """What the scales of a matrix are stored in, with so many groups a column."""
+  wide = groups == 1 or FORMATS[format].bits == 8
+  return jnp.dtype(jnp.float32 if wide else jnp.float16)
 
 
 def encode(

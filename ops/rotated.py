@@ -15,7 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ops.linear import Matrix, Weight, array, dense, map_values, matmul, weight_type
+from ops.linear import (
+  Matrix,
+  Weight,
+  array,
+  dense,
+  is_count,
+  map_values,
+  matmul,
+  require,
+  weight_type,
+)
 
 LARGEST_FACTOR = 64  # wide enough for a matrix unit, narrow enough to save work
 
@@ -77,6 +87,11 @@ class RotatedTensor(Weight):
 
   transforms_input = True
   passes_to = 'weight'
+
+  def check_fields(self):
+    inputs = self.weight.shape[-2]
+    divides = is_count(self.inner) and inputs % self.inner == 0
+    require(divides, f'inner is a divisor of the {inputs} inputs, not {self.inner!r}')
 
   @property
   def shape(self):

@@ -15,7 +15,16 @@ import jax
 import jax.numpy as jnp
 
 from ops import axes, packing, selection
-from ops.linear import Matrix, Weight, array, dense, map_values, weight_type
+from ops.linear import (
+  Matrix,
+  Weight,
+  array,
+  dense,
+  is_count,
+  map_values,
+  require,
+  weight_type,
+)
 
 
 def magnitude_score(w_IO: jax.Array) -> jax.Array:
@@ -78,6 +87,17 @@ class SparseTensor(Weight):
   indices: jax.Array = array('IO')
   n: int
   m: int
+
+  def check_fields(self):
+    counts = is_count(self.n) and is_count(self.m)
+    require(counts, f'n and m are whole numbers above 0, not {self.n!r} and {self.m!r}')
+    check_n_of_m(self.m, self.n, self.m)
+    stored, outputs = self.values.shape[-2:]
+    require(stored % self.n == 0, f'{stored} stored inputs are no whole number of {self.n}')
+    expected = -(-stored * _index_bits(self.m) // 8), outputs
+    found, dtype = self.indices.shape[-2:], self.indices.dtype
+    fits = dtype == jnp.uint8 and found == expected
+    require(fits, f'indices are uint8 of the shape {expected}, not {dtype} of {found}')
 
   @property
   def shape(self):

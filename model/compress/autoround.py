@@ -14,8 +14,8 @@ Different from the paper and its code: the block as it was sees the same inputs 
 becomes, which are those that the compressed blocks before it put out; what is kept is the last
 iterate, which is compared with rounding to nearest on all calibration rows, where the paper takes
 the iterate of the smallest error on its own few rows; scales are those of ops/quantized.py, rounded
-to bfloat16 while learning too; a clipped range (`clip`) is where learning starts. Weights that are
-zero stay so.
+as they are stored while learning too; a clipped range (`clip`) is where learning starts. Weights
+that are zero stay so.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from model.compress.calibrate import Descent
 from model.compress.registry import Changes, technique
 from model.compress.techniques import QuantizeSpec, other_group, round_to_nearest
-from ops import quantized
-from ops.formats import FORMATS, TINY
+from ops import formats, quantized
+from ops.formats import FORMATS
 from ops.linear import Matrix, Weight, core, with_core
 from ops.quantized import QuantizedTensor
 
@@ -194,18 +194,19 @@ def rounded(
 def _learned_grid(learned, grid, bits):
   scales_JO, zeros_JO = grid[0].astype(jnp.float32), grid[1]
   top = 2**bits - 1
+  dtype = grid[0].dtype
   if zeros_JO is None:
-    return _as_stored(learned.high_JO * scales_JO), None
+    return _as_stored(learned.high_JO * scales_JO, dtype), None
   zeros_JO = zeros_JO.astype(jnp.float32)
   low_JO = -learned.low_JO * zeros_JO * scales_JO
   high_JO = learned.high_JO * (top - zeros_JO) * scales_JO
-  scales_JO = _as_stored((high_JO - low_JO) / top)
+  scales_JO = _as_stored((high_JO - low_JO) / top, dtype)
   return scales_JO, _limited(_whole(-low_JO / scales_JO), 0, top)
 
 
-def _as_stored(scales_JO):
+def _as_stored(scales_JO, dtype):
   """Rounds scales to how they are stored; gradients pass."""
-  stored_JO = jnp.maximum(scales_JO, TINY).astype(jnp.bfloat16).astype(jnp.float32)
+  stored_JO = formats.stored(scales_JO, dtype).astype(jnp.float32)
   return scales_JO + jax.lax.stop_gradient(stored_JO - scales_JO)
 
 
@@ -226,7 +227,8 @@ def _stored(plain, learned, grids, spec) -> dict[str, QuantizedTensor]:
     values_IO, scales_JO, zeros_JO = rounded(w_IO, learned[path], grids[path], spec.format)
     if zeros_JO is not None:
       zeros_JO = zeros_JO.astype(jnp.uint8)
-    codes = quantized.encode(values_IO, scales_JO.astype(jnp.bfloat16), zeros_JO, spec.format)
+    scales_JO = scales_JO.astype(grids[path][0].dtype)
+    codes = quantized.encode(values_IO, scales_JO, zeros_JO, spec.format)
     found[path] = dataclasses.replace(codes, dtype=w_IO.dtype)
   return found
 

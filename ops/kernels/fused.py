@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from ops import packing
 from ops.kernels.gpu import quantized_matmul as gpu
 from ops.kernels.tpu import quantized_matmul as tpu
-from ops.linear import Matrix, Weight, array, dense, map_inner, matmul, weight_type
+from ops.linear import Matrix, Weight, array, dense, map_inner, matmul, require, weight_type
 from ops.quantized import FORMATS, NF4_CODEBOOK, UNMEASURED, QuantizedTensor, native
 
 Platform = Literal['tpu', 'gpu']
@@ -35,6 +35,10 @@ class FusedTensor(Weight):
   """A quantized matrix that is multiplied by the platform's kernel, if one takes its format."""
 
   weight: QuantizedTensor = array('IO')
+
+  def check_fields(self):
+    kind = type(self.weight).__name__
+    require(isinstance(self.weight, QuantizedTensor), f'no kernel multiplies by a {kind}')
 
   @property
   def shape(self):
@@ -150,6 +154,8 @@ def pack(w: Matrix, platform: Platform, *, one_device: bool = True) -> Matrix:
 def _pack_inner(w: Matrix, platform: Platform, one_device: bool) -> Matrix:
   if not isinstance(w, QuantizedTensor):
     return w
+  if platform == 'tpu' and w.scales.dtype == jnp.float16:  # TPU kernels have no such numbers
+    w = dataclasses.replace(w, scales=w.scales.astype(jnp.float32))
   if one_device and KERNELS[platform].takes(w):
     return _fused(w, platform)
   uniform = platform == 'tpu' and w.packed and FORMATS[w.format].integer

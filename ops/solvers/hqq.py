@@ -34,7 +34,7 @@ def fit(
   group_size: int | None = None,
   iterations: int = ITERATIONS,
 ) -> tuple[jax.Array, jax.Array]:
-  """Finds scales [J, O] in bfloat16 and zero points in float16, for `quantized.encode`.
+  """Finds scales [J, O] and zero points in float16, for `quantized.encode`.
 
   Raises ValueError for a format that is no integer, and as `quantized.fit`.
   """

@@ -271,6 +271,7 @@ class Walk:
       group_size=-1,
       symmetric=self.grid.symmetric,
       clip=self.grid.clip,
+      dtype=within.scales_JO.dtype,
     )
     row = (block.start + start) // size
     within = within._replace(scales_JO=_write(within.scales_JO, scales_JO, row))

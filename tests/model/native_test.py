@@ -162,7 +162,7 @@ def test_misshapen_arrays_and_other_dtypes_are_all_listed(folder):
   with pytest.raises(ValueError) as caught:
     hf.load_pretrained(folder)
   for line in (
-    f"{UP}.scales is [[1, 1], 'bfloat16'], not [[1, 64], 'bfloat16']",
+    f"{UP}.scales is [[1, 1], 'float32'], not [[1, 64], 'float32']",
     f"{UP}.values is [[32, 64], 'float32'], not [[32, 64], 'int8']",
     "final_norm.scale is [[3], 'float32'], not [[32], 'float32']",
     'final_norm.scale is (3,), the config says (32,)',

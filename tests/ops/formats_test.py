@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -41,7 +40,9 @@ def _clipped(w_g, symmetric, bits):
   low, high = (-max(high, -low), max(high, -low)) if symmetric else (low, high)
   found = []
   for share in 1 - np.arange(81) / 100:
-    scale = np.float64(np.float32(share * (high - low) / (2**bits - 1)).astype(ml_dtypes.bfloat16))
+    scale = np.float64(np.float16(share * (high - low) / (2**bits - 1)))
+    if symmetric and share * high / scale < (2**bits - 1) / 2:
+      scale = np.float64(np.nextafter(np.float16(scale), np.float16(0)))
     zero = np.clip(np.rint(-share * low / scale), 0, 2**bits - 1)
     least = -(2 ** (bits - 1)) if symmetric else -zero
     codes = np.clip(np.rint(w_g / scale), least, least + 2**bits - 1)
@@ -71,10 +72,11 @@ def test_a_range_that_fits_is_not_clipped():
   np.testing.assert_array_equal(q.dense(), w_IO)
 
 
+@pytest.mark.parametrize('group, factors', [(-1, (2.0**-70, 2.0**60)), (32, (2.0**-9, 2.0**12))])
 @pytest.mark.parametrize('symmetric', [True, False])
-def test_clipping_does_not_depend_on_the_unit(rng, symmetric):
+def test_clipping_does_not_depend_on_the_unit(rng, symmetric, group, factors):
   w_IO = jnp.asarray(rng.standard_t(3, size=(64, 8)), jnp.float32)
-  one = jitted(w_IO, 'int3', group_size=32, symmetric=symmetric, clip='mse')
-  for factor in (2.0**-70, 2.0**60):
-    other = jitted(factor * w_IO, 'int3', group_size=32, symmetric=symmetric, clip='mse')
+  one = jitted(w_IO, 'int3', group_size=group, symmetric=symmetric, clip='mse')
+  for factor in factors:
+    other = jitted(factor * w_IO, 'int3', group_size=group, symmetric=symmetric, clip='mse')
     np.testing.assert_array_equal(one.values, other.values)

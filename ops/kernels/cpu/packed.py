@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import typing
 from collections.abc import Sequence
 from typing import Literal
 
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ops.kernels import cpu
-from ops.linear import Weight, array, weight_type
+from ops.linear import Weight, array, is_count, require, weight_type
 from ops.quantized import NF4_CODEBOOK
 
 Activations = Literal['int8', 'float']
@@ -59,14 +60,35 @@ class PackedTensor(Weight):
   """
 
   values: jax.Array = array('OI__')
-  places: jax.Array | None = array('OI_')
-  scales: jax.Array | None = array('_JO')
-  zeros: jax.Array | None = array('_JO')
+  places: jax.Array | None = array('OI_', optional=True)
+  scales: jax.Array | None = array('_JO', optional=True)
+  zeros: jax.Array | None = array('_JO', optional=True)
   format: str
   inputs: int
   outputs: int
   activations: Activations
   dtype: jnp.dtype
+
+  def check_fields(self):
+    known = FORMAT_NUMBERS if self.places is None else SPARSE_NUMBERS
+    require(self.format in known, f'format {self.format!r} is not one of {", ".join(known)}')
+    forms = typing.get_args(Activations)
+    require(self.activations in forms, f'activations are {forms}, not {self.activations!r}')
+    counts = is_count(self.inputs) and is_count(self.outputs)
+    require(counts, f'{self.inputs!r} inputs and {self.outputs!r} outputs are no matrix')
+    expected = -(-self.outputs // TILE), -(-self.inputs // self.step)
+    found = self.values.shape[-4:-2]
+    require(found == expected, f'the matrix has {expected} tiles and steps, not {found}')
+    if self.places is not None:
+      found = self.places.shape[-3:-1]
+      require(found == expected, f'the matrix has {expected} tiles and steps, but places {found}')
+    for name in ('scales', 'zeros'):
+      groups = getattr(self, name)
+      if groups is not None:
+        shape = expected[0], self.groups, TILE
+        found = groups.shape[-3:]
+        require(found == shape, f'{name} have the shape {found}, not {shape}')
+    require(self.inputs % self.groups == 0, f'{self.groups} groups of {self.inputs} inputs')
 
   @property
   def shape(self):

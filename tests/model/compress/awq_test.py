@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -46,10 +45,10 @@ def _with_outliers(model, size=30.0, every=12):
 
 
 def _numpy_round(w_IO, bits, size):
-  """Asymmetric rounding to nearest with bfloat16 scales, independent of ops/quantized.py."""
+  """Asymmetric rounding to nearest with float16 scales, independent of ops/quantized.py."""
   w_JgO = np.asarray(w_IO, np.float64).reshape(-1, size, w_IO.shape[1])
   low, high = np.minimum(w_JgO.min(1), 0), np.maximum(w_JgO.max(1), 0)
-  scale = ((high - low) / (2**bits - 1)).astype(ml_dtypes.bfloat16).astype(np.float64)
+  scale = ((high - low) / (2**bits - 1)).astype(np.float16).astype(np.float64)
   zero = np.clip(np.round(-low / scale), 0, 2**bits - 1)
   codes = np.clip(np.round(w_JgO / scale[:, None]) + zero[:, None], 0, 2**bits - 1)
   return ((codes - zero[:, None]) * scale[:, None]).reshape(w_IO.shape)

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -39,7 +38,7 @@ def _error(q, w_IO, norm=NORM):
 def _oracle(w, bits, iterations):
   """Scale and zero point of one group, step by step as the method is written down."""
   low, high = min(w.min(), 0.0), max(w.max(), 0.0)
-  scale = float(np.float32((high - low) / (2**bits - 1)).astype(ml_dtypes.bfloat16))
+  scale = float(np.float16((high - low) / (2**bits - 1)))
   zero, beta, found = np.clip(np.rint(-low / scale), 0, 2**bits - 1), 10.0, []
   for _ in range(iterations + 1):
     codes = np.clip(np.rint(w / scale + zero), 0, 2**bits - 1)
