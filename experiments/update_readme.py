@@ -29,6 +29,7 @@ CHECK = flags.DEFINE_bool('check', False, 'Only say whether the files are up to 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'experiments' / 'results'
 SHOWN = ('ops', 'model', 'experiments')
+EMBEDDED = 'docs/embedded.md'
 # A full stop before a capital letter or code, but not that of an abbreviation.
 SENTENCE_END = re.compile(r'(?<=\.)(?<!et al\.)(?<!e\.g\.)\s+(?=[A-Z`])')
 
@@ -82,7 +83,7 @@ def results(path: pathlib.Path) -> str:
   ]
   lines.append(
     f'\n`{about.command}` on {_machine(about)} (jax {versions["jax"]}, revision {revision}, seed '
-    f'{about.seed}); records: {_link(path)}.'
+    f'{about.seed}); records: {_link(path, EMBEDDED)}.'
   )
   return '\n'.join(lines)
 
@@ -165,8 +166,9 @@ def _machine(row: Record) -> str:
   return f'{row.environment["cpu"]}, {row.environment["cpu_cores"]} cores'
 
 
-def _link(path: pathlib.Path) -> str:
-  return f'[`{path.relative_to(ROOT)}`]({path.relative_to(ROOT)})'
+def _link(path: pathlib.Path, page: str = 'README.md') -> str:
+  up = '../' * page.count('/')
+  return f'[`{path.relative_to(ROOT)}`]({up}{path.relative_to(ROOT)})'
 
 
 def _result_line(row: Record) -> str:
@@ -242,7 +244,7 @@ PARTS = (
     generate=real,
     results=('smollm2_cpu.jsonl',),
   ),
-  Part(file='README.md', name='results', generate=results, results=('compress_cpu.jsonl',)),
+  Part(file=EMBEDDED, name='results', generate=results, results=('compress_cpu.jsonl',)),
   Part(file='README.md', name='decoding', generate=decoding, results=('decode_cpu.jsonl',)),
   Part(file='docs/techniques.md', name='techniques', generate=techniques),
   Part(file='docs/tree.md', name='tree', generate=tree),
