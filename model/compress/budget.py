@@ -1,16 +1,18 @@
 """Joint search of what to do to each layer under one budget of bytes.
 
-Each matrix can be treated in one of several ways (bits, groups, sparsity, or left as it is). What a
-treatment costs is measured: the KL divergence, on calibration tokens, from the model as it is to
-the model with this one matrix treated. The sum of these over the matrices is then minimised under
-the budget by an exact integer program, one treatment a matrix. That the costs add is an assumption,
-so the answer is measured as a whole, beside every uniform treatment that fits, and the best wins.
+Each matrix can be treated in one of several ways (bits, groups, sparsity, or left as it is). The
+cost of a treatment is measured: the KL divergence, on calibration tokens, of the model with this
+one matrix treated from the model as it is. The treated weight multiplies as its type does, so
+rounding its inputs counts too. An exact integer program then picks one treatment for each matrix,
+so that the sum of the costs is smallest within the budget. Costs need not add up, so the whole
+result is measured as well, beside every uniform treatment that fits, and the best of them is taken.
 
 The idea of scoring layers alone and allocating by a program is that of Hubara et al. (2021),
 https://arxiv.org/abs/2006.10518; the program is solved by HiGHS through scipy.
 
-Costs a forward pass behind each matrix a treatment: with L blocks, 7 matrices a block and C
-treatments, about 7 * C * L * L / 2 block passes over the calibration tokens.
+Each treatment of each matrix costs a forward pass through its block and all later ones: with L
+blocks of 7 matrices and C treatments, about 7 * C * L * L / 2 block passes over the calibration
+tokens.
 """
 
 import dataclasses
@@ -28,7 +30,7 @@ from model.compress.parts import Part, parts, targets, weights
 from model.compress.recipe import Recipe, Step
 from model.transformer import Transformer, matrices, parameters
 from ops import losses
-from ops.linear import Matrix, dense
+from ops.linear import Matrix, dense, map_inner
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,25 +120,27 @@ def _treat(choice: Treatment, w: Matrix, measured) -> Matrix:
 
 def _kl(model, part, i, path, w, stream, expected) -> float:
   block = nnx.clone(part.module)
-  param = parameters(block)[path]
-  param.set_value(_dense(w).astype(param.get_value().dtype))
-  rows = [(t, calibrate.run(stream.config, block, t, x)) for t, x in stream.batches]
+  parameters(block)[path].set_value(_widened(w))
+  rows = list(calibrate.run(stream.config, block, stream.batches))
   actual = _through(model, rows, i + 1)
   total = sum(float(_divergence(model, p, q)) for p, q in zip(expected, actual, strict=True))
   return total / sum(t.size for t, _ in stream.batches)
 
 
-def _through(model, batches, start: int) -> list[jax.Array]:
+def _through(model, batches, start: int) -> list[np.ndarray]:
   """The last hidden states of batches that stand before block `start`."""
-  found = []
-  for tokens_BT, x_BTD in batches:
-    for block in list(model.layers)[start:]:
-      x_BTD = calibrate.run(model.config, block, tokens_BT, x_BTD)
-    found.append(x_BTD)
-  return found
+  for block in list(model.layers)[start:]:
+    batches = list(calibrate.run(model.config, block, batches))
+  return [x_BTD for _, x_BTD in batches]
 
 
-_dense = jax.jit(dense)
+@jax.jit
+def _widened(w: Matrix) -> Matrix:
+  """A weight that multiplies alike, its codes widened: it rounds or rotates inputs as before.
+
+  Blocks with treatments that differ in their codes alone then run in one program.
+  """
+  return map_inner(dense, w)
 
 
 def _divergence(model, p_BTD, q_BTD) -> jax.Array:

@@ -7,7 +7,7 @@ one block's statistics and one set of hidden states are held, whatever the depth
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +16,14 @@ import numpy as np
 from flax import nnx
 
 from model.compress import statistics
+from model.compress.programs import compiled
 from model.config import ModelConfig
 from model.layers import Block
 from model.transformer import Context, Transformer, linears, parameters
 from ops.kernels.cpu import layout
 from ops.linear import Matrix, core, on_one_device, with_core
 
-Batches = list[tuple[np.ndarray, np.ndarray]]  # (tokens_BT, x_BTD)
+Batch = tuple[np.ndarray, np.ndarray]  # (tokens_BT, x_BTD)
 
 # The linear layers of a block in the order in which they run; those of one stage share an input.
 STAGES = (
@@ -87,7 +88,7 @@ class Stream:
     self.config = model.config
     graphdef, state = nnx.split(model)
     embed = jax.jit(lambda state, t: nnx.merge(graphdef, state).embed(t))
-    self.batches: Batches = [(t, np.asarray(embed(state, t))) for t in tokens]
+    self.batches: list[Batch] = [(t, np.asarray(embed(state, t))) for t in tokens]
 
   def observe(
     self,
@@ -160,7 +161,7 @@ class Stream:
   def _count(self) -> int:
     return sum(len(tokens_BT) for tokens_BT, _ in self.batches)
 
-  def _spread(self, rows: int | None) -> Batches:
+  def _spread(self, rows: int | None) -> list[Batch]:
     if rows is None or rows >= self._count:
       return self.batches
     chosen = np.arange(rows) * self._count // rows
@@ -174,10 +175,8 @@ class Stream:
 
   def advance(self, block: Block) -> None:
     """Runs a block over the hidden states."""
-    function, values = split(self.config, block)
-    ready = _laid_out(block, values)
-    for i, (tokens_BT, x_BTD) in enumerate(self.batches):
-      self.batches[i] = (tokens_BT, np.asarray(_run(function, ready, tokens_BT, x_BTD)))
+    for i, batch in enumerate(run(self.config, block, self.batches)):
+      self.batches[i] = batch
 
 
 def _laid_out(block: Block, values: Mapping[str, Matrix]) -> dict[str, Matrix]:
@@ -189,13 +188,15 @@ def _laid_out(block: Block, values: Mapping[str, Matrix]) -> dict[str, Matrix]:
   return ready
 
 
-def run(config: ModelConfig, block: Block, tokens_BT, x_BTD) -> jax.Array:
-  """Runs one block over hidden states, compiled once for blocks that are alike."""
+def run(config: ModelConfig, block: Block, rows: Iterable[Batch]) -> Iterator[Batch]:
+  """Runs a block over batches of hidden states: (tokens_BT, x_BTD) -> (tokens_BT, y_BTD)."""
   function, values = split(config, block)
-  return _run(function, values, tokens_BT, x_BTD)
+  ready = _laid_out(block, values)
+  for tokens_BT, x_BTD in rows:
+    yield tokens_BT, np.asarray(_run(function, ready, tokens_BT, x_BTD))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+@functools.partial(compiled, static_argnums=(0, 1, 2), donate_argnums=4)
 def _observe(function, layers, names, values, total, batch):
   recorders, watched = {}, dict(values)
   for layer in layers:
@@ -203,17 +204,22 @@ def _observe(function, layers, names, values, total, batch):
     recorders[layer] = statistics.Recorder(core(w), [])
     watched[f'{layer}.weight'] = with_core(w, recorders[layer])
   function(watched, *batch)
-  seen = {layer: statistics.measure(r.seen, names) for layer, r in recorders.items()}
-  return {layer: statistics.merge(total[layer], raw) for layer, raw in seen.items()}
+  measured = {}
+  for layer, recorder in recorders.items():
+    inputs = tuple(map(id, recorder.seen))
+    if inputs not in measured:  # layers that share their inputs share what is measured
+      measured[inputs] = statistics.measure(recorder.seen, names)
+    total[layer] = statistics.merge(total[layer], measured[inputs])
+  return total
 
 
-@jax.jit
+@compiled
 def _are_finite(finished):
   all_of = lambda tree: jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
   return {layer: all_of(found).all() for layer, found in finished.items()}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(compiled, static_argnums=(0, 1, 2))
 def _errors(function, candidate, count, given):
   values, arrays, expected_BTD, batch = given
 
@@ -240,6 +246,6 @@ def _squares(actual_BTD, expected_BTD):
   return jnp.square(actual_BTD.astype(jnp.float32) - expected_BTD.astype(jnp.float32))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def _run(function, values, tokens_BT, x_BTD):
   return function(values, tokens_BT, x_BTD)

@@ -9,10 +9,11 @@ import numpy as np
 from flax import nnx
 
 from model.compress import statistics
+from model.compress.programs import execute
 from model.compress.recipe import Recipe, Step
 from model.compress.registry import PLAN
 from model.transformer import Transformer, linears, parameters
-from ops.linear import Matrix, core, with_core
+from ops.linear import Matrix
 
 # Cloning a module sorts its attributes, so their own order says nothing.
 ORDER = ('embedding', 'positions', 'layers', 'final_norm', 'head')
@@ -152,7 +153,7 @@ def _becomes(step, w):
   return _shapes_after(step.row, step.spec, structure, tuple(leaves))
 
 
-@functools.lru_cache(maxsize=1024)  # blocks are alike, and tracing a solver takes 30 ms
+@functools.lru_cache(maxsize=1024)  # blocks are alike
 def _shapes_after(row, spec, structure, leaves):
   w = jax.tree.unflatten(structure, leaves)
   if row.scope == 'block':
@@ -160,5 +161,4 @@ def _shapes_after(row, spec, structure, leaves):
   measured = statistics.abstract(w.shape[-2], row.statistics) if row.statistics else {}
   if row.plan:
     measured[PLAN] = jax.ShapeDtypeStruct((), np.float32)
-  after = jax.eval_shape(functools.partial(row, spec=spec), core(w), measured).weight
-  return with_core(w, after)
+  return execute.eval_shape(row, spec, w, measured).weight

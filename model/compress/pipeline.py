@@ -23,11 +23,12 @@ from flax import nnx
 from model.compress import calibrate
 from model.compress.ledger import LayerResult, Ledger
 from model.compress.parts import Part, calibrated, check, parts, targets, weights
+from model.compress.programs import compiled, execute
 from model.compress.progress import Progress
 from model.compress.recipe import Recipe, Step
-from model.compress.registry import PLAN, Outcome, Site
+from model.compress.registry import PLAN, Site
 from model.transformer import Transformer, matrices, parameters
-from ops.linear import Matrix, Weight, core, dense, with_core
+from ops.linear import Matrix, Weight, dense
 
 __all__ = ['calibrated', 'check', 'compress', 'describe']
 
@@ -181,13 +182,6 @@ def _apply(part, step, stage, run, observed: nnx.Module, plan):
     run.ledger.add(layer, step.technique, {**outcome.events, **_starved(measured)})
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def execute(row, spec, w: Matrix, measured) -> Outcome:
-  """Runs a technique on one matrix, compiled; `measured` are the statistics of its inputs."""
-  outcome = row(core(w), measured, spec)
-  return dataclasses.replace(outcome, weight=with_core(w, outcome.weight))
-
-
 def _apply_to_block(part, step, run):
   paths, found = targets(part, step, run.recipe), {}
   if not paths:
@@ -218,7 +212,7 @@ def _starved(measured) -> dict[str, jax.Array]:
   return {'inputs that no calibration token used': _unused(measured)}
 
 
-@jax.jit
+@compiled
 def _unused(measured):
   norm = measured.get('input_norm')
   norm = jnp.diagonal(measured['input_covariance']) if norm is None else norm
@@ -261,7 +255,7 @@ class _Results:
     return [self._found[path] for path in self._order]
 
 
-@jax.jit
+@compiled
 def _relative_error(w, now):
   before, after = dense(w).astype(jnp.float32), dense(now).astype(jnp.float32)
   return jnp.linalg.norm(before - after) / jnp.maximum(jnp.linalg.norm(before), 1e-30)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ops.linear import Matrix, Weight, dense, matmul
+from ops.linear import Matrix, Weight, dense, matmul, matmuls
 from ops.solvers import hessian
 
 
@@ -44,7 +44,7 @@ STATISTICS: dict[str, Statistic] = {
   'input_covariance': Statistic(
     of=lambda x_TI: (hessian.gram(x_TI), jnp.float32(x_TI.shape[0])),
     merge=_add,
-    finish=lambda total: total[0] / total[1],
+    finish=lambda total: hessian.whole(total[0]) / total[1],
   ),
   # The largest magnitude of each input, float32 [I].
   'input_absmax': Statistic(
@@ -80,6 +80,12 @@ class Recorder(Weight):
   def matmul(self, x):
     self.seen.append(x)
     return matmul(x, self.weight)
+
+  @classmethod
+  def matmuls(cls, x, weights):
+    for w in weights:
+      w.seen.append(x)
+    return matmuls(x, [w.weight for w in weights])
 
   def map_values(self, fn):
     raise ValueError('a recorder lives for one traced call and is never compressed')

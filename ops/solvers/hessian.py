@@ -19,6 +19,7 @@ A second factorization only tells whether the Hessian is of deficient rank, for 
 
 import dataclasses
 import functools
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from ops.kernels import cpu
 from ops.kernels.cpu import layout, packed
 
 MOST_RAISES = 6
+PANEL, MOST_PANELS = 256, 8  # inputs of a panel of `gram`, and panels at most
 
 
 @functools.partial(
@@ -78,19 +80,42 @@ def factor(covariance_II: jax.Array, damping: float, order_I: jax.Array | None =
   return Factor(feedback_II, stiffness_I, raised, *(flag.astype(jnp.int32) for flag in flags))
 
 
-def gram(x_TI: jax.Array) -> jax.Array:
-  """xᵀ x of some tokens' inputs, the Hessian's raw form, float32 [I, I].
+def gram(x_TI: jax.Array) -> tuple[jax.Array, ...]:
+  """Computes one triangle of xᵀ x, the Hessian's raw form, by panels of its columns, in float32.
 
-  Sums are in float32, and of bfloat16 inputs so are the products, which are exact in it. Float32
-  inputs are not rounded to fewer bits by a matrix unit, for what is inverted must not be.
+  A panel ends with the rows of the diagonal, so [end, end - start] for inputs from start to end;
+  `whole` joins them, or sums of them. Of many inputs little more than half is computed.
+
+  Sums are in float32. Products of bfloat16 inputs are exact in it, and float32 inputs are not
+  rounded to fewer bits by a matrix unit, because the result is inverted.
   """
+  ends = _panel_ends(x_TI.shape[1])
+  return tuple(_products(x_TI[:, :end], x_TI[:, start:end]) for start, end in pairwise((0, *ends)))
+
+
+def whole(panels: tuple[jax.Array, ...]) -> jax.Array:
+  """The symmetric matrix of the panels that `gram` returns, float32 [I, I]."""
+  size = panels[-1].shape[0]
+  filled = [jnp.pad(panel, ((0, size - len(panel)), (0, 0))) for panel in panels]
+  upper_II = jnp.triu(jnp.concatenate(filled, axis=1))
+  return upper_II + jnp.triu(upper_II, 1).T
+
+
+def _panel_ends(inputs: int) -> list[int]:
+  """Where the panels end: at multiples of 32, the width of a tile of the native products."""
+  count = min(max(inputs // PANEL, 1), MOST_PANELS)
+  return [*(inputs * i // count // 32 * 32 for i in range(1, count)), inputs]
+
+
+def _products(x_TI, y_TO):
+  """xᵀ y in float32."""
   if x_TI.dtype != jnp.bfloat16:
-    x_TI = x_TI.astype(jnp.float32)
-    return jnp.matmul(x_TI.T, x_TI, precision=jax.lax.Precision.HIGHEST)
-  native = lambda x_TI: packed.product(x_TI.T, layout.encode(x_TI), dtype=jnp.float32)
-  through_xla = lambda x_TI: jnp.matmul(x_TI.T, x_TI, preferred_element_type=jnp.float32)
+    x_TI, y_TO = x_TI.astype(jnp.float32), y_TO.astype(jnp.float32)
+    return jnp.matmul(x_TI.T, y_TO, precision=jax.lax.Precision.HIGHEST)
+  native = lambda x_TI, y_TO: packed.product(x_TI.T, layout.encode(y_TO), dtype=jnp.float32)
+  through_xla = lambda x_TI, y_TO: jnp.matmul(x_TI.T, y_TO, preferred_element_type=jnp.float32)
   return jax.lax.platform_dependent(
-    x_TI, cpu=native if cpu.available() else through_xla, default=through_xla
+    x_TI, y_TO, cpu=native if cpu.available() else through_xla, default=through_xla
   )
 
 

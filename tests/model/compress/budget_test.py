@@ -10,6 +10,7 @@ from flax import nnx
 from model.compress import budget, pipeline, recipe
 from model.compress.budget import Option
 from model.transformer import linears, matrices, parameters
+from ops import activations
 from ops.linear import dense
 
 # Float32 logits through another program; a divergence of 1e-3 is known to a hundredth.
@@ -103,6 +104,20 @@ def test_costs_are_those_of_the_whole_model(tiny, tokens_BT):
     assert option.kl == pytest.approx(kl, rel=0.02, abs=TOLERANCE) and kl > 1e-4
   left = [o for o in options if o.treatment == 'as it is']
   assert all(o.kl == 0 and o.nbytes == matrices(model)[o.layer].nbytes for o in left)
+
+
+def test_rounding_the_inputs_is_not_free(tiny, tokens_BT):
+  """Activations of 4 bits cost what the whole model loses by them, though no weight changes."""
+  model = tiny(layers=2)
+  a4 = _recipe('a4', {'quantize_activations': {'bits': 4}})
+  options = budget.measure(model, budget.treatments([a4]), tokens_BT)
+  layer = 'layers.0.ffn.down'
+  found = next(o for o in options if (o.layer, o.treatment) == (layer, 'a4'))
+  treated = nnx.clone(model)
+  param = parameters(treated)[f'{layer}.weight']
+  param.set_value(activations.quantize_activations(param.get_value(), 4))
+  kl = _kl(_logits(model, tokens_BT), _logits(treated, tokens_BT))
+  assert found.kl == pytest.approx(kl, rel=0.02, abs=TOLERANCE) and kl > 1e-4
 
 
 def _plain(name):

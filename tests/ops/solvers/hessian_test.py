@@ -103,11 +103,16 @@ def test_a_factor_reproduces_the_damped_hessian():
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16, jnp.float32])
-@pytest.mark.parametrize('shape', [(1, 1), (3, 40), (100, 33), (257, 96)])
+@pytest.mark.parametrize('shape', [(1, 1), (3, 40), (100, 33), (257, 96), (50, 600), (9, 2400)])
 def test_the_gram_matrix_has_float32_sums_of_the_inputs_as_they_are(dtype, shape):
   x_TI = np.random.default_rng(5).standard_normal(shape).astype(dtype)
-  found = jax.jit(hessian.gram)(jnp.asarray(x_TI))
+  panels = jax.jit(hessian.gram)(jnp.asarray(x_TI))
+  found = hessian.whole(panels)
   wide_TI = x_TI.astype(np.float64)
   expected, size = wide_TI.T @ wide_TI, np.abs(wide_TI).T @ np.abs(wide_TI)
   assert found.dtype == jnp.float32
   assert (np.abs(found - expected) <= 1e-6 * size).all()
+  # The panels hold half of the matrix and what of the other half lies in their own squares.
+  computed = sum(panel.size for panel in panels)
+  assert computed <= (1 + 1 / len(panels)) / 2 * found.size * 1.05
+  assert len(panels) == {600: 2, 2400: 8}.get(shape[1], 1)
