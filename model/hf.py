@@ -185,7 +185,8 @@ def _say(kept, dropped):
     LOG.warning('tensors that are no weights of the model are left out: %s', _patterns(dropped))
   wide = [name for name, tensor in kept.items() if tensor.dtype == np.float64]
   if wide:
-    LOG.warning('tensors of float64 are rounded to float32: %s', _patterns(wide))
+    names = 'all of them' if len(wide) == len(kept) else _patterns(wide)
+    LOG.warning('tensors of float64 are rounded to float32: %s', names)
 
 
 def _patterns(names: list[str]) -> str:

@@ -243,11 +243,22 @@ def test_float64_is_rounded_and_said_once(family, tmp_path, caplog):
     jnp.dtype('float32')
   }
   (message,) = _said(caplog)
-  assert message.startswith('tensors of float64 are rounded to float32: ') and ' (2)' in message
+  assert message == 'tensors of float64 are rounded to float32: all of them'
   half, _ = hf.load_pretrained(tmp_path, jnp.bfloat16)
   assert {p.get_value().dtype for p in transformer.parameters(half).values()} == {
     jnp.dtype('bfloat16')
   }
+
+
+def test_single_tensors_of_float64_are_named(tmp_path, caplog):
+  theirs = _build('Llama')
+  wide = {name: t.double() for name, t in _tensors(theirs).items() if 'layernorm' in name}
+  _write(theirs, tmp_path, _tensors(theirs) | wide)
+  _assert_same_logits(tmp_path, theirs)
+  (message,) = _said(caplog)
+  assert message.partition(': ')[2] == (
+    'model.layers.*.input_layernorm.weight (2), model.layers.*.post_attention_layernorm.weight (2)'
+  )
 
 
 def test_what_float32_cannot_hold_is_named(tmp_path):

@@ -225,6 +225,11 @@ def test_manifests_that_make_no_sense_are_named(folder, what):
     hf.load_pretrained(folder)
 
 
+def test_a_field_of_the_config_that_is_newer_than_the_folder_has_its_default(folder):
+  _edit_manifest(folder, lambda about: about['config'].pop('pad_id'))
+  assert hf.load_config(folder).pad_id is None
+
+
 @pytest.mark.parametrize('text', ['{"version": 1', '[]', '', '{"version": 1}'])
 def test_manifests_that_are_none_are_named(folder, text):
   (folder / native.MANIFEST).write_text(text)

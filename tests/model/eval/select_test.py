@@ -50,6 +50,13 @@ def test_the_best_within_the_budget(budget, recipe):
   assert choice.reason.startswith(f'{recipe} ')
 
 
+def test_a_budget_of_quality_counts_the_program_that_is_timed():
+  rounded = _record('rounded', 2, 11.5, ppl_ratio=1.15, widened_ppl_ratio=1.01)
+  records = [*RECORDS, rounded]
+  assert select.choose(records, Budget(max_ppl_ratio=1.1)).record.recipe == 'int4'
+  assert select.choose(records, Budget(max_ppl_ratio=1.15)).record is rounded
+
+
 def test_the_reason_gives_the_numbers_in_one_sentence():
   reason = select.choose(RECORDS, Budget(max_megabytes=9)).reason
   assert reason == (
