@@ -74,7 +74,7 @@ DEFAULT_SEQ_LEN = 512
 CALIBRATION_TOKENS = 32_768
 
 MODEL = flags.DEFINE_string(
-  'model', None, 'Hugging Face folder or hub id to compress. Default: train a small base model.'
+  'model', None, 'Folder, hub id or .gguf file to compress. Default: train a small base model.'
 )
 TEXT = flags.DEFINE_string(
   'text',

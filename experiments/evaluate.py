@@ -28,7 +28,7 @@ from model import hf, kv_cache, sharding
 from model.eval import cost, perplexity
 from model.transformer import parameters
 
-MODEL = flags.DEFINE_string('model', None, 'Folder or hub id of the model to measure.')
+MODEL = flags.DEFINE_string('model', None, 'Folder, hub id or .gguf file to measure.')
 TEXT = flags.DEFINE_string('text', None, 'Text file (UTF-8), measured as a whole.')
 BASE = flags.DEFINE_string('base', None, 'Model to compare with: adds KL divergence and flip rate.')
 SEQ_LEN = flags.DEFINE_integer('seq_len', 512, 'Tokens a window.', lower_bound=2)
