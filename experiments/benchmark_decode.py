@@ -51,7 +51,7 @@ PHASES = {'prefill': 'prompt', 'forward': 'prompt', 'decode': 'tokens', 'stream'
 PEER_KEYS = ('peer', 'weights', 'prefill_tokens_per_s', 'decode_tokens_per_s')
 
 SHAPE = shapes.define()
-MODEL = flags.DEFINE_string('model', None, 'A Hugging Face folder, instead of a preset.')
+MODEL = flags.DEFINE_string('model', None, 'A folder, hub id or .gguf file, instead of a preset.')
 RECIPES = flags.DEFINE_list(
   'recipes', ['bf16', 'int8', 'int4'], 'Recipes to time beside float32, on the head too.'
 )

@@ -57,7 +57,7 @@ DEFAULT_PPL_RATIO = 1.05
 MODEL = flags.DEFINE_string(
   'model',
   None,
-  'Hugging Face folder or hub id, or GGUF file, to compress. Default: train a small base model.',
+  'Folder, hub id or .gguf file to compress. Default: train a small base model.',
 )
 TEXT = flags.DEFINE_list(
   'text',

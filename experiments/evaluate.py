@@ -35,7 +35,7 @@ from model.infer.prepare import prepare
 from model.tokenizer import window_bos
 from model.transformer import parameters
 
-MODEL = flags.DEFINE_string('model', None, 'Folder or hub id of the model to measure.')
+MODEL = flags.DEFINE_string('model', None, 'Folder, hub id or .gguf file to measure.')
 TEXT = flags.DEFINE_string(
   'text',
   None,

@@ -25,7 +25,7 @@ from model.infer import generate as generation
 from model.text_stream import TextStream
 from ops.sampling import SamplingConfig
 
-MODEL = flags.DEFINE_string('model', None, 'Folder or hub id of the model.')
+MODEL = flags.DEFINE_string('model', None, 'Folder, hub id or .gguf file.')
 PROMPT = flags.DEFINE_multi_string('prompt', None, 'Text to continue; repeat it for a batch.')
 CHAT = flags.DEFINE_bool('chat', False, "Put the prompt into the model's chat template.")
 MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 64, 'Tokens to add.', lower_bound=0)

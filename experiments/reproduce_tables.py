@@ -129,7 +129,7 @@ PUBLISHED = {
   },
 }
 
-MODEL = flags.DEFINE_string('model', None, 'Hugging Face folder or hub id. Default: embedded.')
+MODEL = flags.DEFINE_string('model', None, 'Folder, hub id or .gguf file. Default: embedded.')
 TEXT = flags.DEFINE_string('text', None, 'Text for calibration and evaluation.')
 PAPER_MODEL = flags.DEFINE_enum(
   'paper_model', None, list(PUBLISHED), 'The model of the papers to print the numbers of.'

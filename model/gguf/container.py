@@ -49,11 +49,13 @@ class Container:
 def find_file(path: str | Path) -> Path | None:
   """The GGUF file that `path` means: itself, or the only one in a folder without config.json.
 
-  Raises ValueError where a folder has several of them and no config.json.
+  Raises ValueError where there is no such file, or a folder has several and no config.json.
   """
   path = Path(path)
-  if path.is_file():
-    return path if path.suffix == EXTENSION else None
+  if path.suffix.lower() == EXTENSION and not path.is_dir():
+    if not path.is_file():
+      raise ValueError(f'there is no file {path}')
+    return path
   if not path.is_dir() or (path / 'config.json').is_file():
     return None
   files = sorted(path.glob(f'*{EXTENSION}'))

@@ -83,9 +83,10 @@ def _biases(fields):
 
 
 def _llama(fields):
-  """Llama, and Mistral, whose window the converter leaves out."""
-  fields.refuse('attention.sliding_window', 0)
-  return {**_whole_heads(fields), **_biases(fields)}
+  """Llama, and Mistral where the file has a window, which llama.cpp's converter leaves out."""
+  keys = {**_whole_heads(fields), **_biases(fields)}
+  window = fields.number('attention.sliding_window', 0)
+  return {**keys, 'model_type': 'mistral', 'sliding_window': window} if window else keys
 
 
 def _qwen3(fields):

@@ -9,7 +9,7 @@ import transformers
 from model import hf_names, presets
 from model.config import ModelConfig
 from model.hf_names import rope
-from model.hf_names.family import INTERLEAVED, PLAIN, TRANSPOSE
+from model.hf_names.family import INTERLEAVED, PAIRED, PLAIN, TRANSPOSE, Codec
 from ops.rope import RopeConfig
 
 CONFIG_CLASSES = {
@@ -219,3 +219,22 @@ def test_interleaved_parts_alternate_head_by_head():
   assert joined.tolist() == [10, 11, 20, 21, 30, 31, 12, 13, 22, 23, 32, 33]
   back = INTERLEAVED.split(joined, [(4,)] * 3, head_width=2)
   np.testing.assert_array_equal(back, [query, key, value])
+
+
+def test_paired_rows_alternate_between_the_halves_of_a_head():
+  # Two heads of width four; row n of theirs is written as n. Elements 0 and 2 of a head rotate
+  # together in ours, 0 and 1 in theirs.
+  ours_IO = np.arange(8)[None, :] + np.array([[0], [100]])
+  theirs_OI = PAIRED.join([ours_IO], head_width=4)
+  assert theirs_OI[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+  np.testing.assert_array_equal(PAIRED.split(theirs_OI, [(2, 8)], head_width=4)[0], ours_IO)
+  bias = PAIRED.join([np.arange(8)], head_width=4)
+  assert bias.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_an_offset_is_theirs_alone():
+  codec = Codec(offset=1.0)
+  ours = np.array([0.25, -0.5], np.float16)
+  (back,) = codec.split(codec.join([ours], head_width=2), [(2,)], head_width=2)
+  assert codec.join([ours], head_width=2).tolist() == [1.25, 0.5]
+  assert back.tolist() == ours.tolist() and back.dtype == np.float16

@@ -162,12 +162,25 @@ def test_dtype_is_that_of_the_parameters(write_gguf, tmp_path):
     np.testing.assert_array_equal(param.get_value().astype(jnp.bfloat16), rounded[name].get_value())
 
 
+def test_a_llama_with_a_window_is_a_mistral(write_gguf, tmp_path):
+  theirs = _build('mistral', sliding_window=8)
+  path = write_gguf(theirs, tmp_path / 'model.gguf', attention__sliding_window=8)
+  ours, _ = hf.load_pretrained(path)
+  assert ours.config.family == 'mistral'
+  np.testing.assert_allclose(_our_logits(ours), _their_logits(theirs), atol=LOGIT_TOLERANCE)
+
+
 def test_a_folder_with_one_file_is_that_file(write_gguf, tmp_path):
   path = write_gguf(_build('llama'), tmp_path / 'a.gguf')
   assert hf.load_pretrained(tmp_path)[0].config == hf.load_pretrained(path)[0].config
   (tmp_path / 'b.gguf').write_bytes(path.read_bytes())
   with pytest.raises(ValueError, match=r'2 GGUF files; name one of them: a\.gguf, b\.gguf'):
     hf.load_pretrained(tmp_path)
+
+
+def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path):
+  with pytest.raises(ValueError, match=r'there is no file .*absent\.gguf'):
+    hf.load_pretrained(tmp_path / 'absent.gguf')
 
 
 def test_tensors_are_compared_with_the_config(write_gguf, tmp_path):
@@ -188,6 +201,26 @@ def test_tensors_are_compared_with_the_config(write_gguf, tmp_path):
     assert line in str(caught.value)
 
 
+def test_an_architecture_that_is_not_read_is_named(tmp_path):
+  writer = gguf.GGUFWriter(tmp_path / 'model.gguf', 'qwen2moe')
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.close()
+  with pytest.raises(ValueError, match=r"general\.architecture 'qwen2moe'.*did you mean qwen2"):
+    hf.load_pretrained(tmp_path / 'model.gguf')
+
+
+def test_a_key_that_is_needed_and_absent_is_named(tmp_path):
+  writer = gguf.GGUFWriter(tmp_path / 'model.gguf', 'llama')
+  writer.add_tensor('token_embd.weight', np.zeros((4, 8), np.float32))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  with pytest.raises(ValueError, match=r'model\.gguf: llama\.attention\.head_count is missing'):
+    hf.load_pretrained(tmp_path / 'model.gguf')
+
+
 def test_nan_is_refused(write_gguf, tmp_path):
   def change(tensors):
     tensors['output_norm.weight'][3] = np.nan
@@ -201,7 +234,6 @@ def test_nan_is_refused(write_gguf, tmp_path):
   'metadata, match',
   [
     ({'expert_count': 8}, r'llama\.expert_count = 8 is not supported'),
-    ({'attention__sliding_window': 128}, r'llama\.attention\.sliding_window = 128'),
     ({'attention__causal': False}, r'llama\.attention\.causal = False'),
     ({'rope__scaling__type': 'longrope'}, r"llama\.rope\.scaling\.type = 'longrope'"),
     ({'rope__scaling__attn_factor': 1.5}, r'llama\.rope\.scaling\.attn_factor = 1\.5'),

@@ -160,6 +160,8 @@ def _write(model, path, kind=gguf.GGMLQuantizationType.F32, change=None, tokeniz
 
 def _add(writer, key, value):
   kinds = {bool: 'bool', int: 'uint32', float: 'float32', str: 'string', list: 'array'}
+  for pairs in writer.kv_data:
+    pairs.pop(key, None)  # what _write_config wrote
   getattr(writer, f'add_{kinds[type(value)]}')(key, value)
 
 
