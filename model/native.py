@@ -68,7 +68,8 @@ def _describe(w: Matrix, name: str, arrays: Arrays):
 def build(entry, name: str, array: Callable[[str], Any]) -> Any:
   """Builds a weight from one entry of a layout; `array` returns the array of a name.
 
-  Raises ValueError for a weight type or field that this version does not know.
+  Raises ValueError for a weight type or field that this version does not know, and for fields that
+  do not fit one another.
   """
   if entry == 'array':
     return array(name)
@@ -85,10 +86,20 @@ def build(entry, name: str, array: Callable[[str], Any]) -> Any:
     raise ValueError(f'{name}, {kind}: fields {sorted(fields)} were stored, not {sorted(known)}')
   for field, value in fields.items():
     if field == 'dtype':
-      fields[field] = jnp.dtype(value)
+      fields[field] = _dtype(value, name)
     elif 'axes' in known[field].metadata and value is not None:
       fields[field] = build(value, f'{name}.{field}', array)
-  return WEIGHT_TYPES[kind](**fields)
+  try:
+    return WEIGHT_TYPES[kind](**fields)
+  except ValueError as error:
+    raise ValueError(f'{name}, {kind}: {error}') from None
+
+
+def _dtype(value, name: str) -> jnp.dtype:
+  try:
+    return jnp.dtype(value)
+  except TypeError:
+    raise ValueError(f'{name} has the dtype {value!r}, which does not exist') from None
 
 
 def names(entry, name: str) -> list[str]:
@@ -192,10 +203,26 @@ def _check(folder, model, about, stored):
     if found[name] != arrays[name]
   ]
   for path, param in params.items():
-    shape, wanted = build(layout[path], path, stored.__getitem__).shape, param.get_value().shape
+    try:
+      shape, wanted = _abstract(layout[path], path, stored).shape, param.get_value().shape
+    except ValueError as error:
+      problems.append(str(error))
+      continue
     if shape != wanted:
       problems.append(f'{path} is {shape}, the config says {wanted}')
   _raise_listed(folder, problems)
+
+
+def _abstract(entry, path: str, stored) -> Matrix:
+  """The weight of one entry, checked, with `jax.ShapeDtypeStruct`s for its arrays."""
+  shape_of = lambda name: jax.ShapeDtypeStruct(stored[name].shape, stored[name].dtype)
+  w = build(entry, path, shape_of)
+  if isinstance(w, Weight):
+    try:
+      w.check()
+    except ValueError as error:
+      raise ValueError(f'{path}: {error}') from None
+  return w
 
 
 def _raise_listed(folder, problems):

@@ -230,6 +230,13 @@ def map_inner(fn: Callable[[Matrix], Matrix], w: Matrix) -> Matrix:
   return w if new is inner else dataclasses.replace(w, **{field: new})
 
 
+def innermost(w: Matrix) -> Matrix:
+  """The weight that takes the product over inside `w`: at last, `w` itself."""
+  while isinstance(w, Weight) and w.passes_to is not None:
+    w = getattr(w, w.passes_to)
+  return w
+
+
 def kernel(w: Matrix, platform: str) -> str | None:
   """Names what makes products with `w` fast on 'cpu', 'gpu' or 'tpu', or None if nothing does."""
   if isinstance(w, Weight):

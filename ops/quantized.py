@@ -64,7 +64,7 @@ class QuantizedTensor(Weight):
 
   def check_fields(self):
     known = ', '.join(FORMATS)
-    require(self.format in FORMATS, f'format {self.format!r} is not one of {known}')
+    require(self.format in tuple(FORMATS), f'format {self.format!r} is not one of {known}')
     require(is_count(self.inputs), f'{self.inputs!r} inputs are no whole number above 0')
     _check_codes(self)
     (groups, outputs), columns = self.scales.shape[-2:], self.values.shape[-1]
@@ -90,6 +90,11 @@ class QuantizedTensor(Weight):
   def packed(self) -> bool:
     """Whether codes share bytes, so that they have to be taken apart before they are multiplied."""
     return FORMATS[self.format].bits < 8 and self.values.dtype == jnp.uint8
+
+  @property
+  def holds_zero(self) -> bool:
+    """Whether zero is exactly representable: not where zero points are no integers."""
+    return self.zeros is None or self.zeros.dtype == jnp.uint8
 
   def codes(self) -> jax.Array:
     """The codes before scaling as [I, O]: integers (signed if symmetric), or codebook values."""

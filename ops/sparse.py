@@ -69,6 +69,19 @@ def check_n_of_m(inputs: int, n: int, m: int) -> None:
     raise ValueError(f'{inputs} inputs do not divide into groups of {m} for {n}:{m} sparsity')
 
 
+PRUNED = 0.2  # share of exact zeros above which a matrix counts as pruned
+
+
+@jax.jit
+def looks_pruned(w_IO: jax.Array) -> jax.Array:
+  """Whether a matrix has so many exact zeros that they must be a mask: bool [].
+
+  That is more than `PRUNED` of its entries, but not all: a matrix of zeros is an initial value.
+  """
+  share = (w_IO == 0).mean(dtype=jnp.float32)
+  return (share > PRUNED) & (share < 1)
+
+
 def _all(score_IO):
   return jnp.ones(score_IO.shape, bool)
 

@@ -100,6 +100,7 @@ def gptq(w, statistics, spec):
   'sparsegpt',
   spec=SparseGptSpec,
   statistics=('input_covariance',),
+  prunes=True,
   paper='Frantar & Alistarh 2023, https://arxiv.org/abs/2301.00774',
 )
 def sparsegpt(w, statistics, spec):

@@ -79,6 +79,7 @@ def _outliers(weights, norms, threshold) -> jax.Array:
   statistics=('input_norm',),
   paper='Yin et al. 2024, https://arxiv.org/abs/2310.05175',
   plan=share_out,
+  prunes=True,
 )
 def owl(w, statistics, spec):
   """Prune by Wanda's score, with a lower sparsity in blocks with more outliers."""
@@ -96,6 +97,7 @@ def owl(w, statistics, spec):
   statistics=('input_norm', 'input_covariance'),
   paper='Yin et al. 2024, https://arxiv.org/abs/2310.05175',
   plan=share_out,
+  prunes=True,
 )
 def owl_sparsegpt(w, statistics, spec):
   """Prune by SparseGPT, with a lower sparsity in blocks with more outliers."""

@@ -13,7 +13,9 @@ from model.compress.programs import execute
 from model.compress.recipe import Recipe, Step
 from model.compress.registry import PLAN
 from model.transformer import Transformer, linears, parameters
-from ops.linear import Matrix
+from ops.linear import Matrix, core
+from ops.quantized import QuantizedTensor
+from ops.sparse import SparseTensor, looks_pruned
 
 # Cloning a module sorts its attributes, so their own order says nothing.
 ORDER = ('embedding', 'positions', 'layers', 'final_norm', 'head')
@@ -137,14 +139,36 @@ def _check_calibration(model, calibration_BT):
 
 
 def _check_part(part, recipe):
-  shapes = {path: jax.eval_shape(lambda w: w, w) for path, w in weights(part).items()}
+  values = weights(part)
+  shapes = {path: jax.eval_shape(lambda w: w, w) for path, w in values.items()}
+  masked = {}  # path -> what set weights to zero that have to be stored as zero
   for step in recipe.steps:
     for path in targets(part, step, recipe):
       try:
-        shapes[path] = _becomes(step, shapes[path])
+        shapes[path] = after = _becomes(step, shapes[path])
+        _check_zeros(after, masked.get(path), values[path])
       except ValueError as error:
         where = f'{part.prefix}.{path}'.strip('.')
         raise ValueError(f'recipe {recipe.name}: {step.technique} on {where}: {error}') from None
+      if step.row.prunes and not isinstance(core(after), SparseTensor):
+        masked[path] = step.technique
+
+
+def _check_zeros(after, masked: str | None, before: Matrix):
+  """Raises ValueError where a step would make pruned weights something else than zero."""
+  is_codes = lambda w: isinstance(w, QuantizedTensor)
+  stored = [w for w in jax.tree.leaves(after, is_leaf=is_codes) if is_codes(w)]
+  if all(w.holds_zero for w in stored):
+    return
+  values = core(before)
+  if masked is None and isinstance(values, jax.Array) and looks_pruned(values):
+    masked = 'an earlier pruning'
+  if masked is not None:
+    raise ValueError(
+      f'what {masked} set to zero would not stay zero, for zero points are no integers; '
+      'prune n of m instead, whose zeros are not stored, or quantize with integer zero points, '
+      'such as by round_to_nearest or gptq'
+    )
 
 
 def _becomes(step, w):

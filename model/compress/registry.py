@@ -91,6 +91,7 @@ class Technique:
 
   check: for block and model, (config, spec) raises ValueError if the technique does not apply.
   becomes: for block, (w, spec) -> Matrix is traced on shapes to find the type of the result.
+  prunes: whether it sets weights to zero that later steps have to leave at zero.
   plan: for linears, (survey, spec) -> {layer: number} divides a total among the layers, such as the
     sparsity. It is called once before the blocks, with an iterator of (layer, w, statistics) over
     the uncompressed model. The function receives its number as statistics['plan'], float32.
@@ -105,6 +106,7 @@ class Technique:
   check: Callable | None = None
   becomes: Callable | None = None
   plan: Callable | None = None
+  prunes: bool = False
 
   def __call__(self, w: Matrix, statistics: Statistics, spec: Any) -> Outcome:
     """Compresses one weight; only for the scopes linears and parameters."""
@@ -195,7 +197,8 @@ def pruning_score(name: str, *, paper: str, statistics=(), spec: type = PruneSpe
     @functools.wraps(score)
     def prune(w, stats, options):
       if isinstance(w, quantized.QuantizedTensor):
-        # Every format has a code for zero, and the kept weights stay on their grid.
+        # Every format left here has a code for zero, and the kept weights stay on their grid.
+        _check_grid(w, options)
         grid = w.scales, w.zeros, w.format
         return map_values(lambda v: quantized.encode(v, *grid), prune(w.dense(), stats, options))
       if isinstance(w, Weight):
@@ -207,7 +210,23 @@ def pruning_score(name: str, *, paper: str, statistics=(), spec: type = PruneSpe
       mask_IO = sparse.unstructured_mask(score_IO, share, per_output=options.per_output)
       return jnp.where(mask_IO, w, 0)
 
-    technique(name, spec=spec, paper=paper, statistics=statistics)(prune)
+    technique(name, spec=spec, paper=paper, statistics=statistics, prunes=True)(prune)
     return score
 
   return register
+
+
+def _check_grid(w: quantized.QuantizedTensor, options: PruneSpec) -> None:
+  """Raises ValueError if pruning would take weights off the grid of a quantized matrix."""
+  if options.n is None and not w.holds_zero:
+    raise ValueError(
+      'zero has no code where zero points are no integers, so pruned weights would not be zero; '
+      'prune n of m, whose zeros are not stored, or quantize with integer zero points, such as '
+      'by round_to_nearest or gptq'
+    )
+  if options.m is not None and w.group_size % options.m and w.group_size != w.inputs:
+    raise ValueError(
+      f'a scale is shared by {w.group_size} inputs, which are no whole number of groups of '
+      f'{options.m} for {options.n}:{options.m} sparsity; prune before the quantization, or '
+      f'quantize in groups of a multiple of {options.m}'
+    )

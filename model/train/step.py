@@ -18,8 +18,9 @@ import optax
 from flax import nnx
 
 from model.train.data import Batch
-from model.transformer import Transformer
-from ops import losses
+from model.transformer import Transformer, matrices
+from ops import losses, sparse
+from ops.linear import Weight, innermost
 
 DTYPES = ('float32', 'bfloat16')
 Metrics = dict[str, jax.Array]
@@ -60,18 +61,36 @@ def init(
 ) -> tuple[nnx.GraphDef, TrainState]:
   """Splits a model into its structure and an initial training state with float32 copies.
 
+  A linear layer counts as pruned if more than a fifth of its matrix, but not all of it, is exactly
+  zero (`sparse.looks_pruned`). Biases, norms, tables and matrices of zeros are initial values.
+
   Raises:
-    ValueError: the model has parameters without gradients, such as quantized codes.
+    ValueError: the model holds weights that gradients cannot reach, such as quantized codes, fp8
+      ones included; or a pruned matrix, whose zeros the first update would undo.
   """
   graphdef, params = nnx.split(model)
   for path, leaf in jax.tree.leaves_with_path(params):
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype.itemsize < 2:
       name = jax.tree_util.keystr(path, simple=True, separator='.')
-      raise ValueError(f'{name} is {leaf.dtype}: only floating-point weights can be trained')
+      raise ValueError(
+        f'{name} is {leaf.dtype}: only floating-point weights of 16 or 32 bits can be trained, not '
+        'codes; train first and quantize afterwards'
+      )
+  _check_unpruned(model)
   # Copies, because updates donate the state and the caller keeps the model.
   params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
   state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
   return graphdef, _replicate_scalars(state)
+
+
+def _check_unpruned(model):
+  for path, w in matrices(model).items():
+    inner = innermost(w)
+    if not isinstance(inner, Weight) and sparse.looks_pruned(inner):
+      raise ValueError(
+        f'{path}.weight is pruned (more than {sparse.PRUNED:.0%} of it is zero), and training '
+        'would undo that; train first and prune afterwards'
+      )
 
 
 def make_step(

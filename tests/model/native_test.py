@@ -13,7 +13,7 @@ from flax import nnx
 from model import hf, native, safetensors_io, transformer
 from model.config import LayerConfig, ModelConfig
 from model.infer.generate import generate
-from model.transformer import Transformer
+from model.transformer import Transformer, parameters
 from ops import lora, quantized, sparse
 from ops.linear import map_values
 from ops.rope import RopeConfig
@@ -170,6 +170,27 @@ def test_misshapen_arrays_and_other_dtypes_are_all_listed(folder):
     assert line in str(caught.value)
 
 
+def test_scales_of_another_matrix_are_named(folder):
+  name = f'{UP}.scales'
+  _edit_arrays(folder, lambda arrays: arrays.update({name: np.ones((3, 5), np.float32)}))
+  _edit_manifest(folder, _set('arrays', name, value=[[3, 5], 'float32']))
+  with pytest.raises(ValueError, match=f'{UP}, QuantizedTensor: 64 columns.* scales for 5'):
+    hf.load_pretrained(folder)
+  _edit_arrays(folder, lambda arrays: arrays.update({name: np.ones(64, np.float32)}))
+  _edit_manifest(folder, _set('arrays', name, value=[[64], 'float32']))
+  with pytest.raises(ValueError, match=f'{UP}: scales has the shape'):
+    hf.load_pretrained(folder)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
+def test_scales_of_any_precision_are_read(folder, dtype):
+  name = f'{UP}.scales'
+  _edit_arrays(folder, lambda arrays: arrays.update({name: arrays[name].astype(jnp.dtype(dtype))}))
+  _edit_manifest(folder, _set('arrays', name, value=[[1, 64], dtype]))
+  w = parameters(hf.load_pretrained(folder)[0])[UP].get_value()
+  assert w.scales.dtype == dtype and np.isfinite(w.dense()).all()
+
+
 def test_long_lists_are_capped_with_a_count(folder):
   _edit_arrays(folder, lambda arrays: [arrays.pop(name) for name in sorted(arrays)[:25]])
   with pytest.raises(ValueError, match='; and 5 more'):
@@ -202,6 +223,12 @@ MANIFESTS = {
   'no type': (lambda about: about['weights'][UP].pop('type'), 'has the weight type None'),
   'an unknown field': (_set('weights', UP, 'axis', value=0), r"fields \['axis'"),
   'a lost field': (lambda about: about['weights'][UP].pop('inputs'), 'were stored, not'),
+  'an unknown format': (_set('weights', UP, 'format', value='int5'), f"{UP}.*'int5' is not one of"),
+  'a format of other codes': (_set('weights', UP, 'format', value='int4'), f'{UP}.*codes of int4'),
+  'other inputs': (_set('weights', UP, 'inputs', value=33), f'{UP}.*33 inputs of int8'),
+  'inputs that are no number': (_set('weights', UP, 'inputs', value='32'), f"{UP}.*'32' inputs"),
+  'no scales': (_set('weights', UP, 'scales', value=None), 'scales is unexpected'),
+  'no such dtype': (_set('weights', UP, 'dtype', value='float12'), f"{UP} has the dtype 'float12'"),
   'no description': (lambda about: about['weights'].pop(UP), f'{UP} is not described'),
   'no fields': (_set('weights', UP, value=3), 'described as 3'),
   'a surplus': (_set('weights', 'other', value='array'), 'other is no parameter of the config'),

@@ -61,10 +61,17 @@ def _scales(w_JgO, name, symmetric):
   return scale, np.clip(np.rint(-low / scale), 0, 2**bits - 1)
 
 
-def _nearest(w_IO, name, symmetric, group):
-  """The nearest values of the grid, by trying all of them: float64 (scales, zeros, dense)."""
-  w_JgO = np.asarray(w_IO, np.float64).reshape(-1, group, w_IO.shape[1])
+def _nearest(w_IO, name, symmetric, stored):
+  """The nearest values of the grid, by trying all of them: float64 (scales, zeros, dense).
+
+  The scales found are compared with `stored`, which then counts: XLA may multiply by the inverse of
+  a constant, and symmetric float32 scales are lower by 2**-22.
+  """
+  w_JgO = np.asarray(w_IO, np.float64).reshape(len(stored), -1, w_IO.shape[1])
   scale, zeros = _scales(w_JgO, name, symmetric)
+  assert stored.dtype == _dtype(name, len(stored))
+  np.testing.assert_allclose(np.asarray(stored, np.float64), scale, rtol=FLOAT32)
+  scale = np.asarray(stored, np.float64)
   grid = _grid(name, zeros)
   grid = np.broadcast_to(
     grid.reshape(len(grid), *(grid.shape[1:] or (1, 1))), (len(grid), *scale.shape)
@@ -81,18 +88,16 @@ def test_every_weight_becomes_the_nearest_value(rng, name, symmetric, group):
   w_IO = rng.normal(size=(128, 5)).astype(np.float32) + (0.0 if symmetric else 0.3)
   q = jitted(jnp.asarray(w_IO), name, group_size=group, symmetric=symmetric)
   size = 128 if group == -1 else group
-  scale, zeros, expected = _nearest(w_IO, name, symmetric, size)
+  scale, zeros, expected = _nearest(w_IO, name, symmetric, q.scales)
   assert q.group_size == size and q.shape == (128, 5) and q.dtype == jnp.float32
-  assert q.scales.dtype == _dtype(name, 128 // size)
-  # XLA may multiply by the inverse of a constant, and symmetric float32 scales are a bit lower.
-  np.testing.assert_allclose(np.asarray(q.scales, np.float64), scale, rtol=FLOAT32)
   if zeros is not None:
     np.testing.assert_array_equal(q.zeros, zeros)
   dense = np.asarray(q.dense(), np.float64)
   distance = lambda values: np.abs(values - w_IO)
   step = np.repeat(scale, size, 0)
-  # At a tie the two neighbours are equally near.
-  np.testing.assert_array_less(distance(dense), distance(expected) + TIE * step)
+  # At a tie the two neighbours are equally near; and dense values are rounded to float32.
+  rounding = 2.0**-24 * np.abs(dense)
+  np.testing.assert_array_less(distance(dense), distance(expected) + TIE * step + rounding)
   same = np.isclose(dense, expected, rtol=FLOAT32, atol=FLOAT32 * step)
   assert same.mean() > 0.99
 
@@ -344,7 +349,9 @@ def test_an_odd_number_of_inputs(rng, name, rows):
   w_IO = rng.normal(size=(rows, 3)).astype(np.float32)
   q = jitted(jnp.asarray(w_IO), name)
   assert q.values.shape == (-(-rows * FORMATS[name].bits // 8), 3) and q.shape == (rows, 3)
-  np.testing.assert_allclose(q.dense(), _nearest(w_IO, name, True, rows)[2], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    q.dense(), _nearest(w_IO, name, True, q.scales)[2], rtol=1e-5, atol=1e-6
+  )
 
 
 def test_the_usual_group_or_the_largest_half_of_it_that_divides():

@@ -1,5 +1,6 @@
 """One contract for all weight types: what the models, files, meshes and recipes rely on."""
 
+import dataclasses
 import functools
 import json
 import zlib
@@ -279,3 +280,76 @@ def test_a_kernel_has_a_name_or_there_is_none(name, platform):
 def test_inputs_that_do_not_fit_are_refused(name):
   with pytest.raises(ValueError, match='x has 5 inputs, but the weight takes 64'):
     linear.matmul(jnp.zeros((2, 5)), weight(name))
+
+
+@examples
+def test_a_map_over_its_tree_may_leave_anything_in_the_place_of_arrays(name):
+  w = weight(name)
+  leaves, structure = jax.tree.flatten(w)
+  for stand_in in (None, object(), True, jax.sharding.PartitionSpec(), jnp.zeros(())):
+    assert type(jax.tree.unflatten(structure, [stand_in] * len(leaves))) is type(w)
+  stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), w)
+  assert tuple(stacked.shape) == (2, INPUTS, OUTPUTS)
+  jax.tree.map(lambda leaf: jnp.sum(leaf.astype(jnp.float32)), w)
+
+
+def _replaced(name, **fields):
+  return lambda shapes: dataclasses.replace(shapes(name), **fields)
+
+
+def _wrong(shape, dtype=jnp.float32):
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+# What is wrong with a weight of 64 x 32, and what the message says.
+NONSENSE = {
+  'format': (_replaced('int8', format='int5'), "'int5' is not one of int8, int4"),
+  'no format': (_replaced('int8', format=['int8']), r"\['int8'\] is not one of"),
+  'inputs': (_replaced('int8', inputs='64'), "'64' inputs"),
+  'more inputs': (_replaced('int8', inputs=65), '65 inputs of int8 take 65 rows of int8, not 64'),
+  'packed inputs': (
+    _replaced('int4', inputs=66),
+    '66 inputs of int4 take 33 rows of uint8, not 32',
+  ),
+  'scales': (_replaced('int8', scales=_wrong((3, 5))), '32 columns of codes have scales for 5'),
+  'groups': (_replaced('int4', scales=_wrong((3, 32))), '3 groups of scales do not divide 64'),
+  'no groups': (_replaced('int4', scales=_wrong((0, 32))), '0 groups of scales do not divide 64'),
+  'whole scales': (_replaced('int8', scales=_wrong((1, 32), jnp.int8)), 'floating, not int8'),
+  'codes': (_replaced('int8', values=_wrong((64, 32))), 'codes of int8 are int8, not float32'),
+  'fp8 codes': (_replaced('int8', format='fp8_e4m3'), 'fp8_e4m3 are float8_e4m3fn, not int8'),
+  'zeros': (
+    _replaced('int2 asymmetric', zeros=_wrong((1, 32), jnp.uint8)),
+    r'zeros have the shape \(1, 32\), and scales \(4, 32\)',
+  ),
+  'nf4 zeros': (_replaced('fp8', zeros=_wrong((1, 32), jnp.uint8)), 'fp8_e4m3 has no zero points'),
+  'lead': (_replaced('int8', scales=_wrong((2, 1, 32))), r'leading axes \(2,\), and others'),
+  'blocks of scales': (_replaced('scales', scales=_wrong((64, 2))), r'not \(64, 1\)'),
+  'codes of scales': (_replaced('scales', codes=_wrong((64, 32))), 'codes of scales are int8'),
+  'n of m': (_replaced('2:4', n=4), '0 < N < M <= 16, not 4:4'),
+  'no n': (_replaced('2:4', n=0), 'n and m are whole numbers above 0, not 0 and 4'),
+  'indices': (_replaced('2:4', indices=_wrong((7, 32), jnp.uint8)), r'uint8 of the shape \(8, 32'),
+  'rank': (_replaced('lora', a_IR=_wrong((64, 3))), 'axis R of .*RO.* is 4, but was 3'),
+  'correction': (_replaced('lora', scale='1'), "finite number, not '1'"),
+  'heads': (_replaced('rotated', inner=3), 'a divisor of the 64 inputs, not 3'),
+  'bits': (_replaced('inputs', bits=3), 'activations have 8 or 4 bits, not 3'),
+  'rounded twice': (
+    lambda make: dataclasses.replace(make('inputs'), values=make('inputs')),
+    'alre',
+  ),
+  'layout': (_replaced('packed', format='int3'), "'int3' is not one of int8, int4, nf4"),
+  'tiles': (_replaced('packed', outputs=64), r'\(2, 16\) tiles and steps, not \(1, 16\)'),
+  'fused': (_replaced('fused', weight=_wrong((64, 32))), 'no kernel multiplies by a'),
+}
+
+
+@pytest.mark.parametrize('what', NONSENSE)
+def test_what_does_not_fit_is_refused_when_it_is_built(what):
+  shapes = lambda name: jax.eval_shape(_make(name), _wrong((INPUTS, OUTPUTS)))
+  build, message = NONSENSE[what]
+  with pytest.raises(ValueError, match=message):
+    build(shapes)
+
+
+def test_real_arrays_are_checked_too():
+  with pytest.raises(ValueError, match='32 columns of codes have scales for 5'):
+    dataclasses.replace(weight('int8'), scales=jnp.ones((3, 5)))

@@ -268,3 +268,62 @@ def test_matrices_that_are_alike_are_checked_once(tiny, monkeypatch):
   pipeline.check(model, _recipe({'round_to_nearest': {'format': 'int8'}}))
   shapes = [w.shape for block in model.layers for w in pipeline.matrices(block).values()]
   assert sorted(traced) == sorted(set(shapes)) and len(traced) < len(shapes)
+
+
+HALF, TWO_OF_FOUR = {'magnitude': {'sparsity': 0.5}}, {'magnitude': {'n': 2, 'm': 4}}
+HQQ, UP = {'hqq': {'group_size': 16}}, {'only': ['*.up']}
+LOSES_ZEROS = {
+  'hqq after pruning': ([HALF, HQQ], 'hqq on layers.0.*what magnitude set to zero would not stay'),
+  'hqq after sparsegpt': ([{'sparsegpt': {}}, HQQ], 'what sparsegpt set to zero would not stay'),
+  'hqq after both kinds': ([WANDA, TWO_OF_FOUR, HQQ], 'what wanda set to zero would not stay'),
+  'hqq of one layer': ([HALF, {**HQQ, **UP}], 'hqq on layers.0.ffn.up.weight: what magnitude'),
+  'pruning after hqq': ([HQQ, HALF], 'magnitude on layers.0.*zero has no code.*prune n of m'),
+  'groups across n of m': (
+    [
+      {'round_to_nearest': {'group_size': 12, 'format': 'int4'}, **UP},
+      {'magnitude': {'n': 4, 'm': 8}},
+    ],
+    'does not divide|no whole number of groups of 8',
+  ),
+}
+
+
+@pytest.mark.parametrize('what', LOSES_ZEROS)
+def test_steps_that_would_undo_pruning_are_refused(tiny, tokens_BT, what):
+  steps, message = LOSES_ZEROS[what]
+  model = tiny()
+  before = _values(model)
+  with pytest.raises(ValueError, match=message):
+    pipeline.compress(model, _recipe(*steps), tokens_BT, in_place=True)
+  assert _changed(before, _values(model)) == set()
+
+
+def test_hqq_of_a_model_that_was_pruned_before_is_refused(tiny):
+  pruned, _ = pipeline.compress(tiny(), _recipe(HALF))
+  with pytest.raises(ValueError, match='an earlier pruning set to zero would not stay zero'):
+    pipeline.compress(pruned, _recipe(HQQ))
+
+
+@pytest.mark.parametrize('steps', [[TWO_OF_FOUR, HQQ], [HQQ, TWO_OF_FOUR]])
+def test_zeros_that_are_not_stored_go_with_hqq(tiny, steps):
+  compressed, _ = pipeline.compress(tiny(), _recipe(*steps))
+  for path, w in matrices(compressed).items():
+    if path != 'head':
+      kept = (np.asarray(dense(w)) != 0).reshape(-1, 4, w.shape[1]).sum(1)
+      assert isinstance(w, sparse.SparseTensor) and (kept <= 2).all() and kept.mean() > 1
+
+
+@pytest.mark.parametrize('format', ['int4', 'int8', 'nf4', 'fp8_e4m3'])
+def test_half_of_the_weights_stay_zero_in_formats_that_hold_zero(tiny, format):
+  rounded = {'round_to_nearest': {'format': format}}
+  for steps in ([HALF, rounded], [rounded, HALF]):
+    compressed, _ = pipeline.compress(
+      tiny(),
+      _recipe(
+        *steps,
+      ),
+    )
+    zeros = [
+      (np.asarray(dense(w)) == 0).mean() for p, w in matrices(compressed).items() if p != 'head'
+    ]
+    assert min(zeros) >= 0.5

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from model.compress import registry, statistics, techniques
+from model.compress.hqq import HqqSpec
 from model.compress.registry import Outcome, PruneSpec, Technique
 from ops import quantized, sparse
 
@@ -122,6 +123,40 @@ def test_a_quantized_weight_is_pruned_on_its_grid(rng, format, options):
   assert isinstance(stored.values, quantized.QuantizedTensor) and stored.shape == w.shape
   kept = np.asarray(stored.dense())
   assert ((kept != 0).reshape(16, 4, 12).sum(1) <= 2).all() and (kept != 0).mean() > 0.3
+  np.testing.assert_array_equal(kept[kept != 0], before[kept != 0])
+
+
+@pytest.mark.parametrize('n, m, group', [(4, 8, 12), (1, 3, 128), (2, 4, 6)])
+def test_groups_that_cut_through_n_of_m_are_refused(n, m, group):
+  w = jax.eval_shape(lambda w: quantized.quantize(w, 'int4', group_size=group), _shape(384))
+  with pytest.raises(ValueError, match=f'shared by {group} inputs.*{n}:{m}.*multiple of {m}'):
+    jax.eval_shape(lambda w: registry.lookup('magnitude')(w, {}, PruneSpec(n=n, m=m)), w)
+
+
+@pytest.mark.parametrize('n, m, group', [(4, 8, 24), (1, 3, 96), (1, 3, -1), (4, 8, 16)])
+def test_kept_weights_do_not_move_where_groups_fit(rng, n, m, group):
+  w_IO = jnp.asarray(rng.standard_t(3, (192, 12)) * rng.uniform(0.1, 9, (192, 1)), jnp.float32)
+  w = quantized.quantize(w_IO, 'int4', group_size=group)
+  before, pruned = (
+    np.asarray(a.dense())
+    for a in (w, registry.lookup('magnitude')(w, {}, PruneSpec(n=n, m=m)).weight)
+  )
+  assert ((pruned != 0).reshape(-1, m, 12).sum(1) <= n).all() and (pruned != 0).any()
+  np.testing.assert_array_equal(pruned[pruned != 0], before[pruned != 0])
+
+
+def _shape(inputs):
+  return jax.ShapeDtypeStruct((inputs, 12), jnp.float32)
+
+
+def test_zero_points_that_are_no_integers_have_no_zero(rng):
+  w_IO = jnp.asarray(rng.standard_normal((64, 12)), jnp.float32)
+  w = registry.lookup('hqq')(w_IO, {}, HqqSpec()).weight
+  with pytest.raises(ValueError, match=r'zero has no code.*prune n of m'):
+    registry.lookup('magnitude')(w, {}, PruneSpec())
+  stored = registry.lookup('magnitude')(w, {}, PruneSpec(n=2, m=4)).weight
+  kept, before = np.asarray(stored.dense()), np.asarray(w.dense())
+  assert ((kept != 0).reshape(16, 4, 12).sum(1) <= 2).all() and (kept != 0).mean() > 0.4
   np.testing.assert_array_equal(kept[kept != 0], before[kept != 0])
 
 

@@ -15,6 +15,7 @@ from model.train import step as step_lib
 from model.train.data import PackedDataset
 from model.train.step import StepConfig
 from model.transformer import Transformer
+from ops import activations, quantized, sparse
 
 # Float32 sums in another order, relative to gradients of about 0.1.
 TOLERANCE = {'rtol': 1e-4, 'atol': 1e-6}
@@ -162,6 +163,36 @@ def test_weights_without_gradients_are_named():
   model.layers[1].ffn.up.weight = nnx.Param(jnp.zeros((16, 24), jnp.int8))
   with pytest.raises(ValueError, match=r'layers\.1\.ffn\.up\.weight.* is int8'):
     step_lib.init(model, optax.sgd(1.0))
+
+
+def test_fp8_codes_are_not_trained():
+  model = _model()
+  up = model.layers[1].ffn.up.weight
+  up.set_value(quantized.quantize(up.get_value(), 'fp8_e4m3'))
+  with pytest.raises(ValueError, match=r'layers\.1\.ffn\.up\.weight.* is float8_e4m3fn: only'):
+    step_lib.init(model, optax.sgd(1.0))
+
+
+@pytest.mark.parametrize('wrap', [lambda w: w, activations.quantize_activations])
+def test_pruned_layers_are_not_trained(wrap):
+  model = _model()
+  down = model.layers[0].ffn.down.weight
+  w_IO = down.get_value()
+  mask_IO = sparse.unstructured_mask(jnp.abs(w_IO), 0.25, per_output=True)
+  down.set_value(wrap(jnp.where(mask_IO, w_IO, 0)))
+  with pytest.raises(ValueError, match=r'layers\.0\.ffn\.down\.weight is pruned'):
+    step_lib.init(model, optax.sgd(1.0))
+
+
+def test_zeros_that_are_initial_values_are_trained():
+  model = _model()
+  block = model.layers[0]
+  block.ffn.down.weight.set_value(jnp.zeros_like(block.ffn.down.weight.get_value()))
+  up = block.ffn.up.weight
+  up.set_value(up.get_value().at[:3].set(0))  # of 16 inputs
+  block.attention_norm.scale.set_value(jnp.zeros_like(block.attention_norm.scale.get_value()))
+  model.embedding.table.set_value(model.embedding.table.get_value().at[:20].set(0))
+  step_lib.init(model, optax.sgd(1.0))
 
 
 def test_bad_settings_are_named(rng):
