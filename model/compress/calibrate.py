@@ -109,8 +109,9 @@ class Stream:
     ready = _laid_out(block, values)
     for batch in self.batches:
       total = _observe(function, layers, names, ready, total, batch)
-    finished = {layer: statistics.finish(total.pop(layer)) for layer in layers}
-    finite = _are_finite(finished)
+    finished, finite = {}, {}
+    for layer in layers:
+      finished[layer], finite[layer] = _finish(total.pop(layer))
     for layer in layers:
       if not finite[layer]:
         path = f'{where}.{layer}'.strip('.')
@@ -214,9 +215,10 @@ def _observe(function, layers, names, values, total, batch):
 
 
 @compiled
-def _are_finite(finished):
-  all_of = lambda tree: jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
-  return {layer: all_of(found).all() for layer, found in finished.items()}
+def _finish(raw):
+  """What techniques read of a layer's inputs, and whether all of it is finite."""
+  finished = statistics.finish(raw)
+  return finished, jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves(finished)]).all()
 
 
 @functools.partial(compiled, static_argnums=(0, 1, 2))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from model.compress import calibrate
+from model.compress import calibrate, statistics
 from model.compress.ledger import LayerResult, Ledger
 from model.compress.parts import Part, calibrated, check, parts, targets, weights
 from model.compress.programs import compiled, execute
@@ -179,7 +179,7 @@ def _apply(part, step, stage, run, observed: nnx.Module, plan):
       measured[PLAN] = plan[layer]
     outcome = execute(step.row, step.spec, params[path].get_value(), measured)
     params[path].set_value(outcome.weight)
-    run.ledger.add(layer, step.technique, {**outcome.events, **_starved(measured)})
+    run.ledger.add(layer, step.technique, outcome.events)
 
 
 def _apply_to_block(part, step, run):
@@ -206,17 +206,7 @@ def _apply_to_block(part, step, run):
     run.ledger.add(part.layer(path), step.technique, _starved(measured))
 
 
-def _starved(measured) -> dict[str, jax.Array]:
-  if not {'input_norm', 'input_covariance'} & set(measured):
-    return {}
-  return {'inputs that no calibration token used': _unused(measured)}
-
-
-@compiled
-def _unused(measured):
-  norm = measured.get('input_norm')
-  norm = jnp.diagonal(measured['input_covariance']) if norm is None else norm
-  return (norm == 0).sum()
+_starved = compiled(statistics.starved)
 
 
 def _note_head(model, run):

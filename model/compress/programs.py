@@ -1,24 +1,25 @@
 """Compiles the programs of a compression: each runs a few times, so compiling must be cheap.
 
 XLA:CPU compiles a solver's nested loops in half the time without its fusion emitters, and they run
-no slower. The option is given to each program alone, and left out where a version of XLA does not
-know it.
+no slower. The options are given to each program alone. Where a version of XLA does not know them,
+programs are compiled without.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
 
+from model.compress import statistics
 from model.compress.registry import Outcome
 from ops.linear import Matrix, core, with_core
 
 QUICK = {'xla_cpu_use_fusion_emitters': False}
+QUICKEST = {**QUICK, 'xla_backend_optimization_level': 1}  # where nearly all work is products
 
 
-def compiled(function: Callable, **settings) -> Callable:
-  """Returns `jax.jit(function, **settings)`, compiled by `QUICK` on a CPU.
+def compiled(function: Callable, quick: dict = QUICK, **settings) -> Callable:
+  """Returns `jax.jit(function, **settings)`, compiled by the options `quick` on a CPU.
 
   It cannot be called inside another traced function. Its `eval_shape` keeps the trace, which serves
   when the program is compiled.
@@ -26,7 +27,7 @@ def compiled(function: Callable, **settings) -> Callable:
 
   @functools.cache
   def program(platform: str):
-    return jax.jit(function, compiler_options=_options(platform), **settings)
+    return jax.jit(function, compiler_options=_known(platform, **quick), **settings)
 
   @functools.wraps(function)
   def run(*args):
@@ -37,18 +38,19 @@ def compiled(function: Callable, **settings) -> Callable:
 
 
 @functools.cache
-def _options(platform: str) -> dict | None:
+def _known(platform: str, **options) -> dict | None:
   if platform != 'cpu':
     return None
   try:
-    jax.jit(lambda: 0, compiler_options=QUICK)()
-  except jax.errors.JaxRuntimeError:  # this version has no such option
+    jax.jit(lambda: 0, compiler_options=options)()
+  except jax.errors.JaxRuntimeError:  # this version of XLA lacks an option
     return None
-  return QUICK
+  return options
 
 
-@functools.partial(compiled, static_argnums=(0, 1))
+@functools.partial(compiled, quick=QUICKEST, static_argnums=(0, 1))
 def execute(row, spec, w: Matrix, measured) -> Outcome:
   """Runs a technique on one matrix; `measured` are the statistics of its inputs."""
   outcome = row(core(w), measured, spec)
-  return dataclasses.replace(outcome, weight=with_core(w, outcome.weight))
+  events = {**outcome.events, **statistics.starved(measured)}
+  return Outcome(with_core(w, outcome.weight), events)

@@ -109,7 +109,6 @@ def merge(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
   return {name: STATISTICS[name].merge(a[name], b[name]) for name in a}
 
 
-@jax.jit
 def finish(raw: dict[str, Any]) -> dict[str, Any]:
   """Turns raw statistics into what techniques read."""
   return {name: STATISTICS[name].finish(value) for name, value in raw.items()}
@@ -119,3 +118,12 @@ def abstract(inputs: int, names: tuple[str, ...]) -> dict[str, Any]:
   """The shapes of finished statistics for a layer with this many inputs."""
   x = jax.ShapeDtypeStruct((1, inputs), jnp.float32)
   return jax.eval_shape(lambda x: finish(measure([x], names)), x)
+
+
+def starved(finished: dict[str, Any]) -> dict[str, jax.Array]:
+  """The event that some inputs were zero in all tokens, with their count; none if it is unknown."""
+  if not {'input_norm', 'input_covariance'} & set(finished):
+    return {}
+  norm_I = finished.get('input_norm')
+  norm_I = jnp.diagonal(finished['input_covariance']) if norm_I is None else norm_I
+  return {'inputs that no calibration token used': (norm_I == 0).sum()}

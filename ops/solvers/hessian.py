@@ -19,7 +19,6 @@ A second factorization only tells whether the Hessian is of deficient rank, for 
 
 import dataclasses
 import functools
-from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,7 @@ from ops.kernels import cpu
 from ops.kernels.cpu import layout, packed
 
 MOST_RAISES = 6
-PANEL, MOST_PANELS = 256, 8  # inputs of a panel of `gram`, and panels at most
+HALVED = 512  # inputs from which on a quarter of `gram` is left out
 
 
 @functools.partial(
@@ -81,16 +80,19 @@ def factor(covariance_II: jax.Array, damping: float, order_I: jax.Array | None =
 
 
 def gram(x_TI: jax.Array) -> tuple[jax.Array, ...]:
-  """Computes one triangle of xᵀ x, the Hessian's raw form, by panels of its columns, in float32.
+  """Computes xᵀ x of some tokens' inputs, the Hessian's raw form: panels of columns, in float32.
 
-  A panel ends with the rows of the diagonal, so [end, end - start] for inputs from start to end;
-  `whole` joins them, or sums of them. Of many inputs little more than half is computed.
+  Many inputs give two panels, and what is below the first one is left out: it is the transpose of
+  what is above the second. `whole` joins the panels, or sums of them.
 
   Sums are in float32. Products of bfloat16 inputs are exact in it, and float32 inputs are not
   rounded to fewer bits by a matrix unit, because the result is inverted.
   """
-  ends = _panel_ends(x_TI.shape[1])
-  return tuple(_products(x_TI[:, :end], x_TI[:, start:end]) for start, end in pairwise((0, *ends)))
+  inputs = x_TI.shape[1]
+  # A multiple of the width of a tile of the native products. More panels cost more than they save.
+  half = inputs // 2 // 32 * 32 if inputs >= HALVED else 0
+  first = (_products(x_TI[:, :half], x_TI[:, :half]),) if half else ()
+  return *first, _products(x_TI, x_TI[:, half:])
 
 
 def whole(panels: tuple[jax.Array, ...]) -> jax.Array:
@@ -99,12 +101,6 @@ def whole(panels: tuple[jax.Array, ...]) -> jax.Array:
   filled = [jnp.pad(panel, ((0, size - len(panel)), (0, 0))) for panel in panels]
   upper_II = jnp.triu(jnp.concatenate(filled, axis=1))
   return upper_II + jnp.triu(upper_II, 1).T
-
-
-def _panel_ends(inputs: int) -> list[int]:
-  """Where the panels end: at multiples of 32, the width of a tile of the native products."""
-  count = min(max(inputs // PANEL, 1), MOST_PANELS)
-  return [*(inputs * i // count // 32 * 32 for i in range(1, count)), inputs]
 
 
 def _products(x_TI, y_TO):
