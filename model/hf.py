@@ -228,7 +228,7 @@ def save_pretrained(
 
   transformers can load it too if all weights are plain arrays and config.json can describe the
   model. Other models are written as `model.native` describes, with the recipe that made them; a
-  warning is logged if the reason is config.json, for example because layers have different widths.
+  warning is logged if config.json is the only reason, as for layers of different widths.
   The folder appears whole or not at all; an earlier output is replaced.
 
   Raises:
@@ -259,7 +259,8 @@ def _describe(model) -> tuple[dict, bool]:
   try:
     config = hf_names.config_to_hf(model.config)
   except ValueError as error:
-    LOG.warning('saved in the format of Lissom, which transformers does not read: %s', error)
+    if whole:
+      LOG.warning('saved in the format of Lissom, which transformers does not read: %s', error)
     whole = False
   dtype = str(model.embedding.table.get_value().dtype)
   dtypes = {'dtype': dtype, 'torch_dtype': dtype}  # both spellings: transformers 4 and 5

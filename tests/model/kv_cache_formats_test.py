@@ -254,4 +254,4 @@ def test_decoding_updates_the_donated_cache_in_place(rng, format):
 def test_int4_refuses_heads_of_an_odd_width():
   layer = LayerConfig(query_heads=1, kv_heads=1, head_width=5, ffn_width=8)
   with pytest.raises(ValueError, match='two channels a byte, but a head has 5'):
-    kv_cache.init(CONFIG.replace(layers=(layer,)), 1, 40, format='int4')
+    kv_cache.init(CONFIG.replace(layers=(layer,), rope=None), 1, 40, format='int4')
