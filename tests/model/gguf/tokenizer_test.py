@@ -104,6 +104,17 @@ def test_sentencepiece_ids_equal_the_library(sentencepiece_model, pieces, lines)
   assert (ours.bos_id, ours.eos_ids) == (1, (2,))
 
 
+def test_scores_and_not_ids_say_which_pieces_merge_first(pieces, lines):
+  """The same tokens with ids in the opposite order give the same pieces."""
+  keys = [f'{PREFIX}{key}' for key in ('tokens', 'scores', 'token_type')]
+  turned = {**pieces, **{key: pieces[key][::-1] for key in keys}}
+  last = len(pieces[f'{PREFIX}tokens']) - 1
+  ids = {'unknown_token_id': last, 'bos_token_id': last - 1, 'eos_token_id': last - 2}
+  ours = to_tokenizer(_container(turned, **ids))
+  for line, expected in zip(lines, to_tokenizer(_container(pieces)).encode_many(lines)):
+    assert [last - i for i in ours.encode(line)] == expected, repr(line)
+
+
 def test_pieces_around_special_tokens(sentencepiece_model, pieces):
   """Each stretch of text is on its own, with a leading space unless the file says otherwise."""
   library = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model)
