@@ -32,11 +32,11 @@ def run(main: Callable[[], None]) -> None:
   """
 
   def guarded(argv):
-    if len(argv) > 1:
-      raise app.UsageError(f'unexpected arguments: {shlex.join(argv[1:])}; options need a --')
     logging.set_verbosity(logging.WARNING)  # the checkpoint library reports every file at INFO
     compilation.use_cache(cache_folder() / 'xla')
     try:
+      if len(argv) > 1:
+        raise ValueError(f'unexpected arguments: {shlex.join(argv[1:])}; options need a --')
       main()
       sys.stdout.flush()
     except (ValueError, OSError, KeyboardInterrupt) as error:

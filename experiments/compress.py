@@ -167,7 +167,11 @@ def _protocol() -> inputs_lib.Protocol:
 
 
 def _recipes() -> list[Recipe]:
-  names = RECIPE_NAMES.value or (SMOKE_RECIPES if SMOKE.value else DEFAULT_RECIPES)
+  names = RECIPE_NAMES.value
+  if names is None:
+    names = SMOKE_RECIPES if SMOKE.value else DEFAULT_RECIPES
+  if not names:
+    raise ValueError('--recipes is empty; name recipes, or leave the flag out. --list prints them')
   recipes = _resolve(names)
   comparison.check_names(recipes)
   return recipes

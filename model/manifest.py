@@ -28,7 +28,8 @@ def read(folder: str | os.PathLike) -> dict | None:
     data = json.loads((Path(folder) / NAME).read_text(encoding='utf-8'))
   except (OSError, ValueError):
     return None
-  return data if isinstance(data, dict) and data.get('mark') == MARK else None
+  ours = isinstance(data, dict) and data.get('mark') == MARK
+  return data if ours and isinstance(data.get('files'), dict) and 'kind' in data else None
 
 
 def contents(folder: str | os.PathLike) -> dict[str, int]:
@@ -66,15 +67,17 @@ def check_replaceable(path: str | os.PathLike, *, kind: str = 'model') -> None:
 
 
 def _problem(path: Path, kind: str) -> str | None:
-  found = contents(path)
-  if not found:
-    return None
+  """What speaks against replacing a folder; without a manifest, only its top is read."""
   data = read(path)
   if data is None:
+    top = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(PREFIX))
+    if not top:
+      return None
     return (
-      f'holds something else ({_some(found)}): no {NAME} lists it, so it may be your work, or an '
+      f'holds something else ({_some(top)}): no {NAME} lists it, so it may be your work, or an '
       'output of a version that wrote no such list'
     )
+  found = contents(path)
   strangers = [name for name in found if name not in data['files']]
   if strangers:
     return f'holds something else ({_some(strangers)}) besides an earlier output'
@@ -86,7 +89,6 @@ def _problem(path: Path, kind: str) -> str | None:
   return None
 
 
-def _some(names) -> str:
-  names = list(names)
+def _some(names: list[str]) -> str:
   more = len(names) - MAX_LISTED
   return ', '.join(names[:MAX_LISTED]) + (f' and {more} more' if more > 0 else '')

@@ -53,6 +53,15 @@ def test_errors_end_a_script_with_one_line(error, status, line, monkeypatch, cap
     common.run(main)
 
 
+def test_an_argument_that_is_no_option_is_one_line(monkeypatch, capsys):
+  monkeypatch.setattr(common.app, 'run', lambda guarded: guarded(['script', 'a b', 'c']))
+  monkeypatch.setattr(common.compilation, 'use_cache', lambda _: None)
+  with pytest.raises(SystemExit) as end:
+    common.run(lambda: None)
+  line = "error: unexpected arguments: 'a b' c; options need a --\n"
+  assert (end.value.code, capsys.readouterr().err) == (2, line)
+
+
 def test_errors_of_the_program_are_not_hidden(monkeypatch):
   monkeypatch.setattr(common.app, 'run', lambda guarded: guarded(['script']))
   monkeypatch.setattr(common.compilation, 'use_cache', lambda _: None)

@@ -30,6 +30,8 @@ EARLY = {
   'unknown recipe': (['--recipes=int9'], "unknown recipe 'int9'; did you mean int8"),
   'unknown technique': (['--recipes=wandaa'], 'did you mean wanda'),
   'no recipe file': (['--recipes=mine.yaml'], 'there is no recipe file mine.yaml'),
+  'no recipe': (['--recipes='], '--recipes is empty; name recipes'),
+  'an empty recipe': (['--recipes=int8,'], "unknown recipe ''"),
   'recipe twice': (['--recipes=int8,int8'], 'names int8 twice'),
   'two budgets': (['--max_megabytes=1', '--max_ppl_ratio=1.1'], 'not both'),
   'no megabytes': (['--max_megabytes=0'], '--max_megabytes must be above 0, not 0'),
@@ -161,6 +163,35 @@ def test_an_output_that_holds_something_else_is_refused(script, tmp_path, monkey
   kept = out if kind == 'file' else out / 'thesis.tex'
   assert kept.read_text() == 'mine'
   assert [path.name for path in tmp_path.iterdir()] == ['out']
+
+
+def test_an_output_that_another_process_writes_is_refused(script, tmp_path, monkeypatch):
+  code = (
+    'import sys\nfrom model.files import claim\n'
+    'with claim(sys.argv[1], kind="compress"):\n  print("held", flush=True)\n  sys.stdin.read()\n'
+  )
+  command = [sys.executable, '-c', code, tmp_path / 'out']
+  monkeypatch.setattr(embedded, 'load_or_train', None)
+  with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    assert other.stdout.readline() == b'held\n'
+    with pytest.raises(ValueError, match=f'out is in use by process {other.pid}; wait until'):
+      script('--smoke', f'--out={tmp_path / "out"}')
+    other.communicate()
+
+
+def test_a_full_disk_is_found_before_any_work(script, tmp_path, monkeypatch):
+  folder = tmp_path / 'm'
+  folder.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=64k', 'tmpfs', folder]
+  if subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip('mounting is not allowed here')
+  monkeypatch.setattr(embedded, 'load_or_train', None)
+  try:
+    for out in (folder, folder / 'out'):
+      with pytest.raises(ValueError, match=f'{folder} cannot be written: No space left on device'):
+        script('--smoke', f'--out={out}')
+  finally:
+    subprocess.run(['umount', folder], check=True)
 
 
 def test_a_process_ends_with_one_line_and_status_2(tmp_path):

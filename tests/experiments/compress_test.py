@@ -77,11 +77,17 @@ def test_a_budget_is_kept_and_its_recipe_can_be_used_again(finished, script, tmp
   assert set(found) == {'base', 'bf16', 'budget'}
   assert found['budget'].value('stored_bytes') <= limit * 1e6 < found['bf16'].value('stored_bytes')
   assert all((out / name).stat().st_size > 100 for name in (search.RECIPE, search.PICTURE))
+  (tmp_path / 'real').mkdir()
   again = tmp_path / 'again'
+  again.symlink_to('real')
   script('--smoke', f'--recipes={out / search.RECIPE}', f'--out={again}', '--rounds=5')
   replayed = next(row for row in records.read(again / 'records.jsonl') if row.recipe == 'budget')
   for metric in ('stored_bytes', 'ppl'):
     assert replayed.value(metric) == found['budget'].value(metric)
+  assert again.is_symlink() and {path.name for path in tmp_path.iterdir()} == {
+    'again', 'budget', 'real'
+  }  # fmt: skip
+  manifest.check_replaceable(again, kind=comparison.KIND)
 
 
 def test_a_budget_that_nothing_fits_leaves_nothing(script, tmp_path):

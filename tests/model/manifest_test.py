@@ -81,3 +81,10 @@ def test_a_folder_with_anything_else_is_refused(out, case):
 def test_an_output_of_another_kind_is_refused(out):
   with pytest.raises(ValueError, match=r'another kind \(model, not tokenizer\)'):
     check_replaceable(out, kind='tokenizer')
+
+
+def test_of_a_folder_without_a_manifest_only_the_top_is_read(tmp_path, monkeypatch):
+  (tmp_path / 'home/me').mkdir(parents=True)
+  monkeypatch.setattr(manifest, 'contents', None)  # as --out=/ would read the whole disk
+  with pytest.raises(ValueError, match=r'something else \(home\)'):
+    check_replaceable(tmp_path)
