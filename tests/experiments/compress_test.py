@@ -120,6 +120,7 @@ def test_the_records_say_what_was_measured(finished):
   for row in rows.values():
     assert row.experiment == 'compress'
     assert row.config['calibration_rows'] == 8
+    assert row.config['bos'] == 'none'
     assert row.config['prompt_length'] == 128
     assert row.metrics['ppl'].n == row.config['windows'] * 63 == 16 * 63
     assert row.metrics['decode_tokens_per_s'].n == 5
@@ -171,7 +172,8 @@ def test_an_earlier_output_is_replaced_and_nothing_else(finished, script, tmp_pa
     check(tmp_path)
 
 
-def test_held_out_text_gives_its_windows_again(script, tmp_path):
+@pytest.mark.parametrize('bos_id', [None, 5])
+def test_held_out_text_gives_its_windows_again(script, tmp_path, bos_id):
   # Documents of one long word: cut anywhere, it ends in other tokens than within.
   words = [('ab' * n + 'c' * n) for n in range(3, 40)]
   tokenizer = Tokenizer.train_bpe(words * 2, 300)
@@ -179,13 +181,13 @@ def test_held_out_text_gives_its_windows_again(script, tmp_path):
   tokens_T, ends_T = tokenizer.encode_with_bytes(texts)
   for seq_len in range(2, 9):
     for limit in range(1, len(tokens_T) // seq_len):
-      text = module.perplexity.windows(tokens_T, ends_T, seq_len, limit)
+      text = module.perplexity.windows(tokens_T, ends_T, seq_len, limit, bos_id)
       corpus = type('Corpus', (), {'held_out': [texts]})
       work = type('Work', (), {'text': text})
       inputs = type('Inputs', (), {'texts': corpus, 'tokenizer': tokenizer})
       module._write_held_out(tmp_path, inputs, work)
       again = tokenizer.encode_with_bytes((tmp_path / 'held_out.txt').read_text())
-      found = module.perplexity.windows(*again, seq_len)
+      found = module.perplexity.windows(*again, seq_len, bos_id=bos_id)
       np.testing.assert_array_equal(found.tokens_BT, text.tokens_BT)
       assert found.predicted_bytes == text.predicted_bytes
 
