@@ -10,7 +10,7 @@ in three ways, by the tokenizer class that the folder names, and so does `build`
   generic  what the file itself says: BPE or unigram, its character map, its spaces
 
 BPE merges follow from the pieces: two pieces that join to a piece may merge, in the order of ids
-(llama, gemma) or of scores (generic). Reading 256,000 pieces takes about two seconds.
+(llama, gemma) or of scores (generic). Reading 256,000 pieces takes a few seconds.
 """
 
 import dataclasses

@@ -122,6 +122,7 @@ def test_the_records_say_what_was_measured(finished):
   for row in rows.values():
     assert row.experiment == 'compress'
     assert row.config['calibration_rows'] == 8
+    assert row.config['bos'] == 'none'
     assert row.config['prompt_length'] == 128
     assert row.metrics['ppl'].n == row.config['texts']['python-source']['windows'] * 63 == 16 * 63
     assert row.metrics['decode_tokens_per_s'].n == 5

@@ -249,6 +249,14 @@ def test_decode_is_compiled_once_a_bucket(plain, prompts, rng):
   assert (generation._decode._cache_size(), generation._prefill._cache_size()) == count
 
 
+def test_settings_of_another_value_are_not_compiled_again(plain, prompts):
+  run = functools.partial(generate, plain, prompts, max_new_tokens=3)
+  run(sampling_config=SamplingConfig(temperature=0.7, top_k=5, top_p=0.9), seed=1)
+  count = generation._decode._cache_size()
+  run(sampling_config=SamplingConfig(temperature=1.1, top_k=7, top_p=0.5), seed=2)
+  assert generation._decode._cache_size() == count
+
+
 def test_prompts_are_padded_on_the_right_to_a_bucket():
   tokens_BT, lengths_B = pad([[1, 2, 3], [4]])
   assert tokens_BT.shape == (2, generation.PROMPT_BUCKET)
