@@ -36,7 +36,7 @@ def check(spec: str, *arrays) -> dict[str, int]:
   """Binds the letters of `spec` to the sizes of `arrays` and returns them.
 
   `spec` has one comma-separated part an array: letters, after an optional `...` that stands for any
-  leading axes. `None` may stand in for an array that is absent.
+  leading axes; `_` is an axis of any size. `None` may stand in for an array that is absent.
 
   Raises:
     ValueError: the ranks or sizes disagree; the message names the axis.
@@ -79,6 +79,8 @@ def _bind(part, shape, sizes):
   if len(trailing) != len(letters) or (not open_ended and len(shape) != len(letters)):
     raise ValueError(f'{part} has {len(letters)} axes, but the array has the shape {shape}')
   for letter, size in zip(letters, trailing):
+    if letter == '_':
+      continue
     if letter not in ALPHABET:
       raise ValueError(f'{letter!r} in {part} is no axis letter; ops/axes.py lists them')
     if sizes.setdefault(letter, size) != size:
