@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from model import kv_rows
 from model.config import LayerConfig, ModelConfig
 from model.kv_quantized import Int4Cache, Int8Cache
+from ops import axes
 
 CacheFormat = Literal['float', 'bf16', 'int8', 'int4']
 
@@ -54,6 +55,9 @@ class FloatCache:
 
   k_BSKH: jax.Array
   v_BSKH: jax.Array
+
+  def __post_init__(self):
+    axes.check_fields('...BSKH,...BSKH', self.k_BSKH, self.v_BSKH)
 
   @classmethod
   def empty(cls, layer: LayerConfig, batch: int, capacity: int, dtype) -> 'FloatCache':

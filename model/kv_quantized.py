@@ -31,6 +31,7 @@ from einops import rearrange
 
 from model import kv_rows
 from model.config import LayerConfig
+from ops import axes
 
 PAGE = 32  # tokens
 CHANNELS = 32
@@ -50,6 +51,9 @@ class Tokens8:
 
   codes_BSKH: jax.Array
   scales_BSK: jax.Array
+
+  def __post_init__(self):
+    axes.check_fields('...BSKH,...BSK', self.codes_BSKH, self.scales_BSK)
 
   def write(self, new_BTKH: jax.Array, starts_B: jax.Array) -> 'Tokens8':
     new_BTKH = new_BTKH.astype(jnp.float32)
@@ -74,6 +78,10 @@ class Int8Cache:
 
   keys: Tokens8
   values: Tokens8
+
+  def __post_init__(self):
+    if isinstance(self.keys, Tokens8) and isinstance(self.values, Tokens8):
+      axes.check_fields('...BSKH,...BSKH', self.keys.codes_BSKH, self.values.codes_BSKH)
 
   @classmethod
   def empty(cls, layer: LayerConfig, batch: int, capacity: int, dtype) -> 'Int8Cache':
@@ -105,6 +113,11 @@ class Pages4:
   codes: jax.Array  # uint8 [B, P, PAGE, K, H/2]
   scales: jax.Array
   minima: jax.Array
+
+  def __post_init__(self):
+    # S is 1 or that of the codes, and the last axis is H or J.
+    axes.check_fields('...BP_KH,...BP_KH', self.scales, self.minima)
+    axes.check_fields('...BP_K_,...BP_K_', self.codes, self.scales)
 
   def decode(self) -> jax.Array:
     """Returns float32 [B, P, PAGE, K, H]."""
@@ -145,6 +158,14 @@ class Int4Cache:
   recent_k_BSKH: jax.Array
   recent_v_BSKH: jax.Array
   page_B: jax.Array
+
+  def __post_init__(self):
+    recent = self.recent_k_BSKH, self.recent_v_BSKH
+    axes.check_fields('...BSKH,...BSKH,...B', *recent, self.page_B)
+    if isinstance(self.keys, Pages4) and isinstance(self.values, Pages4):
+      codes = self.keys.codes, self.values.codes
+      axes.check_fields('...BSKH,...BP_K_,...BP_K_', recent[0], *codes)
+      axes.check_fields('...BPSKH,...BPSKH', *codes)
 
   @classmethod
   def empty(cls, layer: LayerConfig, batch: int, capacity: int, dtype) -> 'Int4Cache':

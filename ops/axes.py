@@ -37,7 +37,7 @@ def check(spec: str, *arrays) -> dict[str, int]:
   """Binds the letters of `spec` to the sizes of `arrays` and returns these sizes by letter.
 
   `spec` has one comma-separated part per array: an optional `...` for any leading axes, then one
-  letter per axis. An absent array is given as `None`.
+  letter per axis; `_` is an axis of any size. An absent array is given as `None`.
 
   Raises:
     ValueError: the ranks or sizes disagree; the message names the axis.
@@ -80,6 +80,8 @@ def _bind(part, shape, sizes):
   if len(trailing) != len(letters) or (not open_ended and len(shape) != len(letters)):
     raise ValueError(f'{part} has {len(letters)} axes, but the array has the shape {shape}')
   for letter, size in zip(letters, trailing):
+    if letter == '_':
+      continue
     if letter not in ALPHABET:
       raise ValueError(f'{letter!r} in {part} is not an axis letter; ops/axes.py lists them')
     if sizes.setdefault(letter, size) != size:

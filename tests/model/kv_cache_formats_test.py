@@ -1,5 +1,7 @@
 """Tests the stored codes of quantized caches against numpy in float64, for all ways of feeding."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -255,3 +257,31 @@ def test_int4_refuses_heads_of_an_odd_width():
   layer = LayerConfig(query_heads=1, kv_heads=1, head_width=5, ffn_width=8)
   with pytest.raises(ValueError, match='two channels a byte, but a head has 5'):
     kv_cache.init(CONFIG.replace(layers=(layer,), rope=None), 1, 40, format='int4')
+
+
+SHAPE = jax.ShapeDtypeStruct
+
+
+@pytest.mark.parametrize(
+  'format, side, field, shape',
+  [
+    ('int8', 'keys', 'scales_BSK', (2, 40, 3)),
+    ('int8', 'values', 'codes_BSKH', (2, 41, 2, 16)),
+    ('int4', 'keys', 'minima', (2, 3, 1, 2, 8)),
+    ('int4', 'values', 'codes', (2, 4, 32, 2, 8)),
+  ],
+)
+def test_sides_that_do_not_fit_are_refused_when_they_are_built(format, side, field, shape):
+  layer = LayerConfig(query_heads=2, kv_heads=2, head_width=16, ffn_width=16)
+  (cache,) = jax.eval_shape(
+    lambda: kv_cache.init(CONFIG.replace(layers=(layer,)), 2, 40, jnp.float32, format)
+  )
+  one = getattr(cache, side)
+  with pytest.raises(ValueError, match=r'axis [SPKH] of'):
+    changed = dataclasses.replace(one, **{field: SHAPE(shape, getattr(one, field).dtype)})
+    dataclasses.replace(cache, **{side: changed})
+
+
+def test_a_float_cache_has_as_many_keys_as_values():
+  with pytest.raises(ValueError, match=r'axis S of .*BSKH'):
+    kv_cache.FloatCache(jnp.zeros((1, 4, 2, 8)), jnp.zeros((1, 5, 2, 8)))

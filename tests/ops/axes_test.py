@@ -55,3 +55,18 @@ def test_works_on_traced_arrays():
   seen = []
   jax.jit(lambda x: seen.append(axes.check('BT', x)) or x)(jnp.zeros((2, 3)))
   assert seen == [{'B': 2, 'T': 3}]
+
+
+def test_a_blank_is_an_axis_of_any_size():
+  assert axes.check('B_T,_B', np.zeros((2, 5, 3)), np.zeros((7, 2))) == {'B': 2, 'T': 3}
+  with pytest.raises(ValueError, match='B_ has 2 axes'):
+    axes.check('B_', np.zeros(2))
+
+
+def test_fields_are_checked_where_they_are_arrays():
+  shape = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+  axes.check_fields('...BT,...B', shape, jnp.zeros(2))
+  for stand_in in (None, object(), 3, jnp.zeros(())):
+    axes.check_fields('...BT,...B', shape, stand_in)
+  with pytest.raises(ValueError, match='axis B'):
+    axes.check_fields('...BT,...B', shape, np.zeros(3))
