@@ -3,11 +3,12 @@ r"""Our calibrated compression beside llm-compressor's, on one checkpoint and on
   python -m experiments.compare_llm_compressor --model=DIR --text=DIR \
       --peer=PEER_VENV/bin/python --output=out/peer.jsonl
 
-Both sides start from the same bfloat16 weights and the same calibration tokens, calibrate with
-bfloat16 activations, compress the matrices of the blocks, and are measured by the same perplexity
-on the same held-out windows; the peer's is also computed by torch in its own process, as a check of
-ours. Seconds are those of the compressing call in a fresh process, compilation included, loading
-and saving left out. Each setting is run `--rounds` times on either side in turn.
+Both sides start from the same weights and the same calibration tokens, calibrate with activations
+of the same type (`--dtype`), and compress the matrices of the blocks. Both are measured by the same
+perplexity on the same held-out windows; the peer's is also computed by torch in its own process, as
+a check of ours. Seconds are those of the compressing call in a fresh process. They include
+compilation, but neither loading nor saving. Each setting runs `--rounds` times on either side in
+turn.
 
 PEER_VENV: pip install torch==2.13.0 llmcompressor. It cannot share our environment's transformers.
 
@@ -42,18 +43,22 @@ from model.eval.records import Metric, Record
 from model.tokenizer import window_bos
 from model.transformer import parameters
 
-# What the peer is asked for, and our recipe of the same.
+TECHNIQUES = {'rtn': 'round_to_nearest', 'gptq': 'gptq'}
+GROUPS = {'_g128': 128, '_g64': 64, '': -1}  # inputs that share a scale; -1: all of a column
+
+
+def _quantized(method: str, bits: int, group: int):
+  peer = {'method': method, 'bits': bits, 'group_size': group}
+  return peer, {TECHNIQUES[method]: {'format': f'int{bits}', 'group_size': group}}
+
+
+# What the peer is asked for, and our step of the same.
 SETTINGS = {
-  'gptq_w4_g128': ({'method': 'gptq', 'bits': 4, 'group_size': 128}, {'gptq': {'format': 'int4'}}),
-  'gptq_w3_g128': ({'method': 'gptq', 'bits': 3, 'group_size': 128}, {'gptq': {'format': 'int3'}}),
-  'gptq_w4': (
-    {'method': 'gptq', 'bits': 4, 'group_size': -1},
-    {'gptq': {'format': 'int4', 'group_size': -1}},
-  ),
-  'gptq_w3': (
-    {'method': 'gptq', 'bits': 3, 'group_size': -1},
-    {'gptq': {'format': 'int3', 'group_size': -1}},
-  ),
+  f'{method}_w{bits}{suffix}': _quantized(method, bits, group)
+  for method in TECHNIQUES
+  for suffix, group in GROUPS.items()
+  for bits in (4, 3)
+} | {
   'sparsegpt_50': (
     {'method': 'sparsegpt', 'structure': '0:0'},
     {'sparsegpt': {'sparsity': 0.5}},
@@ -67,7 +72,12 @@ PEER_SCRIPT = pathlib.Path(__file__).parent / 'peers' / 'llm_compressor.py'
 MODEL = flags.DEFINE_string('model', None, 'Hugging Face folder to compress.')
 TEXT = flags.DEFINE_string('text', None, "Text. Default: the source of Python's standard library.")
 PEER = flags.DEFINE_string('peer', None, 'Python of the environment that has llm-compressor.')
-NAMES = flags.DEFINE_list('settings', list(SETTINGS), f'Of {", ".join(SETTINGS)}.')
+NAMES = flags.DEFINE_list(
+  'settings', None, f'Of {", ".join(SETTINGS)}. Default: all whose groups divide the widths.'
+)
+DTYPE = flags.DEFINE_enum(
+  'dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of the weights and activations of both sides.'
+)
 ROWS = flags.DEFINE_integer('calibration_rows', 128, 'Rows of calibration text.', lower_bound=1)
 SEED = flags.DEFINE_integer('seed', 0, 'Which draw of calibration text.', lower_bound=0)
 SEQ_LEN = flags.DEFINE_integer('seq_len', 128, 'Tokens a row and a window.', lower_bound=2)
@@ -81,28 +91,50 @@ def main() -> None:
   if CHILD.value:
     _ours(pathlib.Path(CHILD.value))
     return
-  for name in NAMES.value:
+  for name in NAMES.value or ():
     if name not in SETTINGS:
       raise ValueError(f'--settings has {name!r}, which is not one of {", ".join(SETTINGS)}')
   for flag, holder in {'model': MODEL, 'peer': PEER}.items():
     if not holder.value:
       raise ValueError(f'--{flag} is needed')
   model, tokenizer = hf.load_pretrained(MODEL.value, dtype=jnp.float32)
+  names = settings_that_fit(model, NAMES.value)
   with tempfile.TemporaryDirectory() as folder:
     work = pathlib.Path(folder)
     windows = _prepare(work, model, tokenizer)
     base = perplexity.evaluate(model, windows)
-    for name in NAMES.value:
+    for name in names:
       record = _compare(name, work, model, windows, base.ppl)
       print(_words(record), flush=True)
       if OUTPUT.value:
         records.append(OUTPUT.value, record)
 
 
+def settings_that_fit(model, names: list[str] | None) -> list[str]:
+  """The settings whose groups divide the widths of a model; None: of all, else of these.
+
+  Raises ValueError if one of `names` does not fit.
+  """
+  fitting = []
+  for name in names or SETTINGS:
+    try:
+      pipeline.check(model, _recipe(name), np.zeros((1, 2), np.int32))
+    except ValueError:
+      if names:
+        raise
+      continue
+    fitting.append(name)
+  return fitting
+
+
+def _recipe(name: str) -> recipe_module.Recipe:
+  return recipe_module.parse({'name': name, 'steps': [SETTINGS[name][1]], 'sequential': 'blocks'})
+
+
 def _prepare(work, model, tokenizer) -> perplexity.Windows:
-  """Writes the checkpoint in bfloat16 and the tokens for both sides."""
+  """Writes the checkpoint in the asked type and the tokens for both sides."""
   for param in parameters(model).values():
-    param.set_value(param.get_value().astype(jnp.bfloat16))
+    param.set_value(param.get_value().astype(DTYPE.value))
   hf.save_pretrained(model, tokenizer, work / 'model')
   texts, length = corpus.load(TEXT.value), SEQ_LEN.value
   bos_id = window_bos(tokenizer, model.config, 'auto')
@@ -116,9 +148,9 @@ def _prepare(work, model, tokenizer) -> perplexity.Windows:
 
 
 def _compare(name, work, model, windows, base_ppl) -> Record:
-  setting, step = SETTINGS[name]
-  ours = {'name': name, 'steps': [step], 'sequential': 'blocks'}
-  (work / 'settings.json').write_text(json.dumps({**setting, 'batch': pipeline.CALIBRATION_BATCH}))
+  setting = {**SETTINGS[name][0], 'batch': pipeline.CALIBRATION_BATCH, 'dtype': DTYPE.value}
+  ours = _recipe(name).to_dict()
+  (work / 'settings.json').write_text(json.dumps(setting))
   (work / 'recipe.json').write_text(json.dumps(ours))
   seconds, peer_seconds = [], []
   for _ in range(ROUNDS.value):
@@ -169,7 +201,8 @@ def _call(command):
 
 def _ours(work: pathlib.Path) -> None:
   """Runs one setting in this process, and writes what the peer writes."""
-  model, _ = hf.load_pretrained(work / 'model', dtype=jnp.bfloat16)
+  dtype = json.loads((work / 'settings.json').read_text())['dtype']
+  model, _ = hf.load_pretrained(work / 'model', dtype=jnp.dtype(dtype))
   calibration_BT = np.load(work / 'calibration.npy')
   one = recipe_module.parse(json.loads((work / 'recipe.json').read_text()))
   start = time.perf_counter()

@@ -26,15 +26,18 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import save_file
 
 EVALUATION_ROWS = 8
+ROUNDING = {'rtn': QuantizationModifier, 'gptq': GPTQModifier}
 
 
 def main() -> None:
   work = pathlib.Path(sys.argv[1])
   setting = json.loads((work / 'settings.json').read_text())
-  model = transformers.AutoModelForCausalLM.from_pretrained(work / 'model', dtype=torch.bfloat16)
+  dtype = getattr(torch, setting['dtype'])
+  model = transformers.AutoModelForCausalLM.from_pretrained(work / 'model', dtype=dtype)
   tokens_BT = np.load(work / 'calibration.npy').astype(np.int64)
   rows = [{'input_ids': row, 'attention_mask': [1] * len(row)} for row in tokens_BT.tolist()]
   start = time.perf_counter()
@@ -57,7 +60,7 @@ def main() -> None:
 
 
 def _modifier(setting):
-  if setting['method'] == 'gptq':
+  if setting['method'] in ROUNDING:
     group = setting['group_size']
     weights = QuantizationArgs(
       num_bits=setting['bits'],
@@ -67,7 +70,7 @@ def _modifier(setting):
       group_size=None if group == -1 else group,
     )
     scheme = QuantizationScheme(targets=['Linear'], weights=weights)
-    return GPTQModifier(config_groups={'group_0': scheme}, ignore=['lm_head'])
+    return ROUNDING[setting['method']](config_groups={'group_0': scheme}, ignore=['lm_head'])
   kind = {'sparsegpt': SparseGPTModifier, 'wanda': WandaPruningModifier}[setting['method']]
   structure = setting['structure']
   return kind(sparsity=0.5, mask_structure=structure, targets=['Linear'], ignore=['re:.*lm_head'])

@@ -7,8 +7,9 @@ learned together: from rounding to nearest they follow the signs of the gradient
 squared error, by steps that fall linearly from 1 / `steps` to nothing, so that an offset can just
 reach the next code, and a range half of itself. Gradients pass rounding as if it were not there.
 
-Costs `steps` forward and backward passes of a block on `batch` rows, and a forward pass of the
-block as it was for each; three float32 numbers a weight are held meanwhile.
+Each block costs `steps` forward and backward passes on `batch` rows, and one forward pass of the
+block as it was on all rows, whose outputs are held on the host. Three float32 numbers a weight are
+held while a block is learned.
 
 Different from the paper and its code: the block as it was sees the same inputs as the block as it
 becomes, which are those that the compressed blocks before it put out; what is kept is the last

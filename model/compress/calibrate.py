@@ -143,10 +143,12 @@ class Stream:
     by, and its slopes are those along `learned`, whose own arrays are used up.
     """
     function, values = split(self.config, block)
+    # The block as it was is run once on each row, not in each step that draws the row.
+    outputs = [(np.asarray(_run(function, values, *batch)),) for batch in self.batches]
     for i, chosen in enumerate(self._draws(descent)):
-      batch = self._rows(chosen)
       rate = np.float32((1 - i / descent.steps) / descent.steps)
-      given = values, fixed, _run(function, values, *batch), batch
+      (expected_BTD,) = _picked(outputs, chosen)
+      given = values, fixed, expected_BTD, _picked(self.batches, chosen)
       learned = _descend(function, (descent.candidate, descent.update), learned, rate, given)
     return learned
 
@@ -166,18 +168,19 @@ class Stream:
     if rows is None or rows >= self._count:
       return self.batches
     chosen = np.arange(rows) * self._count // rows
-    return [self._rows(part) for part in batches(chosen, len(self.batches[0][0]))]
-
-  def _rows(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    size = len(self.batches[0][0])
-    picked = [(self.batches[i // size], i % size) for i in chosen]
-    tokens_BT, x_BTD = (np.stack([batch[field][j] for batch, j in picked]) for field in (0, 1))
-    return tokens_BT, x_BTD
+    return [_picked(self.batches, part) for part in batches(chosen, len(self.batches[0][0]))]
 
   def advance(self, block: Block) -> None:
     """Runs a block over the hidden states."""
     for i, batch in enumerate(run(self.config, block, self.batches)):
       self.batches[i] = batch
+
+
+def _picked(arrays: Sequence[tuple[np.ndarray, ...]], rows: np.ndarray) -> tuple[np.ndarray, ...]:
+  """Some rows of arrays that are cut into batches, of which only the last may be smaller."""
+  size = len(arrays[0][0])
+  fields = range(len(arrays[0]))
+  return tuple(np.stack([arrays[i // size][field][i % size] for i in rows]) for field in fields)
 
 
 def _laid_out(block: Block, values: Mapping[str, Matrix]) -> dict[str, Matrix]:
@@ -221,7 +224,7 @@ def _finish(raw):
   return finished, jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves(finished)]).all()
 
 
-@functools.partial(compiled, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _errors(function, candidate, count, given):
   values, arrays, expected_BTD, batch = given
 

@@ -284,7 +284,7 @@ def test_every_row_is_drawn_before_one_comes_again(tiny, tokens_BT):
   assert drawn.shape == (9, 2)
   assert all(sorted(drawn[i : i + 3].flat) == list(range(6)) for i in (0, 3, 6))
   assert not np.array_equal(drawn[:3], drawn[3:6])
-  drawn_BT, x_BTD = stream._rows(np.array([5, 1, 4]))
+  drawn_BT, x_BTD = calibrate._picked(stream.batches, np.array([5, 1, 4]))
   np.testing.assert_array_equal(drawn_BT, tokens_BT[[5, 1, 4]])
   whole_BTD = np.concatenate([x_BTD for _, x_BTD in stream.batches])
   np.testing.assert_array_equal(x_BTD, whole_BTD[[5, 1, 4]])
