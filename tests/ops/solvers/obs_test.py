@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ops import quantized, selection, sparse
+from ops import double_quantization, quantized, selection, sparse
 from ops.solvers import obs, walk
 
 SAME = 1e-5  # float32 and a few hundred steps, against float64
@@ -79,7 +79,7 @@ def _fit(w_IO, grid):
     w_IO, grid.format, group_size=grid.group, symmetric=grid.symmetric, clip=grid.clip
   )
   if grid.double:
-    scales_JO = quantized.quantize_scales(scales_JO).dense()
+    scales_JO = double_quantization.quantize_scales(scales_JO).dense()
   zeros_JO = None if zeros_JO is None else np.asarray(zeros_JO, np.float64)
   return np.asarray(scales_JO, np.float64), zeros_JO
 
