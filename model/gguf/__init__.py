@@ -1,7 +1,7 @@
-"""Checkpoints in one GGUF file, the format of llama.cpp, read as those of Hugging Face folders are.
+"""Checkpoints in one GGUF file, the format of llama.cpp.
 
 `read` opens a file; its config, tokenizer and table of names come from the metadata in it. Weights
-are dequantized to float32, one tensor at a time.
+are dequantized to float32, one tensor at a time. `model.hf` loads what this reads.
 """
 
 from model.gguf.architectures import find

@@ -23,7 +23,8 @@ IGNORED = (
 )
 
 
-def _ends(norm: Codec = PLAIN) -> tuple[Row, ...]:
+def _common(norm: Codec = PLAIN) -> tuple[Row, ...]:
+  """What all architectures have; `norm` is the codec of the norms."""
   return (
     Row('token_embd', ('embedding',)),
     Row('output_norm', ('final_norm',), norm),
@@ -60,13 +61,13 @@ _POST_NORMS = (
 ARCHITECTURES = {
   name: dataclasses.replace(hf_names.find(family), prefix='', rows=rows, ignored=IGNORED)
   for name, family, rows in (
-    ('llama', 'llama', (*_ends(), *_separate(PAIRED), *_GATED)),
-    ('qwen2', 'qwen2', (*_ends(), *_separate(), *_GATED)),
-    ('qwen3', 'qwen3', (*_ends(), *_separate(), *_GATED, *_QK_NORMS)),
-    ('gemma2', 'gemma2', (*_ends(_ONE_MORE), *_separate(), *_GATED, *_POST_NORMS)),
-    ('phi3', 'phi3', (*_ends(), *_FUSED, Row('blk.{l}.ffn_up', _GATE_UP, TRANSPOSE))),
-    ('gpt2', 'gpt2', (*_ends(), Row('position_embd', ('positions',)), *_FUSED, *_UP)),
-    ('gptneox', 'gpt_neox', (*_ends(), *_FUSED, *_UP)),
+    ('llama', 'llama', (*_common(), *_separate(PAIRED), *_GATED)),
+    ('qwen2', 'qwen2', (*_common(), *_separate(), *_GATED)),
+    ('qwen3', 'qwen3', (*_common(), *_separate(), *_GATED, *_QK_NORMS)),
+    ('gemma2', 'gemma2', (*_common(_ONE_MORE), *_separate(), *_GATED, *_POST_NORMS)),
+    ('phi3', 'phi3', (*_common(), *_FUSED, Row('blk.{l}.ffn_up', _GATE_UP, TRANSPOSE))),
+    ('gpt2', 'gpt2', (*_common(), Row('position_embd', ('positions',)), *_FUSED, *_UP)),
+    ('gptneox', 'gpt_neox', (*_common(), *_FUSED, *_UP)),
   )
 }
 

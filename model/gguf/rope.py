@@ -14,7 +14,7 @@ _YARN = {'yarn_attn_factor': 'attention_factor', 'yarn_beta_fast': 'beta_fast'}
 _YARN |= {'yarn_beta_slow': 'beta_slow'}
 # The factors are float32, and came out of a few operations in float32.
 _TOLERANCE = 1e-5
-# Only ratios to this number matter, and it is not in the file. Llama 3's own, if it can be.
+# The file does not hold this number. The others are relative to it, so Llama 3's own will do.
 _ORIGINAL_POSITIONS = 8192
 
 
@@ -34,7 +34,7 @@ def to_hf(fields: Fields, max_positions: int) -> dict:
   if FACTORS in fields.tensors:
     if scaling is not None:
       raise ValueError(f'{FACTORS} together with another rope scaling is not supported')
-    scaling = from_factors(fields.tensors[FACTORS].read(), theta, max_positions)
+    scaling = from_factors(_factors(fields), theta, max_positions)
   return {'rope_theta': theta, 'rope_scaling': scaling}
 
 
@@ -56,42 +56,56 @@ def _scaling(fields, max_positions):
   return {'rope_type': 'yarn', **common, **extras}
 
 
+def _factors(fields):
+  """One factor for each pair of elements that rotates."""
+  head_width = fields.size('embedding_length') // fields.size('attention.head_count')
+  head_width = fields.size('attention.key_length', head_width)
+  pairs = fields.size('rope.dimension_count', head_width) // 2
+  tensor = fields.tensors[FACTORS]
+  if tensor.shape != (pairs,):
+    raise ValueError(f'{FACTORS} is {tensor.shape}, but {pairs} pairs of elements rotate')
+  return tensor.read()
+
+
 def from_factors(factors: np.ndarray, theta: float, max_positions: int) -> dict | None:
   """The `rope_scaling` that divides the frequency of each pair by its factor.
 
-  Slow pairs have the largest factor, fast ones 1, and between them the share of the plain frequency
-  grows linearly with it. Any line that goes through the shares in the file does as well as another.
+  Slow pairs have the largest factor, fast ones 1. Between them the share of the plain frequency
+  grows linearly with that frequency, and any line through the shares in the file describes them.
   """
   factors = factors.astype(np.float64)
+  if not (np.isfinite(factors).all() and factors.min() > 1 - _TOLERANCE):
+    raise ValueError(f'{FACTORS} holds factors that are less than 1 or not finite: {factors}')
   largest = float(factors.max())
   if np.allclose(factors, 1.0, rtol=_TOLERANCE):
     return None
   if np.allclose(factors, largest, rtol=_TOLERANCE):
     return {'rope_type': 'linear', 'factor': largest}
-  turns = theta ** -(np.arange(factors.size) / factors.size) / (2 * np.pi)  # a position
-  shares = (1 / factors - 1 / largest) / (1 - 1 / largest)
-  slope, turns_at_zero = _line(turns, shares)
   original = _ORIGINAL_POSITIONS
   if original >= max_positions:
     original = max(1, int(max_positions / largest))
-  ends = original * turns_at_zero, original * (turns_at_zero + 1 / slope)
-  for low, high in ([round(end, 3) for end in ends], map(float, ends)):
-    kept = np.clip((original * turns - low) / (high - low), 0.0, 1.0)
+  # Turns of each pair within the original context, and the share of its plain frequency.
+  turns = original * theta ** -(np.arange(factors.size) / factors.size) / (2 * np.pi)
+  shares = (1 / factors - 1 / largest) / (1 - 1 / largest)
+  ends = _ramp(turns, shares)
+  for low, high in ([round(end, 3) for end in ends], ends):
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
     if np.allclose(factors, 1 / ((1 - kept) / largest + kept), rtol=_TOLERANCE):
       values = {'factor': largest, 'low_freq_factor': low, 'high_freq_factor': high}
       return {'rope_type': 'llama3', **values, 'original_max_position_embeddings': original}
   raise ValueError(f'{FACTORS} holds factors that no llama3 scaling gives: {factors}')
 
 
-def _line(turns, shares):
-  """The slope of a line through the ramp, and where it is zero; pairs go from fast to slow."""
-  ramp = np.flatnonzero((shares > _TOLERANCE) & (shares < 1 - _TOLERANCE))
-  if len(ramp) > 1:
-    first, last = ramp[0], ramp[-1]
+def _ramp(turns, shares):
+  """Where a line through the ramp is 0 and where it is 1; pairs go from fast to slow."""
+  inner = np.flatnonzero((shares > _TOLERANCE) & (shares < 1 - _TOLERANCE))
+  if len(inner) > 1:
+    first, last = inner[0], inner[-1]
     slope = (shares[first] - shares[last]) / (turns[first] - turns[last])
   else:  # at least as steep as to either neighbour
     end = int((shares >= 1 - _TOLERANCE).sum())  # the first pair that is not fast
-    around = slice(max(end - 1, 0), end + 1 + len(ramp))
+    around = slice(max(end - 1, 0), end + 1 + len(inner))
     slope = np.max(np.diff(shares[around]) / np.diff(turns[around]))
-    last = ramp[0] if len(ramp) else end
-  return slope, turns[last] - shares[last] / slope
+    last = inner[0] if len(inner) else end
+  low = float(turns[last] - shares[last] / slope)
+  return low, low + float(1 / slope)

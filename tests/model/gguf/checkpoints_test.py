@@ -201,6 +201,15 @@ def test_tensors_are_compared_with_the_config(write_gguf, tmp_path):
     assert line in str(caught.value)
 
 
+def test_rope_factors_of_another_number_are_refused(write_gguf, tmp_path):
+  def change(tensors):
+    tensors['rope_freqs.weight'] = np.ones(9, np.float32)
+
+  path = write_gguf(_build('llama'), tmp_path / 'model.gguf', change=change)
+  with pytest.raises(ValueError, match=r'rope_freqs\.weight is \(9,\), but 8 pairs'):
+    hf.load_pretrained(path)
+
+
 def test_an_architecture_that_is_not_read_is_named(tmp_path):
   writer = gguf.GGUFWriter(tmp_path / 'model.gguf', 'qwen2moe')
   writer.write_header_to_file()

@@ -58,3 +58,9 @@ def test_other_factors_are_refused():
   factors = np.float32([1, 1.5, 1.2, 3, 2, 4, 4, 4])
   with pytest.raises(ValueError, match=r'rope_freqs\.weight holds factors that no llama3'):
     rope.from_factors(factors, 1e4, 64)
+
+
+@pytest.mark.parametrize('value', [0.5, 0.0, np.nan, np.inf])
+def test_factors_that_speed_up_or_are_not_finite_are_refused(value):
+  with pytest.raises(ValueError, match='less than 1 or not finite'):
+    rope.from_factors(np.float32([1, value, 4, 4]), 1e4, 64)
