@@ -7,10 +7,12 @@ lock          held while a process trains here
 """
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
 import re
+import shutil
 from typing import Any
 
 import jax
@@ -56,8 +58,10 @@ class RunFolder:
     """Returns the state of the last checkpoint, placed as `state` is, and the records up to it.
 
     With no checkpoint, `state` itself and no records. Later records are cut off the file.
+    Raises ValueError if the disk has no room for the checkpoints to come.
     """
     step = self._manager.latest_step()
+    self._check_room(state, KEPT_CHECKPOINTS + 1 - len(self._manager.all_steps()))
     if step is not None:
       names, leaves, structure = _flatten(state)
       wanted = {name: _abstract(leaf) for name, leaf in zip(names, leaves)}
@@ -72,7 +76,12 @@ class RunFolder:
       file.write(json.dumps(record) + '\n')
 
   def save(self, step: int, state: Any) -> None:
-    """Writes a checkpoint of the state after `step` updates."""
+    """Writes a checkpoint of the state after `step` updates.
+
+    Raises OSError if the disk is full: before writing, if that can be known.
+    """
+    if shutil.disk_usage(self._folder).free < _nbytes(state):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
     names, leaves, _ = _flatten(state)
     args = ocp.args.StandardSave(dict(zip(names, leaves)))
     try:
@@ -80,6 +89,15 @@ class RunFolder:
     except ValueError as error:
       _raise_disk_error(error, self._folder)
       raise
+
+  def _check_room(self, state, checkpoints):
+    needed = checkpoints * _nbytes(state)
+    free = shutil.disk_usage(self._folder).free
+    if free < needed:
+      raise ValueError(
+        f'{self._folder} needs {needed / 1e6:,.1f} MB for checkpoints, but its disk has '
+        f'{free / 1e6:,.1f} MB free; name another folder'
+      )
 
   def _cut_records(self, step):
     path = self._folder / 'loss.jsonl'
@@ -144,6 +162,10 @@ def _flatten(tree):
   paths, structure = jax.tree.flatten_with_path(tree)
   names = [jax.tree_util.keystr(path, simple=True, separator='.') for path, _ in paths]
   return names, [leaf for _, leaf in paths], structure
+
+
+def _nbytes(state) -> int:
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:

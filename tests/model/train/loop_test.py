@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -214,21 +216,52 @@ def test_a_folder_in_which_another_process_trains_is_refused(tmp_path):
     pass
 
 
-def test_a_disk_that_fills_up_is_an_error_that_names_the_run(tmp_path):
-  folder = tmp_path / 'm'
-  folder.mkdir()
-  mount = ['mount', '-t', 'tmpfs', '-o', 'size=1200k', 'tmpfs', folder]
-  if subprocess.run(mount, capture_output=True).returncode:
-    pytest.skip('mounting is not allowed here')
-  try:
-    fill = lambda step: (folder / 'x').write_bytes(bytes(900_000)) if step == 2 else None
-    whole = _dataset()
-    fields = {f.name: getattr(whole, f.name) for f in dataclasses.fields(whole)}
-    dataset = _CallingDataset(**fields, call=fill)
-    with pytest.raises(OSError, match=f"No space left on device: '{folder}"):
-      _fit(folder / 'run', dataset=dataset)
-  finally:
-    subprocess.run(['umount', '--lazy', folder], check=True)
+def test_a_disk_without_room_for_three_checkpoints_is_found_before_training(tmp_path, monkeypatch):
+  weights = sum(x.nbytes for x in _weights(_fit(config=_config(steps=3))))
+  state = 3 * weights + 8  # with AdamW's two averages, and steps of the optimizer and the run
+  usage = shutil.disk_usage(tmp_path)
+  full = usage._replace(free=3 * state - 1)
+  monkeypatch.setattr(shutil, 'disk_usage', lambda _: full)
+  called = []
+  fields = {f.name: getattr(_dataset(), f.name) for f in dataclasses.fields(PackedDataset)}
+  dataset = _CallingDataset(**fields, call=called.append)
+  with pytest.raises(ValueError, match=r'needs .* MB for checkpoints, but its disk has'):
+    _fit(tmp_path, dataset=dataset)
+  assert called == []
+
+
+# What the storage library says when a disk fills up while it writes.
+FULL = (
+  'RESOURCE_EXHAUSTED: Error writing local file "/a/_sharding": Failed to write 5247 bytes to file '
+  "22: No space left on device [os_error_code='28']"
+)
+
+
+@pytest.mark.parametrize('when', ['before', 'while'])
+def test_a_disk_that_fills_up_is_an_error_that_names_the_run(tmp_path, monkeypatch, when):
+  def fail(*_, **__):
+    raise ValueError(FULL if when == 'while' else 'work was done')
+
+  def fill(step):
+    if step == 2:
+      usage = shutil.disk_usage(tmp_path)
+      monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage._replace(free=999))
+
+  monkeypatch.setattr(ocp.CheckpointManager, 'save', fail)
+  fields = {f.name: getattr(_dataset(), f.name) for f in dataclasses.fields(PackedDataset)}
+  dataset = _CallingDataset(**fields, call=fill if when == 'before' else id)
+  with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
+    _fit(tmp_path, dataset=dataset)
+  assert len((tmp_path / 'loss.jsonl').read_text().splitlines()) == CHECKPOINT_EVERY
+
+
+def test_other_errors_of_a_checkpoint_stay_what_they_are(tmp_path, monkeypatch):
+  def fail(*_, **__):
+    raise ValueError('wrong tree')
+
+  monkeypatch.setattr(ocp.CheckpointManager, 'save', fail)
+  with pytest.raises(ValueError, match='wrong tree'):
+    _fit(tmp_path)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
