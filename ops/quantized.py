@@ -33,11 +33,11 @@ import jax
 import jax.numpy as jnp
 
 from ops import axes, formats, packing
-from ops.formats import FORMATS, TINY, Clip, FormatName
+from ops.formats import FORMATS, Clip, FormatName
 from ops.formats import NF4_CODEBOOK as NF4_CODEBOOK
 from ops.linear import Matrix, Weight, array, dense, is_count, matmul, require, weight_type
+from ops.scales import quantize_scales
 
-SCALE_BLOCK = 256  # scales that share one second-level scale in double quantization
 SCALE_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
 SMALLEST_GROUP = 16  # a smaller one would spend more bits on scales than it saves
 ROWS = 8  # the least that XLA gives to a matrix unit as one product
@@ -225,64 +225,6 @@ def native(w: QuantizedTensor) -> QuantizedTensor:
   if FORMATS[w.format].integer and w.zeros is None:
     return dataclasses.replace(w, values=w.codes().astype(jnp.int4))
   return dataclasses.replace(w, values=w.stored_codes().astype(jnp.uint4))
-
-
-@weight_type
-@dataclasses.dataclass(frozen=True)
-class QuantizedScales(Weight):
-  """Scales [J, O], themselves stored as int8 codes: double quantization, after QLoRA.
-
-  The mean is taken off, for scales are positive; blocks of up to 256 neighbours along O share one
-  float32 scale. 8 bits a scale, and 32 / 256 for the second level.
-  """
-
-  codes: jax.Array = array('JO')  # int8
-  scales: jax.Array = array('J_')  # [J, blocks]
-  offset: jax.Array = array('')
-
-  def check_fields(self):
-    (groups, outputs), dtype = self.codes.shape[-2:], self.codes.dtype
-    require(dtype == jnp.int8, f'codes of scales are int8, not {dtype}')
-    expected, found = (groups, -(-outputs // SCALE_BLOCK)), self.scales.shape[-2:]
-    require(found == expected, f'second-level scales have the shape {found}, not {expected}')
-    dtypes = self.scales.dtype, self.offset.dtype
-    floating = all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes)
-    require(floating, f'second-level scales and their mean are floating, not {dtypes}')
-
-  @property
-  def shape(self):
-    return self.codes.shape
-
-  @property
-  def dtype(self):
-    return self.offset.dtype
-
-  def dense(self) -> jax.Array:
-    """The scales, float32 [J, O]."""
-    return self.codes.astype(jnp.float32) * _blocks(self.scales, self.shape[-1]) + self.offset
-
-  def map_values(self, fn):
-    raise ValueError('scales that are quantized already cannot be quantized or cast')
-
-
-def quantize_scales(scales_JO: jax.Array) -> QuantizedScales:
-  """Rounds positive scales to 8 bits in blocks along O."""
-  scales_JO = scales_JO.astype(jnp.float32)
-  outputs = scales_JO.shape[1]
-  count = -(-outputs // SCALE_BLOCK)
-  width = -(-outputs // count)
-  offset = scales_JO.mean()
-  centred_JO = scales_JO - offset
-  padded = jnp.pad(centred_JO, ((0, 0), (0, count * width - outputs)))
-  amax = jnp.abs(padded.reshape(-1, count, width)).max(-1)
-  scales = jnp.maximum(amax / 127, TINY)
-  codes_JO = jnp.round(centred_JO / _blocks(scales, outputs)).astype(jnp.int8)
-  return QuantizedScales(codes_JO, scales, offset)
-
-
-def _blocks(scales, outputs):
-  width = -(-outputs // scales.shape[1])
-  return jnp.repeat(scales, width, axis=1)[:, :outputs]
 
 
 def quantize(
