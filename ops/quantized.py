@@ -33,10 +33,10 @@ import jax
 import jax.numpy as jnp
 
 from ops import axes, formats, packing
-from ops.double_quantization import quantize_scales
 from ops.formats import FORMATS, Clip, FormatName
 from ops.formats import NF4_CODEBOOK as NF4_CODEBOOK
 from ops.linear import Matrix, Weight, array, dense, is_count, matmul, require, weight_type
+from ops.scales import quantize_scales
 
 SCALE_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
 SMALLEST_GROUP = 16  # a smaller one would spend more bits on scales than it saves

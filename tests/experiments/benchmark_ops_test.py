@@ -13,8 +13,8 @@ def test_each_format_is_a_record(script, tmp_path, capsys):
   for row in rows:
     assert row.value('copy_bandwidth') > 0 and row.value('read_bandwidth') > 0
     assert row.value('xla of copy') > 0 and row.value('xla of read') > 0
-  # 256 x 512 codes with a bfloat16 scale per column, or two codes per byte and a scale per 128.
-  assert [row.value('weight_bytes') for row in rows] == [131072 + 1024, 65536 + 2048]
+  # 256 x 512 codes with a float32 scale per column, or two codes per byte and a scale per 128.
+  assert [row.value('weight_bytes') for row in rows] == [131072 + 2048, 65536 + 2048]
   assert '256x512, 1 rows, int8' in capsys.readouterr().out
 
 

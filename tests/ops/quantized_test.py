@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ops import double_quantization, quantized
+from ops import quantized, scales
 from ops.quantized import FORMATS, NF4_CODEBOOK, quantize
 
 # float32 quotients against float64 ones: codes may differ only where both are as good as equal.
@@ -320,7 +320,7 @@ def test_bytes_are_as_few_as_promised():
 @pytest.mark.parametrize('outputs', [1, 255, 256, 257, 700])
 def test_double_quantized_scales_are_half_a_step_away_at_most(rng, outputs):
   scales_JO = rng.uniform(0.1, 2.0, (3, outputs)).astype(np.float32)
-  q = double_quantization.quantize_scales(jnp.asarray(scales_JO))
+  q = scales.quantize_scales(jnp.asarray(scales_JO))
   offset = scales_JO.astype(np.float64).mean()
   blocks = -(-outputs // 256)
   width = -(-outputs // blocks)

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from model import native, sharding
-from ops import activations, double_quantization, linear, lora, quantized, rotated, sparse
+from ops import activations, linear, lora, quantized, rotated, scales, sparse
 from ops.kernels import fused
 from ops.kernels.cpu import layout
 from ops.linear import WEIGHT_TYPES, Weight
@@ -61,7 +61,7 @@ EXAMPLES = {
   'int4 floating zeros': _floating_zeros,
   'nf4 double': _quantized('nf4', double=True),
   'fp8': _quantized('fp8_e4m3'),
-  'scales': lambda w_IO: double_quantization.quantize_scales(jnp.abs(w_IO)),
+  'scales': lambda w_IO: scales.quantize_scales(jnp.abs(w_IO)),
   '2:4': _sparse(2, 4),
   '8:16': _sparse(8, 16),
   '2:4 of int8': _sparse(2, 4, _quantized('int8')),

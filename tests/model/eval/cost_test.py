@@ -131,11 +131,11 @@ def test_decode_reads_everything_but_the_looked_up_rows():
 
 def test_stored_bytes_count_scales():
   quantized = quantize(jnp.ones((16, 32), jnp.bfloat16), 'int8')
-  assert cost.storage({'a': quantized}).nbytes == 16 * 32 + 2 * 32
+  assert cost.storage({'a': quantized}).nbytes == 16 * 32 + 4 * 32
   both = cost.storage({'a': quantized, 'b': jnp.zeros((16, 32), jnp.bfloat16)})
   assert both.elements == 2 * 512
-  assert both.vs_bf16 == (512 + 64 + 1024) / 2048
-  assert both.bits_per_weight == 8 * (512 + 64 + 1024) / 1024
+  assert both.vs_bf16 == (512 + 128 + 1024) / 2048
+  assert both.bits_per_weight == 8 * (512 + 128 + 1024) / 1024
 
 
 def test_storage_metrics_have_the_records_names_and_units():

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ops import double_quantization, quantized, selection, sparse
+from ops import quantized, scales, selection, sparse
 from ops.solvers import obs, walk
 
 SAME = 1e-5  # float32 and a few hundred steps, against float64
@@ -73,13 +73,14 @@ def _nearest(w_O, scale_O, zero_O, format):
   return np.take_along_axis(values, np.abs(values - w_O).argmin(0)[None], 0)[0]
 
 
-def _fit(w_IO, grid):
+def _fit(w_IO, grid, inputs):
+  """The grid of some groups of a matrix with so many inputs, in the precision it is stored in."""
   w_IO = jnp.asarray(w_IO, jnp.float32)
-  scales_JO, zeros_JO = quantized.fit(
-    w_IO, grid.format, group_size=grid.group, symmetric=grid.symmetric, clip=grid.clip
-  )
+  options = {'group_size': grid.group, 'symmetric': grid.symmetric, 'clip': grid.clip}
+  options['dtype'] = quantized.scale_dtype(grid.format, 1 if grid.double else inputs // grid.group)
+  scales_JO, zeros_JO = quantized.fit(w_IO, grid.format, **options)
   if grid.double:
-    scales_JO = double_quantization.quantize_scales(scales_JO).dense()
+    scales_JO = scales.quantize_scales(scales_JO).dense()
   zeros_JO = None if zeros_JO is None else np.asarray(zeros_JO, np.float64)
   return np.asarray(scales_JO, np.float64), zeros_JO
 
@@ -134,7 +135,7 @@ def _exact(w_IO, covariance_II, grid=None, pruning=None, act_order=False, block=
   if static:
     original = w_IO[np.argsort(order)]
     visible = original if pruning is None else original * _masked(score(slice(None)), pruning)
-    scales_JO, zeros_JO = _fit(visible, grid)
+    scales_JO, zeros_JO = _fit(visible, grid, inputs)
   pool = 1 if pruning is None or pruning.per_output else outputs
   for i in range(inputs):
     if pruning is not None and pruning.n is None and i % block == 0:
@@ -146,7 +147,7 @@ def _exact(w_IO, covariance_II, grid=None, pruning=None, act_order=False, block=
       stays = (
         kept_IO[rows] if pruning is None or pruning.n is None else _masked(score(rows), pruning)
       )
-      scales_JO, zeros_JO = _fit(w_IO[rows] * stays, grid)
+      scales_JO, zeros_JO = _fit(w_IO[rows] * stays, grid, inputs)
     if pruning is not None and pruning.n is not None and i % pruning.m == 0:
       rows = slice(i, i + pruning.m)
       loss_IO = score(rows)
@@ -258,7 +259,7 @@ def test_the_form_of_the_papers_gives_the_same(rng):
   h_II += 0.01 * np.diag(h_II).mean() * np.eye(700)
   upper_II = np.linalg.cholesky(np.linalg.inv(h_II)).T
   grid = obs.Grid(format='int4', group=700)
-  scales_JO, _ = _fit(w_IO, grid)
+  scales_JO, _ = _fit(w_IO, grid, len(w_IO))
   expected_IO = w_IO.astype(np.float64)
   for i in range(700):
     value_O = _nearest(expected_IO[i], scales_JO[0], None, 'int4')

@@ -1,7 +1,7 @@
-"""Double quantization stores the scales of a quantized matrix as 8-bit codes themselves.
+"""Scales that are quantized themselves: double quantization, after QLoRA.
 
-After Dettmers et al. (2023), "QLoRA", https://arxiv.org/abs/2305.14314. A scale takes 8 bits, and
-32 / 256 bits for its share in a second-level scale, instead of 16 or 32.
+Dettmers et al. 2023, https://arxiv.org/abs/2305.14314. 8 bits a scale, and 32 / 256 for the second
+level.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ SCALE_BLOCK = 256  # scales that share one second-level scale
 @weight_type
 @dataclasses.dataclass(frozen=True)
 class QuantizedScales(Weight):
-  """Scales [J, O], themselves stored as int8 codes: double quantization, after QLoRA.
+  """Scales [J, O], themselves stored as int8 codes.
 
-  The mean is subtracted because scales are positive; blocks of up to 256 neighbours along O share one
-  float32 scale. 8 bits a scale, and 32 / 256 for the second level.
+  Scales are positive, so their mean is taken off first. Blocks of up to 256 neighbours along O
+  share one float32 scale.
   """
 
   codes: jax.Array = array('JO')  # int8
