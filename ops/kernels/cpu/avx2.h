@@ -1,4 +1,4 @@
-// AVX2, and the place where AVX-VNNI differs from it: the dot product of bytes.
+// AVX2, and the place where AVX-VNNI differs from it: the dot product of words.
 //
 // Four vectors of 8 cover a tile, and 16 registers hold two rows of sums. Included by avx2.cc and
 // avxvnni.cc within their targets; LISSOM_VNNI says which of them it is.
@@ -36,26 +36,16 @@ struct Avx2 {
   static inline Int set_int(int32_t x) { return _mm256_set1_epi32(x); }
   static inline Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
 
+  static inline Bytes even_words(Bytes c) { return _mm256_and_si256(c, _mm256_set1_epi16(255)); }
+  static inline Bytes odd_words(Bytes c) { return _mm256_srli_epi16(c, 8); }
+  static inline Bytes high_words(Bytes c) { return _mm256_srli_epi16(c, 4); }
+  static inline Int dot(Int sum, Bytes c, int32_t x) {
 #if LISSOM_VNNI
-  static inline Int dot(Int sum, Bytes c, int32_t x) {
-    return _mm256_dpbusd_avx_epi32(sum, c, _mm256_set1_epi32(x));
-  }
-  static inline Int dot_nibbles(Int sum, Bytes c, int32_t x) { return dot(sum, c, x); }
+    return _mm256_dpwssd_avx_epi32(sum, c, _mm256_set1_epi32(x));
 #else
-  // vpmaddubsw saturates for large bytes, so even and odd ones are multiplied as 16-bit numbers.
-  static inline Int dot(Int sum, Bytes c, int32_t x) {
-    const __m256i four = _mm256_set1_epi32(x);
-    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8);
-    const __m256i odd = _mm256_srai_epi16(four, 8);
-    const __m256i c_even = _mm256_and_si256(c, _mm256_set1_epi16(255));
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(c_even, even));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_srli_epi16(c, 8), odd));
-  }
-  static inline Int dot_nibbles(Int sum, Bytes c, int32_t x) {
-    const __m256i pairs = _mm256_maddubs_epi16(c, _mm256_set1_epi32(x));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-  }
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(c, _mm256_set1_epi32(x)));
 #endif
+  }
 
   static inline Int load_zeros(const uint8_t* p) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));

@@ -1,4 +1,4 @@
-// AVX-512 with VNNI: 64 products of bytes an instruction.
+// AVX-512 with VNNI: 32 products of words an instruction.
 
 #if defined(__x86_64__)
 

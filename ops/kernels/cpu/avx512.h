@@ -33,10 +33,12 @@ struct Avx512 {
 
   static inline Int set_int(int32_t x) { return _mm512_set1_epi32(x); }
   static inline Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  static inline Bytes even_words(Bytes c) { return _mm512_and_si512(c, _mm512_set1_epi16(255)); }
+  static inline Bytes odd_words(Bytes c) { return _mm512_srli_epi16(c, 8); }
+  static inline Bytes high_words(Bytes c) { return _mm512_srli_epi16(c, 4); }
   static inline Int dot(Int sum, Bytes c, int32_t x) {
-    return _mm512_dpbusd_epi32(sum, c, _mm512_set1_epi32(x));
+    return _mm512_dpwssd_epi32(sum, c, _mm512_set1_epi32(x));
   }
-  static inline Int dot_nibbles(Int sum, Bytes c, int32_t x) { return dot(sum, c, x); }
   static inline Int load_zeros(const uint8_t* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }

@@ -1,4 +1,4 @@
-// AVX-VNNI: the dot products of bytes for processors without AVX-512.
+// AVX-VNNI: the dot products of words for processors without AVX-512.
 
 #if defined(__x86_64__)
 

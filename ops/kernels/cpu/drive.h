@@ -100,11 +100,16 @@ void floating(const Weights& w, const Rows& x, Output out, Range rows, Range ran
   walk(w.zeros ? with_zeros[w.format] : plain[w.format], V::kRows, w, x, out, rows, range);
 }
 
-// Rounds a block to code = rint(127 x / amax), half to even. A block that holds NaN or infinity
-// gets that as its scale, so the result is not finite either.
-inline void quantize_block(const float* x, int64_t size, int8_t* codes, float* scale,
+constexpr int kCodeBits = 14;  // the largest code of a block has so many
+
+// Rounds a block to code = rint(x / scale), half to even. The scale is a power of two, so that a
+// bfloat16 number which is not below 1/64 of its block's largest one keeps all its bits; codes reach
+// from -2^14 to 2^14, and errors 2^-14 of the largest. A block that holds NaN or infinity gets that
+// as its scale, so the result is not finite either. `codes` have the order of Rows.
+inline void quantize_block(const float* x, int64_t size, int16_t* codes, float* scale,
                            int32_t* sum) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer at the bottom
+  constexpr uint32_t kInfinity = 0x7f800000, kLeast = 64u << 23;  // numbers below 2^-63 are zero
   uint32_t top = 0;
   for (int64_t i = 0; i < size; ++i) {
     uint32_t bits;
@@ -112,35 +117,46 @@ inline void quantize_block(const float* x, int64_t size, int8_t* codes, float* s
     bits &= 0x7fffffff;
     top = bits > top ? bits : top;
   }
-  float amax;
-  memcpy(&amax, &top, 4);
-  const float inverse = amax > 0 ? 127.0f / amax : 0.0f;
-  int32_t total = 0;
-  for (int64_t i = 0; i < size; ++i) {
+  uint32_t exponent = top & kInfinity;
+  if (exponent < kLeast) exponent = kLeast;
+  const uint32_t scale_bits = top < kInfinity ? exponent - ((kCodeBits - 1) << 23) : top;
+  const uint32_t inverse_bits = top < kInfinity ? (254u << 23) - scale_bits : 0;
+  float inverse;
+  memcpy(&inverse, &inverse_bits, 4);
+  memcpy(scale, &scale_bits, 4);
+  const auto round = [&](int64_t i) LISSOM_INLINE {
     const float shifted = x[i] * inverse + kRound;
     int32_t bits;
     memcpy(&bits, &shifted, 4);
-    const int8_t code = static_cast<int8_t>(bits - 0x4b400000);
-    codes[i] = code;
+    return bits - 0x4b400000;
+  };
+  int32_t total = 0;
+  int64_t i = 0;
+  for (; i + 4 <= size; i += 4) {
+    const int32_t four[4] = {round(i), round(i + 2), round(i + 1), round(i + 3)};
+    for (int k = 0; k < 4; ++k) {
+      codes[i + k] = static_cast<int16_t>(four[k]);
+      total += static_cast<int16_t>(four[k]);
+    }
+  }
+  if (i < size) memset(codes + i, 0, 4 * sizeof(*codes));
+  for (; i < size; ++i) {
+    static constexpr int kPlace[4] = {0, 2, 1, 3};
+    const int16_t code = static_cast<int16_t>(round(i));
+    codes[i / 4 * 4 + kPlace[i % 4]] = code;
     total += code;
   }
-  *scale = amax / 127.0f;
   *sum = total;
 }
 
 // x has w.inputs numbers a row; what it lacks to whole steps becomes zero.
-inline void quantize(const Weights& w, const float* x, int64_t rows, int8_t* codes, float* scales,
+inline void quantize(const Weights& w, const float* x, int64_t rows, int16_t* codes, float* scales,
                      int32_t* sums) {
   const int64_t padded = w.padded_inputs(), block = w.block(), blocks = w.blocks();
   for (int64_t r = 0; r < rows; ++r, x += w.inputs, codes += padded) {
-    memset(codes + w.inputs, 0, padded - w.inputs);
     for (int64_t b = 0; b < blocks; ++b, ++scales, ++sums) {
       const int64_t begin = b * block, left = w.inputs - begin;
-      if (left >= 64 && block == 64) {
-        quantize_block(x + begin, 64, codes + begin, scales, sums);
-      } else {
-        quantize_block(x + begin, left < block ? left : block, codes + begin, scales, sums);
-      }
+      quantize_block(x + begin, left < block ? left : block, codes + begin, scales, sums);
     }
   }
 }

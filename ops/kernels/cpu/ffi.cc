@@ -35,6 +35,11 @@ bool is_float(ffi::AnyBuffer a) {
   return a.element_type() == ffi::F32 || a.element_type() == ffi::BF16;
 }
 
+ScaleType scale_type(ffi::AnyBuffer scales) {
+  if (scales.element_type() == ffi::F32) return kF32Scales;
+  return scales.element_type() == ffi::F16 ? kF16Scales : kBf16Scales;
+}
+
 const Kernels* choose(int64_t instruction_set) {
   const int64_t chosen = instruction_set < 0 ? selected : instruction_set;
   const bool usable =
@@ -59,7 +64,7 @@ ffi::Error check(const Weights& w, ffi::AnyBuffer values, ffi::AnyBuffer places,
     return refuse("lissom: the packed values have a wrong size");
   if (places.size_bytes() != static_cast<size_t>(w.tiles() * w.places_bytes()))
     return refuse("lissom: the places of 2:4 values have a wrong size");
-  if (scales.element_count() != scale_count || (scale_count && !is_float(scales)))
+  if (scales.element_count() != scale_count || (scale_count && !is_float(scales) && scales.element_type() != ffi::F16))
     return refuse("lissom: the scales have a wrong size or type");
   if (zeros.size_bytes() != 0 && (w.format > kInt4 || zeros.size_bytes() != scale_count))
     return refuse("lissom: the zero points have a wrong size");
@@ -96,7 +101,7 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs ar
     w.values = static_cast<const uint8_t*>(values->untyped_data());
     w.places = static_cast<const uint8_t*>(places->untyped_data());
     w.scales = scales->untyped_data();
-    w.scales_are_f32 = scales->element_type() == ffi::F32;
+    w.scale_type = scale_type(*scales);
     w.zeros = zeros->size_bytes() ? static_cast<const uint8_t*>(zeros->untyped_data()) : nullptr;
     const bool codes = quantize != 0 && w.integer();
     if ((quantize != 0) != codes || !alike(products[0].weights, w, codes))

@@ -12,6 +12,7 @@ from ops.activations import ActivationQuantized
 from ops.kernels import cpu
 from ops.kernels.cpu.packed import (
   FORMAT_NUMBERS,
+  GROUP_MULTIPLE,
   SPARSE_NUMBERS,
   STEPS,
   TILE,
@@ -24,10 +25,9 @@ from ops.sparse import SparseTensor
 
 # Codes of 2 and 3 bits take 4 in memory, as they would have to be taken apart in every product.
 LAYOUTS = {'int2': 'int4', 'int3': 'int4'}
-GROUP_MULTIPLE = 16  # activations are quantized in blocks of at least this many inputs
 
 
-def pack(w: Matrix, activations: Activations = 'int8') -> Matrix:
+def pack(w: Matrix, activations: Activations = 'int16') -> Matrix:
   """Lays out a weight for the native products, or returns it as it is where there is none for it.
 
   There are products for half-precision arrays, for int8, int4, int3, int2, NF4 and fp8 (groups of a
@@ -37,7 +37,7 @@ def pack(w: Matrix, activations: Activations = 'int8') -> Matrix:
   """
   if not cpu.available():
     return w
-  # What is rounded already is codes that have to stay as they are.
+  # Inputs that the weight rounds itself are codes; rounding them again would change them.
   form = 'float' if _rounds_inputs(w) else activations
   return map_inner(lambda inner: encode(inner, form) if can_pack(inner) else inner, w)
 
@@ -83,7 +83,7 @@ def _can_pack_kept(w: Matrix) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def encode(w: Matrix, activations: Activations = 'int8') -> PackedTensor:
+def encode(w: Matrix, activations: Activations = 'int16') -> PackedTensor:
   """The packed form of a weight that `can_pack` accepts, whether or not there is a library."""
   inputs, outputs = w.shape
   if isinstance(w, SparseTensor):

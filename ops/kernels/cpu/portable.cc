@@ -49,15 +49,13 @@ struct Portable {
 
   static inline Int set_int(int32_t x) { return Int{} + x; }
   static inline Int add(Int a, Int b) { return a + b; }
+  static inline Bytes even_words(Bytes c) { return as_bytes(as_int(c) & 0x00ff00ff); }
+  static inline Bytes odd_words(Bytes c) { return as_bytes(as_int(c) >> 8 & 0x00ff00ff); }
+  static inline Bytes high_words(Bytes c) { return as_bytes(as_int(c) >> 4 & 0x000f000f); }
   static inline Int dot(Int sum, Bytes c, int32_t x) {
-    Int lanes;
-    memcpy(&lanes, &c, sizeof(c));
-    for (int i = 0; i < 4; ++i) {
-      sum += (lanes >> (8 * i) & 255) * static_cast<int8_t>(static_cast<uint32_t>(x) >> 8 * i);
-    }
-    return sum;
+    const Int words = as_int(c);
+    return sum + (words & 0xffff) * static_cast<int16_t>(x) + (words >> 16) * (x >> 16);
   }
-  static inline Int dot_nibbles(Int sum, Bytes c, int32_t x) { return dot(sum, c, x); }
   static inline Int load_zeros(const uint8_t* p) {
     Int x = {};
     for (int i = 0; i < kLanes; ++i) x[i] = p[i];
@@ -129,6 +127,16 @@ struct Portable {
   typedef uint32_t Unsigned __attribute__((vector_size(16)));
   static inline Unsigned as_unsigned(Int x) {
     Unsigned y;
+    memcpy(&y, &x, sizeof(y));
+    return y;
+  }
+  static inline Int as_int(Bytes x) {
+    Int y;
+    memcpy(&y, &x, sizeof(y));
+    return y;
+  }
+  static inline Bytes as_bytes(Int x) {
+    Bytes y;
     memcpy(&y, &x, sizeof(y));
     return y;
   }

@@ -25,7 +25,7 @@ struct Prepared {
   Rows rows = {};
   float* floats = nullptr;  // f32 with w.inputs (kCodes) or padded_inputs() numbers a row
   uint16_t* halves = nullptr;
-  int8_t* codes = nullptr;
+  int16_t* codes = nullptr;
   float* scales = nullptr;
   int32_t* sums = nullptr;
 };
@@ -48,7 +48,7 @@ bool lay_out(const Call& call, Prepared* p) {
   const bool copy = call.x_bf16 || (ragged && !codes);
   const int64_t width = codes ? w.inputs : padded;
   const int64_t float_bytes = copy ? aligned(m * width * 4) : 0;
-  const int64_t code_bytes = codes ? aligned(m * padded) + 2 * aligned(m * blocks * 4) : 0;
+  const int64_t code_bytes = codes ? aligned(m * padded * 2) + 2 * aligned(m * blocks * 4) : 0;
   uint8_t* memory = nullptr;
   if (float_bytes + code_bytes > 0) {
     memory = scratch.reserve(float_bytes + code_bytes);
@@ -57,8 +57,8 @@ bool lay_out(const Call& call, Prepared* p) {
   if (copy) p->floats = reinterpret_cast<float*>(memory);
   p->rows.floats = copy ? p->floats : static_cast<const float*>(call.x);
   if (codes) {
-    p->codes = reinterpret_cast<int8_t*>(memory + float_bytes);
-    p->scales = reinterpret_cast<float*>(memory + float_bytes + aligned(m * padded));
+    p->codes = reinterpret_cast<int16_t*>(memory + float_bytes);
+    p->scales = reinterpret_cast<float*>(memory + float_bytes + aligned(m * padded * 2));
     p->sums = reinterpret_cast<int32_t*>(reinterpret_cast<uint8_t*>(p->scales) +
                                          aligned(m * blocks * 4));
     p->rows.codes = p->codes;

@@ -22,7 +22,7 @@ struct Call {
   const void* x;  // [rows, inputs]
   bool x_bf16;
   int64_t rows;
-  bool quantize;  // the activations
+  bool quantize;  // the activations, to int16
 };
 
 // Whether rows are laid out for one weight as they are for the other.

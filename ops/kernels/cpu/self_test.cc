@@ -58,8 +58,11 @@ double weight_at(const Weights& w, int64_t i, int64_t o) {
     memcpy(&two, tile + 2 * place, 2);
   if (w.format == kBf16 || w.format == kBf16Of4) return from_bf16(two);
   if (w.format == kF16) return ieee(two, 5, 10);
-  const double scale = w.scales_are_f32 ? static_cast<const float*>(w.scales)[at]
-                                        : from_bf16(static_cast<const uint16_t*>(w.scales)[at]);
+  uint16_t half = 0;
+  if (w.scale_type != kF32Scales) half = static_cast<const uint16_t*>(w.scales)[at];
+  const double scale = w.scale_type == kF32Scales   ? static_cast<const float*>(w.scales)[at]
+                       : w.scale_type == kF16Scales ? ieee(half, 5, 10)
+                                                    : from_bf16(half);
   if (w.format == kInt8) return scale * (tile[place] - zero);
   if (w.format == kFp8) return scale * ieee(tile[place], 4, 3);
   if (w.format == kInt8Of4) return scale * static_cast<int8_t>(tile[place]);
@@ -94,15 +97,18 @@ Case make(Format format, bool with_zeros, Shape shape) {
   for (uint8_t& places : c.places)
     places = static_cast<uint8_t>(pairs[random.next() % 6] | pairs[random.next() % 6] << 4);
   c.scales.resize(c.w.tiles() * c.w.groups * kTile);
-  for (uint16_t& scale : c.scales) scale = static_cast<uint16_t>(0x3f00 + random.next() % 256);
+  // From 0.5 to 2, in each of the two half precisions by turns.
+  c.w.scale_type = (format + shape.inputs / 2) % 2 ? kF16Scales : kBf16Scales;
+  const uint32_t first = c.w.scale_type == kF16Scales ? 0x3800 : 0x3f00;
+  const uint32_t count = c.w.scale_type == kF16Scales ? 0x800 : 0x100;
+  for (uint16_t& scale : c.scales) scale = static_cast<uint16_t>(first + random.next() % count);
   c.zeros.resize(c.scales.size());
   const uint32_t zeros = format == kInt8 ? 256 : 16;
   for (uint8_t& zero : c.zeros) zero = static_cast<uint8_t>(random.next() % zeros);
-  // Integers that every block's scale is 1 for: quantized without error, and bf16 holds them too.
+  // Small integers: they are rounded without error, and bf16 holds them too.
   c.x.resize(shape.rows * shape.inputs);
   for (size_t i = 0; i < c.x.size(); ++i) {
     c.x[i] = static_cast<float>(static_cast<int>(random.next() % 255) - 127);
-    if (i % shape.inputs % 16 == 0) c.x[i] = 127;
   }
   c.w.values = c.values.data();
   c.w.places = c.places.empty() ? nullptr : c.places.data();

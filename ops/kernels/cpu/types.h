@@ -4,7 +4,7 @@
 // tile is one contiguous stretch that a thread reads from its first byte to its last, so the
 // hardware's prefetchers see a few long streams. Within a tile inputs come in steps:
 //
-//   int8        4 inputs a step   [32 outputs][4 inputs] bytes: 4 products a lane of vpdpbusd
+//   int8        4 inputs a step   [32 outputs][4 inputs] bytes
 //   int4, nf4   4 inputs a step   [16 outputs][4 inputs] bytes: output o low, o + 16 high
 //   bf16        2 inputs a step   [32 outputs][2 inputs]: 2 products a lane of vdpbf16ps
 //   f16, fp8    1 input a step    [32 outputs]
@@ -14,8 +14,8 @@
 // The places of 2:4 lie beside the values as [tile][step][16] bytes: 4 bits an output, of which bit
 // i says that input i is kept; output o low, o + 16 high.
 //
-// Inputs are filled up with zeros to whole steps. Codes are unsigned, int8 ones with 128 added, as
-// vpdpbusd wants them. Scales (and zero points) lie beside them as [tile][group][32].
+// Inputs are filled up with zeros to whole steps. Codes are unsigned, int8 ones with 128 added, so
+// that a mask or a shift widens them. Scales (and zero points) lie beside them as [tile][group][32].
 
 #ifndef LISSOM_TYPES_H_
 #define LISSOM_TYPES_H_
@@ -28,14 +28,16 @@ constexpr int kTile = 32;        // outputs
 constexpr int kRowChunk = 64;    // rows that meet a tile's weights before the next tile's turn
 constexpr int kMaxRows = 8;      // rows that any instruction set keeps in registers
 
+enum ScaleType { kBf16Scales, kF16Scales, kF32Scales };
+
 enum Format { kInt8, kInt4, kNf4, kBf16, kF16, kFp8, kInt8Of4, kInt4Of4, kBf16Of4, kFormats };
 
 struct Weights {
   Format format;
   const uint8_t* values;
   const uint8_t* places;  // of 2:4, else null
-  const void* scales;     // bf16 or f32; null for bf16 and f16 values
-  bool scales_are_f32;
+  const void* scales;     // null for bf16 and f16 values
+  ScaleType scale_type;
   const uint8_t* zeros;  // null for a symmetric format
   int64_t inputs, outputs, groups;
 
@@ -53,20 +55,21 @@ struct Weights {
   }
   int64_t places_bytes() const { return sparse() ? padded_inputs() * kTile / 8 : 0; }  // of a tile
 
-  // Activations that share a scale: at most 64, and never across two groups of the weight.
+  // Activations that share a scale: at most 128, and never across two groups of the weight.
   int64_t block() const {
-    if (groups == 1 || group() % 64 == 0) return 64;
-    return group() % 32 == 0 ? 32 : 16;
+    if (groups == 1 || group() % 128 == 0) return 128;
+    return group() % 64 == 0 ? 64 : group() % 32 == 0 ? 32 : 16;
   }
 
   int64_t blocks() const { return (padded_inputs() + block() - 1) / block(); }
 };
 
 // The left side, row by row, with padded_inputs() numbers a row. Either `codes`, or `floats`, or
-// `halves` is set. x = codes * scales, and sums are those of the codes of a block.
+// `halves` is set. x = codes * scales, and sums are those of the codes of a block. The four codes of
+// a step lie in the order 0, 2, 1, 3: two for a vector's even bytes, then two for its odd ones.
 struct Rows {
   int64_t count;
-  const int8_t* codes;
+  const int16_t* codes;
   const float* scales;
   const int32_t* sums;
   const float* floats;
@@ -89,7 +92,7 @@ struct Partial;
 struct Kernels {
   const char* name;
   bool (*supported)();
-  void (*quantize)(const Weights&, const float* x, int64_t rows, int8_t* codes, float* scales,
+  void (*quantize)(const Weights&, const float* x, int64_t rows, int16_t* codes, float* scales,
                    int32_t* sums);
   void (*integer)(const Weights&, const Rows&, Output, Range rows, Range tiles);
   void (*floating)(const Weights&, const Rows&, Output, Range rows, Range tiles);
