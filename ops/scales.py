@@ -1,7 +1,7 @@
-"""Scales that are quantized themselves: double quantization, after QLoRA.
+"""Double quantization stores the scales of a quantized matrix as 8-bit codes themselves.
 
-Dettmers et al. 2023, https://arxiv.org/abs/2305.14314. 8 bits a scale, and 32 / 256 for the second
-level.
+After Dettmers et al. (2023), "QLoRA", https://arxiv.org/abs/2305.14314. A scale takes 8 bits, and
+32 / 256 bits for its share in a second-level scale, instead of 16 or 32.
 """
 
 import dataclasses
