@@ -1,4 +1,4 @@
-"""The main job's search for a recipe under a budget of bytes, and what it leaves on disk."""
+"""The main job's search for a recipe that fits into a budget of bytes."""
 
 import pathlib
 import sys
@@ -15,13 +15,13 @@ from model.eval import layer_figures
 from model.eval.select import MEGABYTE
 
 RECIPE, PICTURE = 'budget.yaml', 'sensitivity.png'
-FIRST = 'bf16'  # the recipe whose steps come before any treatment of a layer
+FIRST = 'bf16'  # its steps precede the treatment of every layer
 
 
 def find(work: Study, choices: Sequence[Recipe], megabytes: float) -> tuple[Recipe, list[Option]]:
-  """The recipe that fits best, and what each treatment of each layer costs.
+  """The best recipe that fits, and the cost of each treatment of each layer.
 
-  Raises ValueError if nothing fits.
+  Raises ValueError if none fits.
   """
   found, options = budget.search(
     work.base,
@@ -42,7 +42,7 @@ def find(work: Study, choices: Sequence[Recipe], megabytes: float) -> tuple[Reci
 
 
 def write(found: Recipe, costs: Sequence[Option], folder: pathlib.Path) -> None:
-  """Writes the recipe, to be applied again, and the costs as a picture."""
+  """Writes the recipe as a file that `--recipes` takes, and a picture of the costs."""
   (folder / RECIPE).write_text(yaml.safe_dump(found.to_dict(), sort_keys=False))
   rows = [(option.layer, option.treatment, option.kl) for option in costs]
   layer_figures.write_sensitivity(rows, folder / PICTURE)

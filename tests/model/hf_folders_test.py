@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from model import hf, transformer
+from model import hf, manifest, transformer
 from model.tokenizer import Tokenizer
 
 VOCABULARY = 99
@@ -230,6 +230,7 @@ def test_a_pad_token_past_the_last_row_loads(folder, tmp_path):
 
 
 def test_a_killed_save_leaves_the_earlier_output(folder, monkeypatch):
+  manifest.write(folder, 'model')  # as if it had been saved by us
   model, _ = hf.load_pretrained(folder)
   before = sorted(path.read_bytes() for path in folder.iterdir())
 
@@ -244,6 +245,7 @@ def test_a_killed_save_leaves_the_earlier_output(folder, monkeypatch):
 
 
 def test_save_replaces_the_folder_it_was_loaded_from(folder):
+  manifest.write(folder, 'model')  # as if it had been saved by us
   model, _ = hf.load_pretrained(folder)
   arrays = _arrays(model)
   hf.save_pretrained(model, None, folder, max_shard_bytes=50_000)
@@ -259,5 +261,5 @@ def test_save_refuses_folders_that_hold_something_else(folder, tmp_path):
   with pytest.raises(ValueError, match=r'holds something else \(thesis\.tex\)'):
     hf.save_pretrained(model, None, tmp_path / 'work')
   assert (tmp_path / 'work/thesis.tex').read_text() == 'years'
-  with pytest.raises(ValueError, match='is a file'):
+  with pytest.raises(ValueError, match='is not a folder'):
     hf.save_pretrained(model, None, tmp_path / 'work/thesis.tex')
