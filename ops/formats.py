@@ -96,7 +96,7 @@ def _span(low_JO, high_JO, format, symmetric, dtype, share):
 def _not_above(high_JO, top, dtype):
   """The scales at which `high_JO` is at least `top` steps away from zero, as it is divided."""
   if dtype == jnp.float32:  # XLA's quotients are off by a bit or two
-    return stored(high_JO / top * (1 - 2.0**-22), dtype)
+    return stored(high_JO * ((1 - 2.0**-22) / top), dtype)
   scales_JO = stored(high_JO / top, dtype)
   short_JO = high_JO / scales_JO.astype(jnp.float32) < top
   lower_JO = jnp.nextafter(scales_JO, jnp.zeros_like(scales_JO))

@@ -154,8 +154,6 @@ def pack(w: Matrix, platform: Platform, *, one_device: bool = True) -> Matrix:
 def _pack_inner(w: Matrix, platform: Platform, one_device: bool) -> Matrix:
   if not isinstance(w, QuantizedTensor):
     return w
-  if platform == 'tpu' and w.scales.dtype == jnp.float16:  # TPU kernels have no such numbers
-    w = dataclasses.replace(w, scales=w.scales.astype(jnp.float32))
   if one_device and KERNELS[platform].takes(w):
     return _fused(w, platform)
   uniform = platform == 'tpu' and w.packed and FORMATS[w.format].integer
@@ -165,7 +163,10 @@ def _pack_inner(w: Matrix, platform: Platform, one_device: bool) -> Matrix:
 @functools.partial(jax.jit, static_argnames='platform')
 def _fused(w: QuantizedTensor, platform: Platform) -> FusedTensor:
   # Double-quantized scales would be decoded at each use.
-  w = dataclasses.replace(w, scales=dense(w.scales))
+  scales = dense(w.scales)
+  if platform == 'tpu' and scales.dtype == jnp.float16:  # TPU kernels have no such numbers
+    scales = scales.astype(jnp.float32)
+  w = dataclasses.replace(w, scales=scales)
   return FusedTensor(native(w) if platform == 'tpu' else w)
 
 

@@ -48,7 +48,8 @@ def _torch_rounded(w_IO, offset_IO, low_JO, high_JO, grid, bits):
   """The same in torch, which rounds with straight-through gradients; groups of 16."""
   through = lambda x, exact: x + (exact - x).detach()
   whole = lambda x: through(x, torch.round(x))
-  stored = lambda x: through(x, x.to(torch.float16).to(x.dtype))
+  half = torch.float32 if bits == 8 else torch.float16  # as scales of groups are stored
+  stored = lambda x: through(x, x.to(half).to(x.dtype))
   scale_JO, zero_JO = grid
   if zero_JO is None:
     scale_JO, zero_JO = stored(high_JO * scale_JO), 0 * scale_JO
