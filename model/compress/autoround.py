@@ -1,22 +1,21 @@
 """AutoRound: learn which way each weight is rounded, and how far each group's range reaches.
 
-After Cheng et al. (2023), https://arxiv.org/abs/2309.05516, whose optimizer is SignRound. A weight
-is rounded after an offset between -1/2 and 1/2 of a step was added to it, and both ends of a
-group's range are multiplied by at most 1. Offsets and multipliers of all matrices of a block are
-learned together: from rounding to nearest they follow the signs of the gradient of the block's mean
-squared error, by steps that fall linearly from 1 / `steps` to nothing, so that an offset can just
-reach the next code, and a range half of itself. Gradients pass rounding as if it were not there.
+After Cheng et al. (2023), https://arxiv.org/abs/2309.05516, whose optimizer is SignRound. An offset
+between -1/2 and 1/2 of a quantization step is added to each weight before it is rounded, and both
+ends of a group's range are multiplied by a number from 1/2 to 1. The offsets and multipliers of all
+matrices of a block are learned together, starting from rounding to nearest, by signed gradient
+descent on the mean squared error of the block's output. The step size falls linearly from 1 /
+`steps` to zero, so that an offset can just reach 1/2. Rounding passes gradients straight through.
 
 Each block costs `steps` forward and backward passes on `batch` rows, and one forward pass of the
 block as it was on all rows, whose outputs are held on the host. Three float32 numbers a weight are
 held while a block is learned.
 
-Different from the paper and its code: the block as it was sees the same inputs as the block as it
-becomes, which are those that the compressed blocks before it put out; what is kept is the last
-iterate, which is compared with rounding to nearest on all calibration rows, where the paper takes
-the iterate of the smallest error on its own few rows; scales are those of ops/quantized.py, rounded
-as they are stored while learning too; a clipped range (`clip`) is where learning starts. Weights
-that are zero stay so.
+Differences from the paper and its code: the original block gets the same inputs as the compressed
+one, the outputs of the compressed blocks before it. The last iterate is kept, if it is better than
+rounding to nearest on all calibration rows; the paper keeps the iterate with the smallest error on
+the rows of its own step. Scales are those of ops/quantized.py, rounded while learning as they are
+stored. Learning starts from a clipped range where `clip` asks for one. Zero weights stay zero.
 """
 
 import dataclasses
@@ -35,7 +34,7 @@ from ops.linear import Matrix, Weight, core, with_core
 from ops.quantized import QuantizedTensor
 
 FARTHEST_OFFSET, SMALLEST_RANGE = 0.5, 0.5
-NOT_BETTER = 'rounded to nearest, for what was learned was no better'
+NOT_BETTER = 'rounded to nearest, because learning brought no gain'
 
 Grid = tuple[jax.Array, jax.Array | None]  # scales and zero points of rounding to nearest
 
@@ -80,9 +79,9 @@ class AutoRoundSpec:
 )
 @dataclasses.dataclass(frozen=True)
 class Learned:
-  """What is learned of a matrix: what is added, in steps, and how much of each end is reached.
+  """The learned arrays of a matrix: offsets in quantization steps, multipliers of both range ends.
 
-  A symmetric grid has one end, `high_JO`.
+  A symmetric grid uses `high_JO` alone.
   """
 
   offset_IO: jax.Array

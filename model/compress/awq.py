@@ -2,20 +2,21 @@
 
 After Lin et al. (2023), https://arxiv.org/abs/2306.00978. For each group of layers that read the
 same input (model/compress/folding.py), the rows of the weights are multiplied by
-s = mean|x|**alpha and what produces the input is divided by it; of a grid of alphas, that one stays
-whose rounded weights move the block's output least. Then each group of weights that share a scale
-gets the range, from all of it down to half, whose rounding moves the layer's output least.
+s = mean|x|**alpha, and the layer that produces the input is divided by s. Of a grid of alphas, the
+one whose rounded weights change the block's output least is kept. Then the weights that share a
+scale are clipped to the range, from the whole of it down to half, whose rounding changes the
+layer's output least.
 
-Costs `grid` forward passes of the block on `rows` rows for each of its four groups, nearly all of
-the time where blocks are large, and 21 roundings of each matrix.
+Each of the four groups of a block costs `grid` forward passes of the block on `rows` rows, which is
+nearly all of the time for large blocks, and each matrix is rounded 21 times.
 
-Different from the paper and its reference code: no scaling at all is always a candidate, so in that
-measure the scales are never worse than none. The measure is taken on some of the calibration rows
-(experiments/LOG.md has what more of them gave). The error is always that of the whole block's
-output. With grouped queries the value and output layers are scaled too, heads that share values
-alike. An input that is zero in all calibration tokens is not scaled. Clipping weighs errors by the
-covariance of a group's inputs, which gives the mean squared error over all calibration tokens
-exactly, where the paper takes a sample of them; and it takes 20 steps, not 10.
+Differences from the paper and its reference code: no scaling is always a candidate, so scales are
+never worse than none by the error that is compared. That error is measured on some of the
+calibration rows (experiments/LOG.md compares numbers of rows), and always at the output of the
+whole block. With grouped queries the value and output layers are scaled too, with equal scales for
+heads that share values. An input that is zero in all calibration tokens is not scaled. Clipping
+weighs errors by the covariance of a group's inputs, which gives the exact mean squared error over
+all calibration tokens, where the paper takes a sample of them; and it takes 20 steps, not 10.
 
 `duo` divides by the weights' own mean magnitude, s = x**alpha / w**(1 - alpha), as llm-compressor
 does, where w is relative to the largest weight in its quantization group.
@@ -44,9 +45,9 @@ UNCLIPPED = ('attention.query', 'attention.key')
 class AwqSpec:
   """A storage format as in `round_to_nearest`, and how it is searched for.
 
-  `grid` alphas from 0 up to 1 are compared on `rows` rows of calibration text; null: on all.
-  `quantize` false: only scales, so that a later step, such as gptq, rounds; the format is then what
-  the scales are searched for.
+  `grid` alphas from 0 up to 1 are compared on `rows` rows of calibration text, on all for null.
+  With `quantize` false the weights are only scaled, as is best for `format`, and a later step, such
+  as gptq, rounds them.
   """
 
   format: quantized.FormatName = 'int4'

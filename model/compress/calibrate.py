@@ -1,8 +1,8 @@
 """Calibration that streams through the model block by block.
 
-The hidden states of all calibration tokens stand before one block; the block is observed, then
-compressed, then run, so that later blocks see what the compressed earlier ones put out. At any time
-one block's statistics and one set of hidden states are held, whatever the depth of the model.
+The hidden states of all calibration tokens go through the model one block at a time. Each block is
+observed, then compressed, then run, so later blocks receive the outputs of compressed blocks.
+Memory holds the statistics of one block and one set of hidden states, whatever the depth.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def split(config: ModelConfig, block: Block) -> tuple[BlockFunction, dict[str, M
   return BlockFunction(config, nnx.split(block)[0]), values
 
 
-# (parameters, arrays, k) -> the parameters that the k-th candidate changes; static, so hashable.
+# (parameters, arrays, k) -> the parameters that candidate k changes, by path. It is hashable.
 Candidate = Callable[[Mapping[str, Matrix], Any, jax.Array], Mapping[str, Matrix]]
 
 
@@ -69,9 +69,9 @@ Candidate = Callable[[Mapping[str, Matrix], Any, jax.Array], Mapping[str, Matrix
 class Descent:
   """How `Stream.descend` lowers the error of a block's output.
 
-  candidate: what arrays make of the parameters; its k is 0.
+  candidate: gives the parameters that the learned arrays stand for; it is called with k = 0.
   update: (learned, slopes, rate) -> learned, hashable; the rate falls linearly from 1 / steps.
-  batch: how many rows of calibration text a step sees.  seed: which ones.
+  batch: rows of calibration text in a step.  seed: of the order in which rows are drawn.
   """
 
   candidate: Candidate
@@ -82,7 +82,7 @@ class Descent:
 
 
 class Stream:
-  """The hidden states of the calibration tokens, on the host, on their way through the blocks."""
+  """The hidden states of the calibration tokens at one place of the model, held on the host."""
 
   def __init__(self, model: Transformer, tokens: Sequence[np.ndarray]):
     self.config = model.config
@@ -99,8 +99,8 @@ class Stream:
   ) -> dict[str, dict]:
     """Measures the inputs of linear layers of a block: {layer: {statistic: array}}.
 
-    `layers` are their paths in the block, None for all. Raises ValueError if a statistic is not
-    finite, naming the layer; `where` is the block's path.
+    `layers` are paths within the block, None for all. Raises ValueError if a statistic is not
+    finite, with the path of the layer, which begins with `where`, the path of the block.
     """
     function, values = split(self.config, block)
     layers = tuple(linears(block) if layers is None else layers)
@@ -121,11 +121,10 @@ class Stream:
   def errors(
     self, block: Block, candidate: Candidate, arrays: Any, count: int, rows: int | None = None
   ) -> np.ndarray:
-    """How far each of `count` changes moves the output of a block: mean squares, float32 [count].
+    """Measures the mean squared change of a block's output for `count` candidates: float32 [count].
 
-    `candidate(parameters, arrays, k)` is traced, with k an int32; it returns the parameters that
-    the k-th candidate changes. `rows` of the calibration rows, evenly spread, are looked at; None:
-    all of them.
+    `candidate(parameters, arrays, k)` is traced, with k an int32, and returns the parameters that
+    candidate k changes. The mean is over `rows` evenly spread calibration rows, None for all.
     """
     function, values = split(self.config, block)
     total, size = np.zeros(count), 0
@@ -137,10 +136,10 @@ class Stream:
     return (total / size).astype(np.float32)
 
   def descend(self, block: Block, descent: Descent, learned: Any, fixed: Any) -> Any:
-    """Lets arrays follow the slopes of the error of a block's output; returns what they become.
+    """Minimizes the error of a block's output over the arrays `learned`; returns the last iterate.
 
-    The error is the mean square that `candidate(parameters, (learned, fixed), 0)` moves the output
-    by, and its slopes are those along `learned`, whose own arrays are used up.
+    The error is the mean squared change of the output by `candidate(parameters, (learned, fixed),
+    0)`. The arrays passed as `learned` are donated.
     """
     function, values = split(self.config, block)
     # The block as it was is run once on each row, not in each step that draws the row.
@@ -153,7 +152,7 @@ class Stream:
     return learned
 
   def _draws(self, descent: Descent) -> np.ndarray:
-    """The rows of each step; none comes again before all others were there."""
+    """The rows of each step. Every row is drawn once before any is drawn again."""
     count, rng = self._count, np.random.default_rng(descent.seed)
     batch = min(descent.batch, count)
     rounds = -(-descent.steps * batch // count)
@@ -184,7 +183,7 @@ def _picked(arrays: Sequence[tuple[np.ndarray, ...]], rows: np.ndarray) -> tuple
 
 
 def _laid_out(block: Block, values: Mapping[str, Matrix]) -> dict[str, Matrix]:
-  """The parameters with their matrices in the form that multiplies many rows fastest."""
+  """The parameters of a block, matrices in the form that multiplies many rows fastest."""
   ready = dict(values)
   for path in (f'{layer}.weight' for layer in linears(block)):
     if jax.default_backend() == 'cpu' and on_one_device(values[path]):

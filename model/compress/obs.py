@@ -1,8 +1,8 @@
 """GPTQ and SparseGPT: quantize or prune input by input, while the rest makes up for the error.
 
-The mathematics of both is `ops.solvers.obs`; here is what they take, how the result is stored and
-what goes into the ledger. A layer whose Hessian is of no use is rounded to nearest, or pruned by
-magnitude, and the ledger says so; it is never zeroed.
+`ops.solvers.obs` has the mathematics of both. This file has their options, the storage of the
+result and the ledger's events. A layer with a singular Hessian, or without any calibration tokens,
+is rounded to nearest or pruned by magnitude. The ledger says so, and no layer is set to zero.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from ops.solvers import obs
 class GptqSpec:
   """The options of `round_to_nearest`, and of the solver.
 
-  `act_order` walks along the inputs from the strongest to the weakest; scales then come from the
-  original weights, and else from the weights as moved so far. `damping` is a share of the mean of
-  the Hessian's diagonal.
+  `act_order` compresses the inputs in falling order of the Hessian's diagonal. Scales then come
+  from the original weights; without it, from the weights as updated so far. `damping` is a share of
+  the mean of the Hessian's diagonal.
   """
 
   format: quantized.FormatName = 'int4'
@@ -43,8 +43,8 @@ class GptqSpec:
 class SparseGptSpec:
   """The options of a pruning technique; with a `format`, those of quantization in the same pass.
 
-  A `sparsity` is that of each block of 128 inputs over all outputs, or of each output there with
-  `per_output`. At N:M the groups of `group_size` are those of the values that are stored.
+  `sparsity` holds for each block of 128 inputs: over all outputs, or with `per_output` for each
+  output. With N:M, `group_size` counts stored values, not inputs.
   """
 
   sparsity: float | None = None

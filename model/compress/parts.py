@@ -1,4 +1,4 @@
-"""The pieces of a model that are compressed at once, what a step finds in them, and what fits."""
+"""The parts of a model, which matrices of a part a step compresses, and the check of a recipe."""
 
 import dataclasses
 import functools
@@ -66,9 +66,9 @@ def targets(part: Part, step: Step, recipe: Recipe) -> list[str]:
 
 
 def check(model: Transformer, recipe: Recipe, calibration_BT: np.ndarray | None = None) -> None:
-  """Runs the recipe on shapes alone, so that what cannot work is refused before any work.
+  """Runs a recipe on shapes alone, so that a recipe that does not fit is refused before any work.
 
-  Raises ValueError naming the recipe, the technique and the layer.
+  Raises ValueError with the recipe, the technique and the layer.
   """
   for i, step in enumerate(recipe.steps):
     _check_scope(model, recipe, i)
@@ -172,7 +172,7 @@ def _check_zeros(after, masked: str | None, before: Matrix):
 
 
 def _becomes(step, w):
-  """What a step makes of a weight, on shapes alone."""
+  """The weight after a step, as shapes."""
   leaves, structure = jax.tree.flatten(w)
   return _shapes_after(step.row, step.spec, structure, tuple(leaves))
 

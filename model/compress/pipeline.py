@@ -1,12 +1,13 @@
 """Applies a recipe to a model, block by block, with a ledger of everything that fell short.
 
-The order is that of sequential calibration: the embedding, then block after block, and within a
-block stage after stage, in the order in which its layers run: the inputs of a stage are measured
-after all steps have compressed the stages before. A recipe may ask for less (see `recipe`).
+Calibration is sequential. The embedding is compressed first, then one block after the other.
+Within a block, layers are compressed in stages, in the order in which they run, and the inputs of a
+stage are measured after all earlier stages have been compressed by all steps. A recipe can ask for
+less (see `recipe`).
 
-One block is held twice, as it was and as it becomes, with its statistics and one set of hidden
-states. With a folder for its progress, a killed run goes on after the last block that was finished,
-to bitwise the same end.
+Memory holds one block twice, before and after compression, with its statistics and one set of
+hidden states. With a folder for its progress, a run that was killed continues after the last
+finished block and gives the same result, bit for bit.
 """
 
 import dataclasses
@@ -58,12 +59,14 @@ def compress(
 
   `calibration_BT` is [rows, length] of token ids; only recipes with calibrated steps need it.
   `progress` wraps the list of parts, as tqdm does. `in_place` compresses the model itself, so that
-  no block is held longer than it is needed. `resume` is a folder that keeps each finished block
-  until the end; what an interrupted run of the same recipe, model and text left there is used.
+  each original block is freed once it is compressed. `resume` is a folder that keeps each finished
+  block until the end; blocks that an interrupted run of the same recipe, model and text left there
+  are taken over.
 
   Raises:
     ValueError: before any work, if a step does not fit a layer, a pattern matches no layer, or
-      calibration tokens are missing or not the model's; if calibration meets NaN or infinity.
+      calibration tokens are missing or outside the vocabulary; later, if calibration meets NaN or
+      infinity.
   """
   check(model, recipe, calibration_BT)
   kept = Progress.open(resume, model, recipe, calibration_BT)
@@ -71,6 +74,7 @@ def compress(
   run = _Run(recipe, Ledger(), {})
   _transform(model, run)
   if any(calibrated(step) for step in recipe.steps):
+    _note_repeats(calibration_BT, run)
     run.plans = _plans(model, recipe, calibration_BT)
   for i, part in enumerate(progress(parts(model))):
     if part.is_block and run.stream is None and calibration_BT is not None:
@@ -96,7 +100,7 @@ def _transform(model, run):
 
 
 def _plans(model, recipe, calibration_BT) -> dict[int, dict[str, jax.Array]]:
-  """Lets the steps that divide something among the layers look at the whole model first."""
+  """Runs the plans of steps that share something out among all layers, such as sparsity."""
   plans = {}
   for i, step in enumerate(recipe.steps):
     if step.row.plan is not None:
@@ -155,7 +159,7 @@ def _together(steps: tuple[Step, ...]) -> list[list[tuple[int, Step]]]:
 
 
 def _stages(part: Part, steps: list[Step], recipe: Recipe) -> list[list[str]]:
-  """The parameters that are measured at once, in the order in which they are compressed."""
+  """The parameters of each stage, which are measured at once, in the order of compression."""
   wanted = _paths(part, enumerate(steps), recipe)
   paths = [path for path in weights(part) if path in wanted]
   if recipe.sequential != 'layers' or not any(step.row.statistics for step in steps):
@@ -209,16 +213,22 @@ def _apply_to_block(part, step, run):
 _starved = compiled(statistics.starved)
 
 
+def _note_repeats(calibration_BT, run):
+  rows, distinct = len(calibration_BT), len(np.unique(calibration_BT, axis=0))
+  what = f'calibration rows that repeat others; {distinct} of {rows} are distinct'
+  run.ledger.add('model', 'calibration', {what: rows - distinct})
+
+
 def _note_head(model, run):
   for step in run.recipe.steps:
     left_out = run.recipe.head and model.head is not None and step.matches('head')
     if left_out and step.row.scope != 'parameters' and calibrated(step):
-      what = 'left as it was, for calibration ends before it'
+      what = 'left as it was, because calibration ends before it'
       run.ledger.add('head', step.technique, {what: 1})
 
 
 class _Results:
-  """Compares the matrices of a part with what they were, each as soon as it has its final form."""
+  """Compares the matrices of a part with the originals, each as soon as it has its final form."""
 
   def __init__(self, part: Part):
     found = matrices(part.module)
@@ -226,7 +236,7 @@ class _Results:
     self._part, self._order, self._found = part, tuple(self._before), {}
 
   def settle(self, paths: Iterable[str]) -> None:
-    """Compares the matrices among some parameters, and lets go of what they were."""
+    """Compares the matrices among some parameters, and releases their originals."""
     params = parameters(self._part.module)
     for path in paths:
       if path in self._before:

@@ -1,7 +1,7 @@
 """What calibration measures at the input of a linear layer, and how it is recorded.
 
-A `Recorder` is a weight that notes what it is multiplied by: to observe a block, its weights are
-wrapped for the length of one traced call. Nothing in the model knows of it.
+A `Recorder` is a weight that records its inputs. To observe a block, its weights are wrapped in
+recorders during one traced call; the model itself has no hooks.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from ops.solvers import hessian
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Statistic:
-  """of(x_TI) measures some tokens, merge(a, b) adds more, finish(a) is what a technique reads.
+  """of(x_TI) measures some tokens, merge(a, b) joins two measurements, finish(a) gives the result.
 
-  Merging with zeros changes nothing.
+  Zeros are the neutral element of `merge`. Techniques read the result of `finish`.
   """
 
   of: Callable[[jax.Array], Any]
@@ -61,7 +61,7 @@ STATISTICS: dict[str, Statistic] = {
 
 @dataclasses.dataclass(frozen=True)
 class Recorder(Weight):
-  """Multiplies like the weight it wraps, and notes each input in `seen`."""
+  """Multiplies like the weight it wraps, and appends each input to `seen`."""
 
   weight: Matrix
   seen: list[jax.Array]

@@ -97,10 +97,11 @@ def gram(x_TI: jax.Array) -> tuple[jax.Array, ...]:
 
 def whole(panels: tuple[jax.Array, ...]) -> jax.Array:
   """The symmetric matrix of the panels that `gram` returns, float32 [I, I]."""
-  size = panels[-1].shape[0]
-  filled = [jnp.pad(panel, ((0, size - len(panel)), (0, 0))) for panel in panels]
-  upper_II = jnp.triu(jnp.concatenate(filled, axis=1))
-  return upper_II + jnp.triu(upper_II, 1).T
+  if len(panels) == 1:
+    return panels[0]
+  first, second = panels
+  below = second[: len(first)].T
+  return jnp.concatenate([jnp.concatenate([first, below]), second], axis=1)
 
 
 def _products(x_TI, y_TO):

@@ -127,6 +127,16 @@ def test_steps_compose_into_nested_weights(tiny, tokens_BT):
   assert row.shape == (48, 80)
 
 
+def test_the_ledger_says_how_many_calibration_rows_repeat(tiny, tokens_BT):
+  repeated_BT = tokens_BT[[0, 1, 2, 3, 4, 5, 0, 0, 3]]
+  _, ledger = pipeline.compress(tiny(), _recipe(WANDA), repeated_BT)
+  row = next(row for row in ledger.events if 'calibration rows' in row.event)
+  assert (row.layer, row.technique, row.detail) == ('model', 'calibration', '3')
+  assert row.event.endswith('6 of 9 are distinct')
+  _, ledger = pipeline.compress(tiny(), _recipe(WANDA), tokens_BT)
+  assert not any('calibration rows' in row.event for row in ledger.events)
+
+
 def test_the_ledger_says_how_far_each_layer_moved(tiny):
   model = tiny()
   compressed, ledger = pipeline.compress(model, _recipe({'magnitude': {}}))
