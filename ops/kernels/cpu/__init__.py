@@ -2,8 +2,9 @@
 
 `pip install -e .` compiles them where there is a compiler. Loading them runs a self-test for each
 instruction set that the machine has, and picks the best one that passes; one that computes wrongly
-is never used. Without the library, or with LISSOM_NATIVE=0 in the environment, `available()` is
-False, `why_not()` gives the reason, and all products go through XLA.
+is never used. LISSOM_NATIVE=avx2 in the environment picks another one by name. Without the library,
+or with LISSOM_NATIVE=0, `available()` is False, `why_not()` gives the reason, and all products go
+through XLA.
 """
 
 import ctypes
@@ -61,7 +62,10 @@ def number(instruction_set: str | None) -> np.int64:
 
 @functools.cache
 def load() -> Library:
-  """Loads, tests and registers the library, once a process."""
+  """Loads, tests and registers the library, once a process.
+
+  Raises ValueError if LISSOM_NATIVE names an instruction set that is not usable on this machine.
+  """
   path = _find()
   if path is None:
     return _absent('the native library is not built; `pip install -e .` builds it with a compiler')
@@ -69,13 +73,16 @@ def load() -> Library:
     library = ctypes.CDLL(path)
   except OSError as error:
     return _absent(f'the native library does not load: {error}')
-  for name in ('lissom_name', 'lissom_self_test'):
+  for name in ('lissom_name', 'lissom_self_test', 'lissom_setting'):
     getattr(library, name).restype = ctypes.c_char_p
-  if library.lissom_disabled():
+  setting = library.lissom_setting().decode()
+  if setting == '0':
     return _absent('LISSOM_NATIVE=0 is set')
   usable, refused = _test(library)
   if not usable:
     return _absent(f'the native products are wrong on this machine: {refused}', refused)
+  if setting:
+    usable = _put_first(setting, usable)
   best = next(iter(usable))
   library.lissom_select(usable[best])
   for target in (PRODUCT, ATTENTION, WRITE_ROWS):
@@ -99,6 +106,12 @@ def _test(library) -> tuple[dict[str, int], dict[str, str]]:
       else:
         refused[name] = wrong.decode()
   return usable, refused
+
+
+def _put_first(name: str, usable: dict[str, int]) -> dict[str, int]:
+  if name not in usable:
+    raise ValueError(f'LISSOM_NATIVE={name!r} is neither 0 nor one of {", ".join(usable)}')
+  return {name: usable[name], **usable}
 
 
 def _absent(reason: str, refused: dict[str, str] | None = None) -> Library:

@@ -8,6 +8,7 @@ namespace {
 
 struct Avx2 {
   static constexpr int kLanes = 8, kVectors = 4, kRows = 2;
+  static constexpr bool kWaits = LISSOM_VNNI;  // whether a dot product is slower than the loop
   using Bytes = __m256i;
   using Int = __m256i;
   using Float = __m256;
@@ -38,6 +39,13 @@ struct Avx2 {
 
   static inline Bytes even_words(Bytes c) { return _mm256_and_si256(c, _mm256_set1_epi16(255)); }
   static inline Bytes odd_words(Bytes c) { return _mm256_srli_epi16(c, 8); }
+  // Of two halves of words.
+  static inline Bytes even_words(Bytes low, Bytes high) {
+    return _mm256_or_si256(even_words(low), _mm256_slli_epi16(high, 8));
+  }
+  static inline Bytes odd_words(Bytes low, Bytes high) {
+    return _mm256_or_si256(odd_words(low), _mm256_andnot_si256(_mm256_set1_epi16(255), high));
+  }
   static inline Bytes high_words(Bytes c) { return _mm256_srli_epi16(c, 4); }
   static inline Int dot(Int sum, Bytes c, int32_t x) {
 #if LISSOM_VNNI

@@ -6,6 +6,7 @@ namespace {
 
 struct Avx512 {
   static constexpr int kLanes = 16, kVectors = 2, kRows = 8;
+  static constexpr bool kWaits = true;
   using Bytes = __m512i;
   using Int = __m512i;
   using Float = __m512;
@@ -35,6 +36,13 @@ struct Avx512 {
   static inline Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static inline Bytes even_words(Bytes c) { return _mm512_and_si512(c, _mm512_set1_epi16(255)); }
   static inline Bytes odd_words(Bytes c) { return _mm512_srli_epi16(c, 8); }
+  // Of two halves of words.
+  static inline Bytes even_words(Bytes low, Bytes high) {
+    return _mm512_or_si512(even_words(low), _mm512_slli_epi16(high, 8));
+  }
+  static inline Bytes odd_words(Bytes low, Bytes high) {
+    return _mm512_or_si512(odd_words(low), _mm512_andnot_si512(_mm512_set1_epi16(255), high));
+  }
   static inline Bytes high_words(Bytes c) { return _mm512_srli_epi16(c, 4); }
   static inline Int dot(Int sum, Bytes c, int32_t x) {
     return _mm512_dpwssd_epi32(sum, c, _mm512_set1_epi32(x));

@@ -264,8 +264,8 @@ LISSOM_EXPORT const char* lissom_self_test(int i) {
 
 LISSOM_EXPORT void lissom_select(int i) { lissom::selected = i; }
 
-// Whether the environment says LISSOM_NATIVE=0.
-LISSOM_EXPORT int lissom_disabled() {
+// What the environment says of LISSOM_NATIVE: 0 for no native products, or an instruction set.
+LISSOM_EXPORT const char* lissom_setting() {
   const char* value = getenv("LISSOM_NATIVE");
-  return value != nullptr && strcmp(value, "0") == 0;
+  return value == nullptr ? "" : value;
 }

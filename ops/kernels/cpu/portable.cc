@@ -11,6 +11,7 @@ namespace {
 
 struct Portable {
   static constexpr int kLanes = 4, kVectors = 8, kRows = 2;
+  static constexpr bool kWaits = false;
   typedef uint8_t Bytes __attribute__((vector_size(16)));
   typedef int32_t Int __attribute__((vector_size(16)));
   typedef float Float __attribute__((vector_size(16)));
@@ -51,6 +52,13 @@ struct Portable {
   static inline Int add(Int a, Int b) { return a + b; }
   static inline Bytes even_words(Bytes c) { return as_bytes(as_int(c) & 0x00ff00ff); }
   static inline Bytes odd_words(Bytes c) { return as_bytes(as_int(c) >> 8 & 0x00ff00ff); }
+  // Of two halves of words.
+  static inline Bytes even_words(Bytes low, Bytes high) {
+    return as_bytes(as_int(even_words(low)) | (as_int(high) & 0x00ff00ff) << 8);
+  }
+  static inline Bytes odd_words(Bytes low, Bytes high) {
+    return as_bytes(as_int(odd_words(low)) | (as_int(odd_words(high)) << 8));
+  }
   static inline Bytes high_words(Bytes c) { return as_bytes(as_int(c) >> 4 & 0x000f000f); }
   static inline Int dot(Int sum, Bytes c, int32_t x) {
     const Int words = as_int(c);

@@ -50,11 +50,13 @@ constexpr float kNf4Values[16] = {
     -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
     0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
-// 128 + round(kNf4Unit * value). Of all units below 127 this one rounds with the least mean
-// square error: 0.0017 of a group's largest weight, against 0.03 or so that NF4 itself costs.
-constexpr float kNf4Unit = 112.03f;
-constexpr uint8_t kNf4Bytes[16] = {16,  50,  69,  84,  96,  107, 118, 128,
-                                   137, 146, 156, 166, 177, 191, 209, 240};
+// Words for the integer product: 512 + round(kNf4Unit * value), at most 10 bits so that sums of a
+// block fit into int32. Of all units below 511 this one rounds with the least mean square error:
+// 0.00034 of a group's largest weight, against 0.03 or so that NF4 itself costs.
+constexpr float kNf4Unit = 503.10f;
+constexpr uint8_t kNf4Low[16] = {9, 162, 248, 57, 113, 163, 210, 0,
+                                    40, 81, 124, 170, 222, 27, 108, 247};
+constexpr uint8_t kNf4High[16] = {0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 3};
 constexpr float kInt4Values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
 inline int32_t load_two(const int16_t* x) {
@@ -89,19 +91,21 @@ constexpr Put kPutBytes(0, 4, 1), kPutFirst(0, 2, 2), kPutLast(2, 2, 2);
 
 constexpr int kPlacesBytes = 16;  // of a step
 
-// How a format's codes become the words of the integer product. A load gives kVectors vectors of
-// outputs: `even` and `odd` words of each. Load n of a step has the vectors n, n + kLoads, ...
+// How a format's codes become the words of the integer product: `even` and `odd` words of two vectors
+// at a time, so that each broadcast of activations serves both. Of the kVectors vectors of a step,
+// load n has n and n + kVectors / 2.
 template <class V>
 struct Int8Codes {
   static constexpr bool kSparse = false;
   static constexpr int kStepBytes = 128;
   static constexpr int kZero = 128;
   static constexpr float kUnit = 1;
-  static constexpr int kVectors = 1;
   static inline void load(const uint8_t* p, const uint8_t*, int n, typename V::Bytes* even,
                           typename V::Bytes* odd) {
-    const typename V::Bytes c = V::load(p + n * V::kLanes * 4);
-    even[0] = V::even_words(c), odd[0] = V::odd_words(c);
+    each<2>([&](int v) LISSOM_INLINE {
+      const typename V::Bytes c = V::load(p + (n + v * V::kVectors / 2) * V::kLanes * 4);
+      even[v] = V::even_words(c), odd[v] = V::odd_words(c);
+    });
   }
   static inline void settle(typename V::Int*) {}
 };
@@ -114,7 +118,6 @@ struct Int4Codes {
   static constexpr int kStepBytes = 64;
   static constexpr int kZero = 8;
   static constexpr float kUnit = 1;
-  static constexpr int kVectors = 2;
   static inline void load(const uint8_t* p, const uint8_t*, int n, typename V::Bytes* even,
                           typename V::Bytes* odd) {
     const typename V::Bytes both = V::load(p + n * V::kLanes * 4);
@@ -133,16 +136,17 @@ template <class V>
 struct Nf4Codes {
   static constexpr bool kSparse = false;
   static constexpr int kStepBytes = 64;
-  static constexpr int kZero = 128;
+  static constexpr int kZero = 512;
   static constexpr float kUnit = 1 / kNf4Unit;
-  static constexpr int kVectors = 2;
   static inline void load(const uint8_t* p, const uint8_t*, int n, typename V::Bytes* even,
                           typename V::Bytes* odd) {
     const typename V::Bytes both = V::load(p + n * V::kLanes * 4);
-    const typename V::Bytes low = V::lookup(kNf4Bytes, V::low(both));
-    const typename V::Bytes high = V::lookup(kNf4Bytes, V::high(both));
-    even[0] = V::even_words(low), odd[0] = V::odd_words(low);
-    even[1] = V::even_words(high), odd[1] = V::odd_words(high);
+    const typename V::Bytes codes[2] = {V::low(both), V::high(both)};
+    each<2>([&](int v) LISSOM_INLINE {
+      const typename V::Bytes low = V::lookup(kNf4Low, codes[v]);
+      const typename V::Bytes high = V::lookup(kNf4High, codes[v]);
+      even[v] = V::even_words(low, high), odd[v] = V::odd_words(low, high);
+    });
   }
   static inline void settle(typename V::Int*) {}
 };
@@ -158,8 +162,10 @@ struct Int8Of4Codes : Int8Codes<V> {
   }
   static inline void load(const uint8_t* p, const uint8_t* places, int n, typename V::Bytes* even,
                           typename V::Bytes* odd) {
-    const typename V::Bytes c = vector(p, places, n);
-    even[0] = V::even_words(c), odd[0] = V::odd_words(c);
+    each<2>([&](int v) LISSOM_INLINE {
+      const typename V::Bytes c = vector(p, places, n + v * V::kVectors / 2);
+      even[v] = V::even_words(c), odd[v] = V::odd_words(c);
+    });
   }
 };
 
@@ -177,8 +183,10 @@ struct Int4Of4Codes : Int8Codes<V> {
   }
   static inline void load(const uint8_t* p, const uint8_t* places, int n, typename V::Bytes* even,
                           typename V::Bytes* odd) {
-    const typename V::Bytes c = vector(p, places, n);
-    even[0] = V::even_words(c), odd[0] = V::odd_words(c);
+    each<2>([&](int v) LISSOM_INLINE {
+      const typename V::Bytes c = vector(p, places, n + v * V::kVectors / 2);
+      even[v] = V::even_words(c), odd[v] = V::odd_words(c);
+    });
   }
 };
 
@@ -194,14 +202,14 @@ inline typename V::Float load_scales(const Weights& w, int64_t at) {
 template <class V, class Codes, int R, int kChains>
 LISSOM_INLINE inline void integer_step(const uint8_t* p, const uint8_t* places, const int16_t* x,
                                        int64_t row_stride, typename V::Int* sum) {
-  constexpr int N = V::kVectors, kLoads = N / Codes::kVectors;
-  each<kLoads>([&](int n) LISSOM_INLINE {
-    typename V::Bytes even[Codes::kVectors], odd[Codes::kVectors];
+  constexpr int N = V::kVectors;
+  each<N / 2>([&](int n) LISSOM_INLINE {
+    typename V::Bytes even[2], odd[2];
     Codes::load(p, places, n, even, odd);
     each<R>([&](int r) LISSOM_INLINE {
       const int32_t two = load_two(x + r * row_stride), last_two = load_two(x + r * row_stride + 2);
-      each<Codes::kVectors>([&](int v) LISSOM_INLINE {
-        const int first = r * N + n + v * kLoads, second = (kChains - 1) * R * N + first;
+      each<2>([&](int v) LISSOM_INLINE {
+        const int first = r * N + n + v * N / 2, second = (kChains - 1) * R * N + first;
         sum[first] = V::dot(sum[first], even[v], two);
         sum[second] = V::dot(sum[second], odd[v], last_two);
       });
@@ -215,7 +223,8 @@ void integer_tile(const Weights& w, const Rows& x, int64_t row, int64_t tile, fl
   using Int = typename V::Int;
   using Float = typename V::Float;
   constexpr int N = V::kVectors;
-  constexpr int kChains = R == 1 ? 2 : 1;  // one row alone would wait for its own sums
+  // One row alone would wait for its own sums: odd words have sums of their own.
+  constexpr int kChains = R == 1 && V::kWaits ? 2 : 1;
   const int64_t padded = w.padded_inputs(), block = w.block(), blocks = w.blocks();
   const int64_t group = w.group();
   const uint8_t* p = w.values + tile * w.tile_bytes();

@@ -18,9 +18,9 @@ constexpr double kNf4Exact[16] = {
     0.7229568362236023, 1.0};
 // Relative to the sum of the terms' sizes: float32 sums of some hundred terms.
 constexpr double kRounding = 1e-5, kBf16Rounding = 1.0 / 256;
-// The bytes that stand for NF4's values in the integer product are off by so much times the scale,
-// which is below 2 here.
-constexpr double kNf4Rounding = 0.004 * 2;
+// The words that stand for NF4's values in the integer product are off by so much times the scale,
+// which is at most 2 here.
+constexpr double kNf4Rounding = 0.001 * 2;
 
 struct Random {
   uint32_t state;

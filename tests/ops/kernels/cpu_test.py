@@ -22,7 +22,7 @@ instruction_sets = pytest.mark.parametrize('name', cpu.instruction_sets() or [No
 # Relative to the sum of the sizes of the terms.
 FLOAT32 = 1e-6  # sums of some hundred terms, in another order
 BFLOAT16 = 2**-8  # of the result
-NF4_BYTES = 0.004  # of a group's largest weight: the bytes that stand for NF4's values
+NF4_WORDS = 0.001  # of a group's largest weight: the words that stand for NF4's values
 
 ROWS = [1, 2, 3, 7, 16, 17, 64, 200]
 
@@ -93,7 +93,7 @@ def _check(y, x, w, p):
   if p.activations == 'int16':
     bound += _activation_steps(x64, p) / 2 @ np.abs(w64)
     if p.format == 'nf4':
-      bound += NF4_BYTES * np.abs(x64) @ _largest(w64, p.groups)
+      bound += NF4_WORDS * np.abs(x64) @ _largest(w64, p.groups)
   if x.dtype == jnp.bfloat16:
     bound += BFLOAT16 * (np.abs(x64 @ w64) + bound)
   assert y.dtype == x.dtype
@@ -350,6 +350,30 @@ assert jnp.allclose(linear.matmul(jnp.ones((2, 4)), p), jnp.ones((2, 4)) @ w.den
 def test_the_environment_turns_it_off():
   environment = {**os.environ, 'LISSOM_NATIVE': '0'}
   subprocess.run([sys.executable, '-c', WITHOUT], env=environment, check=True)
+
+
+FORCED = """
+import sys
+from ops.kernels import cpu
+try:
+  print(cpu.instruction_sets()[0], cpu.load().selected)
+except ValueError as error:
+  print(error)
+"""
+
+
+@native
+@instruction_sets
+def test_the_environment_picks_an_instruction_set(name):
+  for setting in (name, 'mmx'):
+    environment = {**os.environ, 'LISSOM_NATIVE': setting}
+    done = subprocess.run(
+      [sys.executable, '-c', FORCED], env=environment, check=True, capture_output=True, text=True
+    )
+    if setting == 'mmx':
+      assert "LISSOM_NATIVE='mmx'" in done.stdout and name in done.stdout
+    else:
+      assert done.stdout.split() == [name, name]
 
 
 @native
