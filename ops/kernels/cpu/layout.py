@@ -160,6 +160,5 @@ def _to_places(w: SparseTensor):
 
 
 def _to_groups(a_JO):
-  a_JO = a_JO.astype(jnp.float32) if a_JO.dtype == jnp.float16 else a_JO  # as the products read it
   filled = jnp.pad(a_JO, ((0, 0), (0, -a_JO.shape[1] % TILE)))
   return filled.reshape(a_JO.shape[0], -1, TILE).transpose(1, 0, 2)
