@@ -379,7 +379,7 @@ def test_the_environment_picks_an_instruction_set(name):
 @native
 @instruction_sets
 def test_products_of_one_input_are_those_of_each_alone(name):
-  forms = [('int8', 70), ('int4 g64', 33), ('int8 asymmetric', 5), ('nf4', 64)]
+  forms = [('int3', 70), ('int4 g64', 33), ('int8 asymmetric', 5), ('nf4', 64)]
   weights = [layout.encode(_weight(format, 192, outputs)) for format, outputs in forms]
   for rows in (1, 70):
     x = _rows(rows)
