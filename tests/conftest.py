@@ -10,9 +10,16 @@ os.environ.setdefault(
   'XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 )
 
+import gc
+import pathlib
+
 import jax
 import numpy as np
 import pytest
+
+# Each compiled program takes a few memory maps. Linux allows a process 65,530 of them, and XLA
+# crashes beyond that, as it did near the end of the whole suite.
+MAPS, MOST_MAPS = pathlib.Path('/proc/self/maps'), 20_000
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -21,3 +28,12 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 @pytest.fixture
 def rng():
   return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def few_programs():
+  """Drops the compiled programs when there are many, which costs some of them a second compile."""
+  yield
+  if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MOST_MAPS:
+    jax.clear_caches()
+    gc.collect()

@@ -21,7 +21,7 @@ def _comparison(seed=0, tokens=0, names=('int8',), **settings):
   work = study.Study(
     base=Transformer(presets.preset('tiny-llama'), rngs=nnx.Rngs(seed)),
     calibration_BT=np.full((2, 8), 3, np.int32),
-    text=text,
+    texts={'text': text},
     settings={'model': 'x'},
     environment={},
     seed=0,

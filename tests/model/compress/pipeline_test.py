@@ -121,8 +121,8 @@ def test_steps_compose_into_nested_weights(tiny, tokens_BT):
   assert isinstance(weight.values, quantized.QuantizedTensor)
   assert ((np.asarray(dense(weight), np.float32) != 0).reshape(12, 4, -1).sum(1) <= 2).all()
   row = next(row for row in ledger.layers if row.layer == 'layers.0.ffn.up')
-  # 24 x 80 codes, 80 bf16 scales, 2-bit indices.
-  assert row.stored_bytes == 24 * 80 + 80 * 2 + 24 * 80 // 4
+  # 24 x 80 codes, 80 float32 scales, 2-bit indices.
+  assert row.stored_bytes == 24 * 80 + 80 * 4 + 24 * 80 // 4
   assert row.stored == 'SparseTensor 2 4 of QuantizedTensor int8 24'
   assert row.shape == (48, 80)
 
