@@ -31,6 +31,7 @@ from ops import linear
 
 BATCH = 1
 DECODE_STEPS = 16
+MOST_HELD = 10**9  # bytes of the base's hidden states that are kept between recipes
 ZEROS = 0.2  # a share of zeros above this is pruning, not chance
 
 
@@ -58,7 +59,8 @@ class Baseline:
   """The base, prepared for this device, and its measurements."""
 
   ready: Transformer
-  qualities: Mapping[str, perplexity.Quality]  # by the name of the text
+  hidden: Mapping[str, list[np.ndarray] | None]  # by the name of the text; None: not kept
+  qualities: Mapping[str, perplexity.Quality]  # likewise
   bench: bench.Bench
   bandwidth: Metric
 
@@ -66,8 +68,12 @@ class Baseline:
 def baseline(study: Study) -> Baseline:
   """Measures the base once."""
   ready = prepare(study.base)
+  tokens = sum(text.tokens_BT.size for text in study.texts.values())
+  kept = 4 * tokens * study.base.config.width <= MOST_HELD
+  hidden = {n: perplexity.hidden_states(ready, t) if kept else None for n, t in study.texts.items()}
   return Baseline(
     ready=ready,
+    hidden=hidden,
     qualities=_evaluate_all(study, ready, None, 'base'),
     bench=_bench(study, ready),
     bandwidth=timing.copy_bandwidth(),
@@ -95,7 +101,7 @@ def run(
   jax.block_until_ready([p.get_value() for p in parameters(model).values()])
   compress_s = time.perf_counter() - start
   ready = prepare(model)
-  qualities = _evaluate_all(study, ready, base.ready, recipe.name)
+  qualities = _evaluate_all(study, ready, base, recipe.name)
   metrics = {**_quality_metrics(qualities, base), **_bytes(model)}
   metrics |= _widened(study, model, ready, base, recipe.name)
   metrics |= _speed(study, model, _bench(study, ready), base)
@@ -141,13 +147,14 @@ def _blocks(model):
   return {path: w for path, w in matrices(model).items() if path.startswith('layers.')}
 
 
-def _evaluate_all(study, model, base, name) -> dict[str, perplexity.Quality]:
-  return {text: _evaluate(study.texts[text], model, base, name) for text in study.texts}
+def _evaluate_all(study, model, base: Baseline | None, name) -> dict[str, perplexity.Quality]:
+  return {text: _evaluate(study, text, model, base, name) for text in study.texts}
 
 
-def _evaluate(text, model, base, name) -> perplexity.Quality:
+def _evaluate(study, text: str, model, base: Baseline | None, name) -> perplexity.Quality:
   progress = common.labelled(f'{name}: evaluate')
-  return perplexity.evaluate(model, text, base=base, progress=progress)
+  against = {} if base is None else {'base': base.ready, 'base_hidden': base.hidden[text]}
+  return perplexity.evaluate(model, study.texts[text], progress=progress, **against)
 
 
 def _bench(study, model) -> bench.Bench:
@@ -160,9 +167,9 @@ def _widened(study, model, ready, base: Baseline, name) -> dict[str, Metric]:
   """The perplexity ratio of the same weights in floating-point products, if those differ."""
   if ready is model:
     return {}
-  quality = _evaluate(study.text, model, None, f'{name}, widened')
-  first = next(iter(base.qualities.values()))
-  return {'widened_ppl_ratio': Metric(quality.ppl / first.ppl, '1', quality.tokens)}
+  first = next(iter(study.texts))
+  quality = _evaluate(study, first, model, None, f'{name}, widened')
+  return {'widened_ppl_ratio': Metric(quality.ppl / base.qualities[first].ppl, '1', quality.tokens)}
 
 
 def _quality_metrics(qualities, base: Baseline) -> dict[str, Metric]:

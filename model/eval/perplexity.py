@@ -14,7 +14,7 @@ float32 on GPU and TPU as well, which round them further by default.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import jax
@@ -123,12 +123,14 @@ def evaluate(
   text: Windows,
   *,
   base: Transformer | None = None,
+  base_hidden: Sequence[np.ndarray] | None = None,
   cache_format: CacheFormat | None = None,
   progress: Callable[[list], Iterator] = iter,
 ) -> Quality:
   """Measures a model on the windows, and against `base` if there is one.
 
-  With `cache_format`, the model reads keys and values from a cache of that format.
+  `base_hidden` is what `hidden_states` returned for the base and this text; without it, they are
+  computed again. With `cache_format`, the model reads keys and values from a cache of that format.
   Raises ValueError if a window is longer than the positions that a model has learned, a token is
   outside its vocabulary, or there is no such format.
   """
@@ -137,13 +139,11 @@ def evaluate(
   for one in (model, base):
     if one is not None:
       check(one, text)
-  batch = max(1, TOKENS_A_BATCH // text.seq_len)
-  starts = list(range(0, len(text.tokens_BT), batch))
-  totals = np.zeros(3)
-  for start in progress(starts):
-    tokens_BT = text.tokens_BT[start : start + batch]
+  batches, totals = _batches(text), np.zeros(3)
+  for i in progress(list(range(len(batches)))):
     with jax.default_matmul_precision('highest'):
-      sums = _window_sums(model, base, tokens_BT, cache_format)
+      hidden = None if base_hidden is None else base_hidden[i]
+      sums = _window_sums(model, base, batches[i], cache_format, hidden)
     totals += np.asarray(jax.device_get(sums), np.float64).sum((1, 2))
   return Quality(
     nll_sum=float(totals[0]),
@@ -154,6 +154,18 @@ def evaluate(
     kl_sum=None if base is None else float(totals[1]),
     flips=None if base is None else round(totals[2]),
   )
+
+
+def hidden_states(model: Transformer, text: Windows) -> list[np.ndarray]:
+  """The last hidden states [B, T, D] of each batch of windows, for `evaluate`'s `base_hidden`."""
+  graphdef, state = nnx.split(model)
+  with jax.default_matmul_precision('highest'):
+    return [np.asarray(_hidden(graphdef, state, tokens_BT)) for tokens_BT in _batches(text)]
+
+
+def _batches(text: Windows) -> list[np.ndarray]:
+  size = max(1, TOKENS_A_BATCH // text.seq_len)
+  return [text.tokens_BT[i : i + size] for i in range(0, len(text.tokens_BT), size)]
 
 
 def check(model: Transformer, text: Windows) -> None:
@@ -170,12 +182,14 @@ def check(model: Transformer, text: Windows) -> None:
     )
 
 
-def _window_sums(model, base, tokens_BT, cache_format):
+def _window_sums(model, base, tokens_BT, cache_format, base_hidden):
   graphdef, state = nnx.split(model)
   if base is None:
     return _sums(graphdef, None, cache_format, state, None, tokens_BT, None)
   base_graphdef, base_state = nnx.split(base)
-  base_x_BTD = _hidden(base_graphdef, base_state, tokens_BT)
+  base_x_BTD = base_hidden
+  if base_x_BTD is None:
+    base_x_BTD = _hidden(base_graphdef, base_state, tokens_BT)
   return _sums(graphdef, base_graphdef, cache_format, state, base_state, tokens_BT, base_x_BTD)
 
 

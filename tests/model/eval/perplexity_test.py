@@ -158,6 +158,8 @@ def test_batches_and_chunks_do_not_matter(llama, tokenizer, monkeypatch):
     monkeypatch.setattr(perplexity, 'CHUNK', chunk)
     perplexity._sums.clear_cache()
     found = perplexity.evaluate(llama, text, base=base)
+    kept = perplexity.hidden_states(base, text)
+    assert perplexity.evaluate(llama, text, base=base, base_hidden=kept) == found
     assert found.nll_sum == pytest.approx(expected.nll_sum, rel=1e-6)
     assert found.kl_sum == pytest.approx(expected.kl_sum, rel=1e-5)
     assert (found.flips, found.tokens) == (expected.flips, expected.tokens)
