@@ -125,7 +125,7 @@ def becomes(w: Matrix, spec: AutoRoundSpec) -> Matrix:
   becomes=becomes,
 )
 def autoround(site, spec):
-  """Learn which way each weight is rounded, by the signs of the gradient."""
+  """Learn the rounding direction of each weight by signed gradient descent."""
   paths = [f'{layer}.weight' for layer in site.targets]
   plain = {path: core(site.parameters[path]) for path in paths}
   grids = _grids(plain, spec)

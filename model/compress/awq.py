@@ -100,7 +100,7 @@ def becomes(w: Matrix, spec: AwqSpec) -> Matrix:
   becomes=becomes,
 )
 def awq(site, spec):
-  """Scale strong inputs' weights up, clip ranges, and round to nearest."""
+  """Scale up the weights of large inputs, clip ranges, then round to nearest."""
   skipped = folding.unscaled(site.layer)
   events = {layer: {why: 1} for layer, why in skipped.items() if layer in site.targets}
   values, rows, failed = _scaled(site, spec)
@@ -129,7 +129,7 @@ def _scaled(site, spec):
   scales, improved = _best(site, trials, spec)
   values, rows = _folded(dict(site.parameters), scales, groups)
   for trial, better in zip(trials, improved, strict=True):
-    why = 'not scaled, for no scales of the grid were better'
+    why = 'not scaled, because no scales of the grid were better'
     failed |= dict.fromkeys(() if better else trial.targets, why)
   return values, rows, failed
 

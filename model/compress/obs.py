@@ -82,7 +82,7 @@ def _check_damping(damping):
   paper='Frantar et al. 2022, https://arxiv.org/abs/2210.17323',
 )
 def gptq(w, statistics, spec):
-  """Round weight by weight, while those to come make up for the error."""
+  """Quantize input by input, adjusting the remaining weights to compensate the error."""
   n, m = _layout(w)
   grid, events = _grid(w.shape[0], n, m, spec)
   solution = obs.solve(
@@ -104,7 +104,7 @@ def gptq(w, statistics, spec):
   paper='Frantar & Alistarh 2023, https://arxiv.org/abs/2301.00774',
 )
 def sparsegpt(w, statistics, spec):
-  """Drop weight by weight, while those to come make up for the error."""
+  """Prune input by input, adjusting the remaining weights to compensate the error."""
   share = DEFAULT_SPARSITY if spec.n is None and spec.sparsity is None else spec.sparsity
   return prune(w, statistics['input_covariance'], spec, share)
 

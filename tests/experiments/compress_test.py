@@ -140,16 +140,13 @@ def test_the_records_say_what_was_measured(finished):
 
 def test_the_committed_records_show_that_native_products_cost_next_to_no_quality():
   rows = records.read(ROOT / 'experiments' / 'results' / 'compress_cpu.jsonl')
-  # Records from before quality was that of the prepared model have the ratio itself.
   ratios = {
-    row.recipe: row.value('native_ppl_ratio') for row in rows if 'native_ppl_ratio' in row.metrics
-  } or {
     row.recipe: row.value('ppl_ratio') / row.value('widened_ppl_ratio')
     for row in rows
     if 'widened_ppl_ratio' in row.metrics
   }
   assert {'bf16', 'int8', 'int4', 'nf4'} <= set(ratios)
-  assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), abs=0.003)
+  assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), abs=0.001)
 
 
 def test_every_saved_model_evaluates_to_its_record(finished):
