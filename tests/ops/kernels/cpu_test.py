@@ -326,7 +326,7 @@ def test_the_kernel_names_its_instruction_set():
 
 
 def test_the_table_of_nf4_is_that_of_the_format():
-  source = packed.__file__.replace('packed.py', 'product.h')
+  source = packed.__file__.replace('packed.py', 'formats.h')
   with open(source, encoding='utf-8') as file:
     text = file.read()
   assert all(f'{value!r}f' in text for value in quantized.NF4_CODEBOOK)
