@@ -21,7 +21,7 @@ from absl import flags
 
 from experiments import common
 from model.compress import registry
-from model.eval import records
+from model.eval import columns, records
 from model.eval.records import BASE, Record
 from model.eval.select import MEGABYTE
 
@@ -126,8 +126,8 @@ def _quality(row: Record, text: str = '') -> list[str]:
   ppl = f'{row.value(f"ppl{text}"):.3f}'
   if row.recipe == BASE:
     return [ppl, '', '']
-  change, kl = row.value(f'ppl_ratio{text}') - 1, row.value(f'kl_to_base{text}')
-  return [ppl, f'{change:+.2%}', f'{kl:.4f}']
+  change, kl = columns.change(row.value(f'ppl_ratio{text}')), row.value(f'kl_to_base{text}')
+  return [ppl, change, f'{kl:.4f}']
 
 
 def decoding(path: pathlib.Path) -> str:
