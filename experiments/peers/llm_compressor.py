@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import transformers
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -54,9 +55,18 @@ def main() -> None:
   ppl = _perplexity(model, np.load(work / 'held_out.npy').astype(np.int64))
   linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
   names = [n for n in linears if n != 'lm_head']  # no setting compresses the head
-  weights = {f'{n}.weight': model.get_submodule(n).weight.detach().contiguous() for n in names}
+  weights = {f'{n}.weight': _as_multiplied(model.get_submodule(n)) for n in names}
   save_file(weights, work / 'peer.safetensors')
   (work / 'peer.json').write_text(json.dumps({'seconds': seconds, 'torch_ppl': ppl}))
+
+
+@torch.inference_mode()
+def _as_multiplied(linear) -> torch.Tensor:
+  """The matrix of a layer as its forward pass rounds it; rounding to nearest keeps it as it was."""
+  scheme, weight = getattr(linear, 'quantization_scheme', None), linear.weight
+  if scheme is not None:
+    weight = forward_quantize(linear, weight, 'weight', scheme.weights)
+  return weight.detach().clone().contiguous()
 
 
 def _modifier(setting):
