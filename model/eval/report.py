@@ -1,4 +1,4 @@
-"""The comparison of recipes for people: a terminal table, pareto.png, and report.html.
+"""The comparison of recipes for people: pareto.png and report.html.
 
 Everything is made from records alone. A metric that a record lacks is an en dash; a metric without
 a column is listed below the table with its unit. The page is one file: it loads nothing from the
@@ -9,19 +9,16 @@ import dataclasses
 import math
 import os
 import pathlib
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 
 from model.eval import columns, figures, select
-from model.eval.columns import DASH, TERMINAL_COLUMNS
+from model.eval.columns import DASH
 from model.eval.records import BASE, Record, replacing
 
 NO_KERNEL = 'no kernel'
-TERMINAL_WIDTH = 120
-MIN_RECIPE_WIDTH, MAX_RECIPE_WIDTH = 10, 32
 DEFAULT_BUDGET = select.Budget(max_ppl_ratio=1.05)
 
 PROTOCOL = (
@@ -48,25 +45,6 @@ class Page:
   choice: select.Choice | None = None  # None: the smallest recipe within 5 % of the perplexity
   use: Mapping[str, str] = dataclasses.field(default_factory=dict)  # recipe -> command to run it
   protocol: tuple[str, ...] = PROTOCOL
-
-
-def table(records: Sequence[Record]) -> str:
-  """A plain-text table of at most 120 columns; a long recipe name takes several lines."""
-  body = [
-    [*(columns.text(columns.value(r, c, records), c) for c in TERMINAL_COLUMNS), _mark(r)]
-    for r in records
-  ]
-  heading = [[column.short[line] for column in TERMINAL_COLUMNS] + [''] for line in (0, 1)]
-  lines = [*heading, *body]
-  widths = [max(map(len, cells)) for cells in zip(*lines)]
-  names = [_printable(r.recipe) for r in records]
-  room = TERMINAL_WIDTH - sum(widths) - len(widths)
-  width = max(MIN_RECIPE_WIDTH, min(MAX_RECIPE_WIDTH, room, max(map(len, names), default=0)))
-  gap = '  ' if room - width >= len(widths) else ' '
-  wrapped = [['']] + [textwrap.wrap(name, width) or [''] for name in ['recipe', *names]]
-  rows = [_aligned(n, width, line, widths, gap) for n, line in zip(wrapped, lines, strict=True)]
-  rows.insert(2, '-' * max(len(part) for row in rows for part in row.split('\n')))
-  return '\n'.join(rows) + '\n'
 
 
 def html(records: Sequence[Record], page: Page | None = None) -> str:
@@ -168,19 +146,3 @@ def _flat(data: Mapping, prefix: str = '') -> list[tuple[str, str]]:
     else:
       pairs.append((f'{prefix}{key}', DASH if value is None else str(value)))
   return pairs
-
-
-def _mark(record: Record) -> str:
-  return NO_KERNEL if record.without_kernel else ''
-
-
-def _printable(text: str) -> str:
-  """The text without control characters, which a terminal would execute."""
-  return ''.join(c if c.isprintable() else '?' for c in text)
-
-
-def _aligned(names, name_width: int, line, widths, gap: str) -> str:
-  """One row; the parts of the name after the first have lines of their own."""
-  *numbers, mark = line
-  cells = [names[0].ljust(name_width), *(n.rjust(w) for n, w in zip(numbers, widths)), mark]
-  return '\n'.join([gap.join(cells).rstrip(), *names[1:]])

@@ -1,5 +1,7 @@
 """What the main job prints."""
 
+import dataclasses
+import math
 import sys
 
 from experiments import terminal
@@ -47,6 +49,32 @@ def test_rows_appear_as_they_are_measured_in_the_columns_of_the_header(capsys):
   assert shown[1][: ends[1]].endswith(' 0.0012') and shown[0][: ends[0]].endswith(' 16.41')
   assert shown[2][: ends[0]].endswith(' 1.23e+05')
   assert len({len(x) for x in [second, *shown]}) == 1 and len(second) <= len(line) <= 120
+
+
+def test_a_row_by_hand(capsys):
+  numbers = {'linear_bytes_vs_bf16': 0.53, 'bits_per_weight': 8.48, 'widened_ppl_ratio': 1.0012}
+  table = terminal.Table(['diverged'])
+  table.row(ROWS[0])
+  table.row(dataclasses.replace(_record('int8', ppl=16.5741, **numbers), without_kernel=3))
+  table.row(_record('diverged', ppl=math.nan, ppl_ratio=math.inf))
+  _, row, diverged = capsys.readouterr().out.splitlines()
+  assert row.split() == [
+    'int8',
+    '16.57',
+    '+1.00%',
+    '–',
+    '–',
+    '–',
+    '0.530',
+    '8.48',
+    '–',
+    '–',
+    '–',
+    '–',
+    'no',
+    'kernel',
+  ]
+  assert diverged.split()[:3] == ['diverged', 'NaN', '∞'] and 'no kernel' not in diverged
 
 
 def test_on_a_terminal_a_row_replaces_the_line_that_names_it(capsys, monkeypatch):

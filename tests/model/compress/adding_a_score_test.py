@@ -1,7 +1,6 @@
 """The promise of the registry: a new pruning score is one function and one row."""
 
 import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +34,6 @@ def test_ten_lines(work):
   one = recipe.parse({'name': 'loud', 'steps': [{'loud': {'n': 2, 'm': 4}}]})
   model, row = study.run(work, study.baseline(work), one)
   assert pipeline.describe(model.layers[0].ffn.up.weight.get_value()) == 'SparseTensor 2 4'
-  assert re.search(r'^loud +\d', report.table([row]), re.MULTILINE)
   assert 'loud' in report.html([row])
 
 
