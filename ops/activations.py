@@ -26,7 +26,17 @@ import jax
 import jax.numpy as jnp
 
 from ops import quantized
-from ops.linear import Matrix, Weight, array, dense, map_values, matmul, require, weight_type
+from ops.linear import (
+  Matrix,
+  Weight,
+  array,
+  dense,
+  map_values,
+  matmul,
+  refit,
+  require,
+  weight_type,
+)
 
 Bits = Literal[8, 4]
 TINY = 1e-30  # the scale of a token that is all zeros
@@ -90,6 +100,9 @@ class ActivationQuantized(Weight):
 
   def map_values(self, fn):
     return dataclasses.replace(self, values=map_values(fn, self.values))
+
+  def refit(self, w_IO):
+    return dataclasses.replace(self, values=refit(self.values, w_IO))
 
 
 def quantize_activations(

@@ -9,9 +9,8 @@ import pytest
 
 from model.compress import contracts, pipeline, recipe
 from model.compress.obs import GptqSpec, SparseGptSpec, gptq, sparsegpt
-from ops import quantized, sparse
+from ops import adapter_starts, quantized, sparse
 from ops.linear import dense
-from ops.lora import attach
 from ops.quantized import QuantizedTensor
 from ops.solvers import obs
 from ops.sparse import SparseTensor
@@ -143,7 +142,12 @@ def test_another_group_than_the_usual_is_an_event():
   'message, function, w, spec',
   [
     ('not a QuantizedTensor', gptq, quantized.quantize(W_IO, 'int8'), GptqSpec()),
-    ('not a LoraTensor', gptq, attach(W_IO, 2, alpha=1.0, key=jax.random.key(0)), GptqSpec()),
+    (
+      'not a LoraTensor',
+      gptq,
+      adapter_starts.zero(W_IO, 2, scale=1.0, key=jax.random.key(0)),
+      GptqSpec(),
+    ),
     (
       'not a SparseTensor of QuantizedTensor',
       gptq,
