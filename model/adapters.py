@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import jax
 from flax import nnx
 
-from model.transformer import Transformer, linears, matrices
+from model.transformer import Transformer, linears, matching_layers, matrices
 from ops import adapter_starts, lora, masked, sparse
 from ops.linear import Matrix, Weight, roles
 
@@ -94,11 +94,8 @@ def attach(
 
 def targets(model: Transformer, config: AdapterConfig) -> list[str]:
   """The layers that get an adapter. Raises ValueError if a pattern matches none."""
-  layers = list(linears(model))
-  for pattern in (*config.targets, *config.ranks, *config.alphas):
-    if not fnmatch.filter(layers, pattern):
-      raise ValueError(f'no layer matches {pattern!r}; there are {", ".join(layers[:8])}, ...')
-  return [layer for layer in layers if any(fnmatch.fnmatchcase(layer, p) for p in config.targets)]
+  matching_layers(model, (*config.ranks, *config.alphas))  # that each means something
+  return matching_layers(model, config.targets)
 
 
 def merge(model: Transformer, into: lora.Into = 'dense') -> Transformer:

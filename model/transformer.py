@@ -7,6 +7,8 @@ paths split the model once and jit the pure function: `graphdef, state = nnx.spl
 """
 
 import dataclasses
+import fnmatch
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +166,18 @@ def linears(model: nnx.Module) -> dict[str, Linear]:
     for path, module in nnx.iter_modules(model)
     if isinstance(module, Linear)
   }
+
+
+def matching_layers(model: nnx.Module, patterns: Sequence[str]) -> list[str]:
+  """The paths of the linear layers that match any of some patterns, such as 'layers.*.ffn.*'.
+
+  Raises ValueError if a pattern matches none.
+  """
+  layers = list(linears(model))
+  for pattern in patterns:
+    if not fnmatch.filter(layers, pattern):
+      raise ValueError(f'no layer matches {pattern!r}; there are {", ".join(layers[:8])}, ...')
+  return [layer for layer in layers if any(fnmatch.fnmatchcase(layer, p) for p in patterns)]
 
 
 def matrices(model: nnx.Module) -> dict[str, Matrix]:

@@ -35,6 +35,7 @@ from ops.linear import (
   matmul,
   refit,
   require,
+  stored,
   weight_type,
 )
 
@@ -152,16 +153,17 @@ def _integers(codes, w):
 @jax.custom_vjp
 def _product(x, w):
   codes, scale = w.encode(x)
-  if _per_column(w.values):
+  values = jax.lax.optimization_barrier(stored(w.values))
+  if _per_column(values):
     on_tpu = functools.partial(quantized.in_eights, _integers)
-    y = jax.lax.platform_dependent(codes, w.values, tpu=on_tpu, default=_integers)
+    y = jax.lax.platform_dependent(codes, values, tpu=on_tpu, default=_integers)
     y = y.astype(jnp.float32)
-    column_O = dense(w.values.scales)[0].astype(jnp.float32)
+    column_O = dense(values.scales)[0].astype(jnp.float32)
     y = y * jnp.broadcast_to(column_O, y.shape)
   else:
     # Codes are exact in bfloat16; sums of them could leave the range of float16.
     wide = x.dtype if x.dtype == jnp.bfloat16 else jnp.float32
-    y = matmul(codes.astype(wide), w.values).astype(jnp.float32)
+    y = matmul(codes.astype(wide), values).astype(jnp.float32)
   return (y * scale).astype(x.dtype)
 
 

@@ -103,6 +103,11 @@ class Weight(abc.ABC):
     """
     raise ValueError(f'a {type(self).__name__} cannot store another matrix')
 
+  def stored(self) -> 'Weight':
+    """The form in which it is saved and multiplied once training has ended; usually itself."""
+    changes = {f.name: stored(v) for f, v in _arrays(self) if isinstance(v, Weight)}
+    return dataclasses.replace(self, **changes) if changes else self
+
   def matmul(self, x: jax.Array) -> jax.Array:
     """Multiplies x[..., I] by the weight: [..., O] in the dtype of x."""
     return matmul(x, self.dense())
@@ -276,6 +281,11 @@ def kernel(w: Matrix, platform: str) -> str | None:
 def on_one_device(w: Matrix) -> bool:
   """Whether all arrays of a weight are on one device, and the same."""
   return len({d for leaf in jax.tree.leaves(w) for d in leaf.sharding.device_set}) <= 1
+
+
+def stored(w: Matrix) -> Matrix:
+  """The form in which a weight is saved once training has ended; an array stays as it is."""
+  return w.stored() if isinstance(w, Weight) else w
 
 
 def refit(w: Matrix, w_IO: jax.Array) -> Matrix:

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from model import native, sharding
-from ops import activations, linear, lora, masked, quantized, rotated, scales, sparse
+from ops import activations, linear, lora, masked, qat, quantized, rotated, scales, sparse
 from ops.kernels import fused
 from ops.kernels.cpu import layout
 from ops.linear import WEIGHT_TYPES, Weight
@@ -81,6 +81,9 @@ EXAMPLES = {
   'masked int8': lambda w_IO: masked.masked(w_IO, jnp.abs(w_IO) > 0.1).map_values(
     _quantized('int8')
   ),
+  'learned int4': lambda w_IO: qat.learn(w_IO, 'int4', group_size=16),
+  'learned int8 with inputs': _activations(lambda w_IO: qat.learn(w_IO, 'int8', held=True)),
+  'learned 2:4': _sparse(2, 4, lambda v: qat.learn(v, 'int8', held=True)),
   'rotated': lambda w_IO: rotated.RotatedTensor(w_IO, 1),
   'rotated heads of int8': lambda w_IO: rotated.RotatedTensor(_quantized('int8')(w_IO), 16),
   'lora': _lora(lambda w_IO: w_IO),
@@ -315,6 +318,15 @@ def test_values_are_mapped_or_the_refusal_says_why(name):
   if 'lora' in name or 'dora' in name:
     return  # their corrections do not double; tests/ops/lora_test.py says what happens
   _assert_near(to_dense(doubled), 2 * dense(name))
+
+
+@examples
+def test_what_is_stored_multiplies_the_same_bit_for_bit(name):
+  final = jax.jit(linear.stored)(weight(name))
+  assert 'Qat' not in ' '.join(_types(final))
+  x = _inputs(3)
+  assert np.asarray(matmul(x, final)).tobytes() == np.asarray(matmul(x, weight(name))).tobytes()
+  _assert_same(linear.stored(final), final)
 
 
 @examples
