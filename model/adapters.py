@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from model.transformer import Transformer, linears, matching_layers, matrices
@@ -103,6 +104,23 @@ def merge(model: Transformer, into: lora.Into = 'dense') -> Transformer:
   model = nnx.clone(model)
   for linear in linears(model).values():
     linear.weight.set_value(lora.merge(linear.weight.get_value(), into))
+  return model
+
+
+def for_original(model: Transformer, start: Transformer, original: Transformer) -> Transformer:
+  """Expresses trained adapters that changed their base at the start as ones of the original.
+
+  `start` is the model before training, `original` before its adapters. If the base holds
+  W - s A0 B0, then W - s A0 B0 + s A B is W with an adapter of twice the rank: A and A0 side by
+  side, B above -B0. Raises ValueError for DoRA, whose columns this would not scale.
+  """
+  model, first, weights = nnx.clone(model), adapted(start), matrices(original)
+  for layer, w in adapted(model).items():
+    if not isinstance(w, lora.LoraTensor):
+      raise ValueError(f'{layer} holds a {type(w).__name__}; merge it into the model instead')
+    a_IR = jnp.concatenate([w.a_IR, first[layer].a_IR], axis=1)
+    b_RO = jnp.concatenate([w.b_RO, -first[layer].b_RO], axis=0)
+    linears(model)[layer].weight.set_value(lora.LoraTensor(weights[layer], a_IR, b_RO, w.scale))
   return model
 
 

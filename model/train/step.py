@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from model import stacked
 from model.train.data import Batch
 from model.train.objectives import CrossEntropy, Models, Network, Objective, Sums
 from model.train.partition import Arrays, Selection, Structure, partition
@@ -38,11 +39,15 @@ class StepConfig:
   compute_dtype: str = 'float32'
   accumulation: int = 1  # micro-batches per batch
   loss_chunk: int = 1024  # tokens whose logits are stored at a time
+  remat: stacked.Remat = 'none'  # what the backward pass computes again; see model/stacked.py
+  scan: bool = False  # run layers that are alike in one loop
   seed: int = 0
 
   def __post_init__(self):
     if self.compute_dtype not in DTYPES:
       raise ValueError(f'compute_dtype {self.compute_dtype!r} is not one of {", ".join(DTYPES)}')
+    if self.remat not in stacked.REMATS:
+      raise ValueError(f'remat {self.remat!r} is not one of {", ".join(stacked.REMATS)}')
     if self.accumulation < 1 or self.loss_chunk < 1:
       raise ValueError(
         f'accumulation and loss_chunk must be at least 1, not {self.accumulation}, '
@@ -114,7 +119,8 @@ class Setup:
 def network(model: Transformer, config: StepConfig) -> Network:
   """The model as objectives see it. Its compute dtype changes."""
   model.dtype = jnp.dtype(config.compute_dtype)
-  return Network(model, config.loss_chunk)
+  looped = config.scan or config.remat != 'none'
+  return Network(model, config.loss_chunk, config.remat if looped else None)
 
 
 def init(

@@ -140,6 +140,16 @@ def test_starts_and_forms():
     assert error(loftq, layer) < 0.8 * error(plain, layer)
 
 
+def test_an_adapter_of_a_changed_base_becomes_one_of_the_original():
+  original = _model()
+  start = _attach(original, start='pissa')
+  trained = _moved(nnx.clone(start))
+  found = adapters.for_original(trained, start, original)
+  np.testing.assert_allclose(_logits(found), _logits(trained), atol=10 * FLOAT32)
+  for layer, w in adapters.adapted(found).items():
+    assert w.base is matrices(original)[layer] and w.a_IR.shape[1] == 4
+
+
 def test_the_key_decides_the_draw_and_layers_differ():
   first, again = (_attach(_model()) for _ in range(2))
   other = adapters.attach(_model(), AdapterConfig(rank=2), key=jax.random.key(1))

@@ -1,0 +1,98 @@
+"""Fine-tuning as a user runs it: what each method leaves, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import base as embedded
+from experiments import common, finetune
+from model import adapters, hf, peft
+from model.compress import pipeline, recipe
+from model.eval import records
+from model.train import loop
+from model.transformer import matrices
+from ops import quantized
+from ops.linear import dense
+
+ADAPTERS = ['lora', 'dora', 'pissa', 'qlora']
+MERGED = 1e-4  # nats; the product is added up in another order
+
+
+def _run(script, out, method, *more):
+  script('--smoke', f'--out={out}', f'--method={method}', '--rank=4', '--learning_rate=3e-3', *more)
+  (record,) = records.read(out / 'records.jsonl')
+  return record
+
+
+@pytest.mark.parametrize('method', [*ADAPTERS, 'full', 'qat'])
+def test_each_method_learns_and_leaves_its_folders(script, tmp_path, capsys, method):
+  more = ['--group_size=16'] if method == 'qat' else []
+  record = _run(script, tmp_path, method, *more)
+  assert record.recipe == method
+  assert record.value('held_out_loss_unmerged') < record.value('held_out_loss_before')
+  log = (tmp_path / 'run' / 'loss.jsonl').read_text().splitlines()
+  assert record.value('train_loss') == json.loads(log[-1])['loss'] and len(log) == 6
+  assert (tmp_path / 'loss.png').stat().st_size > 5000
+  model, tokenizer = hf.load_pretrained(tmp_path / 'model')
+  assert tokenizer.vocab_size == model.config.vocab_size
+  assert (
+    f'perplexity {np.exp(record.value("held_out_loss_unmerged")):.3f}' in capsys.readouterr().out
+  )
+  if method == 'qat':
+    assert record.value('held_out_loss_stored') == record.value('held_out_loss_unmerged')
+    found = [w for layer, w in matrices(model).items() if layer.startswith('layers.')]
+    assert all(isinstance(w, quantized.QuantizedTensor) and w.format == 'int4' for w in found)
+  if method in ADAPTERS:
+    merged, unmerged = (record.value(f'held_out_loss_{k}') for k in ('merged', 'unmerged'))
+    assert merged == pytest.approx(unmerged, abs=MERGED)
+    _check_adapter(tmp_path, model, method)
+  if method == 'qlora':
+    assert record.value('held_out_loss_requantized') != record.value('held_out_loss_merged')
+    assert record.value('stored_bytes') < 0.8 * _base_bytes()
+
+
+def _base():
+  return embedded.load_or_train(common.cache_folder(), smoke=True).model
+
+
+def _base_bytes():
+  return sum(w.nbytes for w in matrices(_base()).values())
+
+
+def _check_adapter(out, model, method):
+  """The adapter folder over its base is the merged model; of QLoRA the base is the rounded one."""
+  base = _base()
+  if method == 'qlora':
+    base, _ = pipeline.compress(base, recipe.parse(finetune.NF4))
+  tuned, config = peft.load(out / 'adapter', base)
+  assert config.dora == (method == 'dora')
+  for layer, w in matrices(adapters.merge(tuned)).items():
+    np.testing.assert_allclose(dense(w), dense(matrices(model)[layer]), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (['--data=none'], 'no such file'),
+    (['--steps=0'], '--steps must be above 0'),
+    (['--targets=layers.9.*'], r"no layer matches 'layers\.9\.\*'"),
+    (['--rank=4096'], 'a rank lies between 1 and'),
+    (['--method=qat', '--group_size=48'], 'a group size of 48 does not divide'),
+    (['--method=qat', '--format=int5'], "'int5' is not one of"),
+  ],
+)
+def test_bad_input_is_refused_before_any_work(script, tmp_path, monkeypatch, arguments, message):
+  _base()
+  monkeypatch.setattr(loop, 'fit', None)
+  with pytest.raises(ValueError, match=message):
+    script('--smoke', f'--out={tmp_path / "out"}', *arguments)
+  assert not (tmp_path / 'out').exists()
+
+
+def test_an_output_that_holds_something_else_is_refused(script, tmp_path, monkeypatch):
+  (tmp_path / 'adapter').mkdir()
+  (tmp_path / 'adapter' / 'thesis.tex').write_text('mine')
+  monkeypatch.setattr(loop, 'fit', None)
+  with pytest.raises(ValueError, match='holds something else'):
+    script('--smoke', f'--out={tmp_path}')
