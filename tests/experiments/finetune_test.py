@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import base as embedded
-from experiments import common, finetune
+from experiments import common
 from model import adapters, hf, peft
 from model.compress import pipeline, recipe
 from model.eval import records
@@ -20,7 +20,8 @@ MERGED = 1e-4  # nats; the product is added up in another order
 
 
 def _run(script, out, method, *more):
-  script('--smoke', f'--out={out}', f'--method={method}', '--rank=4', '--learning_rate=3e-3', *more)
+  rate = [] if method in ADAPTERS else ['--learning_rate=3e-3']
+  script('--smoke', f'--out={out}', f'--method={method}', '--rank=4', *rate, *more)
   (record,) = records.read(out / 'records.jsonl')
   return record
 
@@ -46,7 +47,7 @@ def test_each_method_learns_and_leaves_its_folders(script, tmp_path, capsys, met
   if method in ADAPTERS:
     merged, unmerged = (record.value(f'held_out_loss_{k}') for k in ('merged', 'unmerged'))
     assert merged == pytest.approx(unmerged, abs=MERGED)
-    _check_adapter(tmp_path, model, method)
+    _check_adapter(tmp_path, model, method, script.module.NF4)
   if method == 'qlora':
     assert record.value('held_out_loss_requantized') != record.value('held_out_loss_merged')
     assert record.value('stored_bytes') < 0.8 * _base_bytes()
@@ -60,11 +61,11 @@ def _base_bytes():
   return sum(w.nbytes for w in matrices(_base()).values())
 
 
-def _check_adapter(out, model, method):
+def _check_adapter(out, model, method, nf4):
   """The adapter folder over its base is the merged model; of QLoRA the base is the rounded one."""
   base = _base()
   if method == 'qlora':
-    base, _ = pipeline.compress(base, recipe.parse(finetune.NF4))
+    base, _ = pipeline.compress(base, recipe.parse(nf4))
   tuned, config = peft.load(out / 'adapter', base)
   assert config.dora == (method == 'dora')
   for layer, w in matrices(adapters.merge(tuned)).items():
