@@ -78,10 +78,15 @@ def _flat(values):
   return [(tuple(map(number, p.split('.'))), nnx.Param(value)) for p, value in values.items()]
 
 
+def values_of(model: Transformer) -> dict[str, Matrix]:
+  """Returns the parameters of a model by path, as `GatedLoss` takes them."""
+  return {path: param.get_value() for path, param in parameters(model).items()}
+
+
 def slopes(model: Transformer, tokens_BT: np.ndarray) -> Gates:
   """Returns the mean over rows of |d loss / d gate|, for tokens [rows, length]."""
   loss, gates = GatedLoss.of(model), ones(model.config)
-  values = {path: param.get_value() for path, param in parameters(model).items()}
+  values = values_of(model)
   total = jax.tree.map(jnp.zeros_like, gates)
   for row in range(len(tokens_BT)):
     total = _add(loss, total, values, gates, tokens_BT[row : row + 1])

@@ -29,12 +29,21 @@ from model.transformer import Transformer, abstract, parameters
 from ops import structure
 
 
-def check(config: ModelConfig, spec: SizeSpec) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SliceSpec(SizeSpec):
+  """How many dimensions go; `latency` is no target of slicing."""
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.latency is not None:
+      raise ValueError('slicing takes a ratio, parameters or megabytes, and no latency')
+
+
+def check(config: ModelConfig, spec: SliceSpec) -> None:
   """Raises ValueError if the norms of a model of this config cannot be merged."""
+  del spec
   if any(layer.post_norms for layer in config.layers):
     raise ValueError('the scales of norms after attention and feed-forward cannot be merged')
-  if spec.latency is not None:
-    raise ValueError('slicing takes a ratio, parameters or megabytes, and no latency')
 
 
 def _reshapes(model, spec):
@@ -45,7 +54,7 @@ def _reshapes(model, spec):
 
 @technique(
   'slice',
-  spec=SizeSpec,
+  spec=SliceSpec,
   paper='Ashkboos et al. 2024, https://arxiv.org/abs/2401.15024',
   scope='shape',
   check=check,
