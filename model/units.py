@@ -57,9 +57,9 @@ class Cut:
 
 
 def letters(model: Transformer) -> dict[str, tuple[str, ...]]:
-  """Returns the letters of the axes of every parameter by its path; those of a bias are ('O',)'s.
+  """Returns the letters of the axes of every parameter by its path.
 
-  A vector has the last letter of its module: a bias that of the outputs.
+  A vector has the last letter of its module; so the letter of a bias is that of the outputs.
   """
   return {
     '.'.join(map(str, (*path, name))): module.axes[-len(value.get_value().shape) :]

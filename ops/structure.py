@@ -44,9 +44,9 @@ def removal_error(covariance_II: jax.Array, w_IO: jax.Array, run: int = 1) -> ja
 def best(scores: np.ndarray, count: int) -> np.ndarray:
   """Selects the `count` highest scores: their indices in increasing order.
 
-  Among equal scores, the earlier is selected.
+  Among equal scores, the earlier is selected. Raises ValueError if a score is not finite.
   """
-  order = np.argsort(-np.asarray(scores, np.float64), kind='stable')
+  order = np.argsort(-_finite(scores), kind='stable')
   return np.sort(order[:count])
 
 
@@ -57,9 +57,10 @@ def allocate(scores: Sequence[np.ndarray], total: int, multiple: int) -> list[in
   all lists compete by their mean score, and the first portion of each list always stays. `total` is
   a multiple of `multiple`, and so is every result.
 
-  Raises ValueError if `total` does not reach for the first portions, or a list has none.
+  Raises ValueError if `total` does not reach for the first portions, a list has none, or a score is
+  not finite.
   """
-  portions = [np.sort(np.asarray(s, np.float64))[::-1] for s in scores]
+  portions = [np.sort(_finite(s))[::-1] for s in scores]
   portions = [s[: len(s) // multiple * multiple].reshape(-1, multiple).mean(1) for s in portions]
   counts = [1] * len(portions)
   if total < multiple * len(portions) or not all(map(len, portions)):
@@ -70,6 +71,13 @@ def allocate(scores: Sequence[np.ndarray], total: int, multiple: int) -> list[in
   for _, i, _ in sorted(rest)[: total // multiple - len(portions)]:
     counts[i] += 1
   return [count * multiple for count in counts]
+
+
+def _finite(scores) -> np.ndarray:
+  scores = np.asarray(scores, np.float64)
+  if not np.isfinite(scores).all():
+    raise ValueError('scores of units are NaN or infinite; check the weights')
+  return scores
 
 
 def distance(x: jax.Array, y: jax.Array) -> jax.Array:

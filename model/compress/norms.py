@@ -37,7 +37,9 @@ def factors(model: Transformer, measurements: Measurements, kept: np.ndarray) ->
 
 
 def factor(energy_D: np.ndarray, kept: np.ndarray) -> float:
-  """Returns sqrt(r D / D') from the mean square of each dimension."""
+  """Returns sqrt(r D / D') from the mean square of each dimension; 1 if all are zero."""
+  if not energy_D.any():
+    return 1.0
   growth = len(energy_D) / len(kept)
   return float(np.sqrt(energy_D[kept].sum() / energy_D.sum() * growth))
 

@@ -68,9 +68,11 @@ def uniform(model: Transformer, spec: SizeSpec, unit: Unit, base: Transformer | 
 
   Raises ValueError if not even `multiple` units may stay, or the layers have different numbers.
   """
-  now = _equal(model.config, unit)
+  now = each(model.config, unit)
   if spec.parameters is not None:
-    most = _allowed(model, unit, spec.parameters * total(base or model), itemsize=False)
+    most = _allowed(
+      model, unit, spec.parameters * total(model if base is None else base), itemsize=False
+    )
   elif spec.megabytes is not None:
     most = _allowed(model, unit, spec.megabytes * 1e6, itemsize=True)
   else:
@@ -115,11 +117,12 @@ def _allowed(model, unit, limit: float, itemsize: bool) -> float:
     value = values[cut.path]
     size = value.dtype.itemsize if itemsize else 1
     cost += size * math.prod(value.shape) // value.shape[cut.axis] * cut.run
-  now = _equal(model.config, unit)
+  now = each(model.config, unit)
   return now - (total(model, itemsize=itemsize) - limit) / cost
 
 
-def _equal(config: ModelConfig, unit: Unit) -> int:
+def each(config: ModelConfig, unit: Unit) -> int:
+  """Returns how many units each layer has. Raises ValueError if the layers differ."""
   counts = set(units.sizes(config, unit))
   if len(counts) > 1:
     raise ValueError(f'the layers have different numbers of {units.NAMES[unit]}: {sorted(counts)}')
@@ -141,7 +144,7 @@ def within_latency(model: Transformer, spec: SizeSpec, unit: Unit) -> tuple[int,
 
   Raises ValueError if none of the widths that are tried is.
   """
-  now = _equal(model.config, unit)
+  now = each(model.config, unit)
   steps = [now * (i + 1) / CANDIDATES for i in range(CANDIDATES - 1)]
   counts = sorted({math.floor(step / spec.multiple) * spec.multiple for step in steps} - {0})
   calls = {n: _layer_call(model, unit, n) for n in (*counts, now)}

@@ -76,14 +76,25 @@ def _calibrates(spec) -> bool:
 
 def _reshapes(unit):
   def reshapes(model, spec):
-    if spec.latency is not None or getattr(spec, 'uneven', False):
-      sizes.uniform(model, dataclasses.replace(spec, latency=None), unit)
-      counts = [spec.multiple] * len(units.sizes(model.config, unit))
-    else:
-      counts = [sizes.uniform(model, spec, unit)] * len(units.sizes(model.config, unit))
+    counts = _expected(model, spec, unit)
     return units.resized(model.config, units.keep(unit, [np.arange(n) for n in counts]))
 
   return reshapes
+
+
+def _expected(model, spec, unit) -> list[int]:
+  """How many units stay in each layer; where that is not known yet, the strictest of all cases.
+
+  A later step that accepts `multiple` units accepts every multiple of it.
+  """
+  layers = len(units.sizes(model.config, unit))
+  if spec.latency is not None:
+    sizes.each(model.config, unit)
+    return [spec.multiple] * layers
+  count = sizes.uniform(model, spec, unit)
+  if layers > 1 and getattr(spec, 'uneven', False):
+    return [spec.multiple, 2 * count - spec.multiple, *[count] * (layers - 2)]
+  return [count] * layers
 
 
 @technique(

@@ -56,6 +56,13 @@ def test_best_are_in_order_and_ties_keep_the_earlier():
   assert structure.best(np.array([1.0, 4, 0, 2]), 3).tolist() == [0, 1, 3]
 
 
+def test_scores_that_are_not_finite_are_refused():
+  with pytest.raises(ValueError, match='NaN or infinite'):
+    structure.best(np.array([1.0, np.nan]), 1)
+  with pytest.raises(ValueError, match='NaN or infinite'):
+    structure.allocate([np.ones(4), np.array([1.0, np.inf, 1, 1])], 4, 1)
+
+
 @pytest.mark.parametrize('seed', range(6))
 @pytest.mark.parametrize('multiple', [1, 2])
 def test_the_allocation_keeps_the_highest_sum_of_scores(seed, multiple):

@@ -249,6 +249,10 @@ REFUSED = {
     [{'prune_ffn': {'uneven': True, 'multiple': 4}}, INT4],
     r'ffn\.down\.weight: a group size of 8 does not divide 4 inputs',
   ),
+  'layers of different widths': (
+    [{'prune_ffn': {'uneven': True}}, {'prune_ffn': {}}],
+    r'prune_ffn: the layers have different numbers of feed-forward channels: \[16, 208\]',
+  ),
   'after another step': (
     [{'cast': {}}, {'prune_ffn': {}}],
     'prune_ffn changes the whole model, so it has to come before cast',
