@@ -198,7 +198,8 @@ def _metrics_of_text(quality, base) -> dict[str, Metric]:
 
 def _bytes(model) -> dict[str, Metric]:
   stored = {path: param.get_value() for path, param in parameters(model).items()}
-  return cost.storage_metrics(_blocks(model), stored)
+  count = Metric(cost.storage(stored).elements, 'parameter', len(stored))
+  return {'parameters': count, **cost.storage_metrics(_blocks(model), stored)}
 
 
 def _speed(study, model, own: bench.Bench, base: Baseline) -> dict[str, Metric]:

@@ -130,6 +130,35 @@ def _quality(row: Record, text: str = '') -> list[str]:
   return [ppl, change, f'{kl:.4f}']
 
 
+def structured(path: pathlib.Path) -> str:
+  """One run of the main job with recipes that remove units, on two texts, as a table."""
+  rows = records.read(path)
+  about = rows[0]
+  _, other = about.config['texts']
+  lines = [
+    '| recipe | parameters, M | English: perplexity | vs base | KL, nats | code: perplexity '
+    '| vs base | KL, nats | prefill, vs base | decode, vs base |',
+    f'| --- |{" ---: |" * 9}',
+    *(_structured_line(row, other) for row in rows),
+  ]
+  lines.append(
+    f'\n`{about.command}` on {_machine(about)}; records: {_link(path, "docs/compressing.md")}.'
+  )
+  return '\n'.join(lines)
+
+
+def _structured_line(row: Record, other: str) -> str:
+  cells = [
+    f'`{row.recipe}`',
+    f'{row.value("parameters") / 1e6:.1f}',
+    *_quality(row),
+    *_quality(row, f':{other}'),
+    _ratio(row, 'prefill_speedup'),
+    _ratio(row, 'decode_speedup'),
+  ]
+  return f'| {" | ".join(cells)} |'
+
+
 def decoding(path: pathlib.Path) -> str:
   """The records of one run of `benchmark_decode` as a table, ours and the peers', at batch 1."""
   rows = [row for row in records.read(path) if row.config['batch'] == 1]
@@ -246,6 +275,12 @@ PARTS = (
   ),
   Part(file=EMBEDDED, name='results', generate=results, results=('compress_cpu.jsonl',)),
   Part(file='README.md', name='decoding', generate=decoding, results=('decode_cpu.jsonl',)),
+  Part(
+    file='docs/compressing.md',
+    name='structured',
+    generate=structured,
+    results=('structured_smollm2_cpu.jsonl',),
+  ),
   Part(file='docs/techniques.md', name='techniques', generate=techniques),
   Part(file='docs/tree.md', name='tree', generate=tree),
 )

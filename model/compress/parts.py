@@ -8,17 +8,19 @@ import jax
 import numpy as np
 from flax import nnx
 
+from model import units
 from model.compress import statistics
 from model.compress.programs import execute
 from model.compress.recipe import Recipe, Step
 from model.compress.registry import PLAN
-from model.transformer import Transformer, linears, parameters
+from model.transformer import Transformer, abstract, linears, parameters
 from ops.linear import Matrix, core
 from ops.quantized import QuantizedTensor
 from ops.sparse import SparseTensor, looks_pruned
 
 # Cloning a module sorts its attributes, so their own order says nothing.
 ORDER = ('embedding', 'positions', 'layers', 'final_norm', 'head')
+WHOLE = ('shape', 'model')  # scopes of the whole model, in the order in which they come
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ def weights(part: Part) -> dict[str, Matrix]:
 def targets(part: Part, step: Step, recipe: Recipe) -> list[str]:
   """The parameters of a part that a step compresses, by their paths in it."""
   scope, found = step.row.scope, list(parameters(part.module))
-  if scope == 'model':
+  if scope in WHOLE:
     return []
   if scope != 'parameters':
     found = [f'{path}.weight'.strip('.') for path in linears(part.module)]
@@ -71,42 +73,56 @@ def check(model: Transformer, recipe: Recipe, calibration_BT: np.ndarray | None 
   Raises ValueError with the recipe, the technique and the layer.
   """
   for i, step in enumerate(recipe.steps):
-    _check_scope(model, recipe, i)
-    _check_patterns(model, recipe, step)
+    _check_scope(recipe, i)
     if calibrated(step) and calibration_BT is None:
       raise ValueError(f'recipe {recipe.name}: {step.technique} needs calibration text')
     if calibrated(step):
       _check_calibration(model, calibration_BT)
+    model = _check_whole(model, recipe, step)
+    _check_patterns(model, recipe, step)
   for part in parts(model):
     _check_part(part, recipe)
 
 
 def calibrated(step: Step) -> bool:
   """Whether a step runs calibration tokens through the model."""
+  if step.row.scope == 'shape':
+    return step.row.calibrates(step.spec)
   return bool(step.row.statistics) or step.row.scope == 'block'
 
 
-def _check_scope(model, recipe, i):
+def _check_scope(recipe, i):
   step = recipe.steps[i]
-  if step.row.scope == 'model' and any(s.row.scope != 'model' for s in recipe.steps[:i]):
+  late = lambda s: WHOLE.index(s.row.scope) if s.row.scope in WHOLE else len(WHOLE)
+  before = [s.technique for s in recipe.steps[:i] if late(s) > late(step)]
+  if before:
     raise ValueError(
       f'recipe {recipe.name}: {step.technique} changes the whole model, so it has to come before '
-      f'{recipe.steps[0].technique}'
+      f'{before[0]}'
     )
-  if step.row.check is None:
-    return
+
+
+def _check_whole(model, recipe, step) -> Transformer:
+  """Checks a step against the config, and returns the model after a change of shapes, abstract."""
   try:
-    step.row.check(model.config, step.spec)
+    if step.row.check is not None:
+      step.row.check(model.config, step.spec)
+    if step.row.scope != 'shape':
+      return model
+    for path, param in parameters(model).items():
+      units.check_plain(path, param.get_value())
+    dtype = model.embedding.table.get_value().dtype
+    return abstract(step.row.reshapes(model, step.spec), dtype)
   except ValueError as error:
     raise ValueError(f'recipe {recipe.name}: {step.technique}: {error}') from None
 
 
 def _check_patterns(model, recipe, step):
-  if step.row.scope == 'model' and step.only != ('*',):
+  if step.row.scope in WHOLE and step.only != ('*',):
     raise ValueError(
       f'recipe {recipe.name}: {step.technique} changes the whole model and takes no "only"'
     )
-  for pattern in step.only if step.row.scope != 'model' else ():
+  for pattern in step.only if step.row.scope not in WHOLE else ():
     one = dataclasses.replace(step, only=(pattern,))
     if not any(targets(part, one, recipe) for part in parts(model)):
       raise ValueError(

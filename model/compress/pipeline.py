@@ -21,8 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from model import units
 from model.compress import calibrate, statistics
+from model.compress.calibrate import CALIBRATION_BATCH
 from model.compress.ledger import LayerResult, Ledger
+from model.compress.measurements import Measurements
 from model.compress.parts import Part, calibrated, check, parts, targets, weights
 from model.compress.programs import compiled, execute
 from model.compress.progress import Progress
@@ -32,8 +35,6 @@ from model.transformer import Transformer, matrices, parameters
 from ops.linear import Matrix, Weight, dense
 
 __all__ = ['calibrated', 'check', 'compress', 'describe']
-
-CALIBRATION_BATCH = 8  # rows of calibration text in one forward pass
 
 
 @dataclasses.dataclass
@@ -59,7 +60,8 @@ def compress(
 
   `calibration_BT` is [rows, length] of token ids; only recipes with calibrated steps need it.
   `progress` wraps the list of parts, as tqdm does. `in_place` compresses the model itself, so that
-  each original block is freed once it is compressed. `resume` is a folder that keeps each finished
+  each original block is freed once it is compressed; a step that changes shapes builds a new model
+  all the same. `resume` is a folder that keeps each finished
   block until the end; blocks that an interrupted run of the same recipe, model and text left there
   are taken over.
 
@@ -70,8 +72,10 @@ def compress(
   """
   check(model, recipe, calibration_BT)
   kept = Progress.open(resume, model, recipe, calibration_BT)
-  model = model if in_place else nnx.clone(model)
   run = _Run(recipe, Ledger(), {})
+  if not in_place and not any(step.row.scope == 'shape' for step in recipe.steps):
+    model = nnx.clone(model)
+  model = _reshape(model, run, calibration_BT, kept)
   _transform(model, run)
   if any(calibrated(step) for step in recipe.steps):
     _note_repeats(calibration_BT, run)
@@ -90,6 +94,24 @@ def compress(
   _note_head(model, run)
   kept.close()
   return model, run.ledger
+
+
+def _reshape(model, run, calibration_BT, kept: Progress) -> Transformer:
+  """Runs the steps that change the shapes of the model, each on the model that the last one built.
+
+  Steps that an interrupted run finished are not run again.
+  """
+  if kept.shaped >= 0:
+    model, run.ledger = kept.restore_shaped(model.dtype)
+  for i, step in enumerate(run.recipe.steps):
+    if step.row.scope == 'shape' and i > kept.shaped:
+      measurements = Measurements(model, calibration_BT) if calibrated(step) else None
+      result = step.row.function(model, measurements, step.spec)
+      for layer, events in result.events.items():
+        run.ledger.add(layer, step.technique, events)
+      model = units.build(result.config, result.parameters, model.dtype)
+      kept.save_shaped(i, model, run.ledger)
+  return model
 
 
 def _transform(model, run):

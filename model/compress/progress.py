@@ -1,8 +1,9 @@
 """Saves the finished blocks of a compression, so that a killed run resumes after the last one.
 
 A folder holds the parameters and the ledger of each finished block, and the hidden states after the
-last one. Each file is written under another name and renamed, and the hidden states of a block are
-written after its parameters. Whenever a run is killed, the files up to some block are complete.
+last one; before the first, the whole model after the last change of its shapes. Each file is
+written under another name and renamed, and the hidden states of a block are written after its
+parameters. Whenever a run is killed, the files up to some block are complete.
 """
 
 import contextlib
@@ -24,12 +25,13 @@ from model.compress.calibrate import Stream
 from model.compress.ledger import Event, LayerResult, Ledger
 from model.compress.recipe import Recipe
 from model.safetensors_io import Tensor
-from model.transformer import Transformer, parameters
+from model.transformer import Transformer, abstract, parameters
 
 PLAN = 'plan.json'
 STATES = 'states_{}.safetensors'
 BLOCK = 'block_{}.safetensors'
 ABOUT = 'block_{}.json'
+SHAPED, SHAPED_ABOUT = 'shaped_{}.safetensors', 'shaped_{}.json'
 
 
 class Progress:
@@ -37,7 +39,8 @@ class Progress:
 
   def __init__(self, folder: pathlib.Path | None):
     self.folder = folder
-    self.last = _last(folder) if folder else -1
+    self.last = _last(folder, STATES) if folder else -1
+    self.shaped = _last(folder, SHAPED_ABOUT) if folder else -1  # the last step that is finished
 
   @classmethod
   def open(
@@ -95,33 +98,66 @@ class Progress:
     """Loads block i, and its hidden states if it is the last one saved; returns its ledger."""
     stored = safetensors_io.read_file(self.folder / BLOCK.format(i))
     about = json.loads((self.folder / ABOUT.format(i)).read_text())
-    load = lambda name: jnp.array(stored[name].read(), copy=True)
-    for path, param in parameters(block).items():
-      param.set_value(native.build(about['layout'][path], path, load))
+    _fill(block, about['layout'], stored)
     if i == self.last and stream is not None:
       states = safetensors_io.read_file(self.folder / STATES.format(i))
       stream.batches = [
         (tokens_BT, np.array(states[f'{j}'].read()))
         for j, (tokens_BT, _) in enumerate(stream.batches)
       ]
-    rows = about['ledger']
-    layers = [LayerResult(**{**row, 'shape': tuple(row['shape'])}) for row in rows['layers']]
-    return Ledger([Event(**row) for row in rows['events']], layers)
+    return _ledger(about['ledger'])
+
+  def save_shaped(self, i: int, model: Transformer, ledger: Ledger) -> None:
+    """Saves the model after step i, which changed its shapes, with the ledger up to there."""
+    if self.folder is None:
+      return
+    _, layout = native.flatten(model)
+    config = configs.to_json(model.config)
+    about = {'layout': layout, 'ledger': dataclasses.asdict(ledger), 'config': config}
+    with _whole(self.folder / SHAPED.format(i)) as path:
+      safetensors_io.write_file(path, native.tensors(model))
+    with _whole(self.folder / SHAPED_ABOUT.format(i)) as path:
+      path.write_text(json.dumps(about))
+    for pattern in (SHAPED, SHAPED_ABOUT):
+      for old in self.folder.glob(pattern.format('*')):
+        if old.name != pattern.format(i):
+          old.unlink()
+    self.shaped = i
+
+  def restore_shaped(self, dtype) -> tuple[Transformer, Ledger]:
+    """Loads the model that was saved last, with activations of `dtype`, and its ledger."""
+    stored = safetensors_io.read_file(self.folder / SHAPED.format(self.shaped))
+    about = json.loads((self.folder / SHAPED_ABOUT.format(self.shaped)).read_text())
+    model = abstract(configs.from_json(about['config']), dtype)
+    _fill(model, about['layout'], stored)
+    return model, _ledger(about['ledger'])
 
   def close(self) -> None:
     """Removes the folder when the compression is complete."""
     if self.folder is None:
       return
-    for pattern in (STATES, BLOCK, ABOUT):
+    for pattern in (STATES, BLOCK, ABOUT, SHAPED, SHAPED_ABOUT):
       for path in self.folder.glob(pattern.format('*')):
         path.unlink()
     (self.folder / PLAN).unlink()
     self.folder.rmdir()
 
 
-def _last(folder: pathlib.Path) -> int:
-  found = [int(path.stem.rpartition('_')[2]) for path in folder.glob(STATES.format('*'))]
+def _last(folder: pathlib.Path, pattern: str) -> int:
+  found = [int(path.stem.rpartition('_')[2]) for path in folder.glob(pattern.format('*'))]
   return max(found, default=-1)
+
+
+def _fill(module: nnx.Module, layout: dict, stored) -> None:
+  """Sets the parameters of a module to what was stored."""
+  load = lambda name: jnp.array(stored[name].read(), copy=True)
+  for path, param in parameters(module).items():
+    param.set_value(native.build(layout[path], path, load))
+
+
+def _ledger(rows: dict) -> Ledger:
+  layers = [LayerResult(**{**row, 'shape': tuple(row['shape'])}) for row in rows['layers']]
+  return Ledger([Event(**row) for row in rows['events']], layers)
 
 
 @contextlib.contextmanager

@@ -70,8 +70,21 @@ class Changes:
   events: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reshaped:
+  """The result of a technique of scope 'shape'.
+
+  config and parameters: of the new model, the parameters by their paths in it.
+  events: counts by layer of the model that the technique was given.
+  """
+
+  config: ModelConfig
+  parameters: Mapping[str, Matrix]
+  events: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+
 PLAN = 'plan'
-Scope = Literal['linears', 'parameters', 'block', 'model']
+Scope = Literal['linears', 'parameters', 'block', 'model', 'shape']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,12 +98,19 @@ class Technique:
     block       (site, spec) -> Changes, for each block, for techniques that treat several matrices
                 together
     model       (model, spec) -> events; changes the model in place, before any calibration
+    shape       (model, measurements, spec) -> Reshaped; returns a model of other sizes, before all
+                other steps; `measurements` is a `measurements.Measurements`, None without
+                calibration
 
   Functions of linears and parameters are traced: `spec` is static, and Python branches may depend
   on shapes only.
 
-  check: for block and model, (config, spec) raises ValueError if the technique does not apply.
+  check: for block, model and shape, (config, spec) raises ValueError if the technique does not
+    apply.
   becomes: for block, (w, spec) -> Matrix is traced on shapes to find the type of the result.
+  reshapes: for shape, (model, spec) -> config of the result, from a model that may be abstract. A
+    size that depends on calibration or on timing is given by the number that it is a multiple of.
+  calibrates: for shape, (spec) -> whether it measures on calibration text.
   prunes: whether it sets weights to zero that later steps have to leave at zero.
   plan: for linears, (survey, spec) -> {layer: number} divides a total among the layers, such as the
     sparsity. It is called once before the blocks, with an iterator of (layer, w, statistics) over
@@ -106,6 +126,8 @@ class Technique:
   check: Callable | None = None
   becomes: Callable | None = None
   plan: Callable | None = None
+  reshapes: Callable | None = None
+  calibrates: Callable[[Any], bool] | None = None
   prunes: bool = False
 
   def __call__(self, w: Matrix, statistics: Statistics, spec: Any) -> Outcome:

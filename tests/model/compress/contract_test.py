@@ -151,4 +151,5 @@ def test_the_example_has_all_statistics(broken):
     'input_covariance': (contracts.INPUTS, contracts.INPUTS),
     'input_absmax': (contracts.INPUTS,),
     'input_absmean': (contracts.INPUTS,),
+    'input_moments': (2, contracts.INPUTS),
   }
