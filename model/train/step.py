@@ -142,7 +142,7 @@ def init(
   setup = Setup(structure, graphs, task.objective, optimizer, config)
   state = TrainState(trained, optimizer.init(trained), jnp.zeros((), jnp.int32))
   read = Frozen(frozen, {name: state for name, (_, state) in split.items()})
-  return setup, _replicate_scalars(state, _mesh(read) or _mesh(state)), read
+  return setup, _replicate(state, _mesh(read) or _mesh(state)), read
 
 
 def make_step(
@@ -207,9 +207,13 @@ def _mesh(tree) -> jax.sharding.Mesh | None:
   return next((s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)), None)
 
 
-def _replicate_scalars(state: TrainState, mesh: jax.sharding.Mesh | None) -> TrainState:
-  """Replicates the scalars of the state over the mesh of the parameters, if they have one."""
+def _replicate(state: TrainState, mesh: jax.sharding.Mesh | None) -> TrainState:
+  """Replicates what is new over the mesh of the parameters, if they have one.
+
+  Scalars are new, and the objective's own arrays with their optimizer state.
+  """
   if mesh is None:
     return state
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  return jax.tree.map(lambda x: jax.device_put(x, everywhere) if x.ndim == 0 else x, state)
+  placed = lambda x: x.ndim and isinstance(x.sharding, jax.sharding.NamedSharding)
+  return jax.tree.map(lambda x: x if placed(x) else jax.device_put(x, everywhere), state)
