@@ -84,13 +84,14 @@ def _chunked(array, columns):
   """Splits [B, T, ...] into [chunks, B, columns, ...]; T is padded to a multiple of `columns`."""
   batch, length, *rest = array.shape
   widths = [(0, 0), (0, -length % columns)] + [(0, 0)] * len(rest)
-  return jnp.moveaxis(jnp.pad(array, widths).reshape(batch, -1, columns, *rest), 1, 0)
+  chunks = -(-length // columns)
+  return jnp.moveaxis(jnp.pad(array, widths).reshape(batch, chunks, columns, *rest), 1, 0)
 
 
 def _joined(chunks, length):
   """Joins [chunks, B, columns, ...] to [B, T, ...], without the padding."""
-  _, batch, _, *rest = chunks.shape
-  return jnp.moveaxis(chunks, 0, 1).reshape(batch, -1, *rest)[:, :length]
+  count, batch, columns, *rest = chunks.shape
+  return jnp.moveaxis(chunks, 0, 1).reshape(batch, count * columns, *rest)[:, :length]
 
 
 def label_nll(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
