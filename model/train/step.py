@@ -20,6 +20,7 @@ from flax import nnx
 
 from model.train.data import Batch
 from model.train.objectives import CrossEntropy, Models, Network, Objective, Sums
+from model.train.on_policy import OnPolicy
 from model.train.partition import Arrays, Selection, Structure, partition
 from model.transformer import Transformer
 
@@ -52,11 +53,15 @@ class StepConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
-  """What a run learns: which arrays, by which objective, against which frozen models."""
+  """What a run learns: which arrays, by which objective, against which frozen models.
+
+  With `on_policy`, the student writes some of the batches itself.
+  """
 
   objective: Objective = CrossEntropy()
   selection: Selection = Selection()
   references: Mapping[str, Transformer] = dataclasses.field(default_factory=dict)
+  on_policy: OnPolicy | None = None
 
 
 @functools.partial(
