@@ -93,14 +93,14 @@ class PackedDataset:
 
   def batch(self, step: int) -> Batch:
     """Returns the rows of update `step`; each epoch visits all rows once, in its own order."""
-    return self.at(self.rows_of(step))
+    return self.take(self.rows_of(step))
 
   def rows_of(self, step: int) -> np.ndarray:
     """The indices of the rows of update `step`."""
     first = step * self.batch_size
     return np.asarray([self._row_index(first + i) for i in range(self.batch_size)])
 
-  def at(self, rows: Iterable[int]) -> Batch:
+  def take(self, rows: Iterable[int]) -> Batch:
     """Returns these rows of the stream, in this order."""
     packed = [pack_row(self.stream, self.starts, row * self.seq_len, self.seq_len) for row in rows]
     return Batch(*(np.stack(arrays) for arrays in zip(*packed)))
@@ -109,7 +109,7 @@ class PackedDataset:
     """Yields every row once, in order, for evaluation; rows that pad the last batch lack labels."""
     for first in range(0, self.rows, self.batch_size):
       indices = first + np.arange(self.batch_size)
-      batch = self.at(np.minimum(indices, self.rows - 1))
+      batch = self.take(np.minimum(indices, self.rows - 1))
       real_B1 = (indices < self.rows)[:, None]
       yield dataclasses.replace(batch, labels_BT=np.where(real_B1, batch.labels_BT, NO_LABEL))
 

@@ -57,7 +57,7 @@ class TargetDataset:
   def batch(self, step: int) -> TargetBatch:
     """The rows of update `step`, with their targets."""
     rows = self.dataset.rows_of(step)
-    batch = self.dataset.at(rows)
+    batch = self.dataset.take(rows)
     found = self.targets.read(rows, batch)
     return TargetBatch(
       **vars(batch),

@@ -216,7 +216,7 @@ def _stored(compute, dataset, rows, config, vocabulary) -> dict[str, np.ndarray]
   for first in range(0, len(rows), config.batch_size):
     own = rows[first : first + config.batch_size]
     padded = np.resize(own, config.batch_size)
-    batch = dataset.at(padded)
+    batch = dataset.take(padded)
     found = compute(batch, padded.astype(np.uint32)) | {'digest': digest(batch)}
     parts.append({name: np.asarray(array)[: len(own)] for name, array in found.items()})
   joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -324,7 +324,7 @@ class StoredTargets:
     if tokenizer and shared_vocabulary.fingerprint(tokenizer) != self.about['tokenizer']:
       raise ValueError(f'{self._folder} has targets of a teacher of another tokenizer')
     for row in np.unique(np.linspace(0, self.rows - 1, 64).astype(int)):
-      self.read([row], dataset.at([row]))
+      self.read([row], dataset.take([row]))
 
   def read(self, rows: Iterable[int], batch: Batch) -> dict[str, np.ndarray]:
     """Returns ids (int32), log_probs, logsumexp and entropy (float32) of the rows of a batch.

@@ -150,10 +150,10 @@ class _DyingDataset(PackedDataset):
 
   dying_row: int
 
-  def at(self, rows):
+  def take(self, rows):
     if self.dying_row in rows:
       raise KeyboardInterrupt
-    return super().at(rows)
+    return super().take(rows)
 
 
 def _write(folder, teacher, tokenizer, dataset=None, **changes):
@@ -182,7 +182,7 @@ def test_any_row_is_read_and_has_the_teachers_distribution(folder, teacher):
   dataset, found = _dataset(), StoredTargets(folder)
   assert dataset.rows % CONFIG.rows_per_shard and len(found.about['shards']) > 2
   for rows in ([dataset.rows - 1, 0, 6], [2]):
-    batch = dataset.at(rows)
+    batch = dataset.take(rows)
     got = found.read(rows, batch)
     scaled = _dense(teacher, batch, 2.0)
     log_p = log_softmax(scaled, -1)
@@ -217,7 +217,7 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path, folder, teacher, tokeni
 
 def test_draws_depend_on_the_seed_and_the_row_alone(tmp_path, folder, teacher, tokenizer):
   rows = np.arange(_dataset().rows)
-  read = lambda found: found.read(rows, _dataset().at(rows))['ids']
+  read = lambda found: found.read(rows, _dataset().take(rows))['ids']
   want = read(StoredTargets(folder))
   other = _write(tmp_path / 'shards', teacher, tokenizer, rows_per_shard=5, batch_size=3)
   np.testing.assert_array_equal(read(other), want)
