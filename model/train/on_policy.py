@@ -102,16 +102,16 @@ class OnPolicy:
 
   def _prompt(self, batch: Batch, row: int) -> list[int]:
     """The longest piece of one document in the beginning of a row, without the document's end."""
-    tokens, labels, segments = (
-      np.asarray(array[row][: self.prompt_length])
-      for array in (batch.tokens_BT, batch.labels_BT, batch.segments_BT)
-    )
-    starts = np.flatnonzero(np.diff(segments, prepend=-1))
+    tokens = np.asarray(batch.tokens_BT[row][: self.prompt_length])
+    segments = np.asarray(batch.segments_BT[row][: self.prompt_length + 1])
+    changes = np.flatnonzero(np.diff(segments)) + 1
+    # A piece that another segment follows is whole, and its last token is the end token.
     pieces = [
-      piece[:-1] if ends[-1] == NO_LABEL and len(piece) > 1 else piece
-      for piece, ends in zip(np.split(tokens, starts[1:]), np.split(labels, starts[1:]))
+      tokens[start : max(start + 1, stop - 1)] for start, stop in zip([0, *changes], changes)
     ]
-    return max(pieces, key=len).tolist()
+    pieces.append(tokens[changes[-1] if len(changes) else 0 :])
+    real = [piece for piece, at in zip(pieces, [0, *changes]) if len(piece) and segments[at]]
+    return max(real or [tokens[:1]], key=len).tolist()
 
   def _check_written(self, written: Tokens, rows: int, vocabulary: int) -> None:
     if len(written) != rows:
