@@ -10,8 +10,8 @@ has the mean q - t. The head alone, as it is often stored, has not: renormalized
 overconfident. K = 0 is random sampling distillation (Anshumann et al. 2025,
 https://arxiv.org/abs/2503.16870); an exact head lowers the variance. The draws are stratified: draw
 j inverts the cumulative sum of the tail at a random point of its j-th N-th, which keeps the mean
-and lowers the variance again. Points have 24 bits, so a token with less than 1e-7 of the tail is
-drawn too often or too rarely by as much.
+and lowers the variance again. The sum has 24 bits, so how often a token is drawn is off by up to
+1e-7 of the tail.
 
 What a stored target cannot do: its temperature is that of the file. The reverse KL and the JSD need
 the teacher where the student has mass, which a file does not hold. The draws are fixed: a run of

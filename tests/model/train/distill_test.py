@@ -23,6 +23,7 @@ from ops import quantized
 from ops.divergences import Divergence
 
 VALUE, GRADIENT = 1e-6, 1e-5  # relative, between chunked and dense float32
+TWENTY_UPDATES = 2e-4  # of gradients and weights, where each update adds to the rounding
 V = 32
 ALL = Distillation(
   divergence=Divergence(kind='jsd', mix=0.3, temperature=2.0),
@@ -275,7 +276,7 @@ def test_a_student_comes_near_its_teacher_which_stays(rng):
   assert all(np.array_equal(x, y) for x, y in zip(before, after, strict=True))
 
 
-def test_micro_batches_and_eight_devices_give_the_same_update(rng):
+def test_micro_batches_and_eight_devices_give_the_same_in_twenty_updates(rng):
   batch = _batch(rng, rows=8)
   mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
   everywhere = NamedSharding(mesh, PartitionSpec())
@@ -288,13 +289,18 @@ def test_micro_batches_and_eight_devices_give_the_same_update(rng):
     placed = (
       batch if mesh is None else jax.device_put(batch, NamedSharding(mesh, PartitionSpec('data')))
     )
-    state, metrics = step_lib.make_step(setup, state)(state, frozen, placed)
+    step = step_lib.make_step(setup, state)
+    for _ in range(20):
+      state, metrics = step(state, frozen, placed)
     return state.trained, metrics
 
   want, want_metrics = update(StepConfig())
   for got, metrics in (update(StepConfig(accumulation=4)), update(StepConfig(), mesh)):
-    _assert_relative(metrics, want_metrics, 1e-5)
-    _assert_relative(got, want, 1e-5)
+    norms = metrics.pop('grad_norm'), want_metrics['grad_norm']
+    assert float(norms[0]) == pytest.approx(float(norms[1]), rel=TWENTY_UPDATES)
+    sums = {name: value for name, value in want_metrics.items() if name != 'grad_norm'}
+    _assert_relative(metrics, sums, 1e-5)
+    _assert_relative(got, want, TWENTY_UPDATES)
 
 
 def _config(**changes):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from scipy.special import log_softmax
 
 from model.config import LayerConfig, ModelConfig
@@ -347,3 +348,21 @@ def test_a_student_learns_from_a_file_and_a_killed_run_resumes_bitwise(tmp_path,
   leaves = lambda result: jax.tree.leaves(nnx.split(result.model)[1])
   assert all(np.array_equal(a, b) for a, b in zip(leaves(whole), leaves(resumed), strict=True))
   assert whole.records == resumed.records
+
+
+def test_eight_devices_learn_the_same_in_twenty_updates(folder):
+  dataset = TargetDataset(_dataset(batch_size=8), StoredTargets(folder))
+  task = Task(objective=StoredDistillation.of(dataset.targets, hard_weight=0.2))
+  config = FitConfig(optimizer=OptimizerConfig(steps=20, learning_rate=1e-3, eps=1e-4))
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+
+  def fit(model, batches=None):
+    return loop.fit(
+      model, dataset, config, task=task, batch_sharding=batches, progress=False
+    ).records
+
+  graphdef, state = nnx.split(_model(2))
+  spread = nnx.merge(graphdef, jax.device_put(state, NamedSharding(mesh, PartitionSpec())))
+  one, eight = fit(_model(2)), fit(spread, NamedSharding(mesh, PartitionSpec('data')))
+  for a, b in zip(one, eight, strict=True):
+    assert b['loss'] == pytest.approx(a['loss'], rel=1e-5)
