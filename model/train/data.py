@@ -189,25 +189,29 @@ class PackedDataset:
 
   def batch(self, step: int) -> Batch:
     """Returns the rows of update `step`; each epoch visits all rows once, in its own order."""
+    return self.take(self.rows_of(step))
+
+  def rows_of(self, step: int) -> np.ndarray:
+    """The indices of the rows of update `step`."""
     first = step * self.batch_size
-    indices = [self._row_index(first + i) for i in range(self.batch_size)]
-    return self._gather(np.asarray(indices))
+    return np.asarray([self._row_index(first + i) for i in range(self.batch_size)])
+
+  def take(self, rows: Iterable[int]) -> Batch:
+    """Returns these rows of the stream, in this order."""
+    packed = [self._row(row * self.seq_len) for row in rows]
+    return Batch(*(np.stack(arrays) for arrays in zip(*packed)))
 
   def sequential(self) -> Iterator[Batch]:
     """Yields every row once, in order, for evaluation; rows that pad the last batch lack labels."""
     for first in range(0, self.rows, self.batch_size):
       indices = first + np.arange(self.batch_size)
-      batch = self._gather(np.minimum(indices, self.rows - 1))
+      batch = self.take(np.minimum(indices, self.rows - 1))
       real_B1 = (indices < self.rows)[:, None]
       yield dataclasses.replace(batch, labels_BT=np.where(real_B1, batch.labels_BT, NO_LABEL))
 
   def _row_index(self, visit):
     epoch, position = divmod(visit, self.rows)
     return _permutation(self.seed, epoch, self.rows)[position]
-
-  def _gather(self, rows):
-    rows = [self._row(row * self.seq_len) for row in rows]
-    return Batch(*(np.stack(arrays) for arrays in zip(*rows)))
 
   def _row(self, at):
     tokens, labels, segments, positions = pack_row(self.stream, self.starts, at, self.seq_len)

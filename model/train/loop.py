@@ -85,6 +85,8 @@ def fit(
   """
   task = task or Task()
   _check(model, dataset, config)
+  if task.on_policy is not None:
+    task.on_policy.check(task.objective, dataset.seq_len)
   optimizer = optimizer_lib.make(config.optimizer)
   setup, state, frozen = step_lib.init(model, optimizer, task, config.step)
   with contextlib.ExitStack() as stack:
@@ -97,7 +99,10 @@ def fit(
     bar = stack.enter_context(_bar(config, len(records), progress))
     loop = _Loop(config=config, run=run, bar=bar, records=records)
     for n in range(int(state.step), config.optimizer.steps):
-      batch = jax.device_put(dataset.batch(n), batch_sharding)
+      batch = dataset.batch(n)
+      if task.on_policy is not None:
+        batch = task.on_policy(batch, n, setup.model(state.trained, frozen))
+      batch = jax.device_put(batch, batch_sharding)
       compiled = compiled or update.lower(state, frozen, batch).compile()
       state, metrics = compiled(state, frozen, batch)
       loop.after_update(n + 1, state, metrics)
@@ -219,6 +224,7 @@ def identity(model: Transformer, dataset: PackedDataset, config: FitConfig, task
     'step': dataclasses.asdict(config.step),
     'objective': {'name': type(task.objective).__name__, **dataclasses.asdict(task.objective)},
     'selection': dataclasses.asdict(task.selection),
+    'on_policy': task.on_policy and task.on_policy.identity,
     'data': dataset.fingerprint,
     'model': model_config.to_json(model.config),
     'starting weights': fingerprint.of_model(model),

@@ -21,6 +21,7 @@ from flax import nnx
 from model import stacked
 from model.train.data import Batch
 from model.train.objectives import CrossEntropy, Models, Network, Objective, Sums
+from model.train.on_policy import OnPolicy
 from model.train.partition import Arrays, Selection, Structure, partition
 from model.transformer import Transformer
 
@@ -57,11 +58,15 @@ class StepConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
-  """What a run learns: which arrays, by which objective, against which frozen models."""
+  """What a run learns: which arrays, by which objective, against which frozen models.
+
+  With `on_policy`, the student writes some of the batches itself.
+  """
 
   objective: Objective = CrossEntropy()
   selection: Selection = Selection()
   references: Mapping[str, Transformer] = dataclasses.field(default_factory=dict)
+  on_policy: OnPolicy | None = None
 
 
 @functools.partial(
@@ -148,7 +153,7 @@ def init(
   setup = Setup(structure, graphs, task.objective, optimizer, config)
   state = TrainState(trained, optimizer.init(trained), jnp.zeros((), jnp.int32))
   read = Frozen(frozen, {name: state for name, (_, state) in split.items()})
-  return setup, _replicate_scalars(state, _mesh(read) or _mesh(state)), read
+  return setup, _replicate(state, _mesh(read) or _mesh(state)), read
 
 
 def make_step(
@@ -213,9 +218,13 @@ def _mesh(tree) -> jax.sharding.Mesh | None:
   return next((s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)), None)
 
 
-def _replicate_scalars(state: TrainState, mesh: jax.sharding.Mesh | None) -> TrainState:
-  """Replicates the scalars of the state over the mesh of the parameters, if they have one."""
+def _replicate(state: TrainState, mesh: jax.sharding.Mesh | None) -> TrainState:
+  """Replicates what is new over the mesh of the parameters, if they have one.
+
+  Scalars are new, and the objective's own arrays with their optimizer state.
+  """
   if mesh is None:
     return state
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  return jax.tree.map(lambda x: jax.device_put(x, everywhere) if x.ndim == 0 else x, state)
+  placed = lambda x: x.ndim and isinstance(x.sharding, jax.sharding.NamedSharding)
+  return jax.tree.map(lambda x: x if placed(x) else jax.device_put(x, everywhere), state)

@@ -1,0 +1,327 @@
+r"""Shows what each part of distillation is worth, on small models with several seeds.
+
+  python -m experiments.study_distillation --output=experiments/results/distillation_cpu.jsonl
+  python -m experiments.study_distillation --arms=kd,kd_reverse --learning_rates=1e-3,2e-3,4e-3
+
+The teacher has the shape of the embedded base with four layers, and is trained once on the source
+of Python's standard library. Students have two layers and see the same number of tokens; each seed
+has its own passages, order and initial weights. The arms:
+
+  scratch         random start, labels alone
+  all             random start, DistilBERT's loss: soft 5, hard 2, cosine of hidden states 1, T 2
+  layers_all      the same from the teacher's first and last layer
+  layers_no_soft, layers_no_hard   without one part
+  layers_hard     from the teacher's layers, labels alone
+  kd              random start, forward KL alone
+  kd_reverse, kd_jsd   other divergences
+  kd_sampled      forward KL to 50 stored draws a token, 100 bytes
+  kd_mixed        a stored head of 8 tokens and 34 draws, 116 bytes
+  kd_top          a stored head of 25 tokens and no draws, 100 bytes
+  more_off_policy, more_on_policy   layers_all goes on, on given text or on its own
+
+Each is measured on held-out text: bits per byte, entropy, divergences to the teacher, calibration
+error; and its divergences on texts that it writes itself. The orders that the papers report are
+counted over the runs:
+
+  D1  a distilled student is better than one from scratch
+  D2  the teacher's layers are a better start than random ones
+  D3  leaving out the soft targets costs more than leaving out the hard labels
+  D5  50 draws come within 0.5 % of the full loss, and are better calibrated than a head alone
+  D6  reverse KL: lower entropy and KL(student || teacher), higher cross entropy; JSD in between
+  D7  writing itself brings a student nearer to the teacher on its own texts
+
+Device: any. Minutes: 40 on two CPU cores with three seeds. Expected: every order in every seed,
+except that the differences between divergences (D6) are small.
+"""
+
+import dataclasses
+import pathlib
+import tempfile
+import time
+from collections.abc import Mapping
+
+import numpy as np
+from absl import flags
+
+from experiments import base as embedded
+from experiments import common, student_text
+from model.eval import closeness, perplexity, records
+from model.eval.records import Metric, Record
+from model.train import loop, students, targets
+from model.train.data import PackedDataset, excerpts
+from model.train.distill import TEACHER, Distillation
+from model.train.features import Hidden
+from model.train.loop import FitConfig
+from model.train.objectives import CrossEntropy, Objective
+from model.train.optimizer import OptimizerConfig
+from model.train.step import StepConfig, Task
+from model.train.stored import StoredDistillation, TargetDataset
+from model.train.targets import StoredTargets, TargetConfig
+from model.transformer import Transformer
+from ops.divergences import Divergence
+
+TEACHER_PLAN = embedded.Plan(layers=4, steps=1200)
+SMOKE_PLAN = dataclasses.replace(embedded.SMOKE, layers=4)
+STUDENT_LAYERS = 2
+CHARACTERS_A_TOKEN = 6  # rarely more
+PROMPT, WRITTEN = 32, 96  # tokens of a text that a student writes
+
+ARMS_FLAG = flags.DEFINE_list('arms', None, 'Arms to train. Default: all.')
+SEEDS = flags.DEFINE_integer('seeds', 3, 'Seeds of each arm.', lower_bound=1)
+FIRST_SEED = flags.DEFINE_integer('first_seed', 0, 'The first of the seeds.', lower_bound=0)
+STEPS = flags.DEFINE_integer('steps', 300, 'Updates of each arm.', lower_bound=2)
+RATES = flags.DEFINE_list('learning_rates', None, 'Peak learning rates. Default: that of the arm.')
+OUTPUT = flags.DEFINE_string('output', None, 'A .jsonl file to append records to.')
+SMOKE = flags.DEFINE_bool('smoke', False, 'A tiny teacher, four updates and one seed.')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+  """One way to make a student. `start` names another arm to go on from, 'random' or 'layers'."""
+
+  start: str
+  objective: Objective | None = None
+  stored: TargetConfig | None = None  # instead of an objective
+  written: float | None = None  # the fraction of on-policy batches
+  learning_rate: float = 2e-3
+
+
+def _kl(kind: str, mix: float | None = None, **settings) -> Arm:
+  objective = Distillation(divergence=Divergence(kind=kind, mix=mix))
+  return Arm(start='random', objective=objective, **settings)
+
+
+def _bert(soft: float, hard: float) -> Distillation:
+  return Distillation(
+    divergence=Divergence(temperature=2.0),
+    soft_weight=soft,
+    hard_weight=hard,
+    features=(Hidden(),),
+  )
+
+
+def _more(written: float) -> Arm:
+  objective = Distillation(divergence=Divergence(kind='jsd', mix=0.5))
+  return Arm(start='layers_all', objective=objective, written=written, learning_rate=5e-4)
+
+
+ARMS = {
+  'scratch': Arm(start='random', objective=CrossEntropy()),
+  'all': Arm(start='random', objective=_bert(5, 2)),
+  'layers_all': Arm(start='layers', objective=_bert(5, 2)),
+  'layers_no_soft': Arm(start='layers', objective=_bert(0, 2)),
+  'layers_no_hard': Arm(start='layers', objective=_bert(5, 0)),
+  'layers_hard': Arm(start='layers', objective=CrossEntropy()),
+  'kd': _kl('forward_kl'),
+  'kd_reverse': _kl('reverse_kl'),
+  'kd_jsd': _kl('jsd', 0.5),
+  'kd_sampled': Arm(start='random', stored=TargetConfig(head=0, draws=50)),
+  'kd_mixed': Arm(start='random', stored=TargetConfig(head=8, draws=34)),
+  'kd_top': Arm(start='random', stored=TargetConfig(head=25, draws=0, dtype='float16')),
+  'more_off_policy': _more(0.0),
+  'more_on_policy': _more(1.0),
+}
+
+Results = Mapping[str, Mapping[str, float]]  # arm -> metric -> value, of one seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+  """A claim: the metric rises from arm to arm. The first may be `slack` times the second."""
+
+  claim: str
+  metric: str
+  arms: tuple[str, ...]
+  slack: float = 1.0
+
+  def holds(self, results: Results) -> bool:
+    values = [results[arm][self.metric] for arm in self.arms]
+    return all(a < self.slack * b for a, b in zip(values, values[1:]))
+
+
+ORDERS = (
+  Order('D1', 'bits_per_byte', ('all', 'scratch')),
+  Order('D1, soft targets alone', 'bits_per_byte', ('kd', 'scratch')),
+  Order('D2', 'bits_per_byte', ('layers_all', 'all')),
+  Order('D3', 'bits_per_byte', ('layers_no_hard', 'layers_no_soft')),
+  Order('D5, within 0.5 %', 'cross_entropy', ('kd_sampled', 'kd'), slack=1.005),
+  Order('D5', 'calibration_error', ('kd_sampled', 'kd_top')),
+  Order('D5, loss', 'cross_entropy', ('kd_sampled', 'kd_top')),
+  Order('D6', 'entropy', ('kd_reverse', 'kd_jsd', 'kd')),
+  Order('D6', 'reverse_kl', ('kd_reverse', 'kd')),
+  Order('D6', 'cross_entropy', ('kd', 'kd_reverse')),
+  Order('D7', 'own_reverse_kl', ('more_on_policy', 'more_off_policy')),
+  Order('D7', 'own_forward_kl', ('more_on_policy', 'more_off_policy')),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+  """What all arms share."""
+
+  base: embedded.Embedded
+  plan: embedded.Plan
+  windows: perplexity.Windows
+  steps: int
+
+  @property
+  def teacher(self) -> Transformer:
+    return self.base.model
+
+  def data(self, seed: int, steps: int) -> PackedDataset:
+    """Rows for exactly one epoch of `steps` updates."""
+    tokens = steps * self.plan.batch_size * self.plan.seq_len + 1
+    whole = PackedDataset.from_texts(
+      excerpts(self.base.texts.train, CHARACTERS_A_TOKEN * tokens, seed=seed),
+      self.base.tokenizer,
+      seq_len=self.plan.seq_len,
+      batch_size=self.plan.batch_size,
+      seed=seed,
+    )
+    starts = whole.starts[whole.starts < tokens]
+    return dataclasses.replace(whole, stream=whole.stream[:tokens], starts=starts)
+
+
+def main() -> None:
+  names = ARMS_FLAG.value or list(ARMS)
+  for name in names:
+    if name not in ARMS:
+      raise ValueError(f'--arms has {name!r}, which is not one of {", ".join(ARMS)}')
+  study = _study()
+  seeds = 1 if SMOKE.value else SEEDS.value
+  runs = [
+    _run_seed(study, names, seed, rate)
+    for seed in range(FIRST_SEED.value, FIRST_SEED.value + seeds)
+    for rate in map(float, RATES.value or [0])
+  ]
+  for order in ORDERS:
+    if all(arm in runs[0] for arm in order.arms):
+      held = sum(order.holds(results) for results in runs)
+      print(f'{order.claim}: {order.metric}, {" < ".join(order.arms)}: {held} of {len(runs)}')
+
+
+def _study() -> Study:
+  plan = SMOKE_PLAN if SMOKE.value else TEACHER_PLAN
+  base = embedded.load_or_train(common.cache_folder(), plan=plan)
+  ids_T, ends_T = base.tokenizer.encode_with_bytes('\n'.join(base.texts.held_out))
+  windows = perplexity.windows(ids_T, ends_T, plan.seq_len, 8 if SMOKE.value else 256)
+  return Study(base=base, plan=plan, windows=windows, steps=4 if SMOKE.value else STEPS.value)
+
+
+def _run_seed(study: Study, names: list[str], seed: int, rate: float) -> Results:
+  """Trains and measures the arms; those that another arm starts from are trained first."""
+  models, results = {}, {}
+  wanted = [name for name in ARMS if name in names]
+  needed = {ARMS[name].start for name in wanted} & set(ARMS)
+  for name in [name for name in ARMS if name in needed.union(wanted)]:
+    arm = ARMS[name] if not rate else dataclasses.replace(ARMS[name], learning_rate=rate)
+    start = time.perf_counter()
+    models[name], about = _train(study, arm, models, seed)
+    metrics = {'train_time': Metric(time.perf_counter() - start, 's'), **about}
+    metrics |= _measure(study, models[name], seed)
+    results[name] = {metric: found.value for metric, found in metrics.items()}
+    _report(study, name, arm, seed, metrics)
+  return results
+
+
+def _train(study, arm, models, seed) -> tuple[Transformer, dict[str, Metric]]:
+  more = arm.start in ARMS
+  steps = max(2, study.steps // 3) if more else study.steps
+  if more:
+    student = models[arm.start]
+  elif arm.start == 'layers':
+    student = students.from_layers(study.teacher, STUDENT_LAYERS)
+  else:
+    student = students.at_random(study.teacher, STUDENT_LAYERS, seed=seed)
+  # A student that goes on reads new text.
+  data = study.data(seed + 1000 if more else seed, steps)
+  optimizer = OptimizerConfig(
+    steps=steps, learning_rate=arm.learning_rate, warmup_steps=min(20, steps // 4)
+  )
+  config = FitConfig(optimizer=optimizer, step=StepConfig(loss_chunk=256))
+  with tempfile.TemporaryDirectory() as folder:
+    task, data, about = _task(study, arm, data, pathlib.Path(folder) / 'targets', seed)
+    result = loop.fit(student, data, config, task=task, progress=False)
+  return result.model, about
+
+
+def _task(study, arm, data, folder, seed):
+  """The task of an arm, its data, and what is to be said of them."""
+  if arm.stored is not None:
+    config = dataclasses.replace(arm.stored, seed=seed)
+    targets.write(folder, study.teacher, data, study.base.tokenizer, config)
+    found = StoredTargets(folder)
+    data = TargetDataset(data, found, study.base.tokenizer)
+    about = {'bytes_per_token': Metric(found.bytes_per_token, 'byte')}
+    return Task(objective=StoredDistillation.of(found)), data, about
+  if isinstance(arm.objective, CrossEntropy):
+    return Task(objective=arm.objective), data, {}
+  on_policy = None
+  if arm.written is not None:
+    on_policy = student_text.on_policy(
+      1.0,
+      fraction=arm.written,
+      prompt_length=_part(study, PROMPT),
+      new_tokens=_part(study, WRITTEN),
+      seed=seed,
+    )
+  references = {TEACHER: study.teacher}
+  return Task(objective=arm.objective, references=references, on_policy=on_policy), data, {}
+
+
+def _part(study: Study, tokens: int) -> int:
+  """The share of a row of this study's length that so many tokens are of the default length."""
+  return tokens * study.plan.seq_len // TEACHER_PLAN.seq_len
+
+
+def _measure(study: Study, student: Transformer, seed: int) -> dict[str, Metric]:
+  text = closeness.measure(student, study.teacher, study.windows.tokens_BT)
+  prompts_BT = study.windows.tokens_BT[:64, : _part(study, PROMPT)]
+  own = closeness.measure(
+    student,
+    study.teacher,
+    *student_text.sample(student, prompts_BT, _part(study, WRITTEN), seed=seed),
+  )
+  n = text.tokens
+  bits = text.cross_entropy * n / np.log(2) / study.windows.predicted_bytes
+  return {
+    'bits_per_byte': Metric(bits, 'bit/byte', n),
+    'cross_entropy': Metric(text.cross_entropy, 'nat/token', n),
+    'entropy': Metric(text.entropy, 'nat/token', n),
+    'forward_kl': Metric(text.forward_kl, 'nat/token', n),
+    'reverse_kl': Metric(text.reverse_kl, 'nat/token', n),
+    'calibration_error': Metric(text.calibration_error, '1', n),
+    'own_forward_kl': Metric(own.forward_kl, 'nat/token', own.tokens),
+    'own_reverse_kl': Metric(own.reverse_kl, 'nat/token', own.tokens),
+    'own_entropy': Metric(own.entropy, 'nat/token', own.tokens),
+  }
+
+
+def _report(study, name, arm, seed, metrics) -> None:
+  shown = {metric: f'{found.value:.4f}' for metric, found in metrics.items()}
+  print(f'seed {seed} {name} (rate {arm.learning_rate}): {shown}', flush=True)
+  if not OUTPUT.value:
+    return
+  record = Record(
+    experiment='study_distillation',
+    recipe=name,
+    command=common.command(),
+    config={
+      'teacher': dataclasses.asdict(study.plan),
+      'student_layers': STUDENT_LAYERS,
+      'steps': study.steps,
+      'learning_rate': arm.learning_rate,
+      'start': arm.start,
+      'objective': repr(arm.objective or arm.stored),
+      'written': arm.written,
+      'text_fingerprint': study.base.texts.fingerprint,
+    },
+    environment=records.environment(),
+    seed=seed,
+    metrics=metrics,
+  )
+  records.append(OUTPUT.value, record)
+
+
+if __name__ == '__main__':
+  common.run(main)
