@@ -32,6 +32,8 @@ FORMATS = {
   'nf4': {'format': 'nf4'},
   'nf4 double': {'format': 'nf4', 'double': True},
   'fp8': {'format': 'fp8_e4m3'},
+  'mxfp4': {'format': 'mxfp4'},
+  'mxfp8': {'format': 'mxfp8'},
 }
 formats = pytest.mark.parametrize('format', FORMATS)
 DEVICES = {'tpu': targets.tpu, 'gpu': targets.gpu}
