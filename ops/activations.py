@@ -41,7 +41,7 @@ class ActivationQuantized(Weight):
   """
 
   values: Matrix = array('IO')
-  scale: jax.Array | None = array('', optional=True)
+  scale: jax.Array | None = array('', 'scale', optional=True)
   bits: Bits
 
   passes_to = 'values'

@@ -30,8 +30,8 @@ class LoraTensor(Weight):
   """base + scale * a @ b, with a [I, R] and b [R, O]. `scale` is alpha / R in the paper's terms."""
 
   base: Matrix = array('IO')
-  a_IR: jax.Array = array('IR')
-  b_RO: jax.Array = array('RO')
+  a_IR: jax.Array = array('IR', 'adapter')
+  b_RO: jax.Array = array('RO', 'adapter')
   scale: float
 
   passes_to = 'base'

@@ -60,9 +60,9 @@ class QuantizedTensor(Weight):
   zeros: uint8 [J, O] for an asymmetric format, or floating (see ops/solvers/hqq.py); else None.
   """
 
-  values: jax.Array = array('IO')
-  scales: Matrix = array('JO')
-  zeros: jax.Array | None = array('JO', optional=True)
+  values: jax.Array = array('IO', 'code')
+  scales: Matrix = array('JO', 'scale')
+  zeros: jax.Array | None = array('JO', 'scale', optional=True)
   format: FormatName
   inputs: int  # I: the last byte of packed codes may be filled up with zeros
   dtype: jnp.dtype
@@ -119,17 +119,17 @@ class QuantizedTensor(Weight):
     return formats.scaled(codes_JgO, scale_JO, self.zeros).reshape(self.shape).astype(self.dtype)
 
   def matmul(self, x):
-    return matmul(x, self.dense()) if self._widened else _product(x, self)
+    return _product(x, self)
 
   def kernel(self, platform):
-    if platform not in ('gpu', 'tpu') or self._widened:
+    if platform not in ('gpu', 'tpu') or self.widened:
       return None
     if platform == 'gpu' and self.values.dtype == jnp.uint8:
       return None  # XLA:GPU converts signed integers inside a product, unsigned ones before it
     return f'XLA, {self.values.dtype} converted inside the product; {UNMEASURED}'
 
   @property
-  def _widened(self) -> bool:
+  def widened(self) -> bool:
     """Whether the codes are none that XLA can convert inside a product."""
     return self.packed or FORMATS[self.format].codebook is not None
 
@@ -219,10 +219,13 @@ def _on_cpu(x, w):
 
 @jax.custom_vjp
 def _product(x, w):
+  if w.widened:
+    return through_dense(x, w)
   return jax.lax.platform_dependent(x, w, tpu=_on_tpu, cuda=_on_gpu, default=_on_cpu)
 
 
-# Differentiated by itself, the product would keep what any platform's form of it needs.
+# Differentiated by itself, the product would keep what any platform's form of it needs, and the
+# widened weight: the memory that the codes save.
 _product.defvjp(
   lambda x, w: (_product(x, w), (x, w)),
   lambda saved, y_bar: jax.vjp(through_dense, *saved)[1](y_bar),

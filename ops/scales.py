@@ -26,9 +26,9 @@ class QuantizedScales(Weight):
   share one float32 scale.
   """
 
-  codes: jax.Array = array('JO')  # int8
-  scales: jax.Array = array('J_')  # [J, blocks]
-  offset: jax.Array = array('')
+  codes: jax.Array = array('JO', 'scale')  # int8
+  scales: jax.Array = array('J_', 'scale')  # [J, blocks]
+  offset: jax.Array = array('', 'scale')
 
   def check_fields(self):
     (groups, outputs), dtype = self.codes.shape[-2:], self.codes.dtype

@@ -97,7 +97,7 @@ class SparseTensor(Weight):
   """
 
   values: Matrix = array('IO')
-  indices: jax.Array = array('IO')
+  indices: jax.Array = array('IO', 'mask')
   n: int
   m: int
 

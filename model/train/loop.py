@@ -22,13 +22,14 @@ from model import fingerprint
 from model.train import optimizer as optimizer_lib
 from model.train import step as step_lib
 from model.train.data import PackedDataset
+from model.train.objectives import CrossEntropy, Models
 from model.train.optimizer import OptimizerConfig
 from model.train.run_folder import RunFolder
-from model.train.step import StepConfig
+from model.train.step import StepConfig, Task
 from model.transformer import Transformer
 
 Record = dict[str, Any]
-VERSION = 1  # raised when the same settings give another result
+VERSION = 2  # raised when the same settings give another result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,10 +47,10 @@ class FitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FitResult:
-  """The trained model, with float32 weights, and one record per update.
+  """The model with its trained arrays in float32, and one record per update.
 
-  A record has `step` (completed updates), `loss` (mean nats per label), `tokens` (labels),
-  `grad_norm` and `learning_rate`.
+  A record has `step` (completed updates), `loss` (mean per label) and the objective's other sums,
+  `tokens` (labels), `grad_norm` and `learning_rate`.
   """
 
   model: Transformer
@@ -61,43 +62,52 @@ def fit(
   dataset: PackedDataset,
   config: FitConfig,
   *,
+  task: Task | None = None,
   folder: str | pathlib.Path | None = None,
   batch_sharding: jax.sharding.Sharding | None = None,
   progress: bool = True,
 ) -> FitResult:
   """Trains a copy of `model` for `config.optimizer.steps` updates; the model does not change.
 
-  With a folder, the run is saved there and resumes where an earlier call stopped. Batches are
-  placed by `batch_sharding`; parameters keep the placement that the caller gave them.
+  `task` is by default the cross entropy of all values. With a folder, the run is saved there and
+  resumes where an earlier call stopped. Batches are placed by `batch_sharding`; parameters keep the
+  placement that the caller gave them.
 
   Raises:
     ValueError: the batch does not divide into micro-batches, the vocabulary is too small for the
-      tokens, or the folder holds another run or is in use by another process.
+      tokens, the task does not fit the model, or the folder holds another run or is in use by
+      another process.
     FloatingPointError: the loss or the gradient is not finite; the folder keeps earlier states.
   """
+  task = task or Task()
   _check(model, dataset, config)
   optimizer = optimizer_lib.make(config.optimizer)
-  graphdef, state = step_lib.init(model, optimizer)
+  setup, state, frozen = step_lib.init(model, optimizer, task, config.step)
   with contextlib.ExitStack() as stack:
     run, records = None, []
     if folder is not None:
-      run = stack.enter_context(RunFolder(folder, _identity(model, dataset, config)))
+      run = stack.enter_context(RunFolder(folder, identity(model, dataset, config, task)))
       state, records = run.restore(state)
-    compiled = step_lib.make_step(graphdef, optimizer, state, config.step)
+    compiled = step_lib.make_step(setup, state)
     bar = stack.enter_context(_bar(config, len(records), progress))
     loop = _Loop(config=config, run=run, bar=bar, records=records)
     for n in range(int(state.step), config.optimizer.steps):
       batch = jax.device_put(dataset.batch(n), batch_sharding)
-      state, metrics = compiled(state, batch)
+      state, metrics = compiled(state, frozen, batch)
       loop.after_update(n + 1, state, metrics)
-  return FitResult(nnx.merge(graphdef, state.params), tuple(loop.records))
+  return FitResult(setup.model(state.trained, frozen), tuple(loop.records))
 
 
 def mean_nll(model: Transformer, dataset: PackedDataset, config: StepConfig | None = None) -> float:
   """Measures the mean negative log likelihood over all labels of a data set, in nats."""
   config = config or StepConfig()
   graphdef, params = nnx.split(model)
-  nll_sum = jax.jit(lambda params, batch: step_lib.nll_sum(graphdef, params, batch, config))
+
+  @jax.jit
+  def nll_sum(params, batch):
+    student = step_lib.network(nnx.merge(graphdef, params), config)
+    return CrossEntropy()(Models(student, {}, {}, None), batch)['loss']
+
   total, count = 0.0, 0
   for batch in dataset.sequential():
     total += float(nll_sum(params, batch))
@@ -179,13 +189,16 @@ def _check(model: Transformer, dataset: PackedDataset, config: FitConfig) -> Non
     )
 
 
-def _identity(model: Transformer, dataset: PackedDataset, config: FitConfig) -> Record:
-  """Everything that the result depends on."""
+def identity(model: Transformer, dataset: PackedDataset, config: FitConfig, task: Task) -> Record:
+  """Everything that the result of a run depends on, as JSON values."""
   return {
     'version': VERSION,
     'optimizer': dataclasses.asdict(config.optimizer),
     'step': dataclasses.asdict(config.step),
+    'objective': {'name': type(task.objective).__name__, **dataclasses.asdict(task.objective)},
+    'selection': dataclasses.asdict(task.selection),
     'data': dataset.fingerprint,
     'model': model_config.to_json(model.config),
     'starting weights': fingerprint.of_model(model),
+    'references': {name: fingerprint.of_model(m) for name, m in sorted(task.references.items())},
   }

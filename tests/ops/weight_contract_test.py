@@ -12,12 +12,13 @@ import pytest
 from flax import nnx
 
 from model import native, sharding
-from ops import activations, linear, lora, quantized, rotated, scales, sparse
+from ops import activations, linear, lora, masked, quantized, rotated, scales, sparse
 from ops.kernels import fused
 from ops.kernels.cpu import layout
 from ops.linear import WEIGHT_TYPES, Weight
 
 INPUTS, OUTPUTS = 64, 32
+TRAINED = ('value', 'adapter')  # the roles that gradients reach in any weight
 # Sums of 64 products of order 1 in float32, and with 8 bits of mantissa.
 TOLERANCE = {'float32': 2e-5, 'bfloat16': 2**-6}
 
@@ -75,6 +76,10 @@ EXAMPLES = {
   'inputs': _activations(_quantized('int8')),
   'inputs static': _activations(_quantized('int4', group_size=-1), absmax=6),
   'inputs of 4 bits over int4': _activations(_quantized('int4', group_size=16), 4),
+  'masked': lambda w_IO: masked.masked(w_IO, jnp.abs(w_IO) > 0.1),
+  'masked int8': lambda w_IO: masked.masked(w_IO, jnp.abs(w_IO) > 0.1).map_values(
+    _quantized('int8')
+  ),
   'rotated': lambda w_IO: rotated.RotatedTensor(w_IO, 1),
   'rotated heads of int8': lambda w_IO: rotated.RotatedTensor(_quantized('int8')(w_IO), 16),
   'lora': _lora(lambda w_IO: w_IO),
@@ -219,6 +224,39 @@ def test_the_gradient_of_the_input_is_that_of_the_dense_product(name):
 
 
 @examples
+def test_the_gradients_of_what_can_be_trained_are_those_of_the_dense_product(name):
+  leaves, structure = jax.tree.flatten(weight(name))
+  trained = {i for i, role in enumerate(linear.roles(weight(name))) if role in TRAINED}
+  x, y_bar = _inputs(4), jnp.asarray(np.random.default_rng(2).normal(size=(4, OUTPUTS)))
+
+  def gradients(product):
+    def loss(own):
+      w = jax.tree.unflatten(structure, [own.get(i, leaf) for i, leaf in enumerate(leaves)])
+      return jnp.sum(product(w) * y_bar.astype(jnp.float32))
+
+    return jax.jit(jax.grad(loss))({i: leaves[i] for i in trained})
+
+  seen = jnp.asarray(_seen(x, name), jnp.float32)
+  expected = gradients(lambda w: seen @ w.dense())
+  for i, gradient in gradients(lambda w: linear.matmul(x, w)).items():
+    assert jnp.abs(gradient).max() > 0
+    _assert_near(gradient, np.asarray(expected[i], np.float64))
+
+
+@examples
+def test_each_array_has_a_role_that_suits_its_type(name):
+  roles = linear.roles(weight(name))
+  for leaf, role in zip(jax.tree.leaves(weight(name)), roles, strict=True):
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    if role in TRAINED:
+      assert floating and leaf.dtype.itemsize >= 2
+    if role == 'mask':
+      assert not floating
+    if role == 'code':
+      assert leaf.dtype.itemsize == 1
+
+
+@examples
 def test_bytes_are_those_of_the_leaves(name):
   leaves = jax.tree.leaves(weight(name))
   assert weight(name).nbytes == sum(a.size * a.dtype.itemsize for a in leaves) > 0
@@ -351,6 +389,7 @@ NONSENSE = {
   'rank': (_replaced('lora', a_IR=_wrong((64, 3))), 'axis R of .*RO.* is 4, but was 3'),
   'correction': (_replaced('lora', scale='1'), "finite number, not '1'"),
   'heads': (_replaced('rotated', inner=3), 'a divisor of the 64 inputs, not 3'),
+  'mask': (_replaced('masked', mask=_wrong((7, 32), jnp.uint8)), r'uint8 of the shape \(8, 32'),
   'bits': (_replaced('inputs', bits=3), 'activations have 8 or 4 bits, not 3'),
   'rounded twice': (
     lambda make: dataclasses.replace(make('inputs'), values=make('inputs')),

@@ -72,10 +72,10 @@ class PackedTensor(Weight):
   zeros: uint8 [tiles, J, 32] for an asymmetric format, whose codes are unsigned already, else None.
   """
 
-  values: jax.Array = array('OI__')
-  places: jax.Array | None = array('OI_', optional=True)
-  scales: jax.Array | None = array('_JO', optional=True)
-  zeros: jax.Array | None = array('_JO', optional=True)
+  values: jax.Array = array('OI__', 'code')
+  places: jax.Array | None = array('OI_', 'mask', optional=True)
+  scales: jax.Array | None = array('_JO', 'scale', optional=True)
+  zeros: jax.Array | None = array('_JO', 'scale', optional=True)
   format: str
   inputs: int
   outputs: int
