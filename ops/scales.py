@@ -75,8 +75,8 @@ def quantize_scales(scales_JO: jax.Array) -> QuantizedScales:
 class E4m3Scales(Weight):
   """Scales [J, O] as float8_e4m3fn `values`, all multiplied by one float32 `scale`."""
 
-  values: jax.Array = array('JO')
-  scale: jax.Array = array('')
+  values: jax.Array = array('JO', 'scale')
+  scale: jax.Array = array('', 'scale')
 
   def check_fields(self):
     dtype = self.values.dtype
