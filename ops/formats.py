@@ -20,8 +20,9 @@ https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-fina
 al. 2023, https://arxiv.org/abs/2310.10537) have blocks of 32 and powers of two as scales. The scale
 is 2**(floor(log2(amax)) - emax), where 2**emax is the largest power of two of the elements. A block
 whose largest weight is above 6 (fp4) or 448 (fp8) scales saturates there, as the specification
-says. Other tools take the next power of two in such cases: from 7 scales on (compressed-tensors,
-torchao's 'even'), or always where weights would saturate (torchao's 'ceil').
+says. Other tools double such scales: compressed-tensors where amax is from 7/4 of a power of two
+on; torchao in some modes ('floor' is the rule here, 'rceil' doubles where weights would saturate,
+'ceil' wherever amax is above a power of two, 'even' where amax would be rounded to the next one).
 """
 
 import dataclasses
