@@ -29,7 +29,7 @@ CHECK = flags.DEFINE_bool('check', False, 'Only say whether the files are up to 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'experiments' / 'results'
 SHOWN = ('ops', 'model', 'experiments')
-EMBEDDED = 'docs/embedded.md'
+EMBEDDED, COMPRESSING = 'docs/embedded.md', 'docs/compressing.md'
 # A full stop before a capital letter or code, but not that of an abbreviation.
 SENTENCE_END = re.compile(r'(?<=\.)(?<!et al\.)(?<!e\.g\.)\s+(?=[A-Z`])')
 
@@ -86,6 +86,23 @@ def results(path: pathlib.Path) -> str:
     f'{about.seed}); records: {_link(path, EMBEDDED)}.'
   )
   return '\n'.join(lines)
+
+
+def quality(path: pathlib.Path) -> str:
+  """The quality and the size of each recipe of one run on one text as a table."""
+  rows = records.read(path)
+  lines = [
+    '| recipe | perplexity | vs base | KL, nats | linear layers, of bf16 |',
+    '| --- | ---: | ---: | ---: | ---: |',
+    *(_quality_line(row) for row in rows),
+  ]
+  lines.append(f'\n`{rows[0].command}`; records: {_link(path, COMPRESSING)}.')
+  return '\n'.join(lines)
+
+
+def _quality_line(row: Record) -> str:
+  cells = [f'`{row.recipe}`', *_quality(row), f'{row.value("linear_bytes_vs_bf16"):.3f}']
+  return f'| {" | ".join(cells)} |'
 
 
 def real(path: pathlib.Path) -> str:
@@ -274,6 +291,7 @@ PARTS = (
     results=('smollm2_cpu.jsonl',),
   ),
   Part(file=EMBEDDED, name='results', generate=results, results=('compress_cpu.jsonl',)),
+  Part(file=COMPRESSING, name='formats', generate=quality, results=('formats_smollm2_cpu.jsonl',)),
   Part(file='README.md', name='decoding', generate=decoding, results=('decode_cpu.jsonl',)),
   Part(
     file='docs/compressing.md',

@@ -95,12 +95,14 @@ def learn(
 ) -> QatTensor:
   """Has a matrix learn to be quantized.
 
-  `held` keeps the scales that are found now; otherwise they follow the values. Raises ValueError as
-  `quantized.quantize` does.
+  `held` keeps the scales that are found now; otherwise they follow the values, as those of the
+  microscaling formats always do. Raises ValueError as `quantized.quantize` does.
   """
   axes.check('IO', w_IO)
   quantized.check_options(format, w_IO.shape[0], group_size, symmetric)
   size = quantized.resolve_group(format, w_IO.shape[0], group_size)
+  if held and FORMATS[format].block is not None:
+    raise ValueError(f'{format} defines its scales by the values, so that none are held')
   scales_JO = zeros_JO = None
   if held:
     scales_JO, zeros_JO = quantized.fit(

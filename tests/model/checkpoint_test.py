@@ -28,8 +28,8 @@ def _quantized(name, **options):
 
 KINDS = {
   'attention.query': _quantized('int4', group_size=16, symmetric=False),
-  'attention.key': _quantized('fp8_e4m3'),
-  'attention.value': _quantized('int8', group_size=8),
+  'attention.key': _quantized('nvfp4'),
+  'attention.value': _quantized('mxfp8'),
   'attention.output': _quantized('nf4', group_size=16, double=True),
   'ffn.gate': _pruned,
   'ffn.up': lambda w: map_values(_quantized('int8'), _pruned(w)),

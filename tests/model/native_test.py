@@ -52,7 +52,10 @@ def compressed(dtype=jnp.float32) -> Transformer:
     'layers.0.ffn.gate': adapted,
     'layers.0.ffn.up': _int8,
     'layers.0.ffn.down': _pruned,
+    'layers.1.attention.query': lambda w: quantized.quantize(w, 'mxfp4'),
+    'layers.1.attention.output': lambda w: quantized.quantize(w, 'mxfp8'),
     'layers.1.ffn.up': lambda w: map_values(_int8, _pruned(w)),
+    'layers.1.ffn.gate': lambda w: quantized.quantize(w, 'nvfp4'),
     'head': _nf4,
   }
   for path, kind in kinds.items():

@@ -19,8 +19,13 @@ FORMS = {
   'nf4': {'format': 'nf4', 'group_size': 16},
   'fp8': {'format': 'fp8_e4m3'},
 }
-forms = pytest.mark.parametrize('form', FORMS)
-held = pytest.mark.parametrize('held', [False, True])
+BLOCKS = {'mxfp4': {'format': 'mxfp4'}, 'mxfp8': {'format': 'mxfp8'}, 'nvfp4': {'format': 'nvfp4'}}
+ALL = FORMS | BLOCKS
+forms = pytest.mark.parametrize('form', ALL)
+cases = pytest.mark.parametrize(
+  'form, held',
+  [*((form, held) for form in FORMS for held in (False, True)), *((f, False) for f in BLOCKS)],
+)
 
 
 def _problem(rng):
@@ -30,11 +35,10 @@ def _problem(rng):
 
 
 def _learn(w_IO, form, held):
-  return qat.learn(w_IO, **FORMS[form], held=held)
+  return qat.learn(w_IO, **ALL[form], held=held)
 
 
-@forms
-@held
+@cases
 def test_it_multiplies_as_what_is_stored_bit_for_bit(rng, form, held):
   x, w_IO, _ = _problem(rng)
   w = _learn(w_IO, form, held)
@@ -49,13 +53,12 @@ def test_it_multiplies_as_what_is_stored_bit_for_bit(rng, form, held):
 @forms
 def test_with_scales_that_follow_it_is_rounding_to_nearest(rng, form):
   _, w_IO, _ = _problem(rng)
-  stored, expected = _learn(w_IO, form, False).stored(), quantized.quantize(w_IO, **FORMS[form])
+  stored, expected = _learn(w_IO, form, False).stored(), quantized.quantize(w_IO, **ALL[form])
   for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(expected), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
-@forms
-@held
+@cases
 def test_gradients_pass_straight_through_the_rounding(rng, form, held):
   x, w_IO, y_bar = _problem(rng)
   w = _learn(w_IO, form, held)
@@ -120,6 +123,8 @@ def test_what_does_not_fit_is_named(rng):
     qat.learn(w_IO, 'int4', group_size=7)
   with pytest.raises(ValueError, match='nf4 has no asymmetric form'):
     qat.learn(w_IO, 'nf4', symmetric=False)
+  with pytest.raises(ValueError, match='mxfp4 defines its scales by the values'):
+    qat.learn(w_IO, 'mxfp4', held=True)
   w = qat.learn(w_IO, 'int8', held=True)
   with pytest.raises(ValueError, match=r'of the shape \(1, 6\), not \(2, 6\)|the shape \(1, 6\)'):
     dataclasses.replace(w, scales=jnp.ones((2, 6)))

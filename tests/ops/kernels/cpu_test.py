@@ -59,6 +59,9 @@ FORMATS = {
   'nf4': _quantize('nf4', group_size=64),
   'nf4 double': _quantize('nf4', group_size=64, double=True),
   'fp8': _quantize('fp8_e4m3'),
+  'mxfp4': _quantize('mxfp4'),
+  'mxfp8': _quantize('mxfp8'),
+  'nvfp4': _quantize('nvfp4'),
   'bf16': _cast(jnp.bfloat16),
   'f16': _cast(jnp.float16),
   '2:4 bf16': _two_of_four(_cast(jnp.bfloat16)),
@@ -394,7 +397,7 @@ def test_products_of_one_input_are_those_of_each_alone(name):
 def test_a_widened_weight_multiplies_as_it_is_multiplied_without_the_library(format, dtype):
   w = _weight(format, dtype=dtype)
   wide = layout.pack_widened(w)
-  eight_bits = format in ('fp8', 'int8', 'int8 g32', 'int8 asymmetric')
+  eight_bits = format in ('fp8', 'mxfp8', 'int8', 'int8 g32', 'int8 asymmetric')
   assert (wide is w) == (eight_bits or w.dtype == jnp.float32)
   np.testing.assert_array_equal(linear.dense(wide), linear.dense(w))
   x = _rows(70, dtype=w.dtype)

@@ -29,6 +29,8 @@ EXAMPLES = {
   'int4 asymmetric': {'format': 'int4', 'group_size': 32, 'symmetric': False},
   'int4 column': {'format': 'int4', 'group_size': -1},
   'int3': {'format': 'int3', 'group_size': 32},
+  'mxfp4': {'format': 'mxfp4'},
+  'nvfp4': {'format': 'nvfp4'},
 }
 QUICK = ('nf4', 'int4 asymmetric')  # interpreting takes seconds; the others are for -m slow
 examples = pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def _check(y, x, w):
 def test_kernels_multiply_like_the_dense_form(platform, name):
   kernel, w = fused.KERNELS[platform], _weight(name)
   if not kernel.takes(w):
-    assert name == 'int3' if platform == 'gpu' else name in ('int4', 'int4 column')
+    assert name in {'gpu': ('int3', 'nvfp4'), 'tpu': ('int4', 'int4 column', 'nvfp4')}[platform]
     return
   x = _rows(3, dtype=jnp.bfloat16 if name == 'nf4' else jnp.float32)
   _check(kernel.product(x, w, interpret=True), x, w)
@@ -122,8 +124,8 @@ def test_which_weights_use_a_kernel_and_which_use_xla():
     for name in EXAMPLES
     if isinstance(_packed(name, platform, **options), quantized.QuantizedTensor)
   }
-  assert left_to_xla('tpu') == {'int4', 'int4 column'}
-  assert left_to_xla('gpu') == {'int3'}
+  assert left_to_xla('tpu') == {'int4', 'int4 column', 'nvfp4'}
+  assert left_to_xla('gpu') == {'int3', 'nvfp4'}
   assert left_to_xla('tpu', one_device=False) == set(EXAMPLES)
   assert _packed('int4', 'tpu').values.dtype == jnp.int4
   assert _packed('int4 asymmetric', 'tpu', one_device=False).values.dtype == jnp.uint4
