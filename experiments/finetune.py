@@ -1,4 +1,4 @@
-r"""Fine-tunes a model on a text: all of it, or adapters over what it is.
+r"""Fine-tunes a model on a text or on chats: all of it, or adapters over what it is.
 
   python -m experiments.finetune --model=DIR --data=FILE --method=lora --rank=16 --out=out/tuned
   python -m experiments.finetune --model=DIR --data=FILE --method=qlora --out=out/tuned
@@ -8,6 +8,9 @@ Methods (docs/training.md says more):
   lora    low-rank adapters of all linear layers; rslora, dora and pissa are forms of it
   qlora   LoRA over the model in NF4 with double quantization; loftq starts with what NF4 lost
   qat     all parameters, of which the linear layers round to int4 in every product
+
+Chats are JSON lines, {"messages": [{"role": "user", "content": "..."}, ...]}; the model's own
+template renders them, and only the assistant's tokens are learned.
 
 OUT/adapter is a PEFT folder, for the methods with adapters. OUT/model is the whole model: merged in
 float32, or quantized for qat. OUT/run holds checkpoints and the loss of every update; a killed run
@@ -71,7 +74,9 @@ SMOKE_SETTINGS = training.Settings(steps=6, seq_len=32, batch_size=4, learning_r
 
 MODEL = flags.DEFINE_string('model', None, 'Folder, hub id or .gguf file to tune.')
 DATA = flags.DEFINE_string(
-  'data', 'python-docs', 'Text to learn: a file, a folder, or python-docs or python-source.'
+  'data',
+  'python-docs',
+  'What to learn: a text file, a folder, python-docs, python-source, or chats as JSON lines.',
 )
 METHOD = flags.DEFINE_enum('method', 'lora', list(METHODS), 'What is trained.')
 RANK = flags.DEFINE_integer('rank', 16, 'Rank of the adapters.', lower_bound=1)

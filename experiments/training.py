@@ -10,7 +10,7 @@ from absl import flags
 from experiments import common
 from model import corpus, sharding, stacked
 from model.tokenizer import Tokenizer
-from model.train import loop
+from model.train import chats, loop, split
 from model.train.data import PackedDataset, excerpts
 from model.train.loop import FitConfig, FitResult
 from model.train.optimizer import OptimizerConfig
@@ -105,10 +105,13 @@ class Text:
 
 
 def text(data: str | None, tokenizer: Tokenizer, settings: Settings) -> Text:
-  """Reads a text, a file or a folder, and packs it; documents are held out by their hash.
+  """Reads a text, or chats as JSON lines, and packs it; documents are held out by their hash.
 
-  Raises ValueError if there is no text, or the tokenizer has no token that ends a document.
+  Raises ValueError if there is no text, the tokenizer has no token that ends a document, or a line
+  is no chat that the model's template renders.
   """
+  if data is not None and data not in corpus.BUILT_IN and chats.holds_chats(data):
+    return _chats(data, tokenizer, settings)
   parts = corpus.load(data)
   needed = settings.steps * settings.batch_size * settings.seq_len * CHARACTERS_A_TOKEN
   sizes = {'seq_len': settings.seq_len, 'batch_size': settings.batch_size, 'seed': settings.seed}
@@ -118,6 +121,25 @@ def text(data: str | None, tokenizer: Tokenizer, settings: Settings) -> Text:
     train=PackedDataset.from_texts(train, tokenizer, **sizes),
     held_out=PackedDataset.from_texts(held_out, tokenizer, **sizes),
     about={'data': parts.source, 'data_fingerprint': parts.fingerprint},
+  )
+
+
+def _chats(data: str, tokenizer: Tokenizer, settings: Settings) -> Text:
+  found = chats.load(data)
+  parts = split.by_content([chat.content for chat in found])
+  sizes = {'seq_len': settings.seq_len, 'batch_size': settings.batch_size, 'seed': settings.seed}
+  pack = lambda indices: chats.dataset([found[i] for i in indices], tokenizer, **sizes)
+  train, held_out = pack(parts.train), pack(parts.held_out)
+  counts = train.counts
+  print(
+    f'{counts.documents} chats of {counts.tokens:,} tokens, {counts.labels:,} of them the '
+    f"assistant's; {counts.truncated} lost their end beyond {settings.seq_len} tokens, "
+    f'{counts.dropped} were left out because nothing of the assistant remained'
+  )
+  return Text(
+    train=train,
+    held_out=held_out,
+    about={'data': pathlib.Path(data).name, 'data_fingerprint': parts.fingerprint},
   )
 
 

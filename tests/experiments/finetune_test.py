@@ -1,6 +1,7 @@
 """Fine-tuning as a user runs it: what each method leaves, and what it refuses."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -70,6 +71,39 @@ def _check_adapter(out, model, method, nf4):
   assert config.dora == (method == 'dora')
   for layer, w in matrices(adapters.merge(tuned)).items():
     np.testing.assert_allclose(dense(w), dense(matrices(model)[layer]), atol=2e-5)
+
+
+def _chat(i):
+  words = ' '.join(f'word{(i * k) % 17}' for k in range(1, 6))
+  turns = [{'role': 'user', 'content': words}, {'role': 'assistant', 'content': words[::-1]}]
+  return json.dumps({'messages': turns})
+
+
+@pytest.fixture
+def chat_model(base, tmp_path):
+  """The tiny base model with a chat template."""
+  folder = tmp_path / 'chat'
+  shutil.copytree(base, folder)
+  path = folder / 'tokenizer_config.json'
+  settings = json.loads(path.read_text()) if path.exists() else {}
+  template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}"
+  prompt = '{% if add_generation_prompt %}[assistant]{% endif %}'
+  path.write_text(json.dumps({**settings, 'chat_template': template + prompt}))
+  return folder
+
+
+def test_chats_are_learned_by_the_tokens_of_the_assistant(script, chat_model, tmp_path, capsys):
+  data = tmp_path / 'chats.jsonl'
+  data.write_text('\n'.join(_chat(i) for i in range(40)))
+  record = _run(script, tmp_path / 'out', 'full', f'--model={chat_model}', f'--data={data}')
+  assert record.value('held_out_loss_unmerged') < record.value('held_out_loss_before')
+  said = capsys.readouterr().out
+  assert 'chats of' in said and "of them the assistant's" in said
+  half = record.value('train_tokens') / (6 * 4 * 32)
+  assert 0.05 < half < 0.7  # of the tokens of a row
+  data.write_text(_chat(0) + '\n' + json.dumps({'messages': [{'role': 'user', 'content': 'a'}]}))
+  with pytest.raises(ValueError, match=r'line 2.*assistant'):
+    _run(script, tmp_path / 'more', 'full', f'--model={chat_model}', f'--data={data}')
 
 
 @pytest.mark.parametrize(
