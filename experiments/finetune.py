@@ -39,6 +39,7 @@ from model.compress import pipeline, recipe
 from model.eval import loss_figure, records
 from model.files import check_replaceable
 from model.learned import QatConfig
+from model.peft_config import PeftConfig
 from model.train import loop, run_folder
 from model.train.partition import Selection, partition
 from model.train.step import StepConfig, Task
@@ -183,7 +184,7 @@ def _save_adapter(model, base, ready, out):
   if ready.adapter.start == 'pissa':
     model = adapters.for_original(model, ready.model, base)
   name = MODEL.value or ''
-  config = peft.PeftConfig(rslora=ready.adapter.rslora, base=name)
+  config = PeftConfig(rslora=ready.adapter.rslora, base=name)
   peft.save(model, out / 'adapter', config=config)
 
 

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from experiments import common
+from experiments.lessons import School
 from model.compress import pipeline
 from model.compress.ledger import Ledger
 from model.compress.recipe import Recipe
@@ -47,6 +48,7 @@ class Study:
   seed: int
   rounds: int = 7
   prompt_length: int = 128
+  school: School | None = None  # what steps that train learn from
 
   @property
   def text(self) -> perplexity.Windows:
@@ -96,7 +98,12 @@ def run(
   start = time.perf_counter()
   progress = common.labelled(f'{recipe.name}: compress')
   model, ledger = pipeline.compress(
-    study.base, recipe, study.calibration_BT, progress=progress, resume=resume
+    study.base,
+    recipe,
+    study.calibration_BT,
+    progress=progress,
+    resume=resume,
+    school=study.school,
   )
   jax.block_until_ready([p.get_value() for p in parameters(model).values()])
   compress_s = time.perf_counter() - start

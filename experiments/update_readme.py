@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from absl import flags
 
 from experiments import common
+from experiments import lessons as lessons  # its techniques
 from model.compress import registry
 from model.eval import columns, records
 from model.eval.records import BASE, Record

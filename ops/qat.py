@@ -105,9 +105,8 @@ def learn(
     raise ValueError(f'{format} defines its scales by the values, so that none are held')
   scales_JO = zeros_JO = None
   if held:
-    scales_JO, zeros_JO = quantized.fit(
-      w_IO, format, group_size=size, symmetric=symmetric, dtype=jnp.float32
-    )
+    scales_JO, zeros_JO = quantized.fit(w_IO, format, group_size=size, symmetric=symmetric)
+    scales_JO = scales_JO.astype(jnp.float32)
   return QatTensor(w_IO, scales_JO, zeros_JO, format, size, symmetric)
 
 

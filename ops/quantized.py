@@ -387,8 +387,7 @@ def check_options(
   size = resolve_group(format, inputs, group_size)
   if FORMATS[format].block and inputs % size:
     raise ValueError(
-      f'{format} has blocks of {size} inputs, which do not divide {inputs}; store such layers in '
-      'another format'
+      f'{format} has blocks of {size}, which do not divide {inputs} inputs; use another format'
     )
   check_divides(inputs, size)
 

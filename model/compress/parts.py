@@ -20,7 +20,8 @@ from ops.sparse import SparseTensor, looks_pruned
 
 # Cloning a module sorts its attributes, so their own order says nothing.
 ORDER = ('embedding', 'positions', 'layers', 'final_norm', 'head')
-WHOLE = ('shape', 'model')  # scopes of the whole model, in the order in which they come
+# Scopes of the whole model, and which of them come first.
+WHOLE = {'shape': 0, 'learn': 0, 'model': 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,9 +68,16 @@ def targets(part: Part, step: Step, recipe: Recipe) -> list[str]:
   return [path for path in found if step.matches(part.layer(path))]
 
 
-def check(model: Transformer, recipe: Recipe, calibration_BT: np.ndarray | None = None) -> None:
+def check(
+  model: Transformer,
+  recipe: Recipe,
+  calibration_BT: np.ndarray | None = None,
+  *,
+  learns: bool = False,
+) -> None:
   """Runs a recipe on shapes alone, so that a recipe that does not fit is refused before any work.
 
+  `learns`: whether there is something to learn from, for steps that train.
   Raises ValueError with the recipe, the technique and the layer.
   """
   for i, step in enumerate(recipe.steps):
@@ -78,6 +86,8 @@ def check(model: Transformer, recipe: Recipe, calibration_BT: np.ndarray | None 
       raise ValueError(f'recipe {recipe.name}: {step.technique} needs calibration text')
     if calibrated(step):
       _check_calibration(model, calibration_BT)
+    if step.row.scope == 'learn' and not learns:
+      raise ValueError(f'recipe {recipe.name}: {step.technique} trains, and has no text for it')
     model = _check_whole(model, recipe, step)
     _check_patterns(model, recipe, step)
   for part in parts(model):
@@ -93,7 +103,7 @@ def calibrated(step: Step) -> bool:
 
 def _check_scope(recipe, i):
   step = recipe.steps[i]
-  late = lambda s: WHOLE.index(s.row.scope) if s.row.scope in WHOLE else len(WHOLE)
+  late = lambda s: WHOLE.get(s.row.scope, len(WHOLE))
   before = [s.technique for s in recipe.steps[:i] if late(s) > late(step)]
   if before:
     raise ValueError(
@@ -107,14 +117,27 @@ def _check_whole(model, recipe, step) -> Transformer:
   try:
     if step.row.check is not None:
       step.row.check(model.config, step.spec)
-    if step.row.scope != 'shape':
+    if step.row.scope not in ('shape', 'learn'):
       return model
     for path, param in parameters(model).items():
       units.check_plain(path, param.get_value())
+    if step.row.scope == 'learn':
+      return _learned(model, step)
     dtype = model.embedding.table.get_value().dtype
     return abstract(step.row.reshapes(model, step.spec), dtype)
   except ValueError as error:
     raise ValueError(f'recipe {recipe.name}: {step.technique}: {error}') from None
+
+
+def _learned(model, step) -> Transformer:
+  """The model after a step that trains, abstract."""
+  graphdef, state = nnx.split(model)
+  model = nnx.merge(graphdef, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state))
+  for path, linear in linears(model).items() if step.row.becomes else ():
+    if path.startswith('layers.'):
+      becomes = functools.partial(step.row.becomes, spec=step.spec)
+      linear.weight.set_value(jax.eval_shape(becomes, linear.weight.get_value()))
+  return model
 
 
 def _check_patterns(model, recipe, step):

@@ -15,6 +15,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,8 @@ from ops.linear import Matrix, Weight, dense
 
 __all__ = ['calibrated', 'check', 'compress', 'describe']
 
+REBUILDING = ('shape', 'learn')  # scopes of steps that build a new model
+
 
 @dataclasses.dataclass
 class _Run:
@@ -55,27 +58,30 @@ def compress(
   progress: Callable[[list], Iterator] = iter,
   in_place: bool = False,
   resume: str | os.PathLike | None = None,
+  school: Any = None,
 ) -> tuple[Transformer, Ledger]:
   """Returns a compressed copy of a model, and the ledger.
 
   `calibration_BT` is [rows, length] of token ids; only recipes with calibrated steps need it.
   `progress` wraps the list of parts, as tqdm does. `in_place` compresses the model itself, so that
-  each original block is freed once it is compressed; a step that changes shapes builds a new model
-  all the same. `resume` is a folder that keeps each finished
-  block until the end; blocks that an interrupted run of the same recipe, model and text left there
-  are taken over.
+  each original block is freed once it is compressed; a step that changes shapes or trains builds a
+  new model all the same. `resume` is a folder that keeps each finished block, and the state of a
+  step that trains, until the end; what an interrupted run of the same recipe, model and text left
+  there is taken over. `school` is what steps that train learn from, with a `fingerprint`.
 
   Raises:
     ValueError: before any work, if a step does not fit a layer, a pattern matches no layer, or
       calibration tokens are missing or outside the vocabulary; later, if calibration meets NaN or
       infinity.
   """
-  check(model, recipe, calibration_BT)
-  kept = Progress.open(resume, model, recipe, calibration_BT)
+  check(model, recipe, calibration_BT, learns=school is not None)
+  learns = any(step.row.scope == 'learn' for step in recipe.steps)
+  lessons = school.fingerprint if learns else None
+  kept = Progress.open(resume, model, recipe, calibration_BT, lessons)
   run = _Run(recipe, Ledger(), {})
-  if not in_place and not any(step.row.scope == 'shape' for step in recipe.steps):
+  if not in_place and not any(step.row.scope in REBUILDING for step in recipe.steps):
     model = nnx.clone(model)
-  model = _reshape(model, run, calibration_BT, kept)
+  model = _rebuild(model, run, calibration_BT, school, kept)
   _transform(model, run)
   if any(calibrated(step) for step in recipe.steps):
     _note_repeats(calibration_BT, run)
@@ -96,22 +102,31 @@ def compress(
   return model, run.ledger
 
 
-def _reshape(model, run, calibration_BT, kept: Progress) -> Transformer:
-  """Runs the steps that change the shapes of the model, each on the model that the last one built.
+def _rebuild(model, run, calibration_BT, school, kept: Progress) -> Transformer:
+  """Runs the steps that build a new model, each on the model that the last one built.
 
   Steps that an interrupted run finished are not run again.
   """
-  if kept.shaped >= 0:
-    model, run.ledger = kept.restore_shaped(model.dtype)
+  if kept.rebuilt >= 0:
+    model, run.ledger = kept.restore_rebuilt(model.dtype)
   for i, step in enumerate(run.recipe.steps):
-    if step.row.scope == 'shape' and i > kept.shaped:
-      measurements = Measurements(model, calibration_BT) if calibrated(step) else None
-      result = step.row.function(model, measurements, step.spec)
-      for layer, events in result.events.items():
-        run.ledger.add(layer, step.technique, events)
-      model = units.build(result.config, result.parameters, model.dtype)
-      kept.save_shaped(i, model, run.ledger)
+    if step.row.scope in REBUILDING and i > kept.rebuilt:
+      if step.row.scope == 'shape':
+        model = _reshape(model, step, run, calibration_BT)
+      else:
+        result = step.row.function(model, school, step.spec, kept.lesson(i))
+        run.ledger.add('model', step.technique, result.events)
+        model = result.model
+      kept.save_rebuilt(i, model, run.ledger)
   return model
+
+
+def _reshape(model, step, run, calibration_BT) -> Transformer:
+  measurements = Measurements(model, calibration_BT) if calibrated(step) else None
+  result = step.row.function(model, measurements, step.spec)
+  for layer, events in result.events.items():
+    run.ledger.add(layer, step.technique, events)
+  return units.build(result.config, result.parameters, model.dtype)
 
 
 def _transform(model, run):

@@ -1,7 +1,8 @@
 """Saves the finished blocks of a compression, so that a killed run resumes after the last one.
 
 A folder holds the parameters and the ledger of each finished block, and the hidden states after the
-last one; before the first, the whole model after the last change of its shapes. Each file is
+last one; before the first, the whole model after the last step that built a new one, and the run of
+a step that trains. Each file is
 written under another name and renamed, and the hidden states of a block are written after its
 parameters. Whenever a run is killed, the files up to some block are complete.
 """
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import zlib
 
 import jax
@@ -31,7 +33,8 @@ PLAN = 'plan.json'
 STATES = 'states_{}.safetensors'
 BLOCK = 'block_{}.safetensors'
 ABOUT = 'block_{}.json'
-SHAPED, SHAPED_ABOUT = 'shaped_{}.safetensors', 'shaped_{}.json'
+LESSON = 'lesson_{}'
+REBUILT, REBUILT_ABOUT = 'rebuilt_{}.safetensors', 'rebuilt_{}.json'
 
 
 class Progress:
@@ -40,7 +43,7 @@ class Progress:
   def __init__(self, folder: pathlib.Path | None):
     self.folder = folder
     self.last = _last(folder, STATES) if folder else -1
-    self.shaped = _last(folder, SHAPED_ABOUT) if folder else -1  # the last step that is finished
+    self.rebuilt = _last(folder, REBUILT_ABOUT) if folder else -1  # the last step that is finished
 
   @classmethod
   def open(
@@ -49,6 +52,7 @@ class Progress:
     model: Transformer,
     recipe: Recipe,
     calibration_BT: np.ndarray | None,
+    lessons: str | None = None,
   ) -> 'Progress':
     """Opens or creates a folder. Raises ValueError if it belongs to another compression."""
     if folder is None:
@@ -59,6 +63,7 @@ class Progress:
       'config': configs.to_json(model.config),
       'weights': _fingerprint(native.flatten(model)[0].values()),
       'calibration': _fingerprint([] if calibration_BT is None else [calibration_BT]),
+      'lessons': lessons,
     }
     text = json.dumps(plan, sort_keys=True)
     digest = json.dumps({'digest': hashlib.sha256(text.encode()).hexdigest()})
@@ -107,27 +112,33 @@ class Progress:
       ]
     return _ledger(about['ledger'])
 
-  def save_shaped(self, i: int, model: Transformer, ledger: Ledger) -> None:
-    """Saves the model after step i, which changed its shapes, with the ledger up to there."""
+  def lesson(self, i: int) -> pathlib.Path | None:
+    """The folder for the run of step i, which trains; None if nothing is to be kept."""
+    return self.folder / LESSON.format(i) if self.folder else None
+
+  def save_rebuilt(self, i: int, model: Transformer, ledger: Ledger) -> None:
+    """Saves the model after step i, which built it, with the ledger up to there."""
     if self.folder is None:
       return
     _, layout = native.flatten(model)
     config = configs.to_json(model.config)
     about = {'layout': layout, 'ledger': dataclasses.asdict(ledger), 'config': config}
-    with _whole(self.folder / SHAPED.format(i)) as path:
+    with _whole(self.folder / REBUILT.format(i)) as path:
       safetensors_io.write_file(path, native.tensors(model))
-    with _whole(self.folder / SHAPED_ABOUT.format(i)) as path:
+    with _whole(self.folder / REBUILT_ABOUT.format(i)) as path:
       path.write_text(json.dumps(about))
-    for pattern in (SHAPED, SHAPED_ABOUT):
+    for pattern in (REBUILT, REBUILT_ABOUT):
       for old in self.folder.glob(pattern.format('*')):
         if old.name != pattern.format(i):
           old.unlink()
-    self.shaped = i
+    self.rebuilt = i
+    if self.lesson(i).exists():
+      shutil.rmtree(self.lesson(i))
 
-  def restore_shaped(self, dtype) -> tuple[Transformer, Ledger]:
+  def restore_rebuilt(self, dtype) -> tuple[Transformer, Ledger]:
     """Loads the model that was saved last, with activations of `dtype`, and its ledger."""
-    stored = safetensors_io.read_file(self.folder / SHAPED.format(self.shaped))
-    about = json.loads((self.folder / SHAPED_ABOUT.format(self.shaped)).read_text())
+    stored = safetensors_io.read_file(self.folder / REBUILT.format(self.rebuilt))
+    about = json.loads((self.folder / REBUILT_ABOUT.format(self.rebuilt)).read_text())
     model = abstract(configs.from_json(about['config']), dtype)
     _fill(model, about['layout'], stored)
     return model, _ledger(about['ledger'])
@@ -136,7 +147,7 @@ class Progress:
     """Removes the folder when the compression is complete."""
     if self.folder is None:
       return
-    for pattern in (STATES, BLOCK, ABOUT, SHAPED, SHAPED_ABOUT):
+    for pattern in (STATES, BLOCK, ABOUT, REBUILT, REBUILT_ABOUT):
       for path in self.folder.glob(pattern.format('*')):
         path.unlink()
     (self.folder / PLAN).unlink()

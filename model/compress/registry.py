@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.config import LayerConfig, ModelConfig
+from model.transformer import Transformer
 from ops import quantized, sparse
 from ops.linear import Matrix, Weight, map_values
 
@@ -83,8 +84,16 @@ class Reshaped:
   events: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learned:
+  """The result of a technique of scope 'learn': the trained model, and counts of what it took."""
+
+  model: Transformer
+  events: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
 PLAN = 'plan'
-Scope = Literal['linears', 'parameters', 'block', 'model', 'shape']
+Scope = Literal['linears', 'parameters', 'block', 'model', 'shape', 'learn']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,13 +110,17 @@ class Technique:
     shape       (model, measurements, spec) -> Reshaped; returns a model of other sizes, before all
                 other steps; `measurements` is a `measurements.Measurements`, None without
                 calibration
+    learn       (model, school, spec, folder) -> Learned; trains the whole model, among the steps of
+                scope 'shape'; `school` is what the caller of `pipeline.compress` teaches with, and
+                `folder` keeps the run, so that it can be killed; None if nothing is to be kept
 
   Functions of linears and parameters are traced: `spec` is static, and Python branches may depend
   on shapes only.
 
-  check: for block, model and shape, (config, spec) raises ValueError if the technique does not
-    apply.
-  becomes: for block, (w, spec) -> Matrix is traced on shapes to find the type of the result.
+  check: for block, model, shape and learn, (config, spec) raises ValueError if the technique does
+    not apply.
+  becomes: for block, (w, spec) -> Matrix is traced on shapes to find the type of the result; for
+    learn likewise, of each linear layer of the blocks, where the type changes.
   reshapes: for shape, (model, spec) -> config of the result, from a model that may be abstract. A
     size that depends on calibration or on timing is given by the number that it is a multiple of.
   calibrates: for shape, (spec) -> whether it measures on calibration text.

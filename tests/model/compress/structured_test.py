@@ -331,8 +331,8 @@ def test_interrupted_after_a_change_of_shapes_it_is_not_made_again(tiny_of, tmp_
     run(resume=folder, progress=stop)
   assert sorted(path.name for path in folder.iterdir()) == [
     'plan.json',
-    'shaped_1.json',
-    'shaped_1.safetensors',
+    'rebuilt_1.json',
+    'rebuilt_1.safetensors',
   ]
   monkeypatch.setattr(Measurements, 'influence', None)
   again, ledger = run(resume=folder)

@@ -1,4 +1,10 @@
-"""Reads and writes the tensors of adapters under the names of PEFT.
+"""Adapter folders in the format of the library PEFT, in and out.
+
+  model, config = peft.load('adapter', base_model)
+  peft.save(model, 'adapter')
+
+A folder holds adapter_config.json and adapter_model.safetensors. https://github.com/huggingface/peft
+(docs/source/developer_guides/checkpoint.md) describes both.
 
 Theirs are `lora_A.weight` [R, I] and `lora_B.weight` [O, R] of a module of the family, ours `a_IR`
 and `b_RO` of a linear layer. Where a module of theirs holds several layers of ours (a fused
@@ -23,7 +29,7 @@ from model import adapters, hf_names, safetensors_io
 from model.files import atomic_folder
 from model.hf_names import Entry
 from model.manifest import check_replaceable
-from model.peft.fields import PeftConfig, from_json, to_json
+from model.peft_config import PeftConfig, from_json, to_json
 from model.safetensors_io import Tensor
 from model.transformer import Transformer, linears, parameters
 from ops.linear import Matrix, Weight

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from model import adapters, hf, peft
 from model.adapters import AdapterConfig
-from model.peft import PeftConfig
+from model.peft_config import PeftConfig
 from model.transformer import linears, parameters
 from ops.linear import roles
 
