@@ -7,7 +7,8 @@
 
 Each trains all parameters of the model that the steps before it left. What is learned from is the
 school: the training part of the texts that the recipe is measured on, and the original model as the
-teacher. The ledger says how many updates, tokens and seconds a step took.
+teacher. The ledger says how many updates, tokens and seconds a step took. Quantization-aware training
+that follows the original model is LLM-QAT (Liu et al. 2023, https://arxiv.org/abs/2305.17888).
 """
 
 import dataclasses
@@ -139,7 +140,7 @@ class QatSpec(LessonSpec):
 @technique(
   'finetune',
   spec=LessonSpec,
-  paper='Han et al. 2015, https://arxiv.org/abs/1506.02626',
+  paper='Ma et al. 2023, https://arxiv.org/abs/2305.11627',
   scope='learn',
 )
 def finetune(model, school, spec, folder):
@@ -173,8 +174,7 @@ def _becomes(w: Matrix, spec: QatSpec) -> Matrix:
 @technique(
   'qat',
   spec=QatSpec,
-  paper='Jacob et al. 2017, https://arxiv.org/abs/1712.05877; Liu et al. 2023 (from the original '
-  'model), https://arxiv.org/abs/2305.17888',
+  paper='Jacob et al. 2017, https://arxiv.org/abs/1712.05877',
   scope='learn',
   becomes=_becomes,
 )

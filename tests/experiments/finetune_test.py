@@ -95,15 +95,16 @@ def chat_model(base, tmp_path):
 def test_chats_are_learned_by_the_tokens_of_the_assistant(script, chat_model, tmp_path, capsys):
   data = tmp_path / 'chats.jsonl'
   data.write_text('\n'.join(_chat(i) for i in range(40)))
-  record = _run(script, tmp_path / 'out', 'full', f'--model={chat_model}', f'--data={data}')
+  chat = [f'--model={chat_model}', f'--data={data}', '--seq_len=128']
+  record = _run(script, tmp_path / 'out', 'full', *chat)
   assert record.value('held_out_loss_unmerged') < record.value('held_out_loss_before')
   said = capsys.readouterr().out
   assert 'chats of' in said and "of them the assistant's" in said
-  half = record.value('train_tokens') / (6 * 4 * 32)
+  half = record.value('train_tokens') / (6 * 4 * 128)
   assert 0.05 < half < 0.7  # of the tokens of a row
   data.write_text(_chat(0) + '\n' + json.dumps({'messages': [{'role': 'user', 'content': 'a'}]}))
   with pytest.raises(ValueError, match=r'line 2.*assistant'):
-    _run(script, tmp_path / 'more', 'full', f'--model={chat_model}', f'--data={data}')
+    _run(script, tmp_path / 'more', 'full', *chat)
 
 
 @pytest.mark.parametrize(
