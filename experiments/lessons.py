@@ -7,8 +7,9 @@
 
 Each trains all parameters of the model that the steps before it left. What is learned from is the
 school: the training part of the texts that the recipe is measured on, and the original model as the
-teacher. The ledger says how many updates, tokens and seconds a step took. Quantization-aware training
-that follows the original model is LLM-QAT (Liu et al. 2023, https://arxiv.org/abs/2305.17888).
+teacher. The ledger says how many updates, tokens and seconds a step took. Quantization-aware
+training that follows the original model is LLM-QAT (Liu et al. 2023,
+https://arxiv.org/abs/2305.17888).
 """
 
 import dataclasses
