@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from model.compress import calibrate, statistics
+from model.compress import calibrate, statistics, threads
 from model.compress.ledger import LayerResult, Ledger
-from model.compress.parts import Part, calibrated, check, parts, targets, weights
-from model.compress.programs import compiled, execute
+from model.compress.parts import Part, calibrated, check, compile_ahead, parts, targets, weights
+from model.compress.programs import Prepared, compiled, execute
 from model.compress.progress import Progress
 from model.compress.recipe import Recipe, Step
 from model.compress.registry import PLAN, Site
@@ -69,6 +69,11 @@ def compress(
       infinity.
   """
   check(model, recipe, calibration_BT)
+  with threads.few(max((w.shape[-2] for w in matrices(model).values()), default=0)):
+    return _run_all(model, recipe, calibration_BT, progress, in_place=in_place, resume=resume)
+
+
+def _run_all(model, recipe, calibration_BT, progress, *, in_place, resume):
   kept = Progress.open(resume, model, recipe, calibration_BT)
   model = model if in_place else nnx.clone(model)
   run = _Run(recipe, Ledger(), {})
@@ -82,6 +87,8 @@ def compress(
     if part.is_block and kept.has(i):
       run.ledger.extend(kept.restore(i, part.module, run.stream))
       continue
+    if part.is_block:
+      _compile_ahead(part, run)
     ledger = Ledger()
     _compress(part, dataclasses.replace(run, ledger=ledger))
     run.ledger.extend(ledger)
@@ -144,6 +151,16 @@ def _compress(part: Part, run: _Run) -> None:
   run.ledger.layers.extend(results.all())
 
 
+def _compile_ahead(part, run):
+  """Begins to compile what a block needs, most of which the first block compiles for all."""
+  before, after = weights(part), compile_ahead(part, run.recipe)
+  for path in after:
+    if path.endswith('.weight'):
+      _relative_error.ahead(before[path], after[path])
+  if run.stream is not None and after and run.recipe.sequential != 'none':
+    run.stream.compile_ahead(part.module, after)
+
+
 def _paths(part, steps, recipe) -> set[str]:
   return {path for _, step in steps for path in targets(part, step, recipe)}
 
@@ -176,9 +193,10 @@ def _apply(part, step, stage, run, observed: nnx.Module, plan):
   if paths and step.row.statistics:
     layers = [path.removesuffix('.weight') for path in paths]
     found = run.stream.observe(observed, step.row.statistics, part.prefix, layers)
-  params = parameters(part.module)
+  params, prepared = parameters(part.module), Prepared(step)
   for path in paths:
-    measured, layer = found.pop(path.removesuffix('.weight'), {}), part.layer(path)
+    layer = part.layer(path)
+    measured = prepared.join(found.pop(path.removesuffix('.weight'), {}))
     if step.row.plan:
       measured[PLAN] = plan[layer]
     outcome = execute(step.row, step.spec, params[path].get_value(), measured)

@@ -59,6 +59,16 @@ def test_statistics_equal_those_of_hooks_in_transformers(tiny, tokens_BT, torch_
         )
 
 
+def test_layers_with_the_same_inputs_share_what_is_measured(tiny, tokens_BT):
+  model = tiny(layers=1)
+  measured = calibrate.Stream(model, [tokens_BT]).observe(model.layers[0], ('input_covariance',))
+  together = {}
+  for layer, found in measured.items():
+    together.setdefault(id(found), []).append(layer)
+  assert sorted(map(sorted, together.values())) == sorted(map(sorted, calibrate.STAGES))
+  assert list(measured) == [layer for stage in calibrate.STAGES for layer in stage]
+
+
 @pytest.mark.parametrize('batch_size', [1, 4])
 def test_batches_do_not_matter(tiny, tokens_BT, batch_size):
   model = tiny(layers=1)

@@ -1,8 +1,11 @@
 """Programs give the numbers of plain `jax.jit`, are traced once, and do without unknown options."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from model.compress import programs
 
@@ -32,3 +35,50 @@ def test_options_that_this_version_lacks_are_left_out():
   scaled, _ = _counted()
   run = programs.compiled(scaled, quick={'xla_no_such_option': True}, static_argnums=0)
   np.testing.assert_allclose(run(2, jnp.ones(3)), 2 * np.sin(np.ones(3)), rtol=1e-6)
+
+
+def test_a_program_that_was_begun_ahead_is_not_compiled_again():
+  scaled, traces = _counted()
+  run = programs.compiled(scaled, static_argnums=0)
+  x = np.linspace(0, 1, 4, dtype=np.float32)
+  events = []
+  jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+  run.ahead(3, jax.ShapeDtypeStruct((4,), jnp.float32))
+  run.ahead(3, jax.ShapeDtypeStruct((4,), jnp.float32))
+  np.testing.assert_allclose(run(3, x), 3 * np.sin(x), rtol=1e-6)
+  assert traces == [3]
+  assert sum(name.endswith('backend_compile_duration') for name in events) == 1
+  np.testing.assert_allclose(run(2, x[:2]), 2 * np.sin(x[:2]), rtol=1e-6)  # of other arguments
+  assert traces == [3, 2]
+
+
+def test_a_call_fails_as_its_compilation_ahead_did():
+  def refuses(x):
+    raise ValueError(f'no {x.shape[0]} inputs')
+
+  run = programs.compiled(refuses)
+  run.ahead(jnp.ones(3))
+  with pytest.raises(ValueError, match='no 3 inputs'):
+    run(jnp.ones(3))
+
+
+def test_what_a_step_derives_is_shared_by_layers_with_the_same_statistics():
+  calls = []
+
+  def derive(statistics, spec):
+    calls.append(statistics['input_norm'].shape)
+    return statistics['input_norm'] * spec.factor
+
+  spec = types.SimpleNamespace(factor=2)
+  row = types.SimpleNamespace(statistics=('input_norm',), prepare=derive)
+  prepared = programs.Prepared(types.SimpleNamespace(row=row, spec=spec))
+  same, other = ({'input_norm': jnp.full(4, value), 'more': 0} for value in (1.0, 3.0))
+  first, second, third = (prepared.join(measured) for measured in (same, same, other))
+  assert first['prepared'] is second['prepared'] and set(first) == {
+    'input_norm',
+    'more',
+    'prepared',
+  }
+  np.testing.assert_array_equal(third['prepared'], np.full(4, 6.0))
+  row.prepare = None
+  assert prepared.join(same) == same and prepared.join(same) is not same
