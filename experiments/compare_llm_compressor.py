@@ -97,7 +97,7 @@ def main() -> None:
   for flag, holder in {'model': MODEL, 'peer': PEER}.items():
     if not holder.value:
       raise ValueError(f'--{flag} is needed')
-  model, tokenizer = hf.load_pretrained(MODEL.value, dtype=jnp.float32)
+  model, tokenizer = common.load_model(MODEL.value, jnp.float32)
   names = settings_that_fit(model, NAMES.value)
   with tempfile.TemporaryDirectory() as folder:
     work = pathlib.Path(folder)
