@@ -194,7 +194,7 @@ def _apply(part, step, stage, run, observed: nnx.Module, plan):
     layers = [path.removesuffix('.weight') for path in paths]
     found = run.stream.observe(observed, step.row.statistics, part.prefix, layers)
   params, prepared = parameters(part.module), Prepared(step)
-  for path in paths:
+  for path in _by_input(paths, found):
     layer = part.layer(path)
     measured = prepared.join(found.pop(path.removesuffix('.weight'), {}))
     if step.row.plan:
@@ -202,6 +202,13 @@ def _apply(part, step, stage, run, observed: nnx.Module, plan):
     outcome = execute(step.row, step.spec, params[path].get_value(), measured)
     params[path].set_value(outcome.weight)
     run.ledger.add(layer, step.technique, outcome.events)
+
+
+def _by_input(paths, found) -> list[str]:
+  """The parameters of layers that share their statistics one after the other."""
+  first = {}
+  key = lambda path: first.setdefault(id(found.get(path.removesuffix('.weight'))), len(first))
+  return sorted(paths, key=key)
 
 
 def _apply_to_block(part, step, run):

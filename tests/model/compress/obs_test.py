@@ -53,9 +53,13 @@ def test_the_contract_with_options(name, spec):
   contracts.check(name, spec)
 
 
+def _technique(function, spec):
+  """(w, statistics) -> outcome by the registry's row, which also factors the covariance."""
+  return functools.partial(registry.lookup(function.__name__), spec=spec)
+
+
 def _run(function, w, spec, measured=MEASURED):
-  row = registry.lookup(function.__name__)  # it factors the covariance
-  outcome = jax.jit(functools.partial(row, spec=spec))(w, measured)
+  outcome = jax.jit(_technique(function, spec))(w, measured)
   events = {event: int(count) for event, count in outcome.events.items() if int(count)}
   return outcome.weight, events
 
@@ -169,7 +173,7 @@ def test_another_group_than_the_usual_is_an_event():
 )
 def test_what_does_not_fit_is_refused(message, function, w, spec):
   with pytest.raises(ValueError, match=message):
-    jax.eval_shape(functools.partial(function, spec=spec), w, MEASURED)
+    jax.eval_shape(_technique(function, spec), w, MEASURED)
 
 
 @pytest.mark.parametrize(
