@@ -29,7 +29,7 @@ CHECK = flags.DEFINE_bool('check', False, 'Only say whether the files are up to 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'experiments' / 'results'
 SHOWN = ('ops', 'model', 'experiments')
-EMBEDDED = 'docs/embedded.md'
+EMBEDDED, COMPRESSING = 'docs/embedded.md', 'docs/compressing.md'
 # A full stop before a capital letter or code, but not that of an abbreviation.
 SENTENCE_END = re.compile(r'(?<=\.)(?<!et al\.)(?<!e\.g\.)\s+(?=[A-Z`])')
 
@@ -99,8 +99,9 @@ def real(path: pathlib.Path) -> str:
     f'| --- |{" ---: |" * 10} --- |',
     *(_real_line(row, other) for row in rows),
   ]
+  commands = ', '.join(f'`{command}`' for command in dict.fromkeys(row.command for row in rows))
   lines.append(
-    f'\n`{about.command}` on {_machine(about)}; KL: divergence from the base per token; decoding '
+    f'\n{commands} on {_machine(about)}; KL: divergence from the base per token; decoding '
     f'at batch 1, medians ± half an interquartile range; records: {_link(path)}.'
   )
   return '\n'.join(lines)
@@ -128,6 +129,37 @@ def _quality(row: Record, text: str = '') -> list[str]:
     return [ppl, '', '']
   change, kl = columns.change(row.value(f'ppl_ratio{text}')), row.value(f'kl_to_base{text}')
   return [ppl, change, f'{kl:.4f}']
+
+
+def peer(path: pathlib.Path) -> str:
+  """Our compression beside llm-compressor's, one setting a line."""
+  rows = records.read(path)
+  lines = [
+    '| setting | perplexity | llm-compressor | ratio | seconds | llm-compressor | ratio |',
+    f'| --- |{" ---: |" * 6}',
+    *(_peer_line(row) for row in rows),
+  ]
+  about, rounds = rows[0], min(row.metrics['seconds'].n for row in rows)
+  lines.append(
+    f'\nThe perplexity of the uncompressed model is {about.value("base_ppl"):.3f}; '
+    f'at least {rounds} round{"s" if rounds > 1 else ""} a setting on {_machine(about)}; records '
+    f'with their commands: {_link(path, COMPRESSING)}.'
+  )
+  return '\n'.join(lines)
+
+
+def _peer_line(row: Record) -> str:
+  error = row.metrics.get('ppl / peer, standard error')
+  cells = [
+    f'`{row.recipe}`',
+    f'{row.value("ppl"):.3f}',
+    f'{row.value("peer_ppl"):.3f}',
+    f'{row.value("ppl / peer"):.4f}' + (f' ± {error.value:.4f}' if error else ''),
+    f'{row.value("seconds"):.1f}',
+    f'{row.value("peer_seconds"):.1f}',
+    f'{row.value("seconds / peer"):.2f}',
+  ]
+  return f'| {" | ".join(cells)} |'
 
 
 def decoding(path: pathlib.Path) -> str:
@@ -246,6 +278,12 @@ PARTS = (
   ),
   Part(file=EMBEDDED, name='results', generate=results, results=('compress_cpu.jsonl',)),
   Part(file='README.md', name='decoding', generate=decoding, results=('decode_cpu.jsonl',)),
+  Part(
+    file=COMPRESSING,
+    name='peer',
+    generate=peer,
+    results=('llm_compressor_smollm2_cpu.jsonl',),
+  ),
   Part(file='docs/techniques.md', name='techniques', generate=techniques),
   Part(file='docs/tree.md', name='tree', generate=tree),
 )
