@@ -1,13 +1,14 @@
 """Programs give the numbers of plain `jax.jit`, are traced once, and do without unknown options."""
 
-import types
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.compress import programs
+from model.compress import programs, recipe
+from ops.solvers import obs
 
 
 def _counted():
@@ -63,22 +64,17 @@ def test_a_call_fails_as_its_compilation_ahead_did():
 
 
 def test_what_a_step_derives_is_shared_by_layers_with_the_same_statistics():
-  calls = []
-
-  def derive(statistics, spec):
-    calls.append(statistics['input_norm'].shape)
-    return statistics['input_norm'] * spec.factor
-
-  spec = types.SimpleNamespace(factor=2)
-  row = types.SimpleNamespace(statistics=('input_norm',), prepare=derive)
-  prepared = programs.Prepared(types.SimpleNamespace(row=row, spec=spec))
-  same, other = ({'input_norm': jnp.full(4, value), 'more': 0} for value in (1.0, 3.0))
+  step, plain = (
+    recipe.parse({'name': 'x', 'steps': [one]}).steps[0]
+    for one in ({'gptq': {'damping': 0.5}}, {'wanda': {}})
+  )
+  same, other = ({'input_covariance': jnp.diag(jnp.arange(a, a + 4.0))} for a in (1, 2))
+  prepared = programs.Prepared(step)
   first, second, third = (prepared.join(measured) for measured in (same, same, other))
-  assert first['prepared'] is second['prepared'] and set(first) == {
-    'input_norm',
-    'more',
-    'prepared',
-  }
-  np.testing.assert_array_equal(third['prepared'], np.full(4, 6.0))
-  row.prepare = None
-  assert prepared.join(same) == same and prepared.join(same) is not same
+  assert first['prepared'] is second['prepared'] and set(first) == {'input_covariance', 'prepared'}
+  for found, measured in ((first, same), (third, other)):
+    expected = obs.prepare(measured['input_covariance'], act_order=True, damping=0.5)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(close, found['prepared'], expected)
+  unchanged = programs.Prepared(plain).join(same)
+  assert unchanged == same and unchanged is not same
