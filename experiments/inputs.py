@@ -11,7 +11,7 @@ import numpy as np
 from experiments import base as embedded
 from experiments import common, study
 from experiments.lessons import School
-from model import corpus, hf
+from model import corpus
 from model.eval import perplexity, records
 from model.tokenizer import Tokenizer, window_bos
 from model.transformer import Transformer
@@ -58,9 +58,7 @@ def load(model: str | None, texts: Sequence[str], *, seed: int, smoke: bool) -> 
       raise ValueError('--text needs a --model; without one the base model brings its own corpus')
     return _embedded(embedded.load_or_train(common.cache_folder(), seed=seed, smoke=smoke))
   _check_names(texts)
-  loaded, tokenizer = hf.load_pretrained(model)
-  if tokenizer is None:
-    raise ValueError(f'{model} has no tokenizer; put its tokenizer.json into the folder')
+  loaded, tokenizer = common.load_model(model)
   return Inputs(
     model=loaded,
     tokenizer=tokenizer,

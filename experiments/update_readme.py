@@ -117,8 +117,9 @@ def real(path: pathlib.Path) -> str:
     f'| --- |{" ---: |" * 10} --- |',
     *(_real_line(row, other) for row in rows),
   ]
+  commands = ', '.join(f'`{command}`' for command in dict.fromkeys(row.command for row in rows))
   lines.append(
-    f'\n`{about.command}` on {_machine(about)}; KL: divergence from the base per token; decoding '
+    f'\n{commands} on {_machine(about)}; KL: divergence from the base per token; decoding '
     f'at batch 1, medians ± half an interquartile range; records: {_link(path)}.'
   )
   return '\n'.join(lines)
@@ -173,6 +174,37 @@ def _structured_line(row: Record, other: str) -> str:
     *_quality(row, f':{other}'),
     _ratio(row, 'prefill_speedup'),
     _ratio(row, 'decode_speedup'),
+  ]
+  return f'| {" | ".join(cells)} |'
+
+
+def peer(path: pathlib.Path) -> str:
+  """Our compression beside llm-compressor's, one setting a line."""
+  rows = records.read(path)
+  lines = [
+    '| setting | perplexity | llm-compressor | ratio | seconds | llm-compressor | ratio |',
+    f'| --- |{" ---: |" * 6}',
+    *(_peer_line(row) for row in rows),
+  ]
+  about, rounds = rows[0], min(row.metrics['seconds'].n for row in rows)
+  lines.append(
+    f'\nThe perplexity of the uncompressed model is {about.value("base_ppl"):.3f}; '
+    f'at least {rounds} round{"s" if rounds > 1 else ""} a setting on {_machine(about)}; records '
+    f'with their commands: {_link(path, COMPRESSING)}.'
+  )
+  return '\n'.join(lines)
+
+
+def _peer_line(row: Record) -> str:
+  error = row.metrics.get('ppl / peer, standard error')
+  cells = [
+    f'`{row.recipe}`',
+    f'{row.value("ppl"):.3f}',
+    f'{row.value("peer_ppl"):.3f}',
+    f'{row.value("ppl / peer"):.4f}' + (f' ± {error.value:.4f}' if error else ''),
+    f'{row.value("seconds"):.1f}',
+    f'{row.value("peer_seconds"):.1f}',
+    f'{row.value("seconds / peer"):.2f}',
   ]
   return f'| {" | ".join(cells)} |'
 
@@ -299,6 +331,12 @@ PARTS = (
     name='structured',
     generate=structured,
     results=('structured_smollm2_cpu.jsonl',),
+  ),
+  Part(
+    file=COMPRESSING,
+    name='peer',
+    generate=peer,
+    results=('llm_compressor_smollm2_cpu.jsonl',),
   ),
   Part(file='docs/techniques.md', name='techniques', generate=techniques),
   Part(file='docs/tree.md', name='tree', generate=tree),

@@ -10,11 +10,11 @@ from flax import nnx
 
 from model import units
 from model.compress import statistics
-from model.compress.programs import execute
+from model.compress.programs import execute, prepare
 from model.compress.recipe import Recipe, Step
-from model.compress.registry import PLAN
+from model.compress.registry import PLAN, PREPARED
 from model.transformer import Transformer, abstract, linears, parameters
-from ops.linear import Matrix, core
+from ops.linear import Matrix, core, on_one_device
 from ops.quantized import QuantizedTensor
 from ops.sparse import SparseTensor, looks_pruned
 
@@ -221,7 +221,35 @@ def _shapes_after(row, spec, structure, leaves):
   w = jax.tree.unflatten(structure, leaves)
   if row.scope == 'block':
     return jax.eval_shape(functools.partial(row.becomes, spec=spec), w)
+  return execute.eval_shape(row, spec, w, _shapes_of_statistics(row, spec, w)).weight
+
+
+def _shapes_of_statistics(row, spec, w):
   measured = statistics.abstract(w.shape[-2], row.statistics) if row.statistics else {}
+  if row.prepare is not None:
+    measured[PREPARED] = prepare.eval_shape(row, spec, dict(measured))
   if row.plan:
     measured[PLAN] = jax.ShapeDtypeStruct((), np.float32)
-  return execute.eval_shape(row, spec, w, measured).weight
+  return measured
+
+
+def compile_ahead(part: Part, recipe: Recipe) -> dict[str, Matrix]:
+  """Begins to compile the programs that compress the matrices of a part, as far as that is known.
+
+  Returns the shapes of all parameters after the recipe. Of a part whose arrays lie on several
+  devices it returns none and compiles nothing, because shapes do not say how they lie.
+  """
+  values = weights(part)
+  if not all(on_one_device(w) for w in values.values()):
+    return {}
+  shapes = {path: jax.eval_shape(lambda w: w, w) for path, w in values.items()}
+  for step in recipe.steps:
+    for path in targets(part, step, recipe):
+      row, spec, w = step.row, step.spec, shapes[path]
+      if row.scope in ('linears', 'parameters'):
+        measured = _shapes_of_statistics(row, spec, w)
+        if row.prepare is not None:
+          prepare.ahead(row, spec, {name: measured[name] for name in row.statistics})
+        execute.ahead(row, spec, w, measured)
+      shapes[path] = _becomes(step, w)
+  return shapes

@@ -23,12 +23,12 @@ import numpy as np
 from flax import nnx
 
 from model import units
-from model.compress import calibrate, statistics
+from model.compress import calibrate, statistics, threads
 from model.compress.calibrate import CALIBRATION_BATCH
 from model.compress.ledger import LayerResult, Ledger
 from model.compress.measurements import Measurements
-from model.compress.parts import Part, calibrated, check, parts, targets, weights
-from model.compress.programs import compiled, execute
+from model.compress.parts import Part, calibrated, check, compile_ahead, parts, targets, weights
+from model.compress.programs import Prepared, compiled, execute
 from model.compress.progress import Progress
 from model.compress.recipe import Recipe, Step
 from model.compress.registry import PLAN, Site
@@ -76,11 +76,17 @@ def compress(
   """
   check(model, recipe, calibration_BT, learns=school is not None)
   learns = any(step.row.scope == 'learn' for step in recipe.steps)
-  lessons = school.fingerprint if learns else None
-  kept = Progress.open(resume, model, recipe, calibration_BT, lessons)
-  run = _Run(recipe, Ledger(), {})
+  kept = Progress.open(
+    resume, model, recipe, calibration_BT, school.fingerprint if learns else None
+  )
   if not in_place and not any(step.row.scope in REBUILDING for step in recipe.steps):
     model = nnx.clone(model)
+  with threads.few(max((w.shape[-2] for w in matrices(model).values()), default=0)):
+    return _run_all(model, recipe, calibration_BT, progress, school=school, kept=kept)
+
+
+def _run_all(model, recipe, calibration_BT, progress, *, school, kept: Progress):
+  run = _Run(recipe, Ledger(), {})
   model = _rebuild(model, run, calibration_BT, school, kept)
   _transform(model, run)
   if any(calibrated(step) for step in recipe.steps):
@@ -92,6 +98,8 @@ def compress(
     if part.is_block and kept.has(i):
       run.ledger.extend(kept.restore(i, part.module, run.stream))
       continue
+    if part.is_block:
+      _compile_ahead(part, run)
     ledger = Ledger()
     _compress(part, dataclasses.replace(run, ledger=ledger))
     run.ledger.extend(ledger)
@@ -181,6 +189,16 @@ def _compress(part: Part, run: _Run) -> None:
   run.ledger.layers.extend(results.all())
 
 
+def _compile_ahead(part, run):
+  """Begins to compile what a block needs, most of which the first block compiles for all."""
+  before, after = weights(part), compile_ahead(part, run.recipe)
+  for path in after:
+    if path.endswith('.weight'):
+      _relative_error.ahead(before[path], after[path])
+  if run.stream is not None and after and run.recipe.sequential != 'none':
+    run.stream.compile_ahead(part.module, after)
+
+
 def _paths(part, steps, recipe) -> set[str]:
   return {path for _, step in steps for path in targets(part, step, recipe)}
 
@@ -213,14 +231,22 @@ def _apply(part, step, stage, run, observed: nnx.Module, plan):
   if paths and step.row.statistics:
     layers = [path.removesuffix('.weight') for path in paths]
     found = run.stream.observe(observed, step.row.statistics, part.prefix, layers)
-  params = parameters(part.module)
-  for path in paths:
-    measured, layer = found.pop(path.removesuffix('.weight'), {}), part.layer(path)
+  params, prepared = parameters(part.module), Prepared(step)
+  for path in _by_input(paths, found):
+    layer = part.layer(path)
+    measured = prepared.join(found.pop(path.removesuffix('.weight'), {}))
     if step.row.plan:
       measured[PLAN] = plan[layer]
     outcome = execute(step.row, step.spec, params[path].get_value(), measured)
     params[path].set_value(outcome.weight)
     run.ledger.add(layer, step.technique, outcome.events)
+
+
+def _by_input(paths, found) -> list[str]:
+  """The parameters of layers that share their statistics one after the other."""
+  first = {}
+  key = lambda path: first.setdefault(id(found.get(path.removesuffix('.weight'))), len(first))
+  return sorted(paths, key=key)
 
 
 def _apply_to_block(part, step, run):

@@ -92,7 +92,7 @@ class Learned:
   events: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-PLAN = 'plan'
+PLAN, PREPARED = 'plan', 'prepared'
 Scope = Literal['linears', 'parameters', 'block', 'model', 'shape', 'learn']
 
 
@@ -128,6 +128,9 @@ class Technique:
   plan: for linears, (survey, spec) -> {layer: number} divides a total among the layers, such as the
     sparsity. It is called once before the blocks, with an iterator of (layer, w, statistics) over
     the uncompressed model. The function receives its number as statistics['plan'], float32.
+  prepare: for linears, (statistics, spec) -> arrays derives what depends on a layer's inputs alone,
+    such as the factor of their covariance. It is traced, and runs once for layers that share their
+    inputs. The function receives the arrays as statistics['prepared'].
   """
 
   name: str
@@ -141,12 +144,17 @@ class Technique:
   plan: Callable | None = None
   reshapes: Callable | None = None
   calibrates: Callable[[Any], bool] | None = None
+  prepare: Callable | None = None
   prunes: bool = False
 
   def __call__(self, w: Matrix, statistics: Statistics, spec: Any) -> Outcome:
     """Compresses one weight; only for the scopes linears and parameters."""
     names = (*self.statistics, *([PLAN] if self.plan else []))
-    result = self.function(w, {name: statistics[name] for name in names}, spec)
+    known = {name: statistics[name] for name in names}
+    if self.prepare is not None:
+      found = statistics.get(PREPARED)
+      known[PREPARED] = self.prepare(known, spec) if found is None else found
+    result = self.function(w, known, spec)
     return result if isinstance(result, Outcome) else Outcome(result, {})
 
   @property

@@ -107,13 +107,6 @@ def measure(seen: list[jax.Array], names: tuple[str, ...]) -> dict[str, Any]:
   return {name: STATISTICS[name].of(tokens_TI) for name in names}
 
 
-def nothing(inputs: int, names: tuple[str, ...]) -> dict[str, Any]:
-  """The raw statistics of no tokens at all, for a layer with this many inputs."""
-  x = jax.ShapeDtypeStruct((1, inputs), jnp.float32)
-  shapes = jax.eval_shape(lambda x: measure([x], names), x)
-  return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-
-
 def merge(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
   """Adds two measurements of the same layer."""
   return {name: STATISTICS[name].merge(a[name], b[name]) for name in a}
