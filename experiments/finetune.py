@@ -31,7 +31,6 @@ from typing import Literal
 import jax
 from absl import flags
 
-from experiments import base as embedded
 from experiments import common, training
 from model import adapters, hf, learned, peft
 from model.adapters import AdapterConfig
@@ -111,7 +110,7 @@ def main() -> None:
   check_replaceable(out / 'model')
   check_replaceable(out / 'adapter', kind='adapter')
   run_folder.check_free(out / 'run')
-  base, tokenizer = _model()
+  base, tokenizer = training.load(MODEL.value, smoke=SMOKE.value)
   text = training.text(DATA.value, tokenizer, settings)
   ready = prepare(base, method, settings.seed)
   _say_sizes(ready, text)
@@ -145,16 +144,6 @@ def prepare(base: Transformer, method: Method, seed: int) -> Ready:
     quantized, _ = pipeline.compress(base, recipe.parse(NF4))
   model = adapters.attach(quantized, config, key=jax.random.key(seed), originals=matrices(base))
   return Ready(model=model, task=Task(selection=Selection(value=())), adapter=config)
-
-
-def _model():
-  if MODEL.value is None:
-    trained = embedded.load_or_train(common.cache_folder(), smoke=SMOKE.value)
-    return trained.model, trained.tokenizer
-  model, tokenizer = hf.load_pretrained(MODEL.value)
-  if tokenizer is None:
-    raise ValueError(f'{MODEL.value} has no tokenizer; put its tokenizer.json into the folder')
-  return model, tokenizer
 
 
 def _nll(model: Transformer, text: training.Text, step: StepConfig) -> float:

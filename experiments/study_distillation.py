@@ -1,7 +1,8 @@
 r"""Shows what each part of distillation is worth, on small models with several seeds.
 
   python -m experiments.study_distillation --output=experiments/results/distillation_cpu.jsonl
-  python -m experiments.study_distillation --arms=kd,kd_reverse --learning_rates=1e-3,2e-3,4e-3
+  python -m experiments.study_distillation --arms=layers_forward,layers_reverse \
+      --learning_rates=1e-3,2e-3,4e-3
 
 The teacher has the shape of the embedded base with four layers, and is trained once on the source
 of Python's standard library. Students have two layers and see the same number of tokens; each seed
@@ -12,8 +13,8 @@ has its own passages, order and initial weights. The arms:
   layers_all      the same from the teacher's first and last layer
   layers_no_soft, layers_no_hard   without one part
   layers_hard     from the teacher's layers, labels alone
+  layers_forward, layers_reverse, layers_jsd   from the teacher's layers, one divergence alone
   kd              random start, forward KL alone
-  kd_reverse, kd_jsd   other divergences
   kd_sampled      forward KL to 50 stored draws a token, 100 bytes
   kd_mixed        a stored head of 8 tokens and 34 draws, 116 bytes
   kd_top          a stored head of 25 tokens and no draws, 100 bytes
@@ -86,9 +87,8 @@ class Arm:
   learning_rate: float = 2e-3
 
 
-def _kl(kind: str, mix: float | None = None, **settings) -> Arm:
-  objective = Distillation(divergence=Divergence(kind=kind, mix=mix))
-  return Arm(start='random', objective=objective, **settings)
+def _kl(start: str, kind: str = 'forward_kl', mix: float | None = None) -> Arm:
+  return Arm(start=start, objective=Distillation(divergence=Divergence(kind=kind, mix=mix)))
 
 
 def _bert(soft: float, hard: float) -> Distillation:
@@ -112,9 +112,10 @@ ARMS = {
   'layers_no_soft': Arm(start='layers', objective=_bert(0, 2)),
   'layers_no_hard': Arm(start='layers', objective=_bert(5, 0)),
   'layers_hard': Arm(start='layers', objective=CrossEntropy()),
-  'kd': _kl('forward_kl'),
-  'kd_reverse': _kl('reverse_kl'),
-  'kd_jsd': _kl('jsd', 0.5),
+  'layers_forward': _kl('layers'),
+  'layers_reverse': _kl('layers', 'reverse_kl'),
+  'layers_jsd': _kl('layers', 'normalized_jsd', 0.5),
+  'kd': _kl('random'),
   'kd_sampled': Arm(start='random', stored=TargetConfig(head=0, draws=50)),
   'kd_mixed': Arm(start='random', stored=TargetConfig(head=8, draws=34)),
   'kd_top': Arm(start='random', stored=TargetConfig(head=25, draws=0, dtype='float16')),
@@ -147,9 +148,9 @@ ORDERS = (
   Order('D5, within 0.5 %', 'cross_entropy', ('kd_sampled', 'kd'), slack=1.005),
   Order('D5', 'calibration_error', ('kd_sampled', 'kd_top')),
   Order('D5, loss', 'cross_entropy', ('kd_sampled', 'kd_top')),
-  Order('D6', 'entropy', ('kd_reverse', 'kd_jsd', 'kd')),
-  Order('D6', 'reverse_kl', ('kd_reverse', 'kd')),
-  Order('D6', 'cross_entropy', ('kd', 'kd_reverse')),
+  Order('D6', 'entropy', ('layers_reverse', 'layers_jsd', 'layers_forward')),
+  Order('D6', 'reverse_kl', ('layers_reverse', 'layers_forward')),
+  Order('D6', 'cross_entropy', ('layers_forward', 'layers_reverse')),
   Order('D7', 'own_reverse_kl', ('more_on_policy', 'more_off_policy')),
   Order('D7', 'own_forward_kl', ('more_on_policy', 'more_off_policy')),
 )

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import jax
 from absl import flags
 
+from experiments import base as embedded
 from experiments import common
-from model import corpus, sharding, stacked
+from model import corpus, hf, sharding, stacked
 from model.tokenizer import Tokenizer
 from model.train import chats, loop, split
 from model.train.data import PackedDataset, excerpts
@@ -93,6 +94,20 @@ def settings(holders: Mapping[str, flags.FlagHolder], defaults: Settings, **chan
     **{name: getattr(found, name) for name in ('steps', 'seq_len', 'batch_size', 'learning_rate')}
   )
   return found
+
+
+def load(model: str | None, *, smoke: bool) -> tuple[Transformer, Tokenizer]:
+  """Loads a model and its tokenizer; without a name, the embedded base model.
+
+  Raises ValueError if it cannot be read or has no tokenizer.
+  """
+  if model is None:
+    trained = embedded.load_or_train(common.cache_folder(), smoke=smoke)
+    return trained.model, trained.tokenizer
+  loaded, tokenizer = hf.load_pretrained(model)
+  if tokenizer is None:
+    raise ValueError(f'{model} has no tokenizer; put its tokenizer.json into the folder')
+  return loaded, tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

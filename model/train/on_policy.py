@@ -36,7 +36,8 @@ class OnPolicy:
   settings: what `write` depends on besides its arguments, such as a temperature, as JSON values.
     They are part of a run's identity.
   fraction: of the batches; 1 for all.
-  prompt_length: a prompt is a piece of one document within so many first tokens of a row.
+  prompt_length: a prompt is a piece of one document within so many first tokens of a row; in a
+    chat, the part before the assistant's first words.
   new_tokens: the largest number of tokens that the student writes for a row.
   """
 
@@ -101,17 +102,20 @@ class OnPolicy:
     )
 
   def _prompt(self, batch: Batch, row: int) -> list[int]:
-    """The longest piece of one document in the beginning of a row, without the document's end."""
-    tokens = np.asarray(batch.tokens_BT[row][: self.prompt_length])
+    """The longest prompt among the pieces of documents in the beginning of a row."""
+    tokens, labels = (
+      np.asarray(array[row][: self.prompt_length]) for array in (batch.tokens_BT, batch.labels_BT)
+    )
     segments = np.asarray(batch.segments_BT[row][: self.prompt_length + 1])
     changes = np.flatnonzero(np.diff(segments)) + 1
-    # A piece that another segment follows is whole, and its last token is the end token.
-    pieces = [
-      tokens[start : max(start + 1, stop - 1)] for start, stop in zip([0, *changes], changes)
-    ]
-    pieces.append(tokens[changes[-1] if len(changes) else 0 :])
-    real = [piece for piece, at in zip(pieces, [0, *changes]) if len(piece) and segments[at]]
-    return max(real or [tokens[:1]], key=len).tolist()
+    bounds = [0, *changes, len(segments)]
+    found = [tokens[:1]]
+    for start, stop, after in zip(bounds, bounds[1:], [*bounds[2:], None]):
+      whole = after is not None  # another segment follows, so the last token is the end token
+      piece = slice(start, max(start + 1, stop - 1) if whole else self.prompt_length)
+      if segments[start] and start < len(tokens):
+        found.append(_up_to_labels(tokens[piece], labels[piece]))
+    return max(found, key=len).tolist()
 
   def _check_written(self, written: Tokens, rows: int, vocabulary: int) -> None:
     if len(written) != rows:
@@ -121,6 +125,13 @@ class OnPolicy:
         raise ValueError(
           f'a continuation should have at most {self.new_tokens} tokens of {vocabulary}, not {new}'
         )
+
+
+def _up_to_labels(tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
+  """The tokens before the first label, if a piece does not begin with one, as a chat does not."""
+  labelled = np.flatnonzero(labels != NO_LABEL)
+  begins = labelled[0] if len(labelled) else 0
+  return tokens[: begins + 1] if begins else tokens
 
 
 def _row(prompt: Sequence[int], new: Sequence[int], length: int) -> tuple[np.ndarray, ...]:

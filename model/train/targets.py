@@ -194,7 +194,7 @@ def _compute(teacher: Transformer, config: TargetConfig, vocabulary: int):
   def compute(params, batch: Batch, rows_B):
     model = nnx.merge(graphdef, params)
     model.dtype = jnp.dtype(config.compute_dtype)
-    network = Network(model, config.chunk)
+    network = Network(model, config.chunk, remat=None)
     # A key for each row: what is drawn does not depend on the batch that a row comes in.
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(config.seed)))(rows_B)
     shape = (batch.tokens_BT.shape[1], config.draws)

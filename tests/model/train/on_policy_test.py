@@ -7,7 +7,7 @@ from flax import nnx
 
 from model.config import LayerConfig, ModelConfig
 from model.infer.generate import generate
-from model.train import loop
+from model.train import data, loop
 from model.train.data import PackedDataset
 from model.train.distill import Distillation
 from model.train.features import Hidden
@@ -84,6 +84,20 @@ def test_a_written_batch_matches_one_by_hand():
   for name, rows in want.items():
     np.testing.assert_array_equal(getattr(got, name), rows, name)
     assert getattr(got, name).dtype == np.int32
+
+
+def test_a_chat_is_a_prompt_up_to_the_assistants_words():
+  chats = [data.Document(np.arange(1, 8), np.arange(1, 8) > 4)]  # 5 6 7 are the assistant's
+  batch = next(iter(PackedDataset.from_whole(chats, seq_len=SEQ_LEN, batch_size=1).sequential()))
+  asked = []
+
+  def write(model, prompts, new_tokens, seeds):
+    asked.extend(prompts)
+    return [[6]]
+
+  got = _on_policy(write, prompt_length=6, new_tokens=2)(batch, 0, _model(0))
+  assert asked == [[1, 2, 3, 4]]
+  np.testing.assert_array_equal(got.labels_BT, [[-1, -1, -1, 6, -1, -1, -1, -1]])
 
 
 def test_the_labels_are_what_the_student_says_and_follow_seed_and_step(rng):
