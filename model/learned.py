@@ -9,6 +9,7 @@ and its values learn.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from flax import nnx
 from model.transformer import Transformer, linears, matching_layers, parameters
 from ops import activations, masked, qat, quantized, sparse
 from ops.formats import FormatName
+from ops.int8_training import Backward, Engine, Int8Products
 from ops.linear import Matrix, Weight, map_values, stored
 
 
@@ -54,6 +56,26 @@ def attach(model: Transformer, config: QatConfig) -> Transformer:
       param.set_value(_learning(param.get_value(), config))
     except ValueError as error:
       raise ValueError(f'{layer}: {error}') from None
+  return model
+
+
+def with_int8_products(
+  model: Transformer,
+  backward: Backward = 'inputs',
+  *,
+  engine: Engine = 'own',
+  targets: Sequence[str] = ('layers.*',),
+) -> Transformer:
+  """Returns a copy of a model that is trained with int8 products; `finish` takes them off again.
+
+  Raises ValueError if a pattern matches no layer, or a matrix is no plain array.
+  """
+  model = nnx.clone(model)
+  for layer in matching_layers(model, targets):
+    param = linears(model)[layer].weight
+    if isinstance(param.get_value(), Weight):
+      raise ValueError(f'{layer} is stored as a {type(param.get_value()).__name__} already')
+    param.set_value(Int8Products(param.get_value(), backward, engine))
   return model
 
 

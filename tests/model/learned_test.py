@@ -88,6 +88,19 @@ def test_scales_move_where_they_are_trained_and_only_there():
         assert same != moves
 
 
+@pytest.mark.parametrize('backward', ['inputs', 'all'])
+def test_int8_products_train_nearly_as_float_ones(backward):
+  _, exact = _trained(_model(), Selection(), updates=40)
+  start = learned.with_int8_products(_model(), backward)
+  model, losses = _trained(start, Selection(), updates=40)
+  assert losses != exact and losses[-1] < 0.6 * losses[0]
+  assert losses[-1] == pytest.approx(exact[-1], rel=0.05)
+  final = learned.finish(model)
+  assert all(isinstance(w, jax.Array) for w in matrices(final).values())
+  with pytest.raises(ValueError, match='is stored as a Int8Products already'):
+    learned.with_int8_products(start)
+
+
 def test_n_of_m_values_learn_and_zeros_stay():
   plain = _model()
   for layer, linear in linears(plain).items():
