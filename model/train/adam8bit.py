@@ -3,7 +3,7 @@
 Dettmers et al. (2022), "8-bit Optimizers via Block-wise Quantization",
 https://arxiv.org/abs/2110.02861. An update decodes the moments of one array, computes as Adam does
 in float32, and rounds them again (`ops.blockwise`). The first moment has codes with signs, the
-second without. Arrays of fewer than 4096 elements keep float32 moments.
+second without. Arrays of fewer than 4096 elements, stacked layers together, keep float32 moments.
 
 XLA would decode the moments of all arrays before it rounds the first again, which takes more memory
 than float32 moments do. So the update of an array waits for the one before it: a few arrays at a

@@ -13,8 +13,9 @@
   sgd        momentum `b1`, or none if it is 0
 
 An update is -rate * multiplier * (direction + weight_decay * parameter), where weight decay applies
-only to arrays of rank 2 and more, not to norms and biases. A row of `OPTIMIZERS` gives the
-direction; everything else is common to all.
+only to arrays of rank 2 and more, not to norms and biases. The axis along which `model.stacked` has
+stacked layers is none of an array's own. A row of `OPTIMIZERS` gives the direction; everything else
+is common to all.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from model.stacked import is_stacked
 from model.train.adam8bit import scale_by_adam8bit
 
 Decay = Literal['cosine', 'constant']
@@ -116,7 +118,8 @@ def make(config: OptimizerConfig) -> optax.GradientTransformation:
     clip,
     OPTIMIZERS[config.name].direction(config),
     optax.add_decayed_weights(
-      config.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
+      config.weight_decay,
+      mask=lambda params: jax.tree.map(lambda path, p: _rank(path, p) >= 2, paths(params), params),
     ),
     _scale_by_path(config.rates),
     optax.scale_by_learning_rate(schedule(config)),
@@ -127,6 +130,11 @@ def paths(tree: Any) -> Any:
   """The dotted path of each leaf, in a tree of the same structure."""
   name = lambda path, _: jax.tree_util.keystr(path, simple=True, separator='.')
   return jax.tree_util.tree_map_with_path(name, tree)
+
+
+def _rank(path: str, array: jax.Array) -> int:
+  """The number of an array's own axes."""
+  return array.ndim - is_stacked(path)
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -142,12 +150,17 @@ def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
   def label(path, p):
-    outside = p.ndim != 2 or any(fnmatch.fnmatchcase(path, pattern) for pattern in NOT_HIDDEN)
+    outside = _rank(path, p) != 2 or any(
+      fnmatch.fnmatchcase(path, pattern) for pattern in NOT_HIDDEN
+    )
     return 'adam' if outside else 'muon'
+
+  def orthogonal(update):
+    return _orthogonal(update) if update.ndim == 2 else jax.vmap(_orthogonal)(update)
 
   muon = optax.chain(
     optax.trace(decay=MUON_MOMENTUM, nesterov=True),
-    optax.stateless(lambda updates, _: jax.tree.map(_orthogonal, updates)),
+    optax.stateless(lambda updates, _: jax.tree.map(orthogonal, updates)),
   )
   labels = lambda params: jax.tree.map(label, paths(params), params)
   return optax.multi_transform({'muon': muon, 'adam': _adam(config)}, labels)

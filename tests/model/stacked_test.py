@@ -6,11 +6,14 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from model import presets, sharding, stacked, transformer
 from model.stacked import Run
+from model.train import optimizer, partition
+from model.train.optimizer import OptimizerConfig
 from model.transformer import Transformer
 from ops import lora, quantized
 
@@ -127,6 +130,53 @@ def test_sharded_parameters_give_the_same_hidden_states():
   _assert_equal(got, want)
 
 
+def _paths(model):
+  return {path: param.get_value() for path, param in transformer.parameters(model).items()}
+
+
+@pytest.mark.parametrize('name', ['alternating windows', 'uneven'])
+def test_a_model_comes_back_from_its_stacks(name):
+  graphdef, state = _split(CONFIGS[name])
+  model = nnx.merge(graphdef, state)
+  packed = stacked.stack(model)
+  assert len(packed.layers) < len(model.layers) and stacked.stack(packed) is packed
+  again = stacked.unstack(packed)
+  assert nnx.split(again)[0] == graphdef
+  jax.tree.map(np.testing.assert_array_equal, nnx.split(again)[1], state)
+  assert not any(map(stacked.is_stacked, _paths(model)))
+  for path, array in _paths(packed).items():
+    repeats = packed.layers[int(path.split('.')[1])].repeats if stacked.is_stacked(path) else None
+    assert repeats is None or array.shape[0] == repeats > 1
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_a_stacked_model_is_trained_as_an_ordinary_one(name):
+  graphdef, state = _split(CONFIGS['alternating windows'])
+  # A tiny eps would divide rounding errors of gradients near zero by their own size.
+  settings = OptimizerConfig(name=name, steps=9, learning_rate=1e-2, weight_decay=0.5, eps=1e-3)
+  tx = optimizer.make(settings)
+
+  def trained(model, forward):
+    structure, arrays, _ = partition.partition(model, partition.Selection())
+    loss = lambda arrays: jnp.mean(jnp.sin(forward(structure.model(arrays), _tokens())))
+
+    @jax.jit
+    def step(arrays, opt_state):
+      updates, opt_state = tx.update(jax.grad(loss)(arrays), opt_state, arrays)
+      return optax.apply_updates(arrays, updates), opt_state
+
+    opt_state = tx.init(arrays)
+    for _ in range(2):
+      arrays, opt_state = step(arrays, opt_state)
+    return structure.model(arrays)
+
+  want = trained(nnx.merge(graphdef, state), _plain)
+  got = trained(stacked.stack(nnx.merge(graphdef, state)), stacked.hidden)
+  moved = [jnp.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (nnx.split(want)[1], state)))]
+  assert min(moved) > 1e-5
+  _assert_equal(nnx.split(stacked.unstack(got))[1], nnx.split(want)[1])
+
+
 @pytest.mark.parametrize(
   'kinds, want',
   [
@@ -161,9 +211,27 @@ def test_the_program_has_as_many_products_at_any_depth():
   assert _dots(4) == _dots(10) == 2 * _dots(3, 'tiny-llama') > 0
 
 
+def _equations(depth):
+  """The number of equations of the traced update of a stacked model."""
+  make = lambda: stacked.stack(Transformer(_config('tiny-llama', depth), rngs=nnx.Rngs(0)))
+  graphdef, state = nnx.split(nnx.eval_shape(make))
+  tx = optimizer.make(OptimizerConfig(steps=9, learning_rate=1))
+
+  def update(state, opt_state):
+    loss = lambda s: jnp.sum(stacked.hidden(nnx.merge(graphdef, s), _tokens(), remat='block'))
+    return tx.update(jax.grad(loss)(state), opt_state, state)
+
+  return str(jax.make_jaxpr(update)(state, jax.eval_shape(tx.init, state))).count(' = ')
+
+
+def test_the_update_of_a_stacked_model_has_one_size_at_any_depth():
+  assert _equations(3) == _equations(12) > 100
+
+
 def _temporary_bytes(remat):
   config = _config('tiny-llama', 8)
-  graphdef, state = nnx.split(transformer.abstract(config))
+  make = lambda: stacked.stack(Transformer(config, rngs=nnx.Rngs(0)))
+  graphdef, state = nnx.split(nnx.eval_shape(make))
   tokens = jax.ShapeDtypeStruct((8, 64), jnp.int32)
   fn = lambda s, t: jnp.sum(stacked.hidden(nnx.merge(graphdef, s), t, remat=remat))
   return jax.jit(jax.grad(fn)).lower(state, tokens).compile().memory_analysis().temp_size_in_bytes
