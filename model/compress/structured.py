@@ -92,7 +92,7 @@ def _expected(model, spec, unit) -> list[int]:
     sizes.each(model.config, unit)
     return [spec.multiple] * layers
   count = sizes.uniform(model, spec, unit)
-  if layers > 1 and getattr(spec, 'uneven', False):
+  if layers > 1 and spec.uneven:
     return [spec.multiple, 2 * count - spec.multiple, *[count] * (layers - 2)]
   return [count] * layers
 
