@@ -216,16 +216,18 @@ def test_the_number_of_threads_changes_no_bit(threads, rows):
 
 @native
 @instruction_sets
-@pytest.mark.parametrize('format', ['int8', 'int8 asymmetric', 'int4 g32', 'int4 asymmetric'])
+@pytest.mark.parametrize(
+  'format', ['int8', 'int8 asymmetric', 'int4 g32', 'int4 asymmetric', 'mxfp4', 'nvfp4']
+)
 def test_sums_of_integers_are_exact(format, name):
-  # With scales of 1 all is integers: multiples of 32, so that float32 holds their sums.
+  # With scales of 1 all is integers: multiples of 16, so that float32 holds their sums.
   w = _weight(format)
   ones = jnp.ones(w.scales.shape, jnp.bfloat16)
   w = quantized.QuantizedTensor(w.values, ones, w.zeros, w.format, w.inputs, w.dtype)
   x = 32 * np.random.default_rng(0).integers(-(2**9), 2**9 + 1, (5, w.inputs))
   x[:, ::16] = 2**14
   zeros = 0 if w.zeros is None else np.repeat(np.asarray(w.zeros, int), w.group_size, axis=0)
-  expected = x @ (np.asarray(w.codes(), int) - zeros)
+  expected = x @ (np.asarray(w.codes(), np.float64) - zeros)
   y = packed.product(jnp.asarray(x, jnp.float32), layout.encode(w), instruction_set=name)
   np.testing.assert_array_equal(np.asarray(y, np.int64), expected)
 
