@@ -22,7 +22,8 @@ has its own passages, order and initial weights. The arms:
 
 Each is measured on held-out text: bits per byte, entropy, divergences to the teacher, calibration
 error; and its divergences on texts that it writes itself. The orders that the papers report are
-counted over the runs:
+counted over the seeds, each arm at the best of its learning rates. Records that are already in the
+output count too, and are not made again:
 
   D1  a distilled student is better than one from scratch
   D2  the teacher's layers are a better start than random ones
@@ -124,6 +125,7 @@ ARMS = {
 }
 
 Results = Mapping[str, Mapping[str, float]]  # arm -> metric -> value, of one seed
+Found = Mapping[tuple[int, str, float], Mapping[str, float]]  # seed, arm, learning rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +171,16 @@ class Study:
   def teacher(self) -> Transformer:
     return self.base.model
 
+  @property
+  def about(self) -> dict:
+    """What records of one study share, as JSON values."""
+    return {
+      'teacher': dataclasses.asdict(self.plan),
+      'student_layers': STUDENT_LAYERS,
+      'steps': self.steps,
+      'text_fingerprint': self.base.texts.fingerprint,
+    }
+
   def data(self, seed: int, steps: int) -> PackedDataset:
     """Rows for exactly one epoch of `steps` updates."""
     tokens = steps * self.plan.batch_size * self.plan.seq_len + 1
@@ -189,16 +201,42 @@ def main() -> None:
     if name not in ARMS:
       raise ValueError(f'--arms has {name!r}, which is not one of {", ".join(ARMS)}')
   study = _study()
+  found = _recorded(study)
   seeds = 1 if SMOKE.value else SEEDS.value
-  runs = [
-    _run_seed(study, names, seed, rate)
-    for seed in range(FIRST_SEED.value, FIRST_SEED.value + seeds)
-    for rate in map(float, RATES.value or [0])
-  ]
+  for seed in range(FIRST_SEED.value, FIRST_SEED.value + seeds):
+    for rate in map(float, RATES.value or [0]):
+      found |= _run_seed(study, names, seed, rate, found)
   for order in ORDERS:
-    if all(arm in runs[0] for arm in order.arms):
+    runs = [results for results in _by_seed(found).values() if results.keys() >= set(order.arms)]
+    if runs:
       held = sum(order.holds(results) for results in runs)
       print(f'{order.claim}: {order.metric}, {" < ".join(order.arms)}: {held} of {len(runs)}')
+
+
+def _recorded(study: Study) -> Found:
+  """What earlier runs of this study have written to the output."""
+  if not OUTPUT.value or not pathlib.Path(OUTPUT.value).is_file():
+    return {}
+  shared = study.about
+  return {
+    (row.seed, row.recipe, row.config['learning_rate']): _values(row.metrics)
+    for row in records.read(OUTPUT.value)
+    if {name: row.config.get(name) for name in shared} == shared
+  }
+
+
+def _by_seed(found: Found) -> dict[int, Results]:
+  """The results of each seed, of each arm at its best learning rate by cross entropy."""
+  seeds = {}
+  for (seed, arm, _), values in found.items():
+    results = seeds.setdefault(seed, {})
+    if arm not in results or values['cross_entropy'] < results[arm]['cross_entropy']:
+      results[arm] = values
+  return seeds
+
+
+def _values(metrics: Mapping[str, Metric]) -> dict[str, float]:
+  return {name: metric.value for name, metric in metrics.items()}
 
 
 def _study() -> Study:
@@ -209,20 +247,28 @@ def _study() -> Study:
   return Study(base=base, plan=plan, windows=windows, steps=4 if SMOKE.value else STEPS.value)
 
 
-def _run_seed(study: Study, names: list[str], seed: int, rate: float) -> Results:
-  """Trains and measures the arms; those that another arm starts from are trained first."""
-  models, results = {}, {}
-  wanted = [name for name in ARMS if name in names]
-  needed = {ARMS[name].start for name in wanted} & set(ARMS)
-  for name in [name for name in ARMS if name in needed.union(wanted)]:
-    arm = ARMS[name] if not rate else dataclasses.replace(ARMS[name], learning_rate=rate)
+def _run_seed(study: Study, names: list[str], seed: int, rate: float, found: Found) -> Found:
+  """Trains and measures the arms of one seed that are not found yet.
+
+  An arm that another one goes on from is trained for it, whether or not it is found.
+  """
+  arms = {
+    name: dataclasses.replace(arm, learning_rate=rate) if rate else arm
+    for name, arm in ARMS.items()
+  }
+  key = lambda name: (seed, name, arms[name].learning_rate)
+  wanted = [name for name in names if key(name) not in found]
+  needed = {arms[name].start for name in wanted}
+  models, new = {}, {}
+  for name in [name for name in arms if name in needed.union(wanted)]:
     start = time.perf_counter()
-    models[name], about = _train(study, arm, models, seed)
-    metrics = {'train_time': Metric(time.perf_counter() - start, 's'), **about}
-    metrics |= _measure(study, models[name], seed)
-    results[name] = {metric: found.value for metric, found in metrics.items()}
-    _report(study, name, arm, seed, metrics)
-  return results
+    models[name], about = _train(study, arms[name], models, seed)
+    about['train_time'] = Metric(time.perf_counter() - start, 's')
+    if key(name) not in found:
+      metrics = {**about, **_measure(study, models[name], seed)}
+      new[key(name)] = _values(metrics)
+      _report(study, name, arms[name], seed, metrics)
+  return new
 
 
 def _train(study, arm, models, seed) -> tuple[Transformer, dict[str, Metric]]:
@@ -308,14 +354,11 @@ def _report(study, name, arm, seed, metrics) -> None:
     recipe=name,
     command=common.command(),
     config={
-      'teacher': dataclasses.asdict(study.plan),
-      'student_layers': STUDENT_LAYERS,
-      'steps': study.steps,
+      **study.about,
       'learning_rate': arm.learning_rate,
       'start': arm.start,
       'objective': repr(arm.objective or arm.stored),
       'written': arm.written,
-      'text_fingerprint': study.base.texts.fingerprint,
     },
     environment=records.environment(),
     seed=seed,

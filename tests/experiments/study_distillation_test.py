@@ -24,6 +24,9 @@ def test_each_arm_has_a_record_and_orders_are_counted(script, tmp_path, capsys):
   printed = capsys.readouterr().out
   assert 'D5, within 0.5 %: cross_entropy, kd_sampled < kd: ' in printed
   assert 'D6' not in printed  # its arms were not asked for
+  script('--smoke', '--arms=kd', f'--output={out}')  # finds its record
+  assert len(records.read(out)) == 4
+  assert 'D5, within 0.5 %' in capsys.readouterr().out
 
 
 def test_unknown_arms_are_refused(script):
