@@ -103,7 +103,7 @@ def int8_matmul(a_TI: jax.Array, b_IO: jax.Array, *, key: jax.Array | None = Non
   axes.check('TI,IO', a_TI, b_IO)
   (codes_TI, rows), (codes_IO, columns) = to_codes(a_TI, 1, key=key), to_codes(b_IO, 0)
   sums_TO = jax.lax.dot_general(codes_TI, codes_IO, MATRIX, preferred_element_type=jnp.int32)
-  return sums_TO.astype(jnp.float32) * (rows * columns)
+  return sums_TO.astype(jnp.float32) * rows * columns
 
 
 def _own(x_TI, w_IO, backward: Backward):
