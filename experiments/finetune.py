@@ -29,6 +29,7 @@ import math
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 
 from experiments import common, training
@@ -39,7 +40,8 @@ from model.eval import loss_figure, records
 from model.files import check_replaceable
 from model.learned import QatConfig
 from model.peft_config import PeftConfig
-from model.train import loop, run_folder
+from model.train import loop, memory, optimizer, run_folder
+from model.train.loop import FitConfig
 from model.train.partition import Selection, partition
 from model.train.step import StepConfig, Task
 from model.transformer import Transformer, matrices, parameters
@@ -81,6 +83,9 @@ DATA = flags.DEFINE_string(
 METHOD = flags.DEFINE_enum('method', 'lora', list(METHODS), 'What is trained.')
 RANK = flags.DEFINE_integer('rank', 16, 'Rank of the adapters.', lower_bound=1)
 ALPHA = flags.DEFINE_float('alpha', 32.0, 'Adapters are scaled by alpha / rank.', lower_bound=0.0)
+B_RATE = flags.DEFINE_float(
+  'b_rate', 1.0, 'Learning rate of B in times that of A; LoRA+ has 16.', lower_bound=0.0
+)
 TARGETS = flags.DEFINE_list(
   'targets', ['layers.*'], 'Patterns of the linear layers that are adapted or quantized.'
 )
@@ -105,7 +110,7 @@ def main() -> None:
   method = METHODS[METHOD.value]
   defaults = SMOKE_SETTINGS if SMOKE.value else DEFAULTS
   settings = training.settings(TRAINING, defaults, learning_rate=method.rate)
-  config = settings.fit_config()
+  config = settings.fit_config(_rates(method))
   out = common.out(OUT.value)
   check_replaceable(out / 'model')
   check_replaceable(out / 'adapter', kind='adapter')
@@ -113,7 +118,7 @@ def main() -> None:
   base, tokenizer = training.load(MODEL.value, smoke=SMOKE.value)
   text = training.text(DATA.value, tokenizer, settings)
   ready = prepare(base, method, settings.seed)
-  _say_sizes(ready, text)
+  _say_sizes(ready, text, config)
   held_out = {0: _nll(ready.model, text, config.step)}
   mesh = common.mesh(MESH)
   result = training.fit(ready.model, text.train, config, ready.task, folder=out / 'run', mesh=mesh)
@@ -177,14 +182,27 @@ def _save_adapter(model, base, ready, out):
   peft.save(model, out / 'adapter', config=config)
 
 
-def _say_sizes(ready: Ready, text: training.Text) -> None:
+def _rates(method: Method) -> tuple[tuple[str, float], ...]:
+  """The multipliers of LoRA+, which trains B faster than A."""
+  if B_RATE.value == 1.0:
+    return ()
+  if method.kind != 'adapter':
+    raise ValueError(f'--b_rate is for adapters, and --method={METHOD.value} trains none')
+  return (('*.b_RO', B_RATE.value),)
+
+
+def _say_sizes(ready: Ready, text: training.Text, config: FitConfig) -> None:
   _, trained, frozen = partition(ready.model, ready.task.selection)
-  count = sum(array.size for array in trained.values())
-  stored = sum(array.nbytes for array in frozen.values())
+  floats = {n: jax.ShapeDtypeStruct(a.shape, jnp.float32) for n, a in trained.items()}
+  plan = memory.plan(
+    trained=floats,
+    frozen=frozen,
+    opt_state=memory.optimizer_state(optimizer.make(config.optimizer), floats),
+    batch=text.train.batch(0),
+  )
   print(
-    f'{METHOD.value}: {count:,} parameters are trained ({16 * count / 1e6:,.1f} MB with gradients '
-    f'and AdamW), {stored / 1e6:,.1f} MB stay as they are; {text.train.rows:,} rows of '
-    f'{text.train.seq_len} tokens',
+    f'{METHOD.value}: {sum(a.size for a in trained.values()):,} parameters are trained, on '
+    f'{text.train.rows:,} rows of {text.train.seq_len} tokens. Memory without activations: {plan}',
     flush=True,
   )
 

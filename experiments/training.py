@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping
+from typing import get_args
 
 import jax
 from absl import flags
@@ -14,7 +15,7 @@ from model.tokenizer import Tokenizer
 from model.train import chats, loop, split
 from model.train.data import PackedDataset, excerpts
 from model.train.loop import FitConfig, FitResult
-from model.train.optimizer import OptimizerConfig
+from model.train.optimizer import OPTIMIZERS, Decay, OptimizerConfig
 from model.train.step import DTYPES, StepConfig, Task
 from model.transformer import Transformer
 
@@ -32,16 +33,22 @@ class Settings:
   learning_rate: float
   warmup_steps: int = 0
   weight_decay: float = 0.0
+  optimizer: str = 'adamw'
+  decay: str = 'cosine'
   dtype: str = 'float32'
   accumulation: int = 1
   remat: str = 'none'
   checkpoint_every: int = 100
   seed: int = 0
 
-  def fit_config(self) -> FitConfig:
+  def fit_config(self, rates: tuple[tuple[str, float], ...] = ()) -> FitConfig:
+    """The config of the run; `rates` are multipliers of the rate by paths."""
     return FitConfig(
       optimizer=OptimizerConfig(
         steps=self.steps,
+        name=self.optimizer,
+        decay=self.decay,
+        rates=rates,
         learning_rate=self.learning_rate,
         warmup_steps=self.warmup_steps,
         weight_decay=self.weight_decay,
@@ -76,6 +83,12 @@ def define(defaults: Settings) -> dict[str, flags.FlagHolder]:
   )
   holders['weight_decay'] = flags.DEFINE_float(
     'weight_decay', defaults.weight_decay, 'Decoupled decay of matrices.', lower_bound=0.0
+  )
+  holders['optimizer'] = flags.DEFINE_enum(
+    'optimizer', defaults.optimizer, list(OPTIMIZERS), 'How gradients become updates.'
+  )
+  holders['decay'] = flags.DEFINE_enum(
+    'decay', defaults.decay, get_args(Decay), 'How the learning rate goes on after the warm-up.'
   )
   holders['dtype'] = flags.DEFINE_enum(
     'dtype', defaults.dtype, DTYPES, 'Type of activations; what is trained stays float32.'

@@ -17,6 +17,7 @@ from ops import quantized
 from ops.linear import dense
 
 ADAPTERS = ['lora', 'dora', 'pissa', 'qlora']
+MORE = {'qat': ['--group_size=16'], 'lora': ['--b_rate=4', '--optimizer=adam8bit']}
 MERGED = 1e-4  # nats; the product is added up in another order
 
 
@@ -29,7 +30,9 @@ def _run(script, out, method, *more):
 
 @pytest.mark.parametrize('method', [*ADAPTERS, 'full', 'qat'])
 def test_each_method_learns_and_leaves_its_folders(script, tmp_path, capsys, method):
-  more = ['--group_size=16'] if method == 'qat' else []
+  more = {'qat': ['--group_size=16'], 'lora': ['--b_rate=4', '--optimizer=adam8bit']}.get(
+    method, []
+  )
   record = _run(script, tmp_path, method, *more)
   assert record.recipe == method
   assert record.value('held_out_loss_unmerged') < record.value('held_out_loss_before')
@@ -113,6 +116,7 @@ def test_chats_are_learned_by_the_tokens_of_the_assistant(script, chat_model, tm
     (['--data=none'], 'no such file'),
     (['--steps=0'], '--steps must be above 0'),
     (['--targets=layers.9.*'], r"no layer matches 'layers\.9\.\*'"),
+    (['--method=full', '--b_rate=16'], '--b_rate is for adapters'),
     (['--rank=4096'], 'a rank lies between 1 and'),
     (['--method=qat', '--group_size=48'], 'a group size of 48 does not divide'),
     (['--method=qat', '--format=int5'], "'int5' is not one of"),
