@@ -30,7 +30,8 @@ def compiled(function: Callable, quick: dict = QUICK, **settings) -> Callable:
 
   It cannot be called inside another traced function. Its `eval_shape` keeps the trace, which serves
   when the program is compiled. Its `ahead` takes arguments like a call, arrays or their shapes, and
-  begins to compile the program for them in a thread; a call waits for that.
+  begins to compile the program for them in a thread; a call waits for that, or compiles by itself
+  if the threads have not come to it.
   """
   begun = {}
 
@@ -40,7 +41,8 @@ def compiled(function: Callable, quick: dict = QUICK, **settings) -> Callable:
 
   @functools.wraps(function)
   def run(*args):
-    if begun and (compiling := begun.get(_signature(args))):
+    compiling = begun.get(_signature(args)) if begun else None
+    if compiling and not compiling.cancel():
       concurrent.futures.wait([compiling])  # if it failed, the call fails alike
     return program(jax.default_backend())(*args)
 

@@ -1,6 +1,8 @@
 """Programs give the numbers of plain `jax.jit`, are traced once, and do without unknown options."""
 
+import concurrent.futures
 import functools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +53,20 @@ def test_a_program_that_was_begun_ahead_is_not_compiled_again():
   assert sum(name.endswith('backend_compile_duration') for name in events) == 1
   np.testing.assert_allclose(run(2, x[:2]), 2 * np.sin(x[:2]), rtol=1e-6)  # of other arguments
   assert traces == [3, 2]
+
+
+def test_a_call_does_not_wait_for_programs_before_it(monkeypatch):
+  ready = threading.Event()
+  with concurrent.futures.ThreadPoolExecutor(1) as one:
+    one.submit(ready.wait)
+    monkeypatch.setattr(programs, 'COMPILERS', one)
+    scaled, traces = _counted()
+    run = programs.compiled(scaled, static_argnums=0)
+    run.ahead(3, jnp.ones(4))
+    for _ in range(2):
+      np.testing.assert_allclose(run(3, jnp.ones(4)), 3 * np.sin(np.ones(4)), rtol=1e-6)
+    ready.set()
+  assert traces == [3]
 
 
 def test_a_call_fails_as_its_compilation_ahead_did():
