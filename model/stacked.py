@@ -18,6 +18,9 @@ An update of SmolLM2-135M (30 layers) with AdamW, 2 x 512 tokens, float32, on XL
   stacked on the way             20                  3905    1444
   stacked before                  4 (120 layers: 4)  3481    1081
 
+The loop copies each layer's weights before it uses them. An update of 2 x 256 tokens took 4.3 CPU
+seconds with it and 3.8 without, with `remat='block'` or 'none' alike.
+
 Rematerialization trades time for memory (Chen et al., 2016, https://arxiv.org/abs/1604.06174). The
 backward pass computes again what the forward pass did not keep:
 

@@ -6,8 +6,8 @@ in float32, and rounds them again (`ops.blockwise`). The first moment has codes 
 second without. Arrays of fewer than 4096 elements, stacked layers together, keep float32 moments.
 
 XLA would decode the moments of all arrays before it rounds the first again, which takes more memory
-than float32 moments do. So the update of an array waits for the one before it: a few arrays at a
-time are decoded.
+than float32 moments do. So the update of an array waits for the one before it, and only about two
+arrays are decoded at a time. A stack of layers (`model.stacked`) is one array.
 
 It differs from bitsandbytes in two ways. Blocks of 256 run along the last axis, so that sharded
 codes are those of one device. A second moment above zero never becomes zero, which would divide the
