@@ -1,8 +1,8 @@
 r"""Shows what each part of distillation is worth, on small models with several seeds.
 
   python -m experiments.study_distillation --output=experiments/results/distillation_cpu.jsonl
-  python -m experiments.study_distillation --arms=layers_forward,layers_reverse \
-      --learning_rates=1e-3,2e-3,4e-3
+  python -m experiments.study_distillation --output=experiments/results/distillation_cpu.jsonl \
+      --arms=layers_forward,layers_reverse,layers_jsd --learning_rates=5e-4,1e-3,4e-3
 
 The teacher has the shape of the embedded base with four layers, and is trained once on the source
 of Python's standard library. Students have two layers and see the same number of tokens; each seed
@@ -12,7 +12,6 @@ has its own passages, order and initial weights. The arms:
   all             random start, DistilBERT's loss: soft 5, hard 2, cosine of hidden states 1, T 2
   layers_all      the same from the teacher's first and last layer
   layers_no_soft, layers_no_hard   without one part
-  layers_hard     from the teacher's layers, labels alone
   layers_forward, layers_reverse, layers_jsd   from the teacher's layers, one divergence alone
   kd              random start, forward KL alone
   kd_sampled      forward KL to 50 stored draws a token, 100 bytes
@@ -47,6 +46,7 @@ from absl import flags
 
 from experiments import base as embedded
 from experiments import common, student_text
+from model import fingerprint
 from model.eval import closeness, perplexity, records
 from model.eval.records import Metric, Record
 from model.train import loop, students, targets
@@ -71,7 +71,7 @@ PROMPT, WRITTEN = 32, 96  # tokens of a text that a student writes
 ARMS_FLAG = flags.DEFINE_list('arms', None, 'Arms to train. Default: all.')
 SEEDS = flags.DEFINE_integer('seeds', 3, 'Seeds of each arm.', lower_bound=1)
 FIRST_SEED = flags.DEFINE_integer('first_seed', 0, 'The first of the seeds.', lower_bound=0)
-STEPS = flags.DEFINE_integer('steps', 300, 'Updates of each arm.', lower_bound=2)
+STEPS = flags.DEFINE_integer('steps', 200, 'Updates of each arm.', lower_bound=2)
 RATES = flags.DEFINE_list('learning_rates', None, 'Peak learning rates. Default: that of the arm.')
 OUTPUT = flags.DEFINE_string('output', None, 'A .jsonl file to append records to.')
 SMOKE = flags.DEFINE_bool('smoke', False, 'A tiny teacher, four updates and one seed.')
@@ -112,7 +112,6 @@ ARMS = {
   'layers_all': Arm(start='layers', objective=_bert(5, 2)),
   'layers_no_soft': Arm(start='layers', objective=_bert(0, 2)),
   'layers_no_hard': Arm(start='layers', objective=_bert(5, 0)),
-  'layers_hard': Arm(start='layers', objective=CrossEntropy()),
   'layers_forward': _kl('layers'),
   'layers_reverse': _kl('layers', 'reverse_kl'),
   'layers_jsd': _kl('layers', 'normalized_jsd', 0.5),
@@ -176,6 +175,7 @@ class Study:
     """What records of one study share, as JSON values."""
     return {
       'teacher': dataclasses.asdict(self.plan),
+      'teacher_fingerprint': fingerprint.of_model(self.teacher),
       'student_layers': STUDENT_LAYERS,
       'steps': self.steps,
       'text_fingerprint': self.base.texts.fingerprint,
