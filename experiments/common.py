@@ -9,13 +9,15 @@ import sys
 from collections.abc import Callable, Iterable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import app, flags, logging
 
 from experiments import compilation
-from model import corpus, sharding
-from model.tokenizer import WINDOW_BOS
+from model import corpus, gguf, hf, sharding
+from model.tokenizer import WINDOW_BOS, Tokenizer
+from model.transformer import Transformer
 
 RECIPES = pathlib.Path(__file__).parent / 'recipes'
 CHARACTERS_A_TOKEN = 4  # of usual text and vocabularies
@@ -104,6 +106,19 @@ def load_plugins(paths: list[str]) -> None:
     # Dataclasses look their module up while they are made.
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
+
+
+def load_model(path: str, dtype: jnp.dtype | None = None) -> tuple[Transformer, Tokenizer]:
+  """Loads a model with its tokenizer; for the rest see `hf.load_pretrained`.
+
+  Raises ValueError if there is no tokenizer, or the model cannot be loaded.
+  """
+  model, tokenizer = hf.load_pretrained(path, dtype)
+  if tokenizer is not None:
+    return model, tokenizer
+  if gguf.find_file(path) is not None:
+    raise ValueError(f'{path} has no vocabulary; take a GGUF file that was written with one')
+  raise ValueError(f'{path} has no tokenizer; put its tokenizer.json into the folder')
 
 
 def calibration_rows(

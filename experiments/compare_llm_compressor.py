@@ -6,8 +6,9 @@ r"""Our calibrated compression beside llm-compressor's, on one checkpoint and on
 Both sides start from the same weights and the same calibration tokens, calibrate with activations
 of the same type (`--dtype`), and compress the matrices of the blocks. Both are measured by the same
 perplexity on the same held-out windows; the peer's is also computed by torch in its own process, as
-a check of ours. Seconds are those of the compressing call in a fresh process. They include
-compilation, but neither loading nor saving. Each setting runs `--rounds` times on either side in
+a check of ours. Seconds are those of the compressing call in a fresh process, and of the processor
+in all of its threads, which a busy machine disturbs less. They include compilation, but neither
+loading nor saving. Each setting runs `--rounds` times on either side in
 turn.
 
 PEER_VENV: pip install torch==2.13.0 llmcompressor. It cannot share our environment's transformers.
@@ -43,13 +44,16 @@ from model.eval.records import Metric, Record
 from model.tokenizer import window_bos
 from model.transformer import parameters
 
-TECHNIQUES = {'rtn': 'round_to_nearest', 'gptq': 'gptq'}
+TECHNIQUES = {'rtn': 'round_to_nearest', 'gptq': 'gptq', 'awq': 'awq'}
+ASYMMETRIC = ('awq',)  # as its paper has it
 GROUPS = {'_g128': 128, '_g64': 64, '': -1}  # inputs that share a scale; -1: all of a column
 
 
 def _quantized(method: str, bits: int, group: int):
-  peer = {'method': method, 'bits': bits, 'group_size': group}
-  return peer, {TECHNIQUES[method]: {'format': f'int{bits}', 'group_size': group}}
+  symmetric = method not in ASYMMETRIC
+  peer = {'method': method, 'bits': bits, 'group_size': group, 'symmetric': symmetric}
+  ours = {'format': f'int{bits}', 'group_size': group, 'symmetric': symmetric}
+  return peer, {TECHNIQUES[method]: ours}
 
 
 # What the peer is asked for, and our step of the same.
@@ -97,7 +101,7 @@ def main() -> None:
   for flag, holder in {'model': MODEL, 'peer': PEER}.items():
     if not holder.value:
       raise ValueError(f'--{flag} is needed')
-  model, tokenizer = hf.load_pretrained(MODEL.value, dtype=jnp.float32)
+  model, tokenizer = common.load_model(MODEL.value, jnp.float32)
   names = settings_that_fit(model, NAMES.value)
   with tempfile.TemporaryDirectory() as folder:
     work = pathlib.Path(folder)
@@ -152,15 +156,15 @@ def _compare(name, work, model, windows, base_ppl) -> Record:
   ours = _recipe(name).to_dict()
   (work / 'settings.json').write_text(json.dumps(setting))
   (work / 'recipe.json').write_text(json.dumps(ours))
-  seconds, peer_seconds = [], []
+  own, peers = [], []
   for _ in range(ROUNDS.value):
     _call([sys.executable, '-m', 'experiments.compare_llm_compressor', f'--child={work}'])
-    seconds.append(json.loads((work / 'ours.json').read_text())['seconds'])
+    own.append(json.loads((work / 'ours.json').read_text()))
     _call([PEER.value, str(PEER_SCRIPT), str(work)])
-    peer = json.loads((work / 'peer.json').read_text())
-    peer_seconds.append(peer['seconds'])
-  ppl = perplexity.evaluate(hf.load_pretrained(work / 'ours')[0], windows).ppl
-  peer_ppl = perplexity.evaluate(_peers_model(work, model.config), windows).ppl
+    peers.append(json.loads((work / 'peer.json').read_text()))
+  own_quality = perplexity.evaluate(hf.load_pretrained(work / 'ours')[0], windows)
+  peers_quality = perplexity.evaluate(_peers_model(work, model.config), windows)
+  ratio = perplexity.ratio(own_quality, peers_quality)
   n = windows.tokens_BT[:, 1:].size
   return Record(
     experiment='compare_llm_compressor',
@@ -182,15 +186,25 @@ def _compare(name, work, model, windows, base_ppl) -> Record:
     seed=SEED.value,
     metrics={
       'base_ppl': Metric(base_ppl, '1', n),
-      'ppl': Metric(ppl, '1', n),
-      'peer_ppl': Metric(peer_ppl, '1', n),
-      'peer_ppl_by_torch': Metric(peer['torch_ppl'], '1', n),
-      'ppl / peer': Metric(ppl / peer_ppl, '1', n),
-      'seconds': timing.summarize(seconds, 's'),
-      'peer_seconds': timing.summarize(peer_seconds, 's'),
-      'seconds / peer': timing.summarize(np.divide(seconds, peer_seconds), '1'),
+      'ppl': Metric(own_quality.ppl, '1', n),
+      'peer_ppl': Metric(peers_quality.ppl, '1', n),
+      'peer_ppl_by_torch': Metric(peers[-1]['torch_ppl'], '1', n),
+      'ppl / peer': Metric(ratio.value, '1', n),
+      'ppl / peer, standard error': Metric(ratio.standard_error, '1', len(windows.tokens_BT)),
+      **_times('seconds', own, peers),
+      **_times('processor_seconds', own, peers),
     },
   )
+
+
+def _times(name, own, peers) -> dict[str, Metric]:
+  """One of the times of all rounds: ours, the peer's, and their ratio."""
+  ours, theirs = ([run[name] for run in runs] for runs in (own, peers))
+  return {
+    name: timing.summarize(ours, 's'),
+    f'peer_{name}': timing.summarize(theirs, 's'),
+    f'{name} / peer': timing.summarize(np.divide(ours, theirs), '1'),
+  }
 
 
 def _call(command):
@@ -205,12 +219,15 @@ def _ours(work: pathlib.Path) -> None:
   model, _ = hf.load_pretrained(work / 'model', dtype=jnp.dtype(dtype))
   calibration_BT = np.load(work / 'calibration.npy')
   one = recipe_module.parse(json.loads((work / 'recipe.json').read_text()))
-  start = time.perf_counter()
+  start, processor_start = time.perf_counter(), time.process_time()
   model, _ = pipeline.compress(model, one, calibration_BT)
   jax.block_until_ready([p.get_value() for p in parameters(model).values()])
-  seconds = time.perf_counter() - start
+  times = {
+    'seconds': time.perf_counter() - start,
+    'processor_seconds': time.process_time() - processor_start,
+  }
   hf.save_pretrained(model, None, work / 'ours', recipe=one.to_dict())
-  (work / 'ours.json').write_text(json.dumps({'seconds': seconds}))
+  (work / 'ours.json').write_text(json.dumps(times))
 
 
 def _peers_model(work: pathlib.Path, config):
@@ -228,7 +245,8 @@ def _words(record: Record) -> str:
   time_s = f'{m["seconds"]:.1f} s against {m["peer_seconds"]:.1f} s'
   return (
     f'{record.recipe}: {quality} ({checks}), ratio {m["ppl / peer"]:.4f}; {time_s}, '
-    f'ratio {m["seconds / peer"]:.2f}'
+    f'ratio {m["seconds / peer"]:.2f}; of the processor {m["processor_seconds"]:.1f} s against '
+    f'{m["peer_processor_seconds"]:.1f} s, ratio {m["processor_seconds / peer"]:.2f}'
   )
 
 

@@ -73,7 +73,7 @@ def main() -> None:
   limit = MAX_WINDOWS.value or None
   windows = perplexity.windows(tokens_T, ends_T, SEQ_LEN.value, limit, bos_id)
   sharding.shard(model, common.mesh(MESH))
-  base = _load(BASE.value)[0] if BASE.value else None
+  base = hf.load_pretrained(BASE.value, _dtype())[0] if BASE.value else None
   if base is not None and base.config.vocab_size != model.config.vocab_size:
     raise ValueError(
       f'--base has a vocabulary of {base.config.vocab_size}, --model one of '
@@ -93,8 +93,8 @@ def _ready(model):
   return model if WIDENED.value else prepare(model)
 
 
-def _load(path):
-  return hf.load_pretrained(path, None if DTYPE.value is None else jnp.dtype(DTYPE.value))
+def _dtype():
+  return None if DTYPE.value is None else jnp.dtype(DTYPE.value)
 
 
 def _inputs():
@@ -104,9 +104,7 @@ def _inputs():
   if MODEL.value is None or TEXT.value is None:
     raise ValueError('evaluate needs --model and --text (or --smoke)')
   text = '\n'.join(corpus.documents(TEXT.value))
-  model, tokenizer = _load(MODEL.value)
-  if tokenizer is None:
-    raise ValueError(f'{MODEL.value} has no tokenizer; put its tokenizer.json into the folder')
+  model, tokenizer = common.load_model(MODEL.value, _dtype())
   return model, tokenizer, text
 
 

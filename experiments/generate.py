@@ -20,7 +20,7 @@ from absl import flags
 
 from experiments import base as embedded
 from experiments import common
-from model import hf, kv_cache, sharding
+from model import kv_cache, sharding
 from model.infer import generate as generation
 from model.text_stream import TextStream
 from ops.sampling import SamplingConfig
@@ -113,9 +113,7 @@ def _inputs():
   if MODEL.value is None or not PROMPT.value:
     raise ValueError('generate needs --model and --prompt (or --smoke)')
   dtype = None if DTYPE.value is None else jnp.dtype(DTYPE.value)
-  model, tokenizer = hf.load_pretrained(MODEL.value, dtype)
-  if tokenizer is None:
-    raise ValueError(f'{MODEL.value} has no tokenizer; put its tokenizer.json into the folder')
+  model, tokenizer = common.load_model(MODEL.value, dtype)
   return model, tokenizer, PROMPT.value, MAX_NEW_TOKENS.value
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from experiments import base as embedded
 from experiments import common, study
-from model import corpus, hf
+from experiments.lessons import School
+from model import corpus
 from model.eval import perplexity, records
 from model.tokenizer import Tokenizer, window_bos
 from model.transformer import Transformer
@@ -57,9 +58,7 @@ def load(model: str | None, texts: Sequence[str], *, seed: int, smoke: bool) -> 
       raise ValueError('--text needs a --model; without one the base model brings its own corpus')
     return _embedded(embedded.load_or_train(common.cache_folder(), seed=seed, smoke=smoke))
   _check_names(texts)
-  loaded, tokenizer = hf.load_pretrained(model)
-  if tokenizer is None:
-    raise ValueError(f'{model} has no tokenizer; put its tokenizer.json into the folder')
+  loaded, tokenizer = common.load_model(model)
   return Inputs(
     model=loaded,
     tokenizer=tokenizer,
@@ -89,6 +88,13 @@ def make_study(inputs: Inputs, protocol: Protocol) -> study.Study:
     seed=protocol.seed,
     rounds=protocol.rounds,
     prompt_length=min(protocol.prompt_length, inputs.model.config.max_positions // 2),
+    school=School(
+      original=inputs.model,
+      tokenizer=inputs.tokenizer,
+      texts=[text for part in inputs.texts.values() for text in part.train],
+      seq_len=seq_len,
+      seed=protocol.seed,
+    ),
   )
   return dataclasses.replace(work, settings=_settings(inputs, work))
 

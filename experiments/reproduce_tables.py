@@ -26,7 +26,7 @@ from absl import flags
 
 from experiments import base as embedded
 from experiments import common
-from model import corpus, hf
+from model import corpus
 from model.compress import pipeline
 from model.compress import recipe as recipe_module
 from model.eval import perplexity, records
@@ -179,9 +179,7 @@ def _setting() -> Setting:
     model, tokenizer, texts = trained.model, trained.tokenizer, trained.texts
     length = min(SEQ_LEN.value, trained.about['plan']['seq_len'])
   else:
-    model, tokenizer = hf.load_pretrained(MODEL.value)
-    if tokenizer is None:
-      raise ValueError(f'{MODEL.value} has no tokenizer; put its tokenizer.json into the folder')
+    model, tokenizer = common.load_model(MODEL.value)
     texts, length = corpus.load(TEXT.value), SEQ_LEN.value
   rows = 8 if SMOKE.value else ROWS.value
   bos_id = window_bos(tokenizer, model.config, 'auto')

@@ -3,7 +3,8 @@
 Quality and speed are those of one program: the model as `model.infer.prepare` packs it for this
 device, which is also what generation runs. On a CPU its products may round activations, so the
 perplexity of the same weights widened to floating point is measured beside it, as
-`widened_ppl_ratio`; the difference to `ppl_ratio` is the price of the fast products.
+`widened_ppl_ratio`. The price of the fast products is `ppl_vs_widened`, the ratio of both, with
+`ppl_vs_widened_se`, its standard error over pairs of windows.
 
 Quality may be measured on several texts. The metrics of the first have plain names; those of
 another text end in its name, as in `ppl:python-source`.
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 
 from experiments import common
+from experiments.lessons import School
 from model.compress import pipeline
 from model.compress.ledger import Ledger
 from model.compress.recipe import Recipe
@@ -47,6 +49,7 @@ class Study:
   seed: int
   rounds: int = 7
   prompt_length: int = 128
+  school: School | None = None  # what steps that train learn from
 
   @property
   def text(self) -> perplexity.Windows:
@@ -83,7 +86,7 @@ def baseline(study: Study) -> Baseline:
 def base_record(study: Study, base: Baseline) -> Record:
   """The row that every ratio refers to."""
   metrics = {**_quality_metrics(base.qualities, base), **_bytes(study.base)}
-  metrics |= _widened(study, study.base, base.ready, base, records.BASE)
+  metrics |= _widened(study, study.base, base.ready, base.qualities, base)
   metrics |= _speed(study, study.base, base.bench, base)
   recipe, missing = {'name': records.BASE, 'steps': []}, missing_kernels(study.base, base.ready)
   return _record(study, recipe, metrics, Ledger(), missing)
@@ -96,14 +99,19 @@ def run(
   start = time.perf_counter()
   progress = common.labelled(f'{recipe.name}: compress')
   model, ledger = pipeline.compress(
-    study.base, recipe, study.calibration_BT, progress=progress, resume=resume
+    study.base,
+    recipe,
+    study.calibration_BT,
+    progress=progress,
+    resume=resume,
+    school=study.school,
   )
   jax.block_until_ready([p.get_value() for p in parameters(model).values()])
   compress_s = time.perf_counter() - start
   ready = prepare(model)
   qualities = _evaluate_all(study, ready, base, recipe.name)
   metrics = {**_quality_metrics(qualities, base), **_bytes(model)}
-  metrics |= _widened(study, model, ready, base, recipe.name)
+  metrics |= _widened(study, model, ready, qualities, base, recipe.name)
   metrics |= _speed(study, model, _bench(study, ready), base)
   metrics['compress_s'] = Metric(compress_s, 's')
   missing = missing_kernels(model, ready)
@@ -163,13 +171,21 @@ def _bench(study, model) -> bench.Bench:
   )
 
 
-def _widened(study, model, ready, base: Baseline, name) -> dict[str, Metric]:
-  """The perplexity ratio of the same weights in floating-point products, if those differ."""
+def _widened(study, model, ready, qualities, base: Baseline, name=records.BASE):
+  """The perplexity of the same weights in floating-point products on the first text, if it differs.
+
+  A dictionary of metrics: against the base, and of the fast products against it.
+  """
   if ready is model:
     return {}
   first = next(iter(study.texts))
   quality = _evaluate(study, first, model, None, f'{name}, widened')
-  return {'widened_ppl_ratio': Metric(quality.ppl / base.qualities[first].ppl, '1', quality.tokens)}
+  price, n = perplexity.ratio(qualities[first], quality), quality.tokens
+  return {
+    'widened_ppl_ratio': Metric(quality.ppl / base.qualities[first].ppl, '1', n),
+    'ppl_vs_widened': Metric(price.value, '1', n),
+    'ppl_vs_widened_se': Metric(price.standard_error, '1', len(quality.nll_B)),
+  }
 
 
 def _quality_metrics(qualities, base: Baseline) -> dict[str, Metric]:
@@ -198,7 +214,8 @@ def _metrics_of_text(quality, base) -> dict[str, Metric]:
 
 def _bytes(model) -> dict[str, Metric]:
   stored = {path: param.get_value() for path, param in parameters(model).items()}
-  return cost.storage_metrics(_blocks(model), stored)
+  count = Metric(cost.storage(stored).elements, 'parameter', len(stored))
+  return {'parameters': count, **cost.storage_metrics(_blocks(model), stored)}
 
 
 def _speed(study, model, own: bench.Bench, base: Baseline) -> dict[str, Metric]:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from absl import flags
 
 from experiments import common
+from experiments import lessons as lessons  # its techniques
 from model.compress import registry
 from model.eval import columns, records
 from model.eval.records import BASE, Record
@@ -116,8 +117,9 @@ def real(path: pathlib.Path) -> str:
     f'| --- |{" ---: |" * 10} --- |',
     *(_real_line(row, other) for row in rows),
   ]
+  commands = ', '.join(f'`{command}`' for command in dict.fromkeys(row.command for row in rows))
   lines.append(
-    f'\n`{about.command}` on {_machine(about)}; KL: divergence from the base per token; decoding '
+    f'\n{commands} on {_machine(about)}; KL: divergence from the base per token; decoding '
     f'at batch 1, medians ± half an interquartile range; records: {_link(path)}.'
   )
   return '\n'.join(lines)
@@ -145,6 +147,66 @@ def _quality(row: Record, text: str = '') -> list[str]:
     return [ppl, '', '']
   change, kl = columns.change(row.value(f'ppl_ratio{text}')), row.value(f'kl_to_base{text}')
   return [ppl, change, f'{kl:.4f}']
+
+
+def structured(path: pathlib.Path) -> str:
+  """One run of the main job with recipes that remove units, on two texts, as a table."""
+  rows = records.read(path)
+  about = rows[0]
+  _, other = about.config['texts']
+  lines = [
+    '| recipe | parameters, M | English: perplexity | vs base | KL, nats | code: perplexity '
+    '| vs base | KL, nats | prefill, vs base | decode, vs base |',
+    f'| --- |{" ---: |" * 9}',
+    *(_structured_line(row, other) for row in rows),
+  ]
+  lines.append(
+    f'\n`{about.command}` on {_machine(about)}; records: {_link(path, "docs/compressing.md")}.'
+  )
+  return '\n'.join(lines)
+
+
+def _structured_line(row: Record, other: str) -> str:
+  cells = [
+    f'`{row.recipe}`',
+    f'{row.value("parameters") / 1e6:.1f}',
+    *_quality(row),
+    *_quality(row, f':{other}'),
+    _ratio(row, 'prefill_speedup'),
+    _ratio(row, 'decode_speedup'),
+  ]
+  return f'| {" | ".join(cells)} |'
+
+
+def peer(path: pathlib.Path) -> str:
+  """Our compression beside llm-compressor's, one setting a line."""
+  rows = records.read(path)
+  lines = [
+    '| setting | perplexity | llm-compressor | ratio | seconds | llm-compressor | ratio |',
+    f'| --- |{" ---: |" * 6}',
+    *(_peer_line(row) for row in rows),
+  ]
+  about, rounds = rows[0], min(row.metrics['seconds'].n for row in rows)
+  lines.append(
+    f'\nThe perplexity of the uncompressed model is {about.value("base_ppl"):.3f}; '
+    f'at least {rounds} round{"s" if rounds > 1 else ""} a setting on {_machine(about)}; records '
+    f'with their commands: {_link(path, COMPRESSING)}.'
+  )
+  return '\n'.join(lines)
+
+
+def _peer_line(row: Record) -> str:
+  error = row.metrics.get('ppl / peer, standard error')
+  cells = [
+    f'`{row.recipe}`',
+    f'{row.value("ppl"):.3f}',
+    f'{row.value("peer_ppl"):.3f}',
+    f'{row.value("ppl / peer"):.4f}' + (f' ± {error.value:.4f}' if error else ''),
+    f'{row.value("seconds"):.1f}',
+    f'{row.value("peer_seconds"):.1f}',
+    f'{row.value("seconds / peer"):.2f}',
+  ]
+  return f'| {" | ".join(cells)} |'
 
 
 def decoding(path: pathlib.Path) -> str:
@@ -264,6 +326,18 @@ PARTS = (
   Part(file=EMBEDDED, name='results', generate=results, results=('compress_cpu.jsonl',)),
   Part(file=COMPRESSING, name='formats', generate=quality, results=('formats_smollm2_cpu.jsonl',)),
   Part(file='README.md', name='decoding', generate=decoding, results=('decode_cpu.jsonl',)),
+  Part(
+    file='docs/compressing.md',
+    name='structured',
+    generate=structured,
+    results=('structured_smollm2_cpu.jsonl',),
+  ),
+  Part(
+    file=COMPRESSING,
+    name='peer',
+    generate=peer,
+    results=('llm_compressor_smollm2_cpu.jsonl',),
+  ),
   Part(file='docs/techniques.md', name='techniques', generate=techniques),
   Part(file='docs/tree.md', name='tree', generate=tree),
 )

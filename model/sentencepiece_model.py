@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -166,7 +166,7 @@ def _generic_model(model, names, whole_pieces_first: bool):
   }
   return models.BPE(
     vocab={name: i for i, name in enumerate(names)},
-    merges=[pair for _, pair in sorted(_pairs(order))],
+    merges=[pair for _, pair in sorted(merges(order, order))],
     unk_token=model.named('unk'),
     fuse_unk=True,
     byte_fallback=model.byte_fallback,
@@ -177,18 +177,21 @@ def _generic_model(model, names, whole_pieces_first: bool):
 def _bpe_by_id(names: Sequence[str], unk_token: str | None):
   ids = {name: i for i, name in enumerate(names)}
   key = lambda ranked: (ranked[0], len(ranked[1][0]))
-  merges = [pair for _, pair in sorted(_pairs(ids), key=key)]
+  found = [pair for _, pair in sorted(merges(ids, ids), key=key)]
   unk_token = unk_token if unk_token in ids else None
-  return models.BPE(
-    vocab=ids, merges=merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True
-  )
+  return models.BPE(vocab=ids, merges=found, unk_token=unk_token, fuse_unk=True, byte_fallback=True)
 
 
-def _pairs(order: Mapping[str, object]) -> Iterator[tuple[object, tuple[str, str]]]:
-  """Every (rank, (left, right)) whose halves and whole are in `order`, by the whole's rank."""
+def merges(
+  order: Mapping[str, object], halves: Container[str]
+) -> Iterator[tuple[object, tuple[str, str]]]:
+  """Every (rank, (left, right)) of two of `halves` that are together in `order`, with that rank.
+
+  sentencepiece stores no merges. Any two pieces merge that give a piece.
+  """
   for name, rank in order.items():
     for at in range(1, len(name)):
-      if name[:at] in order and name[at:] in order:
+      if name[:at] in halves and name[at:] in halves:
         yield rank, (name[:at], name[at:])
 
 

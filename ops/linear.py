@@ -96,6 +96,18 @@ class Weight(abc.ABC):
     Raises ValueError where the values are codes that no function of numbers can be applied to.
     """
 
+  def refit(self, w_IO: jax.Array) -> 'Weight':
+    """Stores another matrix as this one is stored: in its format, with its options and places.
+
+    Raises ValueError for a type that is made in another way.
+    """
+    raise ValueError(f'a {type(self).__name__} cannot store another matrix')
+
+  def stored(self) -> 'Weight':
+    """The form in which it is saved and multiplied once training has ended; usually itself."""
+    changes = {f.name: stored(v) for f, v in _arrays(self) if isinstance(v, Weight)}
+    return dataclasses.replace(self, **changes) if changes else self
+
   def matmul(self, x: jax.Array) -> jax.Array:
     """Multiplies x[..., I] by the weight: [..., O] in the dtype of x."""
     return matmul(x, self.dense())
@@ -269,6 +281,16 @@ def kernel(w: Matrix, platform: str) -> str | None:
 def on_one_device(w: Matrix) -> bool:
   """Whether all arrays of a weight are on one device, and the same."""
   return len({d for leaf in jax.tree.leaves(w) for d in leaf.sharding.device_set}) <= 1
+
+
+def stored(w: Matrix) -> Matrix:
+  """The form in which a weight is saved once training has ended; an array stays as it is."""
+  return w.stored() if isinstance(w, Weight) else w
+
+
+def refit(w: Matrix, w_IO: jax.Array) -> Matrix:
+  """Stores a matrix as `w` is stored: a plain array in its dtype, a weight by `Weight.refit`."""
+  return w.refit(w_IO) if isinstance(w, Weight) else w_IO.astype(w.dtype)
 
 
 def map_values(fn: Callable[[jax.Array], Matrix], w: Matrix) -> Matrix:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ops import axes
+from ops import axes, divergences
 
 
 def over_tokens(fn: Callable[..., Any], *arrays_BT: jax.Array, chunk: int = 1024) -> Any:
@@ -76,29 +76,22 @@ def kl_divergence(p_logits: jax.Array, q_logits: jax.Array) -> jax.Array:
   axes.check('...V,...V', p_logits, q_logits)
   if p_logits.shape != q_logits.shape:
     raise ValueError(f'the logits have the shapes {p_logits.shape} and {q_logits.shape}')
-  log_p = jax.nn.log_softmax(p_logits.astype(jnp.float32))
-  log_q = jax.nn.log_softmax(q_logits.astype(jnp.float32))
-  p, q = jnp.exp(log_p), jnp.exp(log_q)
-  ratio = jnp.where(p > 0, log_q - log_p, 0.0)
-  # sum(q - p) is zero, so KL = sum(q - p - p log(q/p)), whose terms are never negative. Rounding of
-  # the logarithms has a second-order effect on this sum. In the usual sum it has a first-order
-  # effect, which exceeds a KL below 1e-6.
-  near = (p > 0) & (ratio < 1)
-  gap = jnp.where(near, p * jnp.expm1(jnp.minimum(ratio, 1.0)), q - p)
-  return jnp.sum(gap - p * ratio, axis=-1)
+  log_p, log_q = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (p_logits, q_logits))
+  return divergences.kl(log_p, log_q)
 
 
 def _chunked(array, columns):
   """Splits [B, T, ...] into [chunks, B, columns, ...]; T is padded to a multiple of `columns`."""
   batch, length, *rest = array.shape
   widths = [(0, 0), (0, -length % columns)] + [(0, 0)] * len(rest)
-  return jnp.moveaxis(jnp.pad(array, widths).reshape(batch, -1, columns, *rest), 1, 0)
+  chunks = -(-length // columns)
+  return jnp.moveaxis(jnp.pad(array, widths).reshape(batch, chunks, columns, *rest), 1, 0)
 
 
 def _joined(chunks, length):
   """Joins [chunks, B, columns, ...] to [B, T, ...], without the padding."""
-  _, batch, _, *rest = chunks.shape
-  return jnp.moveaxis(chunks, 0, 1).reshape(batch, -1, *rest)[:, :length]
+  count, batch, columns, *rest = chunks.shape
+  return jnp.moveaxis(chunks, 0, 1).reshape(batch, count * columns, *rest)[:, :length]
 
 
 def label_nll(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:

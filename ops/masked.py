@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ops import axes, packing
-from ops.linear import Matrix, Weight, array, dense, map_values, require, weight_type
+from ops.linear import Matrix, Weight, array, dense, map_values, refit, require, weight_type
 
 
 @weight_type
@@ -50,6 +50,9 @@ class MaskedTensor(Weight):
 
   def map_values(self, fn):
     return dataclasses.replace(self, values=map_values(fn, self.values))
+
+  def refit(self, w_IO):
+    return dataclasses.replace(self, values=refit(self.values, jnp.where(self.kept(), w_IO, 0)))
 
 
 def masked(w_IO: jax.Array, mask_IO: jax.Array | None = None) -> MaskedTensor:

@@ -41,7 +41,7 @@ from ops import axes, formats, packing
 from ops.formats import FORMATS, Clip, FormatName
 from ops.formats import NF4_CODEBOOK as NF4_CODEBOOK
 from ops.linear import Matrix, Weight, array, dense, is_count, matmul, require, weight_type
-from ops.scales import e4m3_scales, quantize_scales
+from ops.scales import QuantizedScales, e4m3_scales, quantize_scales
 
 SCALE_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
 SMALLEST_GROUP = 16  # a smaller one would spend more bits on scales than it saves
@@ -137,6 +137,15 @@ class QuantizedTensor(Weight):
     raise ValueError(
       f'a matrix that is already quantized ({self.format}) cannot be pruned, cast or quantized; '
       'put that step before the quantization'
+    )
+
+  def refit(self, w_IO):
+    return quantize(
+      w_IO.astype(self.dtype),
+      self.format,
+      group_size=self.group_size,
+      symmetric=self.zeros is None,
+      double=isinstance(self.scales, QuantizedScales),
     )
 
 
@@ -378,8 +387,7 @@ def check_options(
   size = resolve_group(format, inputs, group_size)
   if FORMATS[format].block and inputs % size:
     raise ValueError(
-      f'{format} has blocks of {size} inputs, which do not divide {inputs}; store such layers in '
-      'another format'
+      f'{format} has blocks of {size}, which do not divide {inputs} inputs; use another format'
     )
   check_divides(inputs, size)
 

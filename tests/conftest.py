@@ -5,6 +5,8 @@ import os
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+# The workers of the suite share the cores, which OpenBLAS's waiting threads would take from them.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 # Half of the suite's time would be optimizing what is compiled. XLA_FLAGS= compiles as users do.
 os.environ.setdefault(
   'XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'

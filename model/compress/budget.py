@@ -25,7 +25,7 @@ import numpy as np
 import scipy.optimize
 from flax import nnx
 
-from model.compress import calibrate, pipeline
+from model.compress import calibrate, pipeline, programs, threads
 from model.compress.parts import Part, parts, targets, weights
 from model.compress.recipe import Recipe, Step
 from model.transformer import Transformer, matrices, parameters
@@ -82,6 +82,11 @@ def measure(
   for choice in choices:
     if choice.steps:
       pipeline.check(model, Recipe(name=choice.name, steps=choice.steps), calibration_BT)
+  with threads.few(max(w.shape[-2] for w in matrices(model).values())):
+    return _measure_all(model, choices, calibration_BT, progress)
+
+
+def _measure_all(model, choices, calibration_BT, progress) -> list[Option]:
   tokens = calibrate.batches(calibration_BT, pipeline.CALIBRATION_BATCH)
   stream = calibrate.Stream(model, tokens)
   expected = _through(model, stream.batches, 0)
@@ -114,7 +119,7 @@ _EVERYTHING = Step(technique='magnitude', spec=None)
 def _treat(choice: Treatment, w: Matrix, measured) -> Matrix:
   for step in choice.steps:
     known = {name: measured[name] for name in step.row.statistics}
-    w = pipeline.execute(step.row, step.spec, w, known).weight
+    w = programs.execute(step.row, step.spec, w, programs.Prepared(step).join(known)).weight
   return w
 
 

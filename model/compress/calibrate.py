@@ -25,6 +25,8 @@ from ops.linear import Matrix, core, on_one_device, with_core
 
 Batch = tuple[np.ndarray, np.ndarray]  # (tokens_BT, x_BTD)
 
+CALIBRATION_BATCH = 8  # rows of calibration text in one forward pass
+
 # The linear layers of a block in the order in which they run; those of one stage share an input.
 STAGES = (
   ('attention.query', 'attention.key', 'attention.value'),
@@ -99,24 +101,26 @@ class Stream:
   ) -> dict[str, dict]:
     """Measures the inputs of linear layers of a block: {layer: {statistic: array}}.
 
-    `layers` are paths within the block, None for all. Raises ValueError if a statistic is not
-    finite, with the path of the layer, which begins with `where`, the path of the block.
+    `layers` are paths within the block, None for all. Layers that share their inputs have the same
+    dictionary. Raises ValueError if a statistic is not finite, with the path of the layer, which
+    begins with `where`, the path of the block.
     """
     function, values = split(self.config, block)
     layers = tuple(linears(block) if layers is None else layers)
-    inputs = {layer: core(values[f'{layer}.weight']).shape[-2] for layer in layers}
-    total = {layer: statistics.nothing(size, names) for layer, size in inputs.items()}
     ready = _laid_out(block, values)
+    source, total = _nothing(function, layers, names, ready, self.batches[0])
+    for raw in total.values():
+      _finish.ahead(raw)
     for batch in self.batches:
       total = _observe(function, layers, names, ready, total, batch)
     finished, finite = {}, {}
-    for layer in layers:
+    for layer in total.copy():
       finished[layer], finite[layer] = _finish(total.pop(layer))
     for layer in layers:
-      if not finite[layer]:
+      if not finite[source[layer]]:
         path = f'{where}.{layer}'.strip('.')
         raise ValueError(f'the calibration inputs of {path} are not finite; check the weights')
-    return finished
+    return {layer: finished[source[layer]] for layer in layers}
 
   def errors(
     self, block: Block, candidate: Candidate, arrays: Any, count: int, rows: int | None = None
@@ -169,6 +173,12 @@ class Stream:
     chosen = np.arange(rows) * self._count // rows
     return [_picked(self.batches, part) for part in batches(chosen, len(self.batches[0][0]))]
 
+  def compile_ahead(self, block: Block, shapes: Mapping[str, Matrix]) -> None:
+    """Begins to compile what `advance` runs, for a block with parameters of these shapes."""
+    function, _ = split(self.config, block)
+    packed = {path: jax.eval_shape(layout.pack_widened, shapes[path]) for path in _matrices(block)}
+    _run.ahead(function, {**shapes, **packed}, *self.batches[0])
+
   def advance(self, block: Block) -> None:
     """Runs a block over the hidden states."""
     for i, batch in enumerate(run(self.config, block, self.batches)):
@@ -184,36 +194,67 @@ def _picked(arrays: Sequence[tuple[np.ndarray, ...]], rows: np.ndarray) -> tuple
 
 def _laid_out(block: Block, values: Mapping[str, Matrix]) -> dict[str, Matrix]:
   """The parameters of a block, matrices in the form that multiplies many rows fastest."""
-  ready = dict(values)
-  for path in (f'{layer}.weight' for layer in linears(block)):
-    if jax.default_backend() == 'cpu' and on_one_device(values[path]):
-      ready[path] = layout.pack_widened(values[path])
-  return ready
+  return dict(values) | {
+    path: layout.pack_widened(values[path])
+    for path in _matrices(block)
+    if on_one_device(values[path])
+  }
+
+
+def _matrices(block: Block) -> list[str]:
+  """The parameters that are laid out anew: none where there is no layout of this backend."""
+  if jax.default_backend() != 'cpu':
+    return []
+  return [f'{layer}.weight' for layer in linears(block)]
 
 
 def run(config: ModelConfig, block: Block, rows: Iterable[Batch]) -> Iterator[Batch]:
   """Runs a block over batches of hidden states: (tokens_BT, x_BTD) -> (tokens_BT, y_BTD)."""
-  function, values = split(config, block)
-  ready = _laid_out(block, values)
+  apply = program(config, block)
   for tokens_BT, x_BTD in rows:
-    yield tokens_BT, np.asarray(_run(function, ready, tokens_BT, x_BTD))
+    yield tokens_BT, np.asarray(apply(tokens_BT, x_BTD))
 
 
-@functools.partial(compiled, static_argnums=(0, 1, 2), donate_argnums=4)
-def _observe(function, layers, names, values, total, batch):
+def program(config: ModelConfig, block: Block) -> Callable[[Any, Any], jax.Array]:
+  """The compiled block (tokens_BT, x_BTD) -> y_BTD, its matrices laid out for many rows."""
+  function, values = split(config, block)
+  return functools.partial(_run, function, _laid_out(block, values))
+
+
+def _measure(function, layers, names, values, batch):
+  """The raw statistics of a batch, by the first layer of those that share their inputs.
+
+  Beside them, for each of these layers a dictionary with the layers that share its inputs as keys.
+  """
   recorders, watched = {}, dict(values)
   for layer in layers:
     w = values[f'{layer}.weight']
     recorders[layer] = statistics.Recorder(core(w), [])
     watched[f'{layer}.weight'] = with_core(w, recorders[layer])
   function(watched, *batch)
-  measured = {}
+  sharing = {}
   for layer, recorder in recorders.items():
-    inputs = tuple(map(id, recorder.seen))
-    if inputs not in measured:  # layers that share their inputs share what is measured
-      measured[inputs] = statistics.measure(recorder.seen, names)
-    total[layer] = statistics.merge(total[layer], measured[inputs])
-  return total
+    sharing.setdefault(tuple(map(id, recorder.seen)), []).append(layer)
+  measured = {
+    first: statistics.measure(recorders[first].seen, names) for first, *_ in sharing.values()
+  }
+  return measured, {members[0]: dict.fromkeys(members) for members in sharing.values()}
+
+
+_shapes = compiled(_measure, static_argnums=(0, 1, 2))
+
+
+def _nothing(function, layers, names, values, batch):
+  """For each layer the first one with its inputs; and for these, the statistics of no tokens."""
+  measured, sharing = _shapes.eval_shape(function, layers, names, values, batch)
+  source = {member: first for first, members in sharing.items() for member in members}
+  return source, jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), measured)
+
+
+@functools.partial(compiled, static_argnums=(0, 1, 2), donate_argnums=4)
+def _observe(function, layers, names, values, total, batch):
+  measured, _ = _measure(function, layers, names, values, batch)
+  return {layer: statistics.merge(total[layer], measured[layer]) for layer in measured}
 
 
 @compiled

@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from model.compress.registry import DEFAULT_SPARSITY, Outcome, PruneSpec, technique
+from model.compress.registry import DEFAULT_SPARSITY, PREPARED, Outcome, PruneSpec, technique
 from model.compress.techniques import QuantizeSpec, other_group
 from ops import quantized, sparse
 from ops.linear import Matrix, Weight, dense
@@ -75,22 +75,25 @@ def _check_damping(damping):
     raise ValueError(f'damping is positive, such as 0.01, not {damping}')
 
 
+def prepare(statistics, spec: GptqSpec | SparseGptSpec) -> obs.Prepared:
+  """Factors the covariance, once for all layers with the same inputs."""
+  act_order = isinstance(spec, GptqSpec) and spec.act_order
+  return obs.prepare(statistics['input_covariance'], act_order=act_order, damping=spec.damping)
+
+
 @technique(
   'gptq',
   spec=GptqSpec,
   statistics=('input_covariance',),
+  prepare=prepare,
   paper='Frantar et al. 2022, https://arxiv.org/abs/2210.17323',
 )
 def gptq(w, statistics, spec):
   """Quantize input by input, adjusting the remaining weights to compensate the error."""
   n, m = _layout(w)
   grid, events = _grid(w.shape[0], n, m, spec)
-  solution = obs.solve(
-    dense(w),
-    statistics['input_covariance'],
-    grid=dataclasses.replace(grid, double=spec.double),
-    act_order=spec.act_order,
-    damping=spec.damping,
+  solution = obs.walk(
+    dense(w), statistics[PREPARED], grid=dataclasses.replace(grid, double=spec.double)
   )
   events |= _shortfalls(solution, 'rounded to nearest')
   return Outcome(_stored(solution, grid, n, m, w.dtype), events)
@@ -100,17 +103,18 @@ def gptq(w, statistics, spec):
   'sparsegpt',
   spec=SparseGptSpec,
   statistics=('input_covariance',),
+  prepare=prepare,
   prunes=True,
   paper='Frantar & Alistarh 2023, https://arxiv.org/abs/2301.00774',
 )
 def sparsegpt(w, statistics, spec):
   """Prune input by input, adjusting the remaining weights to compensate the error."""
   share = DEFAULT_SPARSITY if spec.n is None and spec.sparsity is None else spec.sparsity
-  return prune(w, statistics['input_covariance'], spec, share)
+  return prune(w, statistics[PREPARED], spec, share)
 
 
 def prune(
-  w: Matrix, covariance_II: jax.Array, spec: SparseGptSpec, share: float | jax.Array | None
+  w: Matrix, prepared: obs.Prepared, spec: SparseGptSpec, share: float | jax.Array | None
 ) -> Outcome:
   """Prunes by SparseGPT: `share` of the weights, which may be traced, or N:M where it is None.
 
@@ -121,13 +125,8 @@ def prune(
   n, m, grid, events = spec.n or 1, spec.m or 1, None, {}
   if spec.format is not None:
     grid, events = _grid(w.shape[0], n, m, spec)
-  solution = obs.solve(
-    w,
-    covariance_II,
-    grid=grid,
-    pruning=obs.Pruning(sparsity=share, n=spec.n, m=spec.m, per_output=spec.per_output),
-    damping=spec.damping,
-  )
+  pruning = obs.Pruning(sparsity=share, n=spec.n, m=spec.m, per_output=spec.per_output)
+  solution = obs.walk(w, prepared, grid=grid, pruning=pruning)
   instead = 'pruned by magnitude' + (' and rounded to nearest' if grid else '')
   events |= _shortfalls(solution, instead)
   return Outcome(_stored(solution, grid, n, m, w.dtype), events)

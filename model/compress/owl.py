@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.compress import obs
-from model.compress.registry import PLAN, technique
+from model.compress.registry import PLAN, PREPARED, technique
 from ops import sparse
 from ops.linear import Weight
 
@@ -97,9 +97,10 @@ def owl(w, statistics, spec):
   statistics=('input_norm', 'input_covariance'),
   paper='Yin et al. 2024, https://arxiv.org/abs/2310.05175',
   plan=share_out,
+  prepare=lambda statistics, spec: obs.prepare(statistics, obs.SparseGptSpec()),
   prunes=True,
 )
 def owl_sparsegpt(w, statistics, spec):
   """Prune by SparseGPT, with a lower sparsity in blocks with more outliers."""
   del spec
-  return obs.prune(w, statistics['input_covariance'], obs.SparseGptSpec(), statistics[PLAN])
+  return obs.prune(w, statistics[PREPARED], obs.SparseGptSpec(), statistics[PLAN])

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.config import LayerConfig, ModelConfig
+from model.transformer import Transformer
 from ops import quantized, sparse
 from ops.linear import Matrix, Weight, map_values
 
@@ -70,8 +71,29 @@ class Changes:
   events: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
-PLAN = 'plan'
-Scope = Literal['linears', 'parameters', 'block', 'model']
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reshaped:
+  """The result of a technique of scope 'shape'.
+
+  config and parameters: of the new model, the parameters by their paths in it.
+  events: counts by layer of the model that the technique was given.
+  """
+
+  config: ModelConfig
+  parameters: Mapping[str, Matrix]
+  events: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learned:
+  """The result of a technique of scope 'learn': the trained model, and counts of what it took."""
+
+  model: Transformer
+  events: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+PLAN, PREPARED = 'plan', 'prepared'
+Scope = Literal['linears', 'parameters', 'block', 'model', 'shape', 'learn']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,16 +107,30 @@ class Technique:
     block       (site, spec) -> Changes, for each block, for techniques that treat several matrices
                 together
     model       (model, spec) -> events; changes the model in place, before any calibration
+    shape       (model, measurements, spec) -> Reshaped; returns a model of other sizes, before all
+                other steps; `measurements` is a `measurements.Measurements`, None without
+                calibration
+    learn       (model, school, spec, folder) -> Learned; trains the whole model, among the steps of
+                scope 'shape'; `school` is what the caller of `pipeline.compress` teaches with, and
+                `folder` keeps the run, so that it can be killed; None if nothing is to be kept
 
   Functions of linears and parameters are traced: `spec` is static, and Python branches may depend
   on shapes only.
 
-  check: for block and model, (config, spec) raises ValueError if the technique does not apply.
-  becomes: for block, (w, spec) -> Matrix is traced on shapes to find the type of the result.
+  check: for block, model, shape and learn, (config, spec) raises ValueError if the technique does
+    not apply.
+  becomes: for block, (w, spec) -> Matrix is traced on shapes to find the type of the result; for
+    learn likewise, of each linear layer of the blocks, where the type changes.
+  reshapes: for shape, (model, spec) -> config of the result, from a model that may be abstract. A
+    size that depends on calibration or on timing is given by the number that it is a multiple of.
+  calibrates: for shape, (spec) -> whether it measures on calibration text.
   prunes: whether it sets weights to zero that later steps have to leave at zero.
   plan: for linears, (survey, spec) -> {layer: number} divides a total among the layers, such as the
     sparsity. It is called once before the blocks, with an iterator of (layer, w, statistics) over
     the uncompressed model. The function receives its number as statistics['plan'], float32.
+  prepare: for linears, (statistics, spec) -> arrays derives what depends on a layer's inputs alone,
+    such as the factor of their covariance. It is traced, and runs once for layers that share their
+    inputs. The function receives the arrays as statistics['prepared'].
   """
 
   name: str
@@ -106,12 +142,19 @@ class Technique:
   check: Callable | None = None
   becomes: Callable | None = None
   plan: Callable | None = None
+  reshapes: Callable | None = None
+  calibrates: Callable[[Any], bool] | None = None
+  prepare: Callable | None = None
   prunes: bool = False
 
   def __call__(self, w: Matrix, statistics: Statistics, spec: Any) -> Outcome:
     """Compresses one weight; only for the scopes linears and parameters."""
     names = (*self.statistics, *([PLAN] if self.plan else []))
-    result = self.function(w, {name: statistics[name] for name in names}, spec)
+    known = {name: statistics[name] for name in names}
+    if self.prepare is not None:
+      found = statistics.get(PREPARED)
+      known[PREPARED] = self.prepare(known, spec) if found is None else found
+    result = self.function(w, known, spec)
     return result if isinstance(result, Outcome) else Outcome(result, {})
 
   @property

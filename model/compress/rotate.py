@@ -21,8 +21,10 @@ from flax import nnx
 
 from model.compress.registry import technique
 from model.layers import Linear
+from model.transformer import matrices
 from ops import rotated
 from ops.linear import Weight
+from ops.sparse import looks_pruned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,10 +65,14 @@ def rotate(model, spec):
 
 
 def _check_plain(model):
-  for path, linear in nnx.iter_modules(model):
-    if isinstance(linear, Linear) and isinstance(linear.weight.get_value(), Weight):
-      name = '.'.join(map(str, path))
-      raise ValueError(f'{name} is compressed already; rotation comes before everything else')
+  for path, w in matrices(model).items():
+    if isinstance(w, Weight):
+      raise ValueError(f'{path} is compressed already; rotation comes before everything else')
+    if looks_pruned(w):
+      raise ValueError(
+        f'{path} is pruned, and a rotation would fill its zeros; rotate the model as it was before '
+        'it was pruned, then prune'
+      )
 
 
 def _untie(model) -> bool:

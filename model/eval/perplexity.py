@@ -57,7 +57,10 @@ class Windows:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quality:
-  """Sums over all predicted tokens. KL and flips are None where there was no base."""
+  """Sums over all predicted tokens. KL and flips are None where there was no base.
+
+  nll_B: the negative log likelihood of each window.
+  """
 
   nll_sum: float
   tokens: int
@@ -66,6 +69,7 @@ class Quality:
   bos: Bos = 'none'
   kl_sum: float | None = None
   flips: int | None = None
+  nll_B: tuple[float, ...] = ()
 
   @property
   def ppl(self) -> float:
@@ -83,6 +87,32 @@ class Quality:
   @property
   def flip_rate(self) -> float | None:
     return None if self.flips is None else self.flips / self.tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ratio:
+  """A ratio of two perplexities on the same windows, and its standard error; NaN of one window."""
+
+  value: float
+  standard_error: float
+
+
+def ratio(quality: Quality, other: Quality) -> Ratio:
+  """Divides two perplexities of the same windows, which are compared pair by pair.
+
+  The logarithm of the ratio is the mean over windows of the difference in NLL per token. Its
+  standard error comes from the spread of these differences; that of the ratio follows to first
+  order. Raises ValueError if the two have other windows.
+  """
+  own, others = len(quality.nll_B), len(other.nll_B)
+  if own != others or quality.tokens != other.tokens:
+    raise ValueError(
+      f'{own} windows of {quality.tokens} tokens are no pairs with {others} of {other.tokens}'
+    )
+  difference_B = np.subtract(quality.nll_B, other.nll_B) / (quality.tokens / own)
+  value = quality.ppl / other.ppl
+  error = difference_B.std(ddof=1) / math.sqrt(own) if own > 1 else math.nan
+  return Ratio(value=value, standard_error=float(value * error))
 
 
 def windows(
@@ -139,12 +169,14 @@ def evaluate(
   for one in (model, base):
     if one is not None:
       check(one, text)
-  batches, totals = _batches(text), np.zeros(3)
+  batches, totals, nll_B = _batches(text), np.zeros(3), []
   for i in progress(list(range(len(batches)))):
     with jax.default_matmul_precision('highest'):
       hidden = None if base_hidden is None else base_hidden[i]
       sums = _window_sums(model, base, batches[i], cache_format, hidden)
-    totals += np.asarray(jax.device_get(sums), np.float64).sum((1, 2))
+    sums = np.asarray(jax.device_get(sums), np.float64)
+    totals += sums.sum((1, 2))
+    nll_B += _of_windows(sums[0], batches[i])
   return Quality(
     nll_sum=float(totals[0]),
     tokens=text.predicted,
@@ -153,6 +185,7 @@ def evaluate(
     bos=text.bos,
     kl_sum=None if base is None else float(totals[1]),
     flips=None if base is None else round(totals[2]),
+    nll_B=tuple(nll_B),
   )
 
 
@@ -161,6 +194,12 @@ def hidden_states(model: Transformer, text: Windows) -> list[np.ndarray]:
   graphdef, state = nnx.split(model)
   with jax.default_matmul_precision('highest'):
     return [np.asarray(_hidden(graphdef, state, tokens_BT)) for tokens_BT in _batches(text)]
+
+
+def _of_windows(chunks, tokens_BT) -> list[float]:
+  """The sum of each window, from values per predicted token in padded chunks."""
+  rows, predicted = tokens_BT.shape[0], tokens_BT.shape[1] - 1
+  return chunks.reshape(-1)[: rows * predicted].reshape(rows, predicted).sum(1).tolist()
 
 
 def _batches(text: Windows) -> list[np.ndarray]:

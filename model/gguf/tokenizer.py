@@ -12,6 +12,7 @@ import re
 import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
+from model import sentencepiece_model
 from model.gguf import pre_tokenizers, vocabulary
 from model.gguf.container import Container
 from model.gguf.vocabulary import SENTENCEPIECE, TokenType, Vocabulary
@@ -125,14 +126,10 @@ def _sentencepiece(file, found):
 
 
 def _merges(found, ids):
-  ways = []
-  for i in found.of_type(TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED):
-    token = found.tokens[i]
-    for end in range(1, len(token)):
-      left, right = token[:end], token[end:]
-      if left in ids and right in ids:
-        ways.append((-found.scores[i], ids[left], ids[right]))
-  return [(found.tokens[left], found.tokens[right]) for _, left, right in sorted(ways)]
+  kinds = TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED
+  order = {found.tokens[i]: -found.scores[i] for i in found.of_type(*kinds)}
+  key = lambda ranked: (ranked[0], *(ids[half] for half in ranked[1]))
+  return [pair for _, pair in sorted(sentencepiece_model.merges(order, ids), key=key)]
 
 
 def _post_processor(file, found):

@@ -8,8 +8,10 @@ on, the starting weights included, and refuses a run that differs in any of it.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import pathlib
+import statistics
 import time
 from typing import Any
 
@@ -55,6 +57,8 @@ class FitResult:
 
   model: Transformer
   records: tuple[Record, ...]
+  program_bytes: int  # most memory of the compiled update, by its own account; 0 if none ran
+  update_s: float  # median time of an update of this call; NaN if it made fewer than two
 
 
 def fit(
@@ -81,6 +85,8 @@ def fit(
   """
   task = task or Task()
   _check(model, dataset, config)
+  if task.on_policy is not None:
+    task.on_policy.check(task.objective, dataset.seq_len)
   optimizer = optimizer_lib.make(config.optimizer)
   setup, state, frozen = step_lib.init(model, optimizer, task, config.step)
   with contextlib.ExitStack() as stack:
@@ -88,14 +94,31 @@ def fit(
     if folder is not None:
       run = stack.enter_context(RunFolder(folder, identity(model, dataset, config, task)))
       state, records = run.restore(state)
-    compiled = step_lib.make_step(setup, state)
+    update = step_lib.make_step(setup, state)
+    compiled = None
     bar = stack.enter_context(_bar(config, len(records), progress))
     loop = _Loop(config=config, run=run, bar=bar, records=records)
     for n in range(int(state.step), config.optimizer.steps):
-      batch = jax.device_put(dataset.batch(n), batch_sharding)
+      batch = dataset.batch(n)
+      if task.on_policy is not None:
+        batch = task.on_policy(batch, n, setup.model(state.trained, frozen))
+      batch = jax.device_put(batch, batch_sharding)
+      compiled = compiled or update.lower(state, frozen, batch).compile()
       state, metrics = compiled(state, frozen, batch)
       loop.after_update(n + 1, state, metrics)
-  return FitResult(setup.model(state.trained, frozen), tuple(loop.records))
+  return FitResult(
+    model=setup.model(state.trained, frozen),
+    records=tuple(loop.records),
+    program_bytes=0 if compiled is None else program_bytes(compiled),
+    update_s=loop.update_s(),
+  )
+
+
+def program_bytes(compiled: jax.stages.Compiled) -> int:
+  """Arguments, results and temporary arrays of a compiled program; those in place count once."""
+  sizes = compiled.memory_analysis()
+  held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+  return held - sizes.alias_size_in_bytes
 
 
 def mean_nll(model: Transformer, dataset: PackedDataset, config: StepConfig | None = None) -> float:
@@ -126,7 +149,7 @@ class _Loop:
     self._config, self._run, self._bar = config, run, bar
     self._rate = optimizer_lib.schedule(config.optimizer)
     self._pending = None
-    self._tokens, self._start_s = 0, None
+    self._tokens, self._ends_s = 0, []
 
   def after_update(self, step: int, state: step_lib.TrainState, metrics: step_lib.Metrics) -> None:
     self._flush()
@@ -154,13 +177,17 @@ class _Loop:
       self._run.append(record)
     self._show(record)
 
+  def update_s(self) -> float:
+    """The median time between the ends of two updates, in seconds."""
+    gaps = [b - a for a, b in itertools.pairwise(self._ends_s)]
+    return statistics.median(gaps) if gaps else math.nan
+
   def _show(self, record):
     words = f'loss {record["loss"]:.3f}'
-    if self._start_s is None:
-      self._start_s = time.perf_counter()  # the first update is mostly compilation
-    else:
+    self._ends_s.append(time.perf_counter())
+    if len(self._ends_s) > 1:  # the first update is mostly compilation
       self._tokens += record['tokens']
-      words += f', {self._tokens / (time.perf_counter() - self._start_s):.0f} tokens/s'
+      words += f', {self._tokens / (self._ends_s[-1] - self._ends_s[0]):.0f} tokens/s'
     self._bar.set_postfix_str(words, refresh=False)
     self._bar.update()
 
@@ -197,6 +224,7 @@ def identity(model: Transformer, dataset: PackedDataset, config: FitConfig, task
     'step': dataclasses.asdict(config.step),
     'objective': {'name': type(task.objective).__name__, **dataclasses.asdict(task.objective)},
     'selection': dataclasses.asdict(task.selection),
+    'on_policy': task.on_policy and task.on_policy.identity,
     'data': dataset.fingerprint,
     'model': model_config.to_json(model.config),
     'starting weights': fingerprint.of_model(model),

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from model import stacked
 from model.config import ModelConfig
 from model.train.data import Batch
 from model.transformer import Transformer
@@ -30,13 +31,14 @@ class Network:
 
   model: Transformer
   chunk: int  # tokens whose logits are stored at a time
+  remat: stacked.Remat | None  # None: layer after layer, not in a loop
 
   def hidden(self, batch: Batch) -> jax.Array:
     """The normalized last hidden states of a batch, [B, T, D]."""
-    x_BTD, _ = self.model.hidden(
-      batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT
-    )
-    return x_BTD
+    places = {'positions_BT': batch.positions_BT, 'segments_BT': batch.segments_BT}
+    if self.remat is None:
+      return self.model.hidden(batch.tokens_BT, **places)[0]
+    return stacked.hidden(self.model, batch.tokens_BT, **places, remat=self.remat)
 
   def logits(self, x: jax.Array) -> jax.Array:
     """Maps normalized hidden states [..., D] to float32 logits [..., V]."""

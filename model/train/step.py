@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from model import stacked
 from model.train.data import Batch
 from model.train.objectives import CrossEntropy, Models, Network, Objective, Sums
+from model.train.on_policy import OnPolicy
 from model.train.partition import Arrays, Selection, Structure, partition
 from model.transformer import Transformer
 
@@ -38,11 +40,15 @@ class StepConfig:
   compute_dtype: str = 'float32'
   accumulation: int = 1  # micro-batches per batch
   loss_chunk: int = 1024  # tokens whose logits are stored at a time
+  remat: stacked.Remat = 'none'  # what the backward pass computes again; see model/stacked.py
+  scan: bool = False  # run layers that are alike in one loop
   seed: int = 0
 
   def __post_init__(self):
     if self.compute_dtype not in DTYPES:
       raise ValueError(f'compute_dtype {self.compute_dtype!r} is not one of {", ".join(DTYPES)}')
+    if self.remat not in stacked.REMATS:
+      raise ValueError(f'remat {self.remat!r} is not one of {", ".join(stacked.REMATS)}')
     if self.accumulation < 1 or self.loss_chunk < 1:
       raise ValueError(
         f'accumulation and loss_chunk must be at least 1, not {self.accumulation}, '
@@ -52,11 +58,15 @@ class StepConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
-  """What a run learns: which arrays, by which objective, against which frozen models."""
+  """What a run learns: which arrays, by which objective, against which frozen models.
+
+  With `on_policy`, the student writes some of the batches itself.
+  """
 
   objective: Objective = CrossEntropy()
   selection: Selection = Selection()
   references: Mapping[str, Transformer] = dataclasses.field(default_factory=dict)
+  on_policy: OnPolicy | None = None
 
 
 @functools.partial(
@@ -114,7 +124,8 @@ class Setup:
 def network(model: Transformer, config: StepConfig) -> Network:
   """The model as objectives see it. Its compute dtype changes."""
   model.dtype = jnp.dtype(config.compute_dtype)
-  return Network(model, config.loss_chunk)
+  looped = config.scan or config.remat != 'none'
+  return Network(model, config.loss_chunk, config.remat if looped else None)
 
 
 def init(
@@ -142,7 +153,7 @@ def init(
   setup = Setup(structure, graphs, task.objective, optimizer, config)
   state = TrainState(trained, optimizer.init(trained), jnp.zeros((), jnp.int32))
   read = Frozen(frozen, {name: state for name, (_, state) in split.items()})
-  return setup, _replicate_scalars(state, _mesh(read) or _mesh(state)), read
+  return setup, _replicate(state, _mesh(read) or _mesh(state)), read
 
 
 def make_step(
@@ -207,9 +218,13 @@ def _mesh(tree) -> jax.sharding.Mesh | None:
   return next((s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)), None)
 
 
-def _replicate_scalars(state: TrainState, mesh: jax.sharding.Mesh | None) -> TrainState:
-  """Replicates the scalars of the state over the mesh of the parameters, if they have one."""
+def _replicate(state: TrainState, mesh: jax.sharding.Mesh | None) -> TrainState:
+  """Replicates what is new over the mesh of the parameters, if they have one.
+
+  Scalars are new, and the objective's own arrays with their optimizer state.
+  """
   if mesh is None:
     return state
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  return jax.tree.map(lambda x: jax.device_put(x, everywhere) if x.ndim == 0 else x, state)
+  placed = lambda x: x.ndim and isinstance(x.sharding, jax.sharding.NamedSharding)
+  return jax.tree.map(lambda x: x if placed(x) else jax.device_put(x, everywhere), state)

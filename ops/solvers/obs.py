@@ -36,7 +36,7 @@ from ops.linear import Matrix, dense
 from ops.solvers import hessian
 from ops.solvers.walk import Grid, Pruning, Sizes, Walk
 
-__all__ = ['Grid', 'Pruning', 'Solution', 'solve']
+__all__ = ['Grid', 'Prepared', 'Pruning', 'Solution', 'prepare', 'solve', 'walk']
 
 
 @functools.partial(
@@ -58,6 +58,38 @@ class Solution:
   factor: hessian.Factor
 
 
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=('factor', 'order_I'), meta_fields=('static',)
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+  """What the walk needs of a layer's inputs, whatever the matrix: the order, and the factor in it.
+
+  static: whether the order is that of the diagonal, so that all scales are fixed beforehand.
+  """
+
+  factor: hessian.Factor
+  order_I: jax.Array
+  static: bool
+
+
+def prepare(
+  covariance_II: jax.Array, *, act_order: bool = False, damping: float = 0.01
+) -> Prepared:
+  """Factors the Hessian of a layer's inputs; the options are those of `solve`.
+
+  Raises ValueError without damping.
+  """
+  if not damping > 0:
+    raise ValueError(f'damping is positive, such as 0.01, not {damping}')
+  covariance_II = covariance_II.astype(jnp.float32)
+  order_I = jnp.arange(covariance_II.shape[0])
+  if act_order:
+    order_I = jnp.argsort(-jnp.diagonal(covariance_II), stable=True)
+  factor = hessian.factor(covariance_II, damping, order_I)
+  return Prepared(factor=factor, order_I=order_I, static=act_order)
+
+
 def solve(
   w_IO: jax.Array,
   covariance_II: jax.Array,
@@ -75,39 +107,48 @@ def solve(
   Raises:
     ValueError: a group or an M that does not divide I; `act_order` with pruning; no damping.
   """
+  prepared = prepare(covariance_II, act_order=act_order, damping=damping)
+  return walk(w_IO, prepared, grid=grid, pruning=pruning)
+
+
+def walk(
+  w_IO: jax.Array,
+  prepared: Prepared,
+  *,
+  grid: Grid | None = None,
+  pruning: Pruning | None = None,
+) -> Solution:
+  """Is `solve` with a Hessian that is factored already, which matrices of the same inputs share."""
   axes.check('IO', w_IO)
-  if covariance_II.shape != (w_IO.shape[0],) * 2:
-    raise ValueError(f'{w_IO.shape[0]} inputs have no covariance of shape {covariance_II.shape}')
-  if act_order and pruning is not None:
+  inputs, order_I = w_IO.shape[0], prepared.order_I
+  if order_I.shape != (inputs,):
+    raise ValueError(f'{inputs} inputs have no covariance of shape {order_I.shape * 2}')
+  if prepared.static and pruning is not None:
     raise ValueError('pruning walks along the inputs as they are stored; leave act_order out')
-  if not damping > 0:
-    raise ValueError(f'damping is positive, such as 0.01, not {damping}')
-  sizes = Sizes.of(w_IO.shape[0], grid, pruning, static=act_order)
-  original_IO, covariance_II = (a.astype(jnp.float32) for a in (w_IO, covariance_II))
-  order_I = jnp.arange(w_IO.shape[0])
-  if act_order:
-    order_I = jnp.argsort(-jnp.diagonal(covariance_II), stable=True)
+  sizes = Sizes.of(inputs, grid, pruning, static=prepared.static)
+  original_IO = w_IO.astype(jnp.float32)
+  if prepared.static:
     original_IO = original_IO[order_I]
-  walk = Walk(
+  steps = Walk(
     original_IO=original_IO,
-    factor=hessian.factor(covariance_II, damping, order_I),
+    factor=prepared.factor,
     group_I=order_I // (grid.group if grid else 1),
     grid=grid,
     pruning=pruning,
     sizes=sizes,
     dtype=w_IO.dtype,
   )
-  scales, zeros_JO = _fixed_grid(w_IO.astype(jnp.float32), walk)
-  end = walk.run(None if scales is None else dense(scales), zeros_JO)
+  scales, zeros_JO = _fixed_grid(w_IO.astype(jnp.float32), steps)
+  end = steps.run(None if scales is None else dense(scales), zeros_JO)
   if sizes.dynamic:
     scales, zeros_JO = end.scales_JO, end.zeros_JO
-  back_I = jnp.argsort(order_I)
+  back = (lambda a: a[jnp.argsort(order_I)]) if prepared.static else (lambda a: a)
   return Solution(
-    w_IO=end.w_IO[back_I],
-    kept_IO=end.kept_IO[back_I],
+    w_IO=back(end.w_IO),
+    kept_IO=back(end.kept_IO),
     scales=scales,
     zeros_JO=zeros_JO,
-    factor=walk.factor,
+    factor=prepared.factor,
   )
 
 

@@ -6,9 +6,12 @@ import subprocess
 import sys
 import types
 
+import gguf
+import numpy as np
 import pytest
 
 from experiments import common
+from model import hf
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -85,3 +88,39 @@ def test_out_is_a_folder_at_home_or_anywhere(monkeypatch):
   assert str(common.out('a/b')) == 'a/b'
   with pytest.raises(ValueError, match='--out is empty'):
     common.out('')
+
+
+def test_a_model_without_a_tokenizer_is_refused_with_what_helps(base, tmp_path):
+  model, tokenizer = common.load_model(base)
+  assert tokenizer.vocab_size <= model.config.vocab_size
+  folder = tmp_path / 'folder'
+  hf.save_pretrained(model, None, folder)
+  with pytest.raises(ValueError, match='has no tokenizer; put its'):
+    common.load_model(folder)
+  _write_gguf(tmp_path / 'm.gguf')
+  assert hf.load_pretrained(tmp_path / 'm.gguf')[0].config.width == 32
+  for name in ('m.gguf', '.'):  # the file, and the folder that holds it
+    with pytest.raises(ValueError, match='has no vocabulary; take a GGUF file that was written'):
+      common.load_model(tmp_path / name)
+
+
+def _write_gguf(path):
+  """A Llama of one block without a vocabulary."""
+  writer = gguf.GGUFWriter(path, 'llama')
+  writer.add_block_count(1)
+  writer.add_context_length(64)
+  writer.add_embedding_length(32)
+  writer.add_feed_forward_length(48)
+  writer.add_head_count(2)
+  writer.add_layer_norm_rms_eps(1e-5)
+  writer.add_vocab_size(40)
+  square = dict.fromkeys(('attn_q', 'attn_k', 'attn_v', 'attn_output'), (32, 32))
+  block = square | {'ffn_gate': (48, 32), 'ffn_up': (48, 32), 'ffn_down': (32, 48)}
+  norms = dict.fromkeys(('blk.0.attn_norm', 'blk.0.ffn_norm', 'output_norm'), (32,))
+  shapes = {f'blk.0.{name}': shape for name, shape in block.items()} | norms
+  for name, shape in {'token_embd': (40, 32), **shapes}.items():
+    writer.add_tensor(f'{name}.weight', np.ones(shape, np.float32))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()

@@ -27,5 +27,8 @@ def test_groups_that_do_not_divide_are_left_out_or_refused():
 
 def test_a_setting_asks_both_sides_for_the_same():
   peer, ours = compare.SETTINGS['rtn_w3_g64']
-  assert peer == {'method': 'rtn', 'bits': 3, 'group_size': 64}
-  assert ours == {'round_to_nearest': {'format': 'int3', 'group_size': 64}}
+  assert peer == {'method': 'rtn', 'bits': 3, 'group_size': 64, 'symmetric': True}
+  assert ours == {'round_to_nearest': {'format': 'int3', 'group_size': 64, 'symmetric': True}}
+  peer, ours = compare.SETTINGS['awq_w4_g64']
+  assert peer == {'method': 'awq', 'bits': 4, 'group_size': 64, 'symmetric': False}
+  assert ours == {'awq': {'format': 'int4', 'group_size': 64, 'symmetric': False}}

@@ -136,6 +136,9 @@ def test_the_records_say_what_was_measured(finished):
       # Measured on 1008 tokens of a model of two layers.
       ratio = rows[name].value('widened_ppl_ratio') / rows[name].value('ppl_ratio')
       assert ratio != 1.0 and ratio == pytest.approx(1.0, abs=0.003)
+      assert rows[name].value('ppl_vs_widened') == pytest.approx(1 / ratio)
+      assert 0 < rows[name].value('ppl_vs_widened_se') < 0.003
+      assert rows[name].metrics['ppl_vs_widened_se'].n == 16
 
 
 def test_the_committed_records_show_that_native_products_cost_next_to_no_quality():

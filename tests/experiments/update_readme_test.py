@@ -76,6 +76,28 @@ def test_the_table_of_one_text_has_quality_and_size(write):
   assert lines[-1] == '`python -m experiments.compress`; records: [`e.jsonl`](../e.jsonl).'
 
 
+def test_rows_of_several_commands_name_them_all(write):
+  other = dataclasses.replace(BOTH[1], recipe='more', command='python -m experiments.compress --x')
+  last = update_readme.real(write('e.jsonl', [*BOTH, other])).splitlines()[-1]
+  assert last.startswith(
+    '`python -m experiments.compress`, `python -m experiments.compress --x` on'
+  )
+
+
+def test_the_table_beside_llm_compressor(write):
+  values = {'base_ppl': 20.0, 'ppl': 21.0, 'peer_ppl': 21.5, 'ppl / peer': 0.97674}
+  values |= {'seconds': 30.0, 'peer_seconds': 60.0, 'seconds / peer': 0.5}
+  metrics = {name: Metric(value, '1', 2) for name, value in values.items()}
+  old = dataclasses.replace(ENGLISH[0], recipe='gptq_w4_g64', metrics=metrics)
+  error = {'ppl / peer, standard error': Metric(0.00212, '1', 40)}
+  new = dataclasses.replace(old, metrics=metrics | error)
+  lines = update_readme.peer(write('e.jsonl', [old, new])).splitlines()
+  assert {line.count('|') for line in lines[:4]} == {8}
+  assert lines[2] == '| `gptq_w4_g64` | 21.000 | 21.500 | 0.9767 | 30.0 | 60.0 | 0.50 |'
+  assert '| 0.9767 ± 0.0021 |' in lines[3]
+  assert 'at least 2 rounds a setting on A CPU' in lines[-1] and '(../e.jsonl)' in lines[-1]
+
+
 def test_a_part_stands_once_in_its_file_as_soon_as_its_records_exist(write, monkeypatch):
   count = lambda path: f'{len(records.read(path))} rows'
   part = Part(file='a.md', name='some', generate=count, results=('e.jsonl',))

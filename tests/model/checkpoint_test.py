@@ -9,7 +9,7 @@ from flax import nnx
 from model import checkpoint, native, sharding, transformer
 from model.config import LayerConfig, ModelConfig
 from model.transformer import Transformer
-from ops import lora, quantized, sparse
+from ops import adapter_starts, quantized, sparse
 from ops.linear import map_values
 
 LAYER = LayerConfig(query_heads=2, kv_heads=2, head_width=16, ffn_width=64, qkv_bias=True)
@@ -33,8 +33,8 @@ KINDS = {
   'attention.output': _quantized('nf4', group_size=16, double=True),
   'ffn.gate': _pruned,
   'ffn.up': lambda w: map_values(_quantized('int8'), _pruned(w)),
-  'ffn.down': lambda w: lora.attach(
-    quantized.quantize(w, 'nf4', double=True), 4, alpha=8.0, key=jax.random.key(1)
+  'ffn.down': lambda w: adapter_starts.zero(
+    quantized.quantize(w, 'nf4', double=True), 4, scale=2.0, key=jax.random.key(1)
   ),
 }
 

@@ -206,5 +206,5 @@ def test_what_the_formats_lack_is_named(name):
   for size in (-1, 64, 8):
     with pytest.raises(ValueError, match=f'{name} has blocks of {block} inputs, not of {size}'):
       quantize(w_IO, name, group_size=size)
-  with pytest.raises(ValueError, match=f'blocks of {block} inputs, which do not divide 40'):
+  with pytest.raises(ValueError, match=f'blocks of {block}, which do not divide 40'):
     quantize(jnp.ones((40, 2)), name)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from model.compress import calibrate, pipeline, recipe, registry, statistics
-from model.transformer import parameters
+from model.transformer import linears, parameters
 
 NAMES = tuple(statistics.STATISTICS)
 # Two float32 forward passes that add in different orders.
@@ -52,11 +52,24 @@ def test_statistics_equal_those_of_hooks_in_transformers(tiny, tokens_BT, torch_
     for name, found in measured.items():
       x_TI = inputs[f'layers.{i}.{name}'].astype(np.float64)
       size = np.abs(x_TI)
-      expected = np.sqrt((x_TI**2).sum(0)), x_TI.T @ x_TI / len(x_TI), size.max(0), size.mean(0)
+      squares = np.square(x_TI)
+      moments = np.stack([x_TI.mean(0), squares.mean(0)])
+      covariance = x_TI.T @ x_TI / len(x_TI)
+      expected = np.sqrt(squares.sum(0)), covariance, size.max(0), size.mean(0), moments
       for statistic, value in zip(NAMES, expected, strict=True):
         np.testing.assert_allclose(
           found[statistic], value, TOLERANCE, TOLERANCE, err_msg=f'{i} {name} {statistic}'
         )
+
+
+def test_layers_with_the_same_inputs_share_what_is_measured(tiny, tokens_BT):
+  model = tiny(layers=1)
+  measured = calibrate.Stream(model, [tokens_BT]).observe(model.layers[0], ('input_covariance',))
+  together = {}
+  for layer, found in measured.items():
+    together.setdefault(id(found), []).append(layer)
+  assert sorted(map(sorted, together.values())) == sorted(map(sorted, calibrate.STAGES))
+  assert list(measured) == list(linears(model.layers[0]))
 
 
 @pytest.mark.parametrize('batch_size', [1, 4])

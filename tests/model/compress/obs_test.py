@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.compress import contracts, pipeline, recipe
+from model.compress import contracts, pipeline, recipe, registry
 from model.compress.obs import GptqSpec, SparseGptSpec, gptq, sparsegpt
-from ops import quantized, sparse
+from ops import adapter_starts, quantized, sparse
 from ops.linear import dense
-from ops.lora import attach
 from ops.quantized import QuantizedTensor
 from ops.solvers import obs
 from ops.sparse import SparseTensor
@@ -58,8 +57,13 @@ def test_the_contract_with_options(name, spec):
   contracts.check(name, spec)
 
 
+def _technique(function, spec):
+  """(w, statistics) -> outcome by the registry's row, which also factors the covariance."""
+  return functools.partial(registry.lookup(function.__name__), spec=spec)
+
+
 def _run(function, w, spec, measured=MEASURED):
-  outcome = jax.jit(functools.partial(function, spec=spec))(w, measured)
+  outcome = jax.jit(_technique(function, spec))(w, measured)
   events = {event: int(count) for event, count in outcome.events.items() if int(count)}
   return outcome.weight, events
 
@@ -148,7 +152,12 @@ def test_another_group_than_the_usual_is_an_event():
   'message, function, w, spec',
   [
     ('not a QuantizedTensor', gptq, quantized.quantize(W_IO, 'int8'), GptqSpec()),
-    ('not a LoraTensor', gptq, attach(W_IO, 2, alpha=1.0, key=jax.random.key(0)), GptqSpec()),
+    (
+      'not a LoraTensor',
+      gptq,
+      adapter_starts.zero(W_IO, 2, scale=1.0, key=jax.random.key(0)),
+      GptqSpec(),
+    ),
     (
       'not a SparseTensor of QuantizedTensor',
       gptq,
@@ -173,7 +182,7 @@ def test_another_group_than_the_usual_is_an_event():
 )
 def test_what_does_not_fit_is_refused(message, function, w, spec):
   with pytest.raises(ValueError, match=message):
-    jax.eval_shape(functools.partial(function, spec=spec), w, MEASURED)
+    jax.eval_shape(_technique(function, spec), w, MEASURED)
 
 
 @pytest.mark.parametrize(

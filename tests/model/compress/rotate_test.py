@@ -135,6 +135,19 @@ def test_models_that_do_not_commute_with_rotations_are_refused(name, message):
     pipeline.compress(model, _recipe({'rotate': {}}))
 
 
+@pytest.mark.parametrize('share, refused', [(0.5, True), (0.02, False)])
+def test_a_pruned_model_is_not_rotated(rng, share, refused):
+  model = _random('tiny-llama', rng)
+  pruned = model.layers[1].ffn.down.weight
+  value = np.array(pruned.get_value())
+  pruned.set_value(jnp.asarray(np.where(rng.random(value.shape) < share, 0, value)))
+  if not refused:  # a few zeros are chance
+    pipeline.compress(model, _recipe({'rotate': {}}))
+    return
+  with pytest.raises(ValueError, match=r'layers\.1\.ffn\.down is pruned, and a rotation'):
+    pipeline.compress(model, _recipe({'rotate': {}}))
+
+
 def test_rotation_must_come_first_and_apply_to_all_layers(rng):
   model = _random('tiny-llama', rng)
   with pytest.raises(ValueError, match='has to come before cast'):

@@ -267,3 +267,46 @@ def test_a_hopeless_model_has_an_infinite_perplexity():
   quality = perplexity.Quality(nll_sum=8000.0, tokens=10, predicted_bytes=10, seq_len=11)
   assert quality.ppl == math.inf
   assert quality.bits_per_byte == pytest.approx(800 / math.log(2))
+
+
+def test_windows_have_likelihoods_of_their_own(llama, tokenizer, monkeypatch):
+  text = _windows(tokenizer, TEXTS[2])
+  assert len(text.tokens_BT) > 2
+  monkeypatch.setattr(perplexity, 'TOKENS_A_BATCH', 2 * SEQ_LEN)  # the last batch is smaller
+  quality = perplexity.evaluate(llama, text)
+  for tokens_T, nll in zip(text.tokens_BT, quality.nll_B, strict=True):
+    alone = perplexity.Windows(tokens_BT=tokens_T[None], predicted_bytes=1)
+    assert nll == pytest.approx(perplexity.evaluate(llama, alone).nll_sum, rel=TOLERANCE)
+  assert sum(quality.nll_B) == pytest.approx(quality.nll_sum)
+
+
+def test_a_ratio_of_perplexities_has_the_standard_error_of_its_pairs_of_windows():
+  rng = np.random.default_rng(0)
+  tokens, count = 50, 40
+  other_B = rng.normal(150, 30, count)  # windows differ far more than the two models do
+  own_B = other_B + rng.normal(0.5, 0.2, count)
+  own, other = (
+    perplexity.Quality(
+      nll_sum=nll_B.sum(),
+      tokens=count * tokens,
+      predicted_bytes=1,
+      seq_len=tokens + 1,
+      nll_B=tuple(nll_B),
+    )
+    for nll_B in (own_B, other_B)
+  )
+  found = perplexity.ratio(own, other)
+  # The bootstrap: the ratio of windows that are drawn again, pairs kept together.
+  drawn = rng.integers(count, size=(4000, count))
+  ratios = np.exp((own_B - other_B)[drawn].mean(1) / tokens)
+  assert found.value == pytest.approx(np.exp((own_B - other_B).mean() / tokens))
+  assert found.standard_error == pytest.approx(ratios.std(), rel=0.05)
+  assert math.isnan(perplexity.ratio(_alone(own_B[:1]), _alone(other_B[:1])).standard_error)
+  with pytest.raises(ValueError, match='40 windows of 2000 tokens are no pairs with 1 of 50'):
+    perplexity.ratio(own, _alone(other_B[:1]))
+
+
+def _alone(nll_B):
+  return perplexity.Quality(
+    nll_sum=nll_B.sum(), tokens=50, predicted_bytes=1, seq_len=51, nll_B=tuple(nll_B)
+  )

@@ -15,7 +15,7 @@ from model.train.data import Batch
 from model.train.partition import Selection, partition
 from model.train.step import Task
 from model.transformer import Transformer, linears, parameters
-from ops import lora, masked, quantized, sparse
+from ops import adapter_starts, masked, quantized, sparse
 
 WIDTH, RANK, UPDATES = 16, 2, 3
 
@@ -46,7 +46,7 @@ def _two_of_four(w_IO):
 
 
 def _adapted(fn):
-  return lambda w_IO: lora.attach(fn(w_IO), RANK, alpha=4.0, key=jax.random.key(0))
+  return lambda w_IO: adapter_starts.zero(fn(w_IO), RANK, scale=2.0, key=jax.random.key(0))
 
 
 nf4 = lambda w_IO: quantized.quantize(w_IO, 'nf4', group_size=16, double=True)

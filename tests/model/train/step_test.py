@@ -103,6 +103,14 @@ def test_accumulation_equals_one_big_batch(rng, n):
     assert float(parts_metrics[name]) == pytest.approx(float(whole_metrics[name]), rel=1e-5)
 
 
+@pytest.mark.parametrize('how', [{'scan': True}, {'remat': 'block'}, {'remat': 'dots'}])
+def test_loops_and_rematerialization_give_the_same_update(rng, how):
+  model, batch = _model(), _batch(rng)
+  plain, _ = _updated(model, batch, StepConfig())
+  state, _ = _updated(model, batch, StepConfig(**how))
+  _assert_close(state.trained, plain.trained)
+
+
 def test_packed_documents_have_the_same_loss_as_alone(rng):
   model = _model()
   documents = [rng.integers(1, 32, size) for size in (3, 5, 4, 7)]
@@ -208,6 +216,8 @@ def test_zeros_that_are_initial_values_are_trained():
 def test_bad_settings_are_named(rng):
   with pytest.raises(ValueError, match="compute_dtype 'float64'"):
     StepConfig(compute_dtype='float64')
+  with pytest.raises(ValueError, match="remat 'all' is not one of none, block, dots"):
+    StepConfig(remat='all')
   with pytest.raises(ValueError, match='at least 1, not 0'):
     StepConfig(accumulation=0)
   with pytest.raises(ValueError, match='8 rows does not divide into 3'):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import linear, lora, quantized, rotated, sparse
+from ops import adapter_starts, linear, quantized, rotated, sparse
 from ops.activations import quantize_activations
 from ops.kernels import cpu
 from ops.kernels.cpu import layout, packed
@@ -316,7 +316,7 @@ def test_what_is_packed_and_what_stays():
   assert isinstance(layout.pack(_weight('bf16')), packed.PackedTensor)
   plain = jnp.zeros((4, 4))
   assert layout.pack(plain) is plain
-  adapted = lora.attach(w, 2, alpha=2.0, key=jax.random.key(0))
+  adapted = adapter_starts.zero(w, 2, scale=1.0, key=jax.random.key(0))
   assert isinstance(layout.pack(adapted).base, packed.PackedTensor)
   experts = jax.vmap(FORMATS['int8'])(jnp.ones((2, 16, 8)))
   assert layout.pack(experts) is experts
@@ -457,6 +457,6 @@ def test_weights_that_round_their_inputs_multiply_their_codes_exactly(format, bi
 
 @native
 def test_a_weight_under_a_correction_has_its_kernel():
-  w = lora.attach(_weight('int4 g64'), 2, alpha=2.0, key=jax.random.key(0))
+  w = adapter_starts.zero(_weight('int4 g64'), 2, scale=1.0, key=jax.random.key(0))
   assert linear.kernel(w, 'cpu') is None
   assert linear.kernel(layout.pack(w), 'cpu').startswith('native')

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import activations, linear, lora, quantized, rotated
+from ops import activations, adapter_starts, linear, quantized, rotated
 from ops.kernels import fused
 from ops.kernels.gpu import quantized_matmul as gpu
 from ops.kernels.tpu import quantized_matmul as tpu
@@ -139,7 +139,7 @@ def test_which_weights_use_a_kernel_and_which_use_xla():
 
 def test_weights_inside_other_types_are_packed():
   w, key = _weight('nf4'), jax.random.key(0)
-  adapted = fused.pack(lora.attach(w, 2, alpha=2.0, key=key), 'gpu')
+  adapted = fused.pack(adapter_starts.zero(w, 2, scale=1.0, key=key), 'gpu')
   assert isinstance(adapted.base, fused.FusedTensor)
   turned = fused.pack(rotated.RotatedTensor(w, 1), 'gpu')
   assert isinstance(turned.weight, fused.FusedTensor)
@@ -148,7 +148,7 @@ def test_weights_inside_other_types_are_packed():
   np.testing.assert_array_equal(
     linear.matmul(_rows(2), fused.pack(small, 'tpu')), linear.matmul(_rows(2), small)
   )
-  plain = lora.attach(jnp.ones((8, 8)), 2, alpha=2.0, key=key)
+  plain = adapter_starts.zero(jnp.ones((8, 8)), 2, scale=1.0, key=key)
   assert fused.pack(plain, 'tpu') is plain
 
 
