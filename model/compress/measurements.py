@@ -4,6 +4,7 @@ Every measurement is one pass of `calibrate.Stream` over the blocks of the model
 `slopes`, which differentiates the loss.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 
 import jax.numpy as jnp
@@ -45,10 +46,9 @@ class Measurements:
       observed = stream.observe(block, names, f'layers.{l}', tuple(first.values()))
       found |= {f'layers.{l}.{norm}': observed[layer] for norm, layer in first.items()}
       stream.advance(block)
-    total = statistics.nothing(self._model.config.width, names)
-    for _, x_BTD in stream.batches:
-      y_BTD = self._model.final_norm(jnp.asarray(x_BTD))
-      total = statistics.merge(total, statistics.measure([y_BTD], names))
+    outputs = (self._model.final_norm(jnp.asarray(x_BTD)) for _, x_BTD in stream.batches)
+    measured = (statistics.measure([y_BTD], names) for y_BTD in outputs)
+    total = functools.reduce(statistics.merge, measured)
     return found | {'final_norm': statistics.finish(total)}
 
   def influence(self) -> np.ndarray:
