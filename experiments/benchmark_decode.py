@@ -36,7 +36,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import common, shapes, study
-from model import hf, kv_cache, presets
+from model import hf, kv_cache, presets, rounds
 from model.compress import pipeline
 from model.compress import recipe as recipe_module
 from model.compress.recipe import Recipe
@@ -190,12 +190,12 @@ def _rounds(subjects, setting) -> dict[tuple[str, int, str], list[float]]:
   samples = collections.defaultdict(list)
   for subject in subjects:
     for phase in PHASES:
-      for _ in range(timing.MIN_WARMUP):
+      for _ in range(rounds.MIN_WARMUP):
         jax.block_until_ready(getattr(subject.bench, phase)())
   for turn in common.progress(range(ROUNDS.value), 'rounds'):
     for subject in [*subjects[turn:], *subjects[:turn]]:
       for phase, amount in PHASES.items():
-        seconds = timing.seconds(getattr(subject.bench, phase))
+        seconds = rounds.seconds(getattr(subject.bench, phase))
         rate = subject.batch * getattr(setting, amount) / seconds
         samples[subject.recipe, subject.batch, phase].append(rate)
     for command in PEERS.value:

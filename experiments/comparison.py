@@ -68,7 +68,8 @@ def check_names(recipes: Sequence[Recipe]) -> None:
 def check(comparison: Comparison) -> None:
   """Raises ValueError if a recipe does not fit the model."""
   for one in comparison.recipes:
-    pipeline.check(comparison.work.base, one, comparison.work.calibration_BT)
+    work = comparison.work
+    pipeline.check(work.base, one, work.calibration_BT, learns=work.school is not None)
 
 
 def run(
@@ -122,8 +123,8 @@ def write(
 
 
 def _run_one(comparison, base, one, folder) -> Record:
-  calibrated = any(pipeline.calibrated(step) for step in one.steps)
-  resume = folder / f'.{one.name}.progress' if calibrated else None
+  long = any(pipeline.calibrated(step) or step.row.scope == 'learn' for step in one.steps)
+  resume = folder / f'.{one.name}.progress' if long else None
   model, row = study.run(comparison.work, base, one, resume)
   tokenizer = comparison.inputs.tokenizer
   hf.save_pretrained(model, tokenizer, folder / MODELS / one.name, recipe=one.to_dict())

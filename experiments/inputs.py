@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments import base as embedded
 from experiments import common, study
+from experiments.lessons import School
 from model import corpus
 from model.eval import perplexity, records
 from model.tokenizer import Tokenizer, window_bos
@@ -87,6 +88,13 @@ def make_study(inputs: Inputs, protocol: Protocol) -> study.Study:
     seed=protocol.seed,
     rounds=protocol.rounds,
     prompt_length=min(protocol.prompt_length, inputs.model.config.max_positions // 2),
+    school=School(
+      original=inputs.model,
+      tokenizer=inputs.tokenizer,
+      texts=[text for part in inputs.texts.values() for text in part.train],
+      seq_len=seq_len,
+      seed=protocol.seed,
+    ),
   )
   return dataclasses.replace(work, settings=_settings(inputs, work))
 

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from experiments import common
+from experiments.lessons import School
 from model.compress import pipeline
 from model.compress.ledger import Ledger
 from model.compress.recipe import Recipe
@@ -48,6 +49,7 @@ class Study:
   seed: int
   rounds: int = 7
   prompt_length: int = 128
+  school: School | None = None  # what steps that train learn from
 
   @property
   def text(self) -> perplexity.Windows:
@@ -97,7 +99,12 @@ def run(
   start = time.perf_counter()
   progress = common.labelled(f'{recipe.name}: compress')
   model, ledger = pipeline.compress(
-    study.base, recipe, study.calibration_BT, progress=progress, resume=resume
+    study.base,
+    recipe,
+    study.calibration_BT,
+    progress=progress,
+    resume=resume,
+    school=study.school,
   )
   jax.block_until_ready([p.get_value() for p in parameters(model).values()])
   compress_s = time.perf_counter() - start
@@ -207,7 +214,8 @@ def _metrics_of_text(quality, base) -> dict[str, Metric]:
 
 def _bytes(model) -> dict[str, Metric]:
   stored = {path: param.get_value() for path, param in parameters(model).items()}
-  return cost.storage_metrics(_blocks(model), stored)
+  count = Metric(cost.storage(stored).elements, 'parameter', len(stored))
+  return {'parameters': count, **cost.storage_metrics(_blocks(model), stored)}
 
 
 def _speed(study, model, own: bench.Bench, base: Baseline) -> dict[str, Metric]:

@@ -27,22 +27,22 @@ from absl import flags
 from flax import nnx
 
 from experiments import base as embedded
-from experiments import common
-from model import corpus, hf, sharding
+from experiments import common, training
+from model import corpus, hf
 from model import tokenizer as tokenizer_lib
 from model.eval import perplexity, records
 from model.files import check_replaceable
 from model.tokenizer import Tokenizer
-from model.train import loop, run_folder
+from model.train import run_folder
 from model.train.data import PackedDataset, excerpts
 from model.train.loop import FitConfig
 from model.train.optimizer import OptimizerConfig
-from model.train.step import DTYPES, StepConfig
+from model.train.step import DTYPES, StepConfig, Task
 from model.transformer import Transformer, parameters
 
 DEFAULT = embedded.Plan()
-# Tokenized text is used once at most; the mean length of a token is rarely above this.
-CHARACTERS_A_TOKEN = 6
+
+
 HELD_OUT_WINDOWS = 128
 
 TEXT = flags.DEFINE_string(
@@ -103,7 +103,7 @@ def main() -> None:
   data = _data(plan, texts, tokenizer)
   windows = _windows(plan, texts, tokenizer)
   start = time.perf_counter()
-  result = _fit(model, data, fit_config, out / 'run')
+  result = training.fit(model, data, fit_config, Task(), folder=out / 'run', mesh=common.mesh(MESH))
   train_s = time.perf_counter() - start
   hf.save_pretrained(result.model, tokenizer, out / 'model')
   quality = perplexity.evaluate(result.model, windows, progress=common.labelled('held-out text'))
@@ -123,16 +123,6 @@ def _fit_config(plan) -> FitConfig:
     step=StepConfig(compute_dtype=DTYPE.value, accumulation=ACCUMULATION.value),
     checkpoint_every=CHECKPOINT_EVERY.value,
   )
-
-
-def _fit(model, data, fit_config, folder) -> loop.FitResult:
-  mesh = common.mesh(MESH)
-  sharding.shard(model, mesh)
-  batches = sharding.batch_sharding(mesh)
-  try:
-    return loop.fit(model, data, fit_config, folder=folder, batch_sharding=batches)
-  except FloatingPointError as error:
-    raise ValueError(error) from error
 
 
 def _plan() -> embedded.Plan:
@@ -161,7 +151,7 @@ def _model_config(plan, tokenizer):
 
 
 def _data(plan, texts, tokenizer) -> PackedDataset:
-  needed = plan.steps * plan.batch_size * plan.seq_len * CHARACTERS_A_TOKEN
+  needed = plan.steps * plan.batch_size * plan.seq_len * training.CHARACTERS_A_TOKEN
   documents = excerpts(texts.train, needed, seed=SEED.value)
   return PackedDataset.from_texts(
     documents, tokenizer, seq_len=plan.seq_len, batch_size=plan.batch_size, seed=SEED.value
@@ -170,7 +160,7 @@ def _data(plan, texts, tokenizer) -> PackedDataset:
 
 def _windows(plan, texts, tokenizer) -> perplexity.Windows:
   seq_len = plan.seq_len
-  sample = excerpts(texts.held_out, HELD_OUT_WINDOWS * seq_len * CHARACTERS_A_TOKEN)
+  sample = excerpts(texts.held_out, HELD_OUT_WINDOWS * seq_len * training.CHARACTERS_A_TOKEN)
   ids_T, ends_T = tokenizer.encode_with_bytes('\n'.join(sample))
   return perplexity.windows(ids_T, ends_T, seq_len, HELD_OUT_WINDOWS)
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from absl import flags
 
 from experiments import common
+from experiments import lessons as lessons  # its techniques
 from model.compress import registry
 from model.eval import columns, records
 from model.eval.records import BASE, Record
@@ -88,6 +89,23 @@ def results(path: pathlib.Path) -> str:
   return '\n'.join(lines)
 
 
+def quality(path: pathlib.Path) -> str:
+  """The quality and the size of each recipe of one run on one text as a table."""
+  rows = records.read(path)
+  lines = [
+    '| recipe | perplexity | vs base | KL, nats | linear layers, of bf16 |',
+    '| --- | ---: | ---: | ---: | ---: |',
+    *(_quality_line(row) for row in rows),
+  ]
+  lines.append(f'\n`{rows[0].command}`; records: {_link(path, COMPRESSING)}.')
+  return '\n'.join(lines)
+
+
+def _quality_line(row: Record) -> str:
+  cells = [f'`{row.recipe}`', *_quality(row), f'{row.value("linear_bytes_vs_bf16"):.3f}']
+  return f'| {" | ".join(cells)} |'
+
+
 def real(path: pathlib.Path) -> str:
   """One run of the main job on a real model and two texts as a table."""
   rows = records.read(path)
@@ -129,6 +147,35 @@ def _quality(row: Record, text: str = '') -> list[str]:
     return [ppl, '', '']
   change, kl = columns.change(row.value(f'ppl_ratio{text}')), row.value(f'kl_to_base{text}')
   return [ppl, change, f'{kl:.4f}']
+
+
+def structured(path: pathlib.Path) -> str:
+  """One run of the main job with recipes that remove units, on two texts, as a table."""
+  rows = records.read(path)
+  about = rows[0]
+  _, other = about.config['texts']
+  lines = [
+    '| recipe | parameters, M | English: perplexity | vs base | KL, nats | code: perplexity '
+    '| vs base | KL, nats | prefill, vs base | decode, vs base |',
+    f'| --- |{" ---: |" * 9}',
+    *(_structured_line(row, other) for row in rows),
+  ]
+  lines.append(
+    f'\n`{about.command}` on {_machine(about)}; records: {_link(path, "docs/compressing.md")}.'
+  )
+  return '\n'.join(lines)
+
+
+def _structured_line(row: Record, other: str) -> str:
+  cells = [
+    f'`{row.recipe}`',
+    f'{row.value("parameters") / 1e6:.1f}',
+    *_quality(row),
+    *_quality(row, f':{other}'),
+    _ratio(row, 'prefill_speedup'),
+    _ratio(row, 'decode_speedup'),
+  ]
+  return f'| {" | ".join(cells)} |'
 
 
 def peer(path: pathlib.Path) -> str:
@@ -277,7 +324,14 @@ PARTS = (
     results=('smollm2_cpu.jsonl',),
   ),
   Part(file=EMBEDDED, name='results', generate=results, results=('compress_cpu.jsonl',)),
+  Part(file=COMPRESSING, name='formats', generate=quality, results=('formats_smollm2_cpu.jsonl',)),
   Part(file='README.md', name='decoding', generate=decoding, results=('decode_cpu.jsonl',)),
+  Part(
+    file='docs/compressing.md',
+    name='structured',
+    generate=structured,
+    results=('structured_smollm2_cpu.jsonl',),
+  ),
   Part(
     file=COMPRESSING,
     name='peer',

@@ -15,6 +15,7 @@ import pathlib
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -83,6 +84,38 @@ def documents(path: str | pathlib.Path) -> list[str]:
       or not JSON of this form.
   """
   return [text for file in _files(pathlib.Path(path)) for text in _read(file)]
+
+
+def read_text(file: pathlib.Path) -> str:
+  """Reads a UTF-8 file, compressed by gzip if its name ends in .gz, without its byte-order mark.
+
+  Raises:
+    ValueError: the file is damaged or not UTF-8.
+  """
+  data = file.read_bytes()
+  try:
+    if file.suffix.lower() == '.gz':
+      data = gzip.decompress(data)
+    return data.decode('utf-8-sig')
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{file}: not UTF-8 ({error.reason} at byte {error.start})') from error
+  except (OSError, EOFError, zlib.error) as error:
+    raise ValueError(f'{file}: not a whole gzip file ({error})') from error
+
+
+def json_lines(text: str, file: pathlib.Path) -> Iterator[tuple[str, Any]]:
+  """Yields where each line is, as words for people, and the JSON value that it holds.
+
+  Blank lines are skipped. Raises ValueError at a line that is not JSON.
+  """
+  for number, line in enumerate(text.split('\n'), 1):
+    if line.strip():
+      where = f'{file}, line {number}'
+      try:
+        record = json.loads(line)
+      except json.JSONDecodeError as error:
+        raise ValueError(f'{where}: not JSON ({error})') from error
+      yield where, record
 
 
 def name(path: str | pathlib.Path) -> str:
@@ -233,15 +266,7 @@ def _suffix(file: pathlib.Path) -> str:
 
 
 def _read(file: pathlib.Path) -> Iterator[str]:
-  data = file.read_bytes()
-  try:
-    if file.suffix.lower() == '.gz':
-      data = gzip.decompress(data)
-    text = data.decode('utf-8-sig')
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{file}: not UTF-8 ({error.reason} at byte {error.start})') from error
-  except (OSError, EOFError, zlib.error) as error:
-    raise ValueError(f'{file}: not a whole gzip file ({error})') from error
+  text = read_text(file)
   if _suffix(file) not in ('.json', '.jsonl'):
     return iter([text])
   array = _array(text) if _suffix(file) == '.json' else None
@@ -263,14 +288,8 @@ def _of_array(records: list, file: pathlib.Path) -> Iterator[str]:
 
 
 def _of_lines(text: str, file: pathlib.Path) -> Iterator[str]:
-  for number, line in enumerate(text.split('\n'), 1):
-    if line.strip():
-      where = f'{file}, line {number}'
-      try:
-        record = json.loads(line)
-      except json.JSONDecodeError as error:
-        raise ValueError(f'{where}: not JSON ({error})') from error
-      yield _text_of(record, where)
+  for where, record in json_lines(text, file):
+    yield _text_of(record, where)
 
 
 def _text_of(record, where: str) -> str:

@@ -1,8 +1,9 @@
 """Defines the parts of a decoder block as NNX modules.
 
 Every matrix is the `weight` of a `Linear`, has the shape (I, O), and is multiplied only by
-`ops.linear.matmul` or `matmuls`, so that any `Weight` can take its place. `axes` names the two axes
-of a matrix by the letters of `ops.axes`; `model.sharding` maps them to mesh axes.
+`ops.linear.matmul` or `matmuls`, so that any `Weight` can take its place. `axes` names the axes of
+a module's parameter by the letters of `ops.axes`: `model.sharding` maps those of matrices to mesh
+axes, and `model.units` finds what is removed together with a channel or a head.
 """
 
 import jax
@@ -53,8 +54,10 @@ def apply(x: jax.Array, *linears: Linear) -> tuple[jax.Array, ...]:
 class Norm(nnx.Module):
   """RMS norm or layer norm over the last axis, with the family's epsilon and offset."""
 
-  def __init__(self, width: int, config: ModelConfig, *, dtype, kind: str | None = None):
-    self.kind = kind or config.norm
+  def __init__(
+    self, width: int, config: ModelConfig, *, dtype, kind: str | None = None, axes=('D',)
+  ):
+    self.kind, self.axes = kind or config.norm, axes
     self.eps, self.offset = config.norm_eps, config.norm_offset
     self.scale = nnx.Param(jnp.full(width, 1 - self.offset, dtype))
     self.bias = nnx.Param(jnp.zeros(width, dtype)) if self.kind == 'layer' else None
@@ -92,7 +95,7 @@ class Attention(nnx.Module):
     self.output = make(
       (queries, width), ('N', 'D'), layer.output_bias, stddev=_residual_stddev(config)
     )
-    norm = lambda: Norm(layer.head_width, config, dtype=dtype, kind='rms')
+    norm = lambda: Norm(layer.head_width, config, dtype=dtype, kind='rms', axes=('H',))
     self.query_norm = norm() if layer.qk_norm else None
     self.key_norm = norm() if layer.qk_norm else None
 

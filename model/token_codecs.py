@@ -42,6 +42,10 @@ class Codec:
   def id_of(self, token: str) -> int | None:
     return self._tokenizer.token_to_id(token)
 
+  def token_of(self, token_id: int) -> str | None:
+    """The token as the vocabulary spells it, which is not how it decodes; None for no token."""
+    return self._tokenizer.id_to_token(token_id)
+
   def added_ids(self) -> set[int]:
     """The ids of added tokens, which text gives only where it spells them out."""
     return set(self._tokenizer.get_added_tokens_decoder())

@@ -125,6 +125,17 @@ class Tokenizer:
     """Encodes many texts at once, on all cores where the library can."""
     return self.codec.encode_many(texts)
 
+  def encode_with_characters(self, text: str) -> tuple[list[int], np.ndarray]:
+    """Returns ids and, for each token, the characters of `text` that it covers: int64 [tokens, 2].
+
+    The first column is where they begin, the second is past their end. Tokens that share a
+    character all cover it.
+    """
+    ids, ends = self.codec.encode_with_ends(text)
+    ends = np.maximum.accumulate(np.asarray(ends, np.int64))
+    starts = np.minimum(np.append(np.int64(0), ends)[:-1], np.maximum(ends - 1, 0))
+    return ids, np.stack([starts, ends], axis=1)
+
   def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns ids (int32) and, for each token, the UTF-8 bytes of `text` up to its end (int64).
 
@@ -154,13 +165,34 @@ class Tokenizer:
     Raises:
       ValueError: the tokenizer has no chat template, or the template refuses the messages.
     """
+    values = {**self._template_values(add_generation_prompt), **variables}
+    return chat_template.render(self.chat_template, messages, values)
+
+  def generation_spans(
+    self, messages: Sequence[Mapping[str, Any]]
+  ) -> tuple[str, list[chat_template.Span]]:
+    """Renders a conversation, and says where its template has the assistant's words.
+
+    Raises:
+      ValueError: as `apply_chat_template`; or the template does not say it.
+    """
+    values = self._template_values(add_generation_prompt=False)
+    if not chat_template.has_generation_blocks(self.chat_template):
+      raise ValueError('the chat template has no {% generation %} blocks')
+    return chat_template.render_with_spans(self.chat_template, messages, values)
+
+  def _template_values(self, add_generation_prompt: bool) -> dict[str, Any]:
     if self.chat_template is None:
       raise ValueError('this tokenizer has no chat template; encode plain text instead')
+    known = {'tools': None, 'documents': None, 'add_generation_prompt': add_generation_prompt}
+    return {**self._named_tokens, **known}
+
+  @functools.cached_property
+  def _named_tokens(self) -> dict[str, str]:
+    """The texts of bos_token, eos_token and so on."""
     settings = token_files.read_settings(self.files)
     tokens = {k: token_files.content(v) for k, v in settings.items() if k.endswith('_token')}
-    tokens = {k: v for k, v in tokens.items() if isinstance(v, str)}
-    known = {'tools': None, 'documents': None, 'add_generation_prompt': add_generation_prompt}
-    return chat_template.render(self.chat_template, messages, {**tokens, **known, **variables})
+    return {k: v for k, v in tokens.items() if isinstance(v, str)}
 
   @functools.cached_property
   def chat_template(self) -> str | None:

@@ -7,12 +7,14 @@ paths split the model once and jit the pure function: `graphdef, state = nnx.spl
 """
 
 import dataclasses
+import fnmatch
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.config import ModelConfig
+from model.config import LayerConfig, ModelConfig
 from model.kv_cache import KVCache
 from model.layers import Block, Linear, Norm, Table
 from ops import axes, rope
@@ -100,7 +102,12 @@ class Context:
 
   def __init__(self, config: ModelConfig, mask: AttentionMask):
     self.config, self.mask = config, mask
-    self.angles = {}
+    # All of them at once, because a block may run inside a loop, whose arrays cannot leave it.
+    widths = {_rotary_width(layer) for layer in config.layers}
+    self.angles = {
+      width: config.rope and rope.cos_sin(mask.q_positions_BT, config.rope, width)
+      for width in sorted(widths)
+    }
 
   @classmethod
   def of(cls, config, tokens_BT, positions_BT=None, segments_BT=None, cache=None) -> 'Context':
@@ -127,15 +134,11 @@ class Context:
   def run(self, block: Block, x_BTD, cache: KVCache | None = None):
     """Applies one block and returns (x_BTD, cache)."""
     mask = dataclasses.replace(self.mask, window=block.layer.window)
-    return block(x_BTD, self._angles(block), mask, cache)
+    return block(x_BTD, self.angles[_rotary_width(block.layer)], mask, cache)
 
-  def _angles(self, block):
-    if self.config.rope is None:
-      return None
-    width = block.layer.rotary_width or block.layer.head_width
-    if width not in self.angles:
-      self.angles[width] = rope.cos_sin(self.mask.q_positions_BT, self.config.rope, width)
-    return self.angles[width]
+
+def _rotary_width(layer: LayerConfig) -> int:
+  return layer.rotary_width or layer.head_width
 
 
 def _arange(batch: int, length: int) -> jax.Array:
@@ -164,6 +167,18 @@ def linears(model: nnx.Module) -> dict[str, Linear]:
     for path, module in nnx.iter_modules(model)
     if isinstance(module, Linear)
   }
+
+
+def matching_layers(model: nnx.Module, patterns: Sequence[str]) -> list[str]:
+  """The paths of the linear layers that match any of some patterns, such as 'layers.*.ffn.*'.
+
+  Raises ValueError if a pattern matches none.
+  """
+  layers = list(linears(model))
+  for pattern in patterns:
+    if not fnmatch.filter(layers, pattern):
+      raise ValueError(f'no layer matches {pattern!r}; there are {", ".join(layers[:8])}, ...')
+  return [layer for layer in layers if any(fnmatch.fnmatchcase(layer, p) for p in patterns)]
 
 
 def matrices(model: nnx.Module) -> dict[str, Matrix]:

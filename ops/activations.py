@@ -26,7 +26,18 @@ import jax
 import jax.numpy as jnp
 
 from ops import quantized
-from ops.linear import Matrix, Weight, array, dense, map_values, matmul, require, weight_type
+from ops.linear import (
+  Matrix,
+  Weight,
+  array,
+  dense,
+  map_values,
+  matmul,
+  refit,
+  require,
+  stored,
+  weight_type,
+)
 
 Bits = Literal[8, 4]
 TINY = 1e-30  # the scale of a token that is all zeros
@@ -41,7 +52,7 @@ class ActivationQuantized(Weight):
   """
 
   values: Matrix = array('IO')
-  scale: jax.Array | None = array('', optional=True)
+  scale: jax.Array | None = array('', 'scale', optional=True)
   bits: Bits
 
   passes_to = 'values'
@@ -91,6 +102,9 @@ class ActivationQuantized(Weight):
   def map_values(self, fn):
     return dataclasses.replace(self, values=map_values(fn, self.values))
 
+  def refit(self, w_IO):
+    return dataclasses.replace(self, values=refit(self.values, w_IO))
+
 
 def quantize_activations(
   w: Matrix, bits: Bits = 8, *, absmax: jax.Array | None = None
@@ -139,16 +153,17 @@ def _integers(codes, w):
 @jax.custom_vjp
 def _product(x, w):
   codes, scale = w.encode(x)
-  if _per_column(w.values):
+  values = jax.lax.optimization_barrier(stored(w.values))
+  if _per_column(values):
     on_tpu = functools.partial(quantized.in_eights, _integers)
-    y = jax.lax.platform_dependent(codes, w.values, tpu=on_tpu, default=_integers)
+    y = jax.lax.platform_dependent(codes, values, tpu=on_tpu, default=_integers)
     y = y.astype(jnp.float32)
-    column_O = dense(w.values.scales)[0].astype(jnp.float32)
+    column_O = dense(values.scales)[0].astype(jnp.float32)
     y = y * jnp.broadcast_to(column_O, y.shape)
   else:
     # Codes are exact in bfloat16; sums of them could leave the range of float16.
     wide = x.dtype if x.dtype == jnp.bfloat16 else jnp.float32
-    y = matmul(codes.astype(wide), w.values).astype(jnp.float32)
+    y = matmul(codes.astype(wide), values).astype(jnp.float32)
   return (y * scale).astype(x.dtype)
 
 

@@ -14,17 +14,29 @@ A group's range may be clipped: fewer values at its ends are reached, and all ot
 search is that of GPTQ's reference code (Frantar et al. 2022, https://arxiv.org/abs/2210.17323): of
 `CLIP_STEPS` ranges down to a fifth the one of the least error in a norm of 2.4, at the cost of 81
 roundings. Here the candidates' scales are rounded to their stored precision first.
+
+Microscaling formats (OCP Microscaling Formats Specification 1.0, 2023,
+https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf; Rouhani et
+al. 2023, https://arxiv.org/abs/2310.10537) have blocks of 32 and powers of two as scales. The scale
+is 2**(floor(log2(amax)) - emax), where 2**emax is the largest power of two of the elements. A block
+whose largest weight is above 6 (fp4) or 448 (fp8) scales saturates there, as the specification
+says. Other tools double such scales: compressed-tensors where amax is from 7/4 of a power of two
+on; torchao in some modes ('floor' is the rule here, 'rceil' doubles where weights would saturate,
+'ceil' wherever amax is above a power of two, 'even' where amax would be rounded to the next one).
 """
 
 import dataclasses
 import functools
+import math
+import typing
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-FormatName = Literal['int8', 'int4', 'int3', 'int2', 'nf4', 'fp8_e4m3']
+FormatName = Literal['int8', 'int4', 'int3', 'int2', 'nf4', 'fp8_e4m3', 'mxfp4', 'mxfp8', 'nvfp4']
 Clip = Literal['none', 'mse']
+ScaleForm = Literal['floating', 'e8m0', 'e4m3']
 
 NF4_CODEBOOK = (
   -1.0,
@@ -44,7 +56,9 @@ NF4_CODEBOOK = (
   0.7229568362236023,
   1.0,
 )
-FP8_MAX = 448.0
+E2M1_SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_CODEBOOK = (*E2M1_SIZES, *(-size for size in E2M1_SIZES))  # the fourth bit is the sign
+E2M1_MAX, FP8_MAX = 6.0, 448.0
 TINY = 1e-30  # the least scale that is divided by
 CLIP_GRID, CLIP_STEPS = 100, 80  # ranges are shrunk by a hundredth, 80 times
 CLIP_NORM = 2.4
@@ -52,25 +66,71 @@ CLIP_NORM = 2.4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-  """How numbers become codes. `bits` a code, and the group size when none is asked for."""
+  """How numbers become codes. `bits` a code, and the group size when none is asked for.
+
+  Formats of floating levels have a `top`, the largest level, and those of up to 4 bits a
+  `codebook`. scales: floating numbers of any type; powers of two (e8m0); or e4m3 numbers with one
+  float32 scale for the whole matrix. The last two have no other group than `block`.
+  """
 
   name: FormatName
   bits: int
   default_group: int | None  # None: one group, the whole column
-  integer: bool
+  top: float | None = None
+  codebook: tuple[float, ...] | None = None
+  scales: ScaleForm = 'floating'
+
+  @property
+  def integer(self) -> bool:
+    return self.top is None
+
+  @property
+  def block(self) -> int | None:
+    """The only group size of a format that fixes it."""
+    return None if self.scales == 'floating' else self.default_group
 
 
 FORMATS = {
   f.name: f
   for f in (
-    Format(name='int8', bits=8, default_group=None, integer=True),
-    Format(name='int4', bits=4, default_group=128, integer=True),
-    Format(name='int3', bits=3, default_group=128, integer=True),
-    Format(name='int2', bits=2, default_group=128, integer=True),
-    Format(name='nf4', bits=4, default_group=64, integer=False),
-    Format(name='fp8_e4m3', bits=8, default_group=None, integer=False),
+    Format(name='int8', bits=8, default_group=None),
+    Format(name='int4', bits=4, default_group=128),
+    Format(name='int3', bits=3, default_group=128),
+    Format(name='int2', bits=2, default_group=128),
+    Format(name='nf4', bits=4, default_group=64, top=1.0, codebook=NF4_CODEBOOK),
+    Format(name='fp8_e4m3', bits=8, default_group=None, top=FP8_MAX),
+    Format(
+      name='mxfp4', bits=4, default_group=32, top=E2M1_MAX, codebook=E2M1_CODEBOOK, scales='e8m0'
+    ),
+    Format(name='mxfp8', bits=8, default_group=32, top=FP8_MAX, scales='e8m0'),
+    Format(
+      name='nvfp4', bits=4, default_group=16, top=E2M1_MAX, codebook=E2M1_CODEBOOK, scales='e4m3'
+    ),
   )
 }
+
+
+def check_form(
+  format: str,
+  *,
+  symmetric: bool = True,
+  clip: str = 'none',
+  double: bool = False,
+  group_size: int | None = None,
+) -> None:
+  """Raises ValueError for an unknown format, or an option that it does not have."""
+  if format not in FORMATS:
+    raise ValueError(f'format {format!r} is not one of {", ".join(FORMATS)}')
+  if not symmetric and not FORMATS[format].integer:
+    raise ValueError(f'{format} has no asymmetric form; only the integer formats have one')
+  if clip not in typing.get_args(Clip):
+    raise ValueError(f'clip {clip!r} is not one of {", ".join(typing.get_args(Clip))}')
+  block = FORMATS[format].block
+  if block and group_size not in (None, block):
+    raise ValueError(f'{format} has blocks of {block} inputs, not of {group_size}')
+  if block and (clip != 'none' or double):
+    option = 'double quantization' if double else f'the clip {clip!r}'
+    raise ValueError(f'the scales of {format} follow from its definition; leave {option} out')
 
 
 def fit(w_JgO: jax.Array, format: FormatName, symmetric: bool, clip: Clip, dtype: jnp.dtype):
@@ -90,7 +150,16 @@ def _span(low_JO, high_JO, format, symmetric, dtype, share):
     return scales_JO, zero_points(low_JO, scales_JO.astype(jnp.float32), spec.bits)
   if spec.integer:
     return _not_above(high_JO, (2**spec.bits - 1) / 2, dtype), None
-  return stored(high_JO / {'nf4': 1.0, 'fp8_e4m3': FP8_MAX}[format], dtype), None
+  if spec.scales == 'e8m0':
+    emax = math.floor(math.log2(spec.top))
+    return stored(_power_of_two(high_JO) * 2.0**-emax, dtype), None
+  return stored(high_JO / spec.top, dtype), None
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+  """The largest power of two up to x, which is float32 and not negative: its exponent alone."""
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7F800000)
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _not_above(high_JO, top, dtype):
@@ -147,12 +216,14 @@ def to_codes(w_JgO: jax.Array, scale_JO: jax.Array, zeros_JO, format: FormatName
   dead_JO = _dead(scale_JO)
   safe_JO = jnp.where(dead_JO, 1, scale_JO)
   x_JgO = jnp.where(dead_JO[:, None], 0, w_JgO / safe_JO[:, None])
+  spec = FORMATS[format]
   if format == 'nf4':
-    edges = jnp.asarray([(a + b) / 2 for a, b in zip(NF4_CODEBOOK, NF4_CODEBOOK[1:])])
-    return jnp.searchsorted(edges, x_JgO, method='compare_all').astype(jnp.uint8)
-  if format == 'fp8_e4m3':
+    return _count_below(_middles(NF4_CODEBOOK), x_JgO)
+  if spec.codebook is not None:
+    return _to_e2m1(x_JgO)
+  if not spec.integer:
     return jnp.clip(x_JgO, -FP8_MAX, FP8_MAX).astype(jnp.float8_e4m3fn)
-  bits = FORMATS[format].bits
+  bits = spec.bits
   half = 2 ** (bits - 1)
   if zeros_JO is not None:
     zeros_JgO = zeros_JO.astype(jnp.float32)[:, None]
@@ -163,10 +234,28 @@ def to_codes(w_JgO: jax.Array, scale_JO: jax.Array, zeros_JO, format: FormatName
   return codes.astype(jnp.int8) if bits == 8 else (codes + half).astype(jnp.uint8)
 
 
+def _to_e2m1(x: jax.Array) -> jax.Array:
+  """Rounds float32 numbers to e2m1 half to even, saturating at 6: uint8 codes with the sign."""
+  middles = _middles(E2M1_SIZES)
+  # A middle belongs to the even code beside it: that below the middles 0, 2, ..., else that above.
+  upper = jnp.nextafter(middles, jnp.zeros_like(middles))
+  edges = jnp.where(jnp.arange(len(middles)) % 2 == 1, upper, middles)
+  negative = jnp.signbit(x).astype(jnp.uint8)
+  return _count_below(edges, jnp.abs(x)) | negative << 3
+
+
+def _middles(values) -> jax.Array:
+  return jnp.asarray([(a + b) / 2 for a, b in zip(values, values[1:])], jnp.float32)
+
+
+def _count_below(edges, x):
+  return jnp.searchsorted(edges, x, method='compare_all').astype(jnp.uint8)
+
+
 def levels(codes: jax.Array, format: FormatName, symmetric: bool) -> jax.Array:
   """What codes stand for before scaling: integers (signed if symmetric), or codebook values."""
-  if format == 'nf4':
-    return jnp.asarray(NF4_CODEBOOK, jnp.float32)[codes]
+  if FORMATS[format].codebook is not None:
+    return jnp.asarray(FORMATS[format].codebook, jnp.float32)[codes]
   bits = FORMATS[format].bits
   return codes if bits == 8 else codes.astype(jnp.int8) - (2 ** (bits - 1) if symmetric else 0)
 

@@ -6,15 +6,16 @@ of shape (I, O) and stores it in its own way. What it costs and how it multiplie
 business, so a compressed model is the same model with other weight types in its tree.
 
 A new weight type is a subclass under `@weight_type`; each of its arrays says which axes it has in
-the alphabet of `ops.axes`, in terms of the weight's own I and O (and J for the groups along I).
-That is all that saving, sharding and the contract tests need to know of it. `check_fields` says
-what must hold of its shapes, dtypes and static fields, and is called when a weight is built.
+the alphabet of `ops.axes`, in terms of the weight's own I and O (and J for the groups along I), and
+its role. That is all that saving, sharding, training and the contract tests need to know of it.
+`check_fields` says what must hold of its shapes, dtypes and static fields, and is called when a
+weight is built.
 """
 
 import abc
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,14 @@ import jax.numpy as jnp
 from ops import axes
 
 WEIGHT_TYPES: dict[str, type['Weight']] = {}
+
+# What an array is to a weight:
+#   value    numbers that are multiplied and can be trained
+#   adapter  a correction of them that is trained by itself
+#   scale    scales and zero points of codes; trained only where that is asked for
+#   code     numbers of few bits, which gradients do not reach
+#   mask     which values are kept, or where they belong
+Role = Literal['value', 'adapter', 'scale', 'code', 'mask']
 
 
 class Weight(abc.ABC):
@@ -87,6 +96,18 @@ class Weight(abc.ABC):
     Raises ValueError where the values are codes that no function of numbers can be applied to.
     """
 
+  def refit(self, w_IO: jax.Array) -> 'Weight':
+    """Stores another matrix as this one is stored: in its format, with its options and places.
+
+    Raises ValueError for a type that is made in another way.
+    """
+    raise ValueError(f'a {type(self).__name__} cannot store another matrix')
+
+  def stored(self) -> 'Weight':
+    """The form in which it is saved and multiplied once training has ended; usually itself."""
+    changes = {f.name: stored(v) for f, v in _arrays(self) if isinstance(v, Weight)}
+    return dataclasses.replace(self, **changes) if changes else self
+
   def matmul(self, x: jax.Array) -> jax.Array:
     """Multiplies x[..., I] by the weight: [..., O] in the dtype of x."""
     return matmul(x, self.dense())
@@ -113,12 +134,23 @@ class Weight(abc.ABC):
 Matrix = jax.Array | Weight
 
 
-def array(axes: str, *, optional: bool = False) -> Any:
+def array(axes: str, role: Role = 'value', *, optional: bool = False) -> Any:
   """A dataclass field that holds an array (or a nested Weight), or None if it is `optional`.
 
-  `axes` has one letter an axis; '_' is an axis that is never sharded.
+  `axes` has one letter an axis; '_' is an axis that is never sharded. `role` is that of a plain
+  array in this field; a nested Weight has roles of its own.
   """
-  return dataclasses.field(metadata={'axes': axes, 'optional': optional})
+  return dataclasses.field(metadata={'axes': axes, 'role': role, 'optional': optional})
+
+
+def roles(w: Any, role: Role = 'value') -> list[Role]:
+  """The role of each array of a weight, in the order of `jax.tree.leaves`.
+
+  A plain array has the role of the field that holds it: `role`.
+  """
+  if not isinstance(w, Weight):
+    return [role]
+  return [found for field, v in _arrays(w) for found in roles(v, field.metadata['role'])]
 
 
 def _arrays(w: Weight) -> Iterator[tuple[dataclasses.Field, Any]]:
@@ -249,6 +281,16 @@ def kernel(w: Matrix, platform: str) -> str | None:
 def on_one_device(w: Matrix) -> bool:
   """Whether all arrays of a weight are on one device, and the same."""
   return len({d for leaf in jax.tree.leaves(w) for d in leaf.sharding.device_set}) <= 1
+
+
+def stored(w: Matrix) -> Matrix:
+  """The form in which a weight is saved once training has ended; an array stays as it is."""
+  return w.stored() if isinstance(w, Weight) else w
+
+
+def refit(w: Matrix, w_IO: jax.Array) -> Matrix:
+  """Stores a matrix as `w` is stored: a plain array in its dtype, a weight by `Weight.refit`."""
+  return w.refit(w_IO) if isinstance(w, Weight) else w_IO.astype(w.dtype)
 
 
 def map_values(fn: Callable[[jax.Array], Matrix], w: Matrix) -> Matrix:

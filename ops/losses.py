@@ -1,19 +1,45 @@
-"""Computes cross entropy without storing all logits, and the Kullback-Leibler divergence.
+"""Computes losses without storing all logits, and the Kullback-Leibler divergence.
 
 With a vocabulary of 100,000 the logits of a batch take more memory than anything else in training.
-`cross_entropy` therefore takes hidden states and the function that maps them to logits, processes
-the positions in chunks, and recomputes the logits of a chunk in the backward pass. It saves B T V
-numbers of memory and costs one more product with the head. After Wijmans et al. (2024),
-https://arxiv.org/abs/2411.09009. Their kernel also keeps the logits of a chunk in fast memory; here
-XLA decides that.
+`over_tokens` therefore takes hidden states and a function that maps them to losses by way of
+logits, processes the positions in chunks, and recomputes the logits of a chunk in the backward
+pass. It saves B T V numbers of memory and costs one more product with the head. After Wijmans et
+al. (2024), https://arxiv.org/abs/2411.09009. Their kernel also keeps the logits of a chunk in fast
+memory; here XLA decides that.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ops import axes
+from ops import axes, divergences
+
+
+def over_tokens(fn: Callable[..., Any], *arrays_BT: jax.Array, chunk: int = 1024) -> Any:
+  """Applies `fn` to chunks of the positions of arrays [B, T, ...], and joins its results.
+
+  Nothing that `fn` computes inside a chunk is kept for the backward pass.
+
+  Args:
+    fn: maps arrays [B, columns, ...] to a pytree of arrays [B, columns, ...], position by position.
+      It may close over parameters; they get gradients.
+    arrays_BT: the arrays that are cut into chunks, a pytree each.
+    chunk: the maximum number of tokens, over all rows, that `fn` sees at a time. A chunk has at
+      least one position of each row.
+
+  Returns:
+    The pytree of `fn` with arrays [B, T, ...].
+  """
+  if chunk < 1:
+    raise ValueError(f'chunk must be at least 1 token, not {chunk}')
+  batch, length = jax.tree.leaves(arrays_BT)[0].shape[:2]
+  # Chunks split T and not B, so that a batch that is sharded over devices is not moved.
+  columns = min(max(1, chunk // batch), length)
+  chunks = jax.tree.map(lambda a: _chunked(a, columns), arrays_BT)
+  found = jax.lax.map(jax.checkpoint(lambda parts: fn(*parts)), chunks)
+  return jax.tree.map(lambda a: _joined(a, length), found)
 
 
 def cross_entropy(
@@ -35,14 +61,9 @@ def cross_entropy(
   Returns:
     [B, T] in float32. The caller divides by the number of labels that are not negative.
   """
-  sizes = axes.check('BTD,BT', x_BTD, labels_BT)
-  if chunk < 1:
-    raise ValueError(f'chunk must be at least 1 token, not {chunk}')
-  # Chunks split T and not B, so that a batch that is sharded over devices is not moved.
-  columns = min(max(1, chunk // sizes['B']), sizes['T'])
-  chunks = (_chunked(x_BTD, columns, 0), _chunked(labels_BT, columns, -1))
-  nll = jax.lax.map(jax.checkpoint(lambda args: _nll(unembed(args[0]), args[1])), chunks)
-  return jnp.moveaxis(nll, 0, 1).reshape(sizes['B'], -1)[:, : sizes['T']]
+  axes.check('BTD,BT', x_BTD, labels_BT)
+  nll = lambda x_BTD, labels_BT: label_nll(unembed(x_BTD), labels_BT)
+  return over_tokens(nll, x_BTD, labels_BT, chunk=chunk)
 
 
 def kl_divergence(p_logits: jax.Array, q_logits: jax.Array) -> jax.Array:
@@ -55,28 +76,26 @@ def kl_divergence(p_logits: jax.Array, q_logits: jax.Array) -> jax.Array:
   axes.check('...V,...V', p_logits, q_logits)
   if p_logits.shape != q_logits.shape:
     raise ValueError(f'the logits have the shapes {p_logits.shape} and {q_logits.shape}')
-  log_p = jax.nn.log_softmax(p_logits.astype(jnp.float32))
-  log_q = jax.nn.log_softmax(q_logits.astype(jnp.float32))
-  p, q = jnp.exp(log_p), jnp.exp(log_q)
-  ratio = jnp.where(p > 0, log_q - log_p, 0.0)
-  # sum(q - p) is zero, so KL = sum(q - p - p log(q/p)), whose terms are never negative. Rounding of
-  # the logarithms has a second-order effect on this sum. In the usual sum it has a first-order
-  # effect, which exceeds a KL below 1e-6.
-  near = (p > 0) & (ratio < 1)
-  gap = jnp.where(near, p * jnp.expm1(jnp.minimum(ratio, 1.0)), q - p)
-  return jnp.sum(gap - p * ratio, axis=-1)
+  log_p, log_q = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (p_logits, q_logits))
+  return divergences.kl(log_p, log_q)
 
 
-def _chunked(array, columns, fill):
+def _chunked(array, columns):
   """Splits [B, T, ...] into [chunks, B, columns, ...]; T is padded to a multiple of `columns`."""
   batch, length, *rest = array.shape
-  missing = -length % columns
-  widths = [(0, 0), (0, missing)] + [(0, 0)] * len(rest)
-  padded = jnp.pad(array, widths, constant_values=fill)
-  return jnp.moveaxis(padded.reshape(batch, -1, columns, *rest), 1, 0)
+  widths = [(0, 0), (0, -length % columns)] + [(0, 0)] * len(rest)
+  chunks = -(-length // columns)
+  return jnp.moveaxis(jnp.pad(array, widths).reshape(batch, chunks, columns, *rest), 1, 0)
 
 
-def _nll(logits_BTV, labels_BT):
+def _joined(chunks, length):
+  """Joins [chunks, B, columns, ...] to [B, T, ...], without the padding."""
+  count, batch, columns, *rest = chunks.shape
+  return jnp.moveaxis(chunks, 0, 1).reshape(batch, count * columns, *rest)[:, :length]
+
+
+def label_nll(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
+  """-log softmax(logits)[label] in nats, float32 [B, T]; 0 where the label is negative."""
   logits_BTV = logits_BTV.astype(jnp.float32)
   labels = jnp.maximum(labels_BT, 0)[:, :, None]
   picked_BT = jnp.take_along_axis(logits_BTV, labels, axis=-1)[:, :, 0]

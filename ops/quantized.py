@@ -7,6 +7,11 @@ asymmetric one a zero point:  w = (code - zero) * scale, or w = codebook[code] *
   nf4           the 16 quantiles of a normal distribution (Dettmers et al. 2023, QLoRA,
                 https://arxiv.org/abs/2305.14314), its scales optionally quantized in turn
   fp8_e4m3      8-bit floats (Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433)
+  mxfp4, mxfp8  4- and 8-bit floats (e2m1, e4m3) in blocks of 32 that share a power of two (OCP
+                Microscaling Formats 1.0, 2023; Rouhani et al. 2023,
+                https://arxiv.org/abs/2310.10537)
+  nvfp4         4-bit floats (e2m1) in blocks of 16 with e4m3 scales, and one float32 scale for the
+                matrix (NVIDIA 2025, https://arxiv.org/abs/2509.25149)
 
 Codes of fewer than 8 bits are packed without gaps (ops/packing.py). Rounding is half to even.
 Symmetric scales are amax / (2**bits - 1) * 2, so the grid reaches from -2**(bits-1) to
@@ -17,7 +22,8 @@ Codes are computed from the scale as it is stored. It is float32 for 8-bit codes
 columns, and float16 for groups of smaller codes, whose scales are a large part of the bytes and
 need no more than 11 bits. A float16 scale lies between 2**-24 and 65504: groups whose weights are
 all below 2e-7 become zero in int4, and weights beyond 5e5 are clipped. Scales that are quantized
-themselves start as float32.
+themselves start as float32. Those of mxfp4, mxfp8 and nvfp4 are stored as their definitions say:
+float8_e8m0fnu, or `E4m3Scales` with a scale of amax / (6 * 448).
 
 A product needs no widened copy of the codes where they are numbers of XLA's own and the scale comes
 after the product: y_O = sum over J of scale_JO * (x_Jg @ codes_JgO - zero_JO * sum(x_Jg)). XLA then
@@ -26,7 +32,6 @@ product; there the weight is widened (ops/kernels/cpu has the products for that)
 """
 
 import dataclasses
-import typing
 from collections.abc import Callable
 
 import jax
@@ -36,7 +41,7 @@ from ops import axes, formats, packing
 from ops.formats import FORMATS, Clip, FormatName
 from ops.formats import NF4_CODEBOOK as NF4_CODEBOOK
 from ops.linear import Matrix, Weight, array, dense, is_count, matmul, require, weight_type
-from ops.scales import quantize_scales
+from ops.scales import QuantizedScales, e4m3_scales, quantize_scales
 
 SCALE_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
 SMALLEST_GROUP = 16  # a smaller one would spend more bits on scales than it saves
@@ -51,13 +56,13 @@ class QuantizedTensor(Weight):
 
   values: int8, uint8 or float8_e4m3fn [I, O], or uint8 [ceil(I * bits / 8), O] of packed codes;
     int4 or uint4 [I, O] where `native` has laid them out.
-  scales: [J, O] with J = I / group_size, or `QuantizedScales` of that shape.
+  scales: [J, O] with J = I / group_size, or a weight of that shape from ops/scales.py.
   zeros: uint8 [J, O] for an asymmetric format, or floating (see ops/solvers/hqq.py); else None.
   """
 
-  values: jax.Array = array('IO')
-  scales: Matrix = array('JO')
-  zeros: jax.Array | None = array('JO', optional=True)
+  values: jax.Array = array('IO', 'code')
+  scales: Matrix = array('JO', 'scale')
+  zeros: jax.Array | None = array('JO', 'scale', optional=True)
   format: FormatName
   inputs: int  # I: the last byte of packed codes may be filled up with zeros
   dtype: jnp.dtype
@@ -71,7 +76,7 @@ class QuantizedTensor(Weight):
     require(outputs == columns, f'{columns} columns of codes have scales for {outputs}')
     divides = groups and self.inputs % groups == 0
     require(divides, f'{groups} groups of scales do not divide {self.inputs} inputs')
-    require(self.scales.dtype in SCALE_DTYPES, f'scales are floating, not {self.scales.dtype}')
+    _check_scales(self)
     if self.zeros is not None:
       shape, expected = self.zeros.shape[-2:], (groups, outputs)
       require(shape == expected, f'zeros have the shape {shape}, and scales {expected}')
@@ -114,24 +119,33 @@ class QuantizedTensor(Weight):
     return formats.scaled(codes_JgO, scale_JO, self.zeros).reshape(self.shape).astype(self.dtype)
 
   def matmul(self, x):
-    return matmul(x, self.dense()) if self._widened else _product(x, self)
+    return _product(x, self)
 
   def kernel(self, platform):
-    if platform not in ('gpu', 'tpu') or self._widened:
+    if platform not in ('gpu', 'tpu') or self.widened:
       return None
     if platform == 'gpu' and self.values.dtype == jnp.uint8:
       return None  # XLA:GPU converts signed integers inside a product, unsigned ones before it
     return f'XLA, {self.values.dtype} converted inside the product; {UNMEASURED}'
 
   @property
-  def _widened(self) -> bool:
+  def widened(self) -> bool:
     """Whether the codes are none that XLA can convert inside a product."""
-    return self.packed or self.format == 'nf4'
+    return self.packed or FORMATS[self.format].codebook is not None
 
   def map_values(self, fn):
     raise ValueError(
       f'a matrix that is already quantized ({self.format}) cannot be pruned, cast or quantized; '
       'put that step before the quantization'
+    )
+
+  def refit(self, w_IO):
+    return quantize(
+      w_IO.astype(self.dtype),
+      self.format,
+      group_size=self.group_size,
+      symmetric=self.zeros is None,
+      double=isinstance(self.scales, QuantizedScales),
     )
 
 
@@ -152,6 +166,15 @@ def _check_codes(w: QuantizedTensor) -> None:
   require(
     found == rows, f'{w.inputs} inputs of {w.format} take {rows} rows of {dtype}, not {found}'
   )
+
+
+def _check_scales(w: QuantizedTensor) -> None:
+  """Raises ValueError where the scales have not the dtype or the groups of their format."""
+  spec, dtype = FORMATS[w.format], w.scales.dtype
+  dtypes = (*SCALE_DTYPES, jnp.float8_e8m0fnu) if spec.scales == 'e8m0' else SCALE_DTYPES
+  require(dtype in dtypes, f'scales of {w.format} are floating, not {dtype}')
+  fits = spec.block in (None, w.group_size)
+  require(fits, f'{w.format} has blocks of {spec.block} inputs, not of {w.group_size}')
 
 
 def through_dense(x: jax.Array, w: QuantizedTensor) -> jax.Array:
@@ -205,14 +228,23 @@ def _on_cpu(x, w):
 
 @jax.custom_vjp
 def _product(x, w):
+  if w.widened:
+    return through_dense(x, w)
   return jax.lax.platform_dependent(x, w, tpu=_on_tpu, cuda=_on_gpu, default=_on_cpu)
 
 
-# Differentiated by itself, the product would keep what any platform's form of it needs.
+# Differentiated by itself, the product would keep what any platform's form of it needs, and the
+# widened weight: the memory that the codes save.
 _product.defvjp(
   lambda x, w: (_product(x, w), (x, w)),
   lambda saved, y_bar: jax.vjp(through_dense, *saved)[1](y_bar),
 )
+
+
+def wide_scales(w: QuantizedTensor) -> jax.Array:
+  """The scales [J, O] as numbers that kernels read: powers of two as bfloat16, which holds all."""
+  scales_JO = dense(w.scales)
+  return scales_JO.astype(jnp.bfloat16) if scales_JO.dtype == jnp.float8_e8m0fnu else scales_JO
 
 
 def native(w: QuantizedTensor) -> QuantizedTensor:
@@ -245,16 +277,8 @@ def quantize(
     ValueError: unknown format, a group size that does not divide I, or an option that the format
       does not have.
   """
-  dtype = jnp.float32 if double else None
-  scales, zeros_JO = fit(
-    w_IO, format, group_size=group_size, symmetric=symmetric, clip=clip, dtype=dtype
-  )
-  if double:
-    exact_JO, scales = scales, quantize_scales(scales)
-    if zeros_JO is not None:  # keep the low end of the range where it is
-      low_JO = -zeros_JO.astype(jnp.float32) * exact_JO
-      zeros_JO = formats.zero_points(low_JO, scales.dense(), FORMATS[format].bits)
-  return encode(w_IO, scales, zeros_JO, format)
+  options = {'group_size': group_size, 'symmetric': symmetric, 'double': double, 'clip': clip}
+  return encode(w_IO, *fit(w_IO, format, **options), format)
 
 
 def fit(
@@ -263,24 +287,44 @@ def fit(
   *,
   group_size: int | None = None,
   symmetric: bool = True,
+  double: bool = False,
   clip: Clip = 'none',
-  dtype: jnp.dtype | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
-  """Finds the scales [J, O], and zero points or None, that span each group's range.
+) -> tuple[Matrix, jax.Array | None]:
+  """Finds the scales [J, O] as they are stored, and zero points or None, that span each group.
 
-  `clip` 'mse' searches the share of the range that loses least. `dtype` is that of the scales;
-  None: see `scale_dtype`. Raises ValueError as `quantize`.
+  `clip` 'mse' searches the share of the range that loses least. Raises ValueError as `quantize`.
   """
   axes.check('IO', w_IO)
+  formats.check_form(format, double=double)
   check_options(format, w_IO.shape[0], group_size, symmetric, clip)
   size = resolve_group(format, w_IO.shape[0], group_size)
   w_JgO = w_IO.astype(jnp.float32).reshape(-1, size, w_IO.shape[1])
-  return formats.fit(w_JgO, format, symmetric, clip, dtype or scale_dtype(format, len(w_JgO)))
+  return fit_groups(w_JgO, format, symmetric, double, clip)
+
+
+def fit_groups(
+  w_JgO: jax.Array, format: FormatName, symmetric: bool, double: bool, clip: Clip
+) -> tuple[Matrix, jax.Array | None]:
+  """Does what `fit` does, for float32 groups of any size."""
+  dtype = jnp.float32 if double else scale_dtype(format, len(w_JgO))
+  scales_JO, zeros_JO = formats.fit(w_JgO, format, symmetric, clip, dtype)
+  if FORMATS[format].scales == 'e4m3':
+    return e4m3_scales(scales_JO), None
+  if not double:
+    return scales_JO, zeros_JO
+  scales = quantize_scales(scales_JO)
+  if zeros_JO is not None:  # keep the low end of the range where it is
+    low_JO = -zeros_JO.astype(jnp.float32) * scales_JO
+    zeros_JO = formats.zero_points(low_JO, scales.dense(), FORMATS[format].bits)
+  return scales, zeros_JO
 
 
 def scale_dtype(format: FormatName, groups: int) -> jnp.dtype:
-  """What the scales of a matrix are stored in, with so many groups a column."""
-  wide = groups == 1 or FORMATS[format].bits == 8
+  """What the scales of a matrix are stored in, or rounded from, with so many groups a column."""
+  spec = FORMATS[format]
+  if spec.scales == 'e8m0':
+    return jnp.dtype(jnp.float8_e8m0fnu)
+  wide = groups == 1 or spec.bits == 8 or spec.scales == 'e4m3'
   return jnp.dtype(jnp.float32 if wide else jnp.float16)
 
 
@@ -313,8 +357,11 @@ def _grouped(w_IO, scale_JO):
 def resolve_group(format: FormatName, inputs: int, group_size: int | None) -> int:
   """The number of inputs that share a scale.
 
-  -1 is the whole column. None is the format's usual group, or what `fitting_group` finds.
+  -1 is the whole column. None is the format's usual group, or what `fitting_group` finds; the
+  block of a format that has no other.
   """
+  if group_size is None and FORMATS[format].block:
+    return FORMATS[format].block
   size = FORMATS[format].default_group if group_size is None else group_size
   if size in (None, -1):
     return inputs
@@ -336,13 +383,17 @@ def check_options(
   format: str, inputs: int, group_size: int | None, symmetric: bool, clip: str = 'none'
 ) -> None:
   """Raises ValueError if a matrix with this many inputs cannot be stored so."""
-  if format not in FORMATS:
-    raise ValueError(f'format {format!r} is not one of {", ".join(FORMATS)}')
-  if not symmetric and not FORMATS[format].integer:
-    raise ValueError(f'{format} has no asymmetric form; only the integer formats have one')
-  if clip not in typing.get_args(Clip):
-    raise ValueError(f'clip {clip!r} is not one of {", ".join(typing.get_args(Clip))}')
+  formats.check_form(format, symmetric=symmetric, clip=clip, group_size=group_size)
   size = resolve_group(format, inputs, group_size)
+  if FORMATS[format].block and inputs % size:
+    raise ValueError(
+      f'{format} has blocks of {size}, which do not divide {inputs} inputs; use another format'
+    )
+  check_divides(inputs, size)
+
+
+def check_divides(inputs: int, size: int) -> None:
+  """Raises ValueError unless groups of this size divide the inputs."""
   if size < 1 or inputs % size:
     raise ValueError(
       f'a group size of {size} does not divide {inputs} inputs; use a divisor, or -1 for one group'

@@ -23,6 +23,7 @@ from ops.linear import (
   is_count,
   map_values,
   matmul,
+  refit,
   require,
   weight_type,
 )
@@ -110,6 +111,10 @@ class RotatedTensor(Weight):
 
   def map_values(self, fn):
     return dataclasses.replace(self, weight=map_values(fn, self.weight))
+
+  def refit(self, w_IO):
+    turned_OI = rotate(w_IO.astype(jnp.float32).T, inner=self.inner)
+    return dataclasses.replace(self, weight=refit(self.weight, turned_OI.T))
 
 
 def rotated(w_IO: jax.Array, inner: int = 1) -> RotatedTensor:

@@ -1,7 +1,9 @@
-"""Double quantization stores the scales of a quantized matrix as 8-bit codes themselves.
+"""Scales of a quantized matrix that are stored in 8 bits themselves, with scales of a second level.
 
-After Dettmers et al. (2023), "QLoRA", https://arxiv.org/abs/2305.14314. A scale takes 8 bits, and
-32 / 256 bits for its share in a second-level scale, instead of 16 or 32.
+QuantizedScales  int8 codes, and a float32 scale for 256 of them: double quantization, after
+                 Dettmers et al. (2023), "QLoRA", https://arxiv.org/abs/2305.14314
+E4m3Scales       8-bit floats (e4m3), and one float32 scale for the whole matrix: NVFP4, after
+                 NVIDIA (2025), https://arxiv.org/abs/2509.25149
 """
 
 import dataclasses
@@ -9,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops.formats import TINY
+from ops.formats import FP8_MAX, TINY
 from ops.linear import Weight, array, require, weight_type
 
 SCALE_BLOCK = 256  # scales that share one second-level scale
@@ -24,9 +26,9 @@ class QuantizedScales(Weight):
   share one float32 scale.
   """
 
-  codes: jax.Array = array('JO')  # int8
-  scales: jax.Array = array('J_')  # [J, blocks]
-  offset: jax.Array = array('')
+  codes: jax.Array = array('JO', 'scale')  # int8
+  scales: jax.Array = array('J_', 'scale')  # [J, blocks]
+  offset: jax.Array = array('', 'scale')
 
   def check_fields(self):
     (groups, outputs), dtype = self.codes.shape[-2:], self.codes.dtype
@@ -66,6 +68,47 @@ def quantize_scales(scales_JO: jax.Array) -> QuantizedScales:
   scales = jnp.maximum(amax / 127, TINY)
   codes_JO = jnp.round(centred_JO / _blocks(scales, outputs)).astype(jnp.int8)
   return QuantizedScales(codes_JO, scales, offset)
+
+
+@weight_type
+@dataclasses.dataclass(frozen=True)
+class E4m3Scales(Weight):
+  """Scales [J, O] as float8_e4m3fn `values`, all multiplied by one float32 `scale`."""
+
+  values: jax.Array = array('JO', 'scale')
+  scale: jax.Array = array('', 'scale')
+
+  def check_fields(self):
+    dtype = self.values.dtype
+    require(dtype == jnp.float8_e4m3fn, f'e4m3 scales are float8_e4m3fn, not {dtype}')
+    dtype = self.scale.dtype
+    require(dtype == jnp.float32, f'the scale of e4m3 scales is float32, not {dtype}')
+
+  @property
+  def shape(self):
+    return self.values.shape
+
+  @property
+  def dtype(self):
+    return self.scale.dtype
+
+  def dense(self) -> jax.Array:
+    """The scales, float32 [J, O]."""
+    return self.values.astype(jnp.float32) * self.scale
+
+  def map_values(self, fn):
+    raise ValueError('scales that are quantized already cannot be quantized or cast')
+
+
+def e4m3_scales(scales_JO: jax.Array) -> E4m3Scales:
+  """Rounds positive scales to e4m3, of which the largest becomes 448.
+
+  A scale below 2**-10 / 448 of the largest becomes zero, and so do the weights of its group.
+  """
+  scales_JO = scales_JO.astype(jnp.float32)
+  scale = jnp.maximum(scales_JO.max() / FP8_MAX, TINY)
+  values_JO = jnp.minimum(scales_JO / scale, FP8_MAX).astype(jnp.float8_e4m3fn)
+  return E4m3Scales(values_JO, scale)
 
 
 def _blocks(scales, outputs):

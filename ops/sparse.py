@@ -22,6 +22,7 @@ from ops.linear import (
   dense,
   is_count,
   map_values,
+  refit,
   require,
   weight_type,
 )
@@ -97,7 +98,7 @@ class SparseTensor(Weight):
   """
 
   values: Matrix = array('IO')
-  indices: jax.Array = array('IO')
+  indices: jax.Array = array('IO', 'mask')
   n: int
   m: int
 
@@ -134,6 +135,20 @@ class SparseTensor(Weight):
 
   def map_values(self, fn):
     return dataclasses.replace(self, values=map_values(fn, self.values))
+
+  def refit(self, w_IO):
+    outputs = self.shape[-1]
+    w_JmO = w_IO.reshape(-1, self.m, outputs)
+    places_JnO = self.positions().reshape(-1, self.n, outputs).astype(jnp.int32)
+    values = jnp.take_along_axis(w_JmO, places_JnO, axis=1).reshape(-1, outputs)
+    return dataclasses.replace(self, values=refit(self.values, values))
+
+  def kept(self) -> jax.Array:
+    """Which of the weights are stored: bool [I, O]."""
+    inputs, outputs = self.shape
+    slots = jnp.arange(self.m, dtype=jnp.uint8)[None, None, :, None]
+    here = self.positions().reshape(-1, self.n, 1, outputs) == slots
+    return here.any(1).reshape(inputs, outputs)
 
 
 def compress(w_IO: jax.Array, mask_IO: jax.Array, n: int, m: int) -> SparseTensor:

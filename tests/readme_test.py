@@ -83,6 +83,8 @@ def test_the_pruning_score_runs_in_a_recipe():
 
 
 def test_the_recipe_is_the_one_of_the_folder():
-  (snippet,) = _blocks('yaml', RECIPES_PAGE)
+  snippet, *others = _blocks('yaml', RECIPES_PAGE)
+  for other in others:
+    recipe.parse(yaml.safe_load(other))
   own = recipe.load(ROOT / 'experiments' / 'recipes' / 'wanda_2of4_int8.yaml')
   assert recipe.parse(yaml.safe_load(snippet)) == own

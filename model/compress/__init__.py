@@ -6,5 +6,7 @@ from model.compress import hqq as hqq
 from model.compress import obs as obs
 from model.compress import owl as owl
 from model.compress import rotate as rotate
+from model.compress import slicing as slicing
 from model.compress import smoothquant as smoothquant
+from model.compress import structured as structured
 from model.compress import techniques as techniques

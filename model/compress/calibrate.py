@@ -25,6 +25,8 @@ from ops.linear import Matrix, core, on_one_device, with_core
 
 Batch = tuple[np.ndarray, np.ndarray]  # (tokens_BT, x_BTD)
 
+CALIBRATION_BATCH = 8  # rows of calibration text in one forward pass
+
 # The linear layers of a block in the order in which they run; those of one stage share an input.
 STAGES = (
   ('attention.query', 'attention.key', 'attention.value'),
@@ -208,10 +210,15 @@ def _matrices(block: Block) -> list[str]:
 
 def run(config: ModelConfig, block: Block, rows: Iterable[Batch]) -> Iterator[Batch]:
   """Runs a block over batches of hidden states: (tokens_BT, x_BTD) -> (tokens_BT, y_BTD)."""
-  function, values = split(config, block)
-  ready = _laid_out(block, values)
+  apply = program(config, block)
   for tokens_BT, x_BTD in rows:
-    yield tokens_BT, np.asarray(_run(function, ready, tokens_BT, x_BTD))
+    yield tokens_BT, np.asarray(apply(tokens_BT, x_BTD))
+
+
+def program(config: ModelConfig, block: Block) -> Callable[[Any, Any], jax.Array]:
+  """The compiled block (tokens_BT, x_BTD) -> y_BTD, its matrices laid out for many rows."""
+  function, values = split(config, block)
+  return functools.partial(_run, function, _laid_out(block, values))
 
 
 def _measure(function, layers, names, values, batch):

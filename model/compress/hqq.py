@@ -5,7 +5,7 @@ from typing import Literal
 
 from model.compress.registry import Outcome, technique
 from model.compress.techniques import other_group
-from ops import quantized
+from ops import formats, quantized
 from ops.linear import map_values
 from ops.solvers import hqq as solver
 
@@ -24,7 +24,7 @@ class HqqSpec:
   iterations: int = solver.ITERATIONS
 
   def __post_init__(self):
-    quantized.check_options(self.format, 1, -1, symmetric=False)
+    formats.check_form(self.format, symmetric=False)
     if self.group_size is not None and self.group_size < 1 and self.group_size != -1:
       raise ValueError(f'a group size is positive, or -1 for a whole column, not {self.group_size}')
     if self.iterations < 1:

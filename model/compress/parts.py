@@ -8,17 +8,20 @@ import jax
 import numpy as np
 from flax import nnx
 
+from model import units
 from model.compress import statistics
 from model.compress.programs import execute, prepare
 from model.compress.recipe import Recipe, Step
 from model.compress.registry import PLAN, PREPARED
-from model.transformer import Transformer, linears, parameters
+from model.transformer import Transformer, abstract, linears, parameters
 from ops.linear import Matrix, core, on_one_device
 from ops.quantized import QuantizedTensor
 from ops.sparse import SparseTensor, looks_pruned
 
 # Cloning a module sorts its attributes, so their own order says nothing.
 ORDER = ('embedding', 'positions', 'layers', 'final_norm', 'head')
+# Scopes of the whole model, and which of them come first.
+WHOLE = {'shape': 0, 'learn': 0, 'model': 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ def weights(part: Part) -> dict[str, Matrix]:
 def targets(part: Part, step: Step, recipe: Recipe) -> list[str]:
   """The parameters of a part that a step compresses, by their paths in it."""
   scope, found = step.row.scope, list(parameters(part.module))
-  if scope == 'model':
+  if scope in WHOLE:
     return []
   if scope != 'parameters':
     found = [f'{path}.weight'.strip('.') for path in linears(part.module)]
@@ -65,48 +68,84 @@ def targets(part: Part, step: Step, recipe: Recipe) -> list[str]:
   return [path for path in found if step.matches(part.layer(path))]
 
 
-def check(model: Transformer, recipe: Recipe, calibration_BT: np.ndarray | None = None) -> None:
+def check(
+  model: Transformer,
+  recipe: Recipe,
+  calibration_BT: np.ndarray | None = None,
+  *,
+  learns: bool = False,
+) -> None:
   """Runs a recipe on shapes alone, so that a recipe that does not fit is refused before any work.
 
+  `learns`: whether there is something to learn from, for steps that train.
   Raises ValueError with the recipe, the technique and the layer.
   """
   for i, step in enumerate(recipe.steps):
-    _check_scope(model, recipe, i)
-    _check_patterns(model, recipe, step)
+    _check_scope(recipe, i)
     if calibrated(step) and calibration_BT is None:
       raise ValueError(f'recipe {recipe.name}: {step.technique} needs calibration text')
     if calibrated(step):
       _check_calibration(model, calibration_BT)
+    if step.row.scope == 'learn' and not learns:
+      raise ValueError(f'recipe {recipe.name}: {step.technique} trains, and has no text for it')
+    model = _check_whole(model, recipe, step)
+    _check_patterns(model, recipe, step)
   for part in parts(model):
     _check_part(part, recipe)
 
 
 def calibrated(step: Step) -> bool:
   """Whether a step runs calibration tokens through the model."""
+  if step.row.scope == 'shape':
+    return step.row.calibrates(step.spec)
   return bool(step.row.statistics) or step.row.scope == 'block'
 
 
-def _check_scope(model, recipe, i):
+def _check_scope(recipe, i):
   step = recipe.steps[i]
-  if step.row.scope == 'model' and any(s.row.scope != 'model' for s in recipe.steps[:i]):
+  late = lambda s: WHOLE.get(s.row.scope, len(WHOLE))
+  before = [s.technique for s in recipe.steps[:i] if late(s) > late(step)]
+  if before:
     raise ValueError(
       f'recipe {recipe.name}: {step.technique} changes the whole model, so it has to come before '
-      f'{recipe.steps[0].technique}'
+      f'{before[0]}'
     )
-  if step.row.check is None:
-    return
+
+
+def _check_whole(model, recipe, step) -> Transformer:
+  """Checks a step against the config, and returns the model after a change of shapes, abstract."""
   try:
-    step.row.check(model.config, step.spec)
+    if step.row.check is not None:
+      step.row.check(model.config, step.spec)
+    if step.row.scope not in ('shape', 'learn'):
+      return model
+    for path, param in parameters(model).items():
+      units.check_plain(path, param.get_value())
+    if step.row.scope == 'learn':
+      return _learned(model, step)
+    dtype = model.embedding.table.get_value().dtype
+    return abstract(step.row.reshapes(model, step.spec), dtype)
   except ValueError as error:
     raise ValueError(f'recipe {recipe.name}: {step.technique}: {error}') from None
 
 
+def _learned(model, step) -> Transformer:
+  """The model after a step that trains, abstract."""
+  graphdef, state = nnx.split(model)
+  model = nnx.merge(graphdef, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state))
+  for path, linear in linears(model).items() if step.row.becomes else ():
+    if path.startswith('layers.'):
+      becomes = functools.partial(step.row.becomes, spec=step.spec)
+      linear.weight.set_value(jax.eval_shape(becomes, linear.weight.get_value()))
+  return model
+
+
 def _check_patterns(model, recipe, step):
-  if step.row.scope == 'model' and step.only != ('*',):
+  if step.row.scope in WHOLE and step.only != ('*',):
     raise ValueError(
       f'recipe {recipe.name}: {step.technique} changes the whole model and takes no "only"'
     )
-  for pattern in step.only if step.row.scope != 'model' else ():
+  for pattern in step.only if step.row.scope not in WHOLE else ():
     one = dataclasses.replace(step, only=(pattern,))
     if not any(targets(part, one, recipe) for part in parts(model)):
       raise ValueError(

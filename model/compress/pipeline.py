@@ -15,14 +15,18 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from model import units
 from model.compress import calibrate, statistics, threads
+from model.compress.calibrate import CALIBRATION_BATCH
 from model.compress.ledger import LayerResult, Ledger
+from model.compress.measurements import Measurements
 from model.compress.parts import Part, calibrated, check, compile_ahead, parts, targets, weights
 from model.compress.programs import Prepared, compiled, execute
 from model.compress.progress import Progress
@@ -33,7 +37,7 @@ from ops.linear import Matrix, Weight, dense
 
 __all__ = ['calibrated', 'check', 'compress', 'describe']
 
-CALIBRATION_BATCH = 8  # rows of calibration text in one forward pass
+REBUILDING = ('shape', 'learn')  # scopes of steps that build a new model
 
 
 @dataclasses.dataclass
@@ -54,29 +58,36 @@ def compress(
   progress: Callable[[list], Iterator] = iter,
   in_place: bool = False,
   resume: str | os.PathLike | None = None,
+  school: Any = None,
 ) -> tuple[Transformer, Ledger]:
   """Returns a compressed copy of a model, and the ledger.
 
   `calibration_BT` is [rows, length] of token ids; only recipes with calibrated steps need it.
   `progress` wraps the list of parts, as tqdm does. `in_place` compresses the model itself, so that
-  each original block is freed once it is compressed. `resume` is a folder that keeps each finished
-  block until the end; blocks that an interrupted run of the same recipe, model and text left there
-  are taken over.
+  each original block is freed once it is compressed; a step that changes shapes or trains builds a
+  new model all the same. `resume` is a folder that keeps each finished block, and the state of a
+  step that trains, until the end; what an interrupted run of the same recipe, model and text left
+  there is taken over. `school` is what steps that train learn from, with a `fingerprint`.
 
   Raises:
     ValueError: before any work, if a step does not fit a layer, a pattern matches no layer, or
       calibration tokens are missing or outside the vocabulary; later, if calibration meets NaN or
       infinity.
   """
-  check(model, recipe, calibration_BT)
+  check(model, recipe, calibration_BT, learns=school is not None)
+  learns = any(step.row.scope == 'learn' for step in recipe.steps)
+  kept = Progress.open(
+    resume, model, recipe, calibration_BT, school.fingerprint if learns else None
+  )
+  if not in_place and not any(step.row.scope in REBUILDING for step in recipe.steps):
+    model = nnx.clone(model)
   with threads.few(max((w.shape[-2] for w in matrices(model).values()), default=0)):
-    return _run_all(model, recipe, calibration_BT, progress, in_place=in_place, resume=resume)
+    return _run_all(model, recipe, calibration_BT, progress, school=school, kept=kept)
 
 
-def _run_all(model, recipe, calibration_BT, progress, *, in_place, resume):
-  kept = Progress.open(resume, model, recipe, calibration_BT)
-  model = model if in_place else nnx.clone(model)
+def _run_all(model, recipe, calibration_BT, progress, *, school, kept: Progress):
   run = _Run(recipe, Ledger(), {})
+  model = _rebuild(model, run, calibration_BT, school, kept)
   _transform(model, run)
   if any(calibrated(step) for step in recipe.steps):
     _note_repeats(calibration_BT, run)
@@ -97,6 +108,33 @@ def _run_all(model, recipe, calibration_BT, progress, *, in_place, resume):
   _note_head(model, run)
   kept.close()
   return model, run.ledger
+
+
+def _rebuild(model, run, calibration_BT, school, kept: Progress) -> Transformer:
+  """Runs the steps that build a new model, each on the model that the last one built.
+
+  Steps that an interrupted run finished are not run again.
+  """
+  if kept.rebuilt >= 0:
+    model, run.ledger = kept.restore_rebuilt(model.dtype)
+  for i, step in enumerate(run.recipe.steps):
+    if step.row.scope in REBUILDING and i > kept.rebuilt:
+      if step.row.scope == 'shape':
+        model = _reshape(model, step, run, calibration_BT)
+      else:
+        result = step.row.function(model, school, step.spec, kept.lesson(i))
+        run.ledger.add('model', step.technique, result.events)
+        model = result.model
+      kept.save_rebuilt(i, model, run.ledger)
+  return model
+
+
+def _reshape(model, step, run, calibration_BT) -> Transformer:
+  measurements = Measurements(model, calibration_BT) if calibrated(step) else None
+  result = step.row.function(model, measurements, step.spec)
+  for layer, events in result.events.items():
+    run.ledger.add(layer, step.technique, events)
+  return units.build(result.config, result.parameters, model.dtype)
 
 
 def _transform(model, run):

@@ -1,8 +1,10 @@
 """Saves the finished blocks of a compression, so that a killed run resumes after the last one.
 
 A folder holds the parameters and the ledger of each finished block, and the hidden states after the
-last one. Each file is written under another name and renamed, and the hidden states of a block are
-written after its parameters. Whenever a run is killed, the files up to some block are complete.
+last one; before the first, the whole model after the last step that built a new one, and the run of
+a step that trains. Each file is
+written under another name and renamed, and the hidden states of a block are written after its
+parameters. Whenever a run is killed, the files up to some block are complete.
 """
 
 import contextlib
@@ -11,6 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import zlib
 
 import jax
@@ -24,12 +27,14 @@ from model.compress.calibrate import Stream
 from model.compress.ledger import Event, LayerResult, Ledger
 from model.compress.recipe import Recipe
 from model.safetensors_io import Tensor
-from model.transformer import Transformer, parameters
+from model.transformer import Transformer, abstract, parameters
 
 PLAN = 'plan.json'
 STATES = 'states_{}.safetensors'
 BLOCK = 'block_{}.safetensors'
 ABOUT = 'block_{}.json'
+LESSON = 'lesson_{}'
+REBUILT, REBUILT_ABOUT = 'rebuilt_{}.safetensors', 'rebuilt_{}.json'
 
 
 class Progress:
@@ -37,7 +42,8 @@ class Progress:
 
   def __init__(self, folder: pathlib.Path | None):
     self.folder = folder
-    self.last = _last(folder) if folder else -1
+    self.last = _last(folder, STATES) if folder else -1
+    self.rebuilt = _last(folder, REBUILT_ABOUT) if folder else -1  # the last step that is finished
 
   @classmethod
   def open(
@@ -46,6 +52,7 @@ class Progress:
     model: Transformer,
     recipe: Recipe,
     calibration_BT: np.ndarray | None,
+    lessons: str | None = None,
   ) -> 'Progress':
     """Opens or creates a folder. Raises ValueError if it belongs to another compression."""
     if folder is None:
@@ -56,6 +63,7 @@ class Progress:
       'config': configs.to_json(model.config),
       'weights': _fingerprint(native.flatten(model)[0].values()),
       'calibration': _fingerprint([] if calibration_BT is None else [calibration_BT]),
+      'lessons': lessons,
     }
     text = json.dumps(plan, sort_keys=True)
     digest = json.dumps({'digest': hashlib.sha256(text.encode()).hexdigest()})
@@ -95,33 +103,72 @@ class Progress:
     """Loads block i, and its hidden states if it is the last one saved; returns its ledger."""
     stored = safetensors_io.read_file(self.folder / BLOCK.format(i))
     about = json.loads((self.folder / ABOUT.format(i)).read_text())
-    load = lambda name: jnp.array(stored[name].read(), copy=True)
-    for path, param in parameters(block).items():
-      param.set_value(native.build(about['layout'][path], path, load))
+    _fill(block, about['layout'], stored)
     if i == self.last and stream is not None:
       states = safetensors_io.read_file(self.folder / STATES.format(i))
       stream.batches = [
         (tokens_BT, np.array(states[f'{j}'].read()))
         for j, (tokens_BT, _) in enumerate(stream.batches)
       ]
-    rows = about['ledger']
-    layers = [LayerResult(**{**row, 'shape': tuple(row['shape'])}) for row in rows['layers']]
-    return Ledger([Event(**row) for row in rows['events']], layers)
+    return _ledger(about['ledger'])
+
+  def lesson(self, i: int) -> pathlib.Path | None:
+    """The folder for the run of step i, which trains; None if nothing is to be kept."""
+    return self.folder / LESSON.format(i) if self.folder else None
+
+  def save_rebuilt(self, i: int, model: Transformer, ledger: Ledger) -> None:
+    """Saves the model after step i, which built it, with the ledger up to there."""
+    if self.folder is None:
+      return
+    _, layout = native.flatten(model)
+    config = configs.to_json(model.config)
+    about = {'layout': layout, 'ledger': dataclasses.asdict(ledger), 'config': config}
+    with _whole(self.folder / REBUILT.format(i)) as path:
+      safetensors_io.write_file(path, native.tensors(model))
+    with _whole(self.folder / REBUILT_ABOUT.format(i)) as path:
+      path.write_text(json.dumps(about))
+    for pattern in (REBUILT, REBUILT_ABOUT):
+      for old in self.folder.glob(pattern.format('*')):
+        if old.name != pattern.format(i):
+          old.unlink()
+    self.rebuilt = i
+    if self.lesson(i).exists():
+      shutil.rmtree(self.lesson(i))
+
+  def restore_rebuilt(self, dtype) -> tuple[Transformer, Ledger]:
+    """Loads the model that was saved last, with activations of `dtype`, and its ledger."""
+    stored = safetensors_io.read_file(self.folder / REBUILT.format(self.rebuilt))
+    about = json.loads((self.folder / REBUILT_ABOUT.format(self.rebuilt)).read_text())
+    model = abstract(configs.from_json(about['config']), dtype)
+    _fill(model, about['layout'], stored)
+    return model, _ledger(about['ledger'])
 
   def close(self) -> None:
     """Removes the folder when the compression is complete."""
     if self.folder is None:
       return
-    for pattern in (STATES, BLOCK, ABOUT):
+    for pattern in (STATES, BLOCK, ABOUT, REBUILT, REBUILT_ABOUT):
       for path in self.folder.glob(pattern.format('*')):
         path.unlink()
     (self.folder / PLAN).unlink()
     self.folder.rmdir()
 
 
-def _last(folder: pathlib.Path) -> int:
-  found = [int(path.stem.rpartition('_')[2]) for path in folder.glob(STATES.format('*'))]
+def _last(folder: pathlib.Path, pattern: str) -> int:
+  found = [int(path.stem.rpartition('_')[2]) for path in folder.glob(pattern.format('*'))]
   return max(found, default=-1)
+
+
+def _fill(module: nnx.Module, layout: dict, stored) -> None:
+  """Sets the parameters of a module to what was stored."""
+  load = lambda name: jnp.array(stored[name].read(), copy=True)
+  for path, param in parameters(module).items():
+    param.set_value(native.build(layout[path], path, load))
+
+
+def _ledger(rows: dict) -> Ledger:
+  layers = [LayerResult(**{**row, 'shape': tuple(row['shape'])}) for row in rows['layers']]
+  return Ledger([Event(**row) for row in rows['events']], layers)
 
 
 @contextlib.contextmanager

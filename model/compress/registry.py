@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.config import LayerConfig, ModelConfig
+from model.transformer import Transformer
 from ops import quantized, sparse
 from ops.linear import Matrix, Weight, map_values
 
@@ -70,8 +71,29 @@ class Changes:
   events: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reshaped:
+  """The result of a technique of scope 'shape'.
+
+  config and parameters: of the new model, the parameters by their paths in it.
+  events: counts by layer of the model that the technique was given.
+  """
+
+  config: ModelConfig
+  parameters: Mapping[str, Matrix]
+  events: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learned:
+  """The result of a technique of scope 'learn': the trained model, and counts of what it took."""
+
+  model: Transformer
+  events: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
 PLAN, PREPARED = 'plan', 'prepared'
-Scope = Literal['linears', 'parameters', 'block', 'model']
+Scope = Literal['linears', 'parameters', 'block', 'model', 'shape', 'learn']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,12 +107,23 @@ class Technique:
     block       (site, spec) -> Changes, for each block, for techniques that treat several matrices
                 together
     model       (model, spec) -> events; changes the model in place, before any calibration
+    shape       (model, measurements, spec) -> Reshaped; returns a model of other sizes, before all
+                other steps; `measurements` is a `measurements.Measurements`, None without
+                calibration
+    learn       (model, school, spec, folder) -> Learned; trains the whole model, among the steps of
+                scope 'shape'; `school` is what the caller of `pipeline.compress` teaches with, and
+                `folder` keeps the run, so that it can be killed; None if nothing is to be kept
 
   Functions of linears and parameters are traced: `spec` is static, and Python branches may depend
   on shapes only.
 
-  check: for block and model, (config, spec) raises ValueError if the technique does not apply.
-  becomes: for block, (w, spec) -> Matrix is traced on shapes to find the type of the result.
+  check: for block, model, shape and learn, (config, spec) raises ValueError if the technique does
+    not apply.
+  becomes: for block, (w, spec) -> Matrix is traced on shapes to find the type of the result; for
+    learn likewise, of each linear layer of the blocks, where the type changes.
+  reshapes: for shape, (model, spec) -> config of the result, from a model that may be abstract. A
+    size that depends on calibration or on timing is given by the number that it is a multiple of.
+  calibrates: for shape, (spec) -> whether it measures on calibration text.
   prunes: whether it sets weights to zero that later steps have to leave at zero.
   plan: for linears, (survey, spec) -> {layer: number} divides a total among the layers, such as the
     sparsity. It is called once before the blocks, with an iterator of (layer, w, statistics) over
@@ -109,6 +142,8 @@ class Technique:
   check: Callable | None = None
   becomes: Callable | None = None
   plan: Callable | None = None
+  reshapes: Callable | None = None
+  calibrates: Callable[[Any], bool] | None = None
   prepare: Callable | None = None
   prunes: bool = False
 

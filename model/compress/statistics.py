@@ -35,6 +35,10 @@ def _float(x_TI):
   return x_TI.astype(jnp.float32)
 
 
+def _moments(x_TI):
+  return jnp.stack([x_TI.sum(0), jnp.square(x_TI).sum(0)])
+
+
 STATISTICS: dict[str, Statistic] = {
   # The L2 norm of each input over all tokens, float32 [I].
   'input_norm': Statistic(
@@ -53,6 +57,12 @@ STATISTICS: dict[str, Statistic] = {
   # The mean magnitude of each input, float32 [I].
   'input_absmean': Statistic(
     of=lambda x_TI: (jnp.abs(_float(x_TI)).sum(0), jnp.float32(x_TI.shape[0])),
+    merge=_add,
+    finish=lambda total: total[0] / total[1],
+  ),
+  # The mean and the mean square of each input, float32 [2, I].
+  'input_moments': Statistic(
+    of=lambda x_TI: (_moments(_float(x_TI)), jnp.float32(x_TI.shape[0])),
     merge=_add,
     finish=lambda total: total[0] / total[1],
   ),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from model.compress.registry import Outcome, pruning_score, technique
-from ops import quantized, sparse
+from ops import formats, quantized, sparse
 from ops.linear import map_values
 
 
@@ -52,7 +52,7 @@ class QuantizeSpec:
   clip: quantized.Clip = 'none'
 
   def __post_init__(self):
-    quantized.check_options(self.format, 1, -1, self.symmetric, self.clip)
+    formats.check_form(**dataclasses.asdict(self))
     if self.group_size is not None and self.group_size < 1 and self.group_size != -1:
       raise ValueError(f'a group size is positive, or -1 for a whole column, not {self.group_size}')
 

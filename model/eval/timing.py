@@ -1,14 +1,11 @@
 """Measures time by one protocol: interleaved rounds, medians, interquartile ranges.
 
-Programs are compared within a round, moments apart, so that a machine that becomes slower (heat,
-other processes) slows all of them. The reported ratio is the median of the rounds' ratios, not the
-ratio of medians. The order rotates by one each round, so that no program always finds the caches as
-the same other one left them.
+Programs are compared within a round of `model.rounds`. The reported ratio is the median of the
+rounds' ratios, not the ratio of medians.
 """
 
 import dataclasses
 import pathlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.eval.records import Metric
+from model.rounds import MIN_WARMUP, sample
 
-MIN_WARMUP = 3
 MIN_ROUNDS = 5
 CPU_BUFFER_BYTES = 2**28
 ACCELERATOR_BUFFER_BYTES = 2**32  # copying takes 2 ms, a launch only some 50 us
@@ -70,18 +67,11 @@ def time_interleaved(
   names = list(calls)
   base = names[0] if base is None and names else base
   _check(names, base, warmup, rounds)
-  for _ in range(warmup):
-    for call in calls.values():
-      jax.block_until_ready(call())
-  samples = {name: [] for name in names}
-  for r in range(rounds):
-    turn = r % len(names)
-    for name in names[turn:] + names[:turn]:
-      samples[name].append(seconds(calls[name]))
+  samples = sample(calls, warmup=warmup, rounds=rounds)
   return {
     name: Timing(
-      samples_s=tuple(samples[name]),
-      speedups=tuple(b / s for b, s in zip(samples[base], samples[name], strict=True)),
+      samples_s=tuple(samples[name].tolist()),
+      speedups=tuple((samples[base] / samples[name]).tolist()),
     )
     for name in names
   }
@@ -121,13 +111,6 @@ def copy_bandwidth(device: jax.Device | None = None, *, buffer_bytes: int | None
   """Bytes per second that `device` reads and writes in total, by `Copy`."""
   copy = Copy(device, buffer_bytes=buffer_bytes)
   return time_interleaved({'copy': copy}, rounds=7)['copy'].rate(copy.nbytes, 'byte/s')
-
-
-def seconds(call: Callable[[], Any]) -> float:
-  """The seconds of one call, up to when its result is ready."""
-  start = time.perf_counter()
-  jax.block_until_ready(call())
-  return time.perf_counter() - start
 
 
 def _check(names, base, warmup, rounds):

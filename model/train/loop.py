@@ -8,8 +8,10 @@ on, the starting weights included, and refuses a run that differs in any of it.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import pathlib
+import statistics
 import time
 from typing import Any
 
@@ -22,13 +24,14 @@ from model import fingerprint
 from model.train import optimizer as optimizer_lib
 from model.train import step as step_lib
 from model.train.data import PackedDataset
+from model.train.objectives import CrossEntropy, Models
 from model.train.optimizer import OptimizerConfig
 from model.train.run_folder import RunFolder
-from model.train.step import StepConfig
+from model.train.step import StepConfig, Task
 from model.transformer import Transformer
 
 Record = dict[str, Any]
-VERSION = 1  # raised when the same settings give another result
+VERSION = 2  # raised when the same settings give another result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,14 +49,16 @@ class FitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FitResult:
-  """The trained model, with float32 weights, and one record per update.
+  """The model with its trained arrays in float32, and one record per update.
 
-  A record has `step` (completed updates), `loss` (mean nats per label), `tokens` (labels),
-  `grad_norm` and `learning_rate`.
+  A record has `step` (completed updates), `loss` (mean per label) and the objective's other sums,
+  `tokens` (labels), `grad_norm` and `learning_rate`.
   """
 
   model: Transformer
   records: tuple[Record, ...]
+  program_bytes: int  # most memory of the compiled update, by its own account; 0 if none ran
+  update_s: float  # median time of an update of this call; NaN if it made fewer than two
 
 
 def fit(
@@ -61,43 +66,71 @@ def fit(
   dataset: PackedDataset,
   config: FitConfig,
   *,
+  task: Task | None = None,
   folder: str | pathlib.Path | None = None,
   batch_sharding: jax.sharding.Sharding | None = None,
   progress: bool = True,
 ) -> FitResult:
   """Trains a copy of `model` for `config.optimizer.steps` updates; the model does not change.
 
-  With a folder, the run is saved there and resumes where an earlier call stopped. Batches are
-  placed by `batch_sharding`; parameters keep the placement that the caller gave them.
+  `task` is by default the cross entropy of all values. With a folder, the run is saved there and
+  resumes where an earlier call stopped. Batches are placed by `batch_sharding`; parameters keep the
+  placement that the caller gave them.
 
   Raises:
     ValueError: the batch does not divide into micro-batches, the vocabulary is too small for the
-      tokens, or the folder holds another run or is in use by another process.
+      tokens, the task does not fit the model, or the folder holds another run or is in use by
+      another process.
     FloatingPointError: the loss or the gradient is not finite; the folder keeps earlier states.
   """
+  task = task or Task()
   _check(model, dataset, config)
+  if task.on_policy is not None:
+    task.on_policy.check(task.objective, dataset.seq_len)
   optimizer = optimizer_lib.make(config.optimizer)
-  graphdef, state = step_lib.init(model, optimizer)
+  setup, state, frozen = step_lib.init(model, optimizer, task, config.step)
   with contextlib.ExitStack() as stack:
     run, records = None, []
     if folder is not None:
-      run = stack.enter_context(RunFolder(folder, _identity(model, dataset, config)))
+      run = stack.enter_context(RunFolder(folder, identity(model, dataset, config, task)))
       state, records = run.restore(state)
-    compiled = step_lib.make_step(graphdef, optimizer, state, config.step)
+    update = step_lib.make_step(setup, state)
+    compiled = None
     bar = stack.enter_context(_bar(config, len(records), progress))
     loop = _Loop(config=config, run=run, bar=bar, records=records)
     for n in range(int(state.step), config.optimizer.steps):
-      batch = jax.device_put(dataset.batch(n), batch_sharding)
-      state, metrics = compiled(state, batch)
+      batch = dataset.batch(n)
+      if task.on_policy is not None:
+        batch = task.on_policy(batch, n, setup.model(state.trained, frozen))
+      batch = jax.device_put(batch, batch_sharding)
+      compiled = compiled or update.lower(state, frozen, batch).compile()
+      state, metrics = compiled(state, frozen, batch)
       loop.after_update(n + 1, state, metrics)
-  return FitResult(nnx.merge(graphdef, state.params), tuple(loop.records))
+  return FitResult(
+    model=setup.model(state.trained, frozen),
+    records=tuple(loop.records),
+    program_bytes=0 if compiled is None else program_bytes(compiled),
+    update_s=loop.update_s(),
+  )
+
+
+def program_bytes(compiled: jax.stages.Compiled) -> int:
+  """Arguments, results and temporary arrays of a compiled program; those in place count once."""
+  sizes = compiled.memory_analysis()
+  held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+  return held - sizes.alias_size_in_bytes
 
 
 def mean_nll(model: Transformer, dataset: PackedDataset, config: StepConfig | None = None) -> float:
   """Measures the mean negative log likelihood over all labels of a data set, in nats."""
   config = config or StepConfig()
   graphdef, params = nnx.split(model)
-  nll_sum = jax.jit(lambda params, batch: step_lib.nll_sum(graphdef, params, batch, config))
+
+  @jax.jit
+  def nll_sum(params, batch):
+    student = step_lib.network(nnx.merge(graphdef, params), config)
+    return CrossEntropy()(Models(student, {}, {}, None), batch)['loss']
+
   total, count = 0.0, 0
   for batch in dataset.sequential():
     total += float(nll_sum(params, batch))
@@ -116,7 +149,7 @@ class _Loop:
     self._config, self._run, self._bar = config, run, bar
     self._rate = optimizer_lib.schedule(config.optimizer)
     self._pending = None
-    self._tokens, self._start_s = 0, None
+    self._tokens, self._ends_s = 0, []
 
   def after_update(self, step: int, state: step_lib.TrainState, metrics: step_lib.Metrics) -> None:
     self._flush()
@@ -144,13 +177,17 @@ class _Loop:
       self._run.append(record)
     self._show(record)
 
+  def update_s(self) -> float:
+    """The median time between the ends of two updates, in seconds."""
+    gaps = [b - a for a, b in itertools.pairwise(self._ends_s)]
+    return statistics.median(gaps) if gaps else math.nan
+
   def _show(self, record):
     words = f'loss {record["loss"]:.3f}'
-    if self._start_s is None:
-      self._start_s = time.perf_counter()  # the first update is mostly compilation
-    else:
+    self._ends_s.append(time.perf_counter())
+    if len(self._ends_s) > 1:  # the first update is mostly compilation
       self._tokens += record['tokens']
-      words += f', {self._tokens / (time.perf_counter() - self._start_s):.0f} tokens/s'
+      words += f', {self._tokens / (self._ends_s[-1] - self._ends_s[0]):.0f} tokens/s'
     self._bar.set_postfix_str(words, refresh=False)
     self._bar.update()
 
@@ -179,13 +216,17 @@ def _check(model: Transformer, dataset: PackedDataset, config: FitConfig) -> Non
     )
 
 
-def _identity(model: Transformer, dataset: PackedDataset, config: FitConfig) -> Record:
-  """Everything that the result depends on."""
+def identity(model: Transformer, dataset: PackedDataset, config: FitConfig, task: Task) -> Record:
+  """Everything that the result of a run depends on, as JSON values."""
   return {
     'version': VERSION,
     'optimizer': dataclasses.asdict(config.optimizer),
     'step': dataclasses.asdict(config.step),
+    'objective': {'name': type(task.objective).__name__, **dataclasses.asdict(task.objective)},
+    'selection': dataclasses.asdict(task.selection),
+    'on_policy': task.on_policy and task.on_policy.identity,
     'data': dataset.fingerprint,
     'model': model_config.to_json(model.config),
     'starting weights': fingerprint.of_model(model),
+    'references': {name: fingerprint.of_model(m) for name, m in sorted(task.references.items())},
   }

@@ -1,42 +1,54 @@
-"""Computes one update of all parameters, as a pure function that is compiled once.
+"""Computes one update of the trained arrays, as a pure function that is compiled once.
 
-Master weights, gradients and optimizer state are float32. Activations have `compute_dtype`, and
-weights are cast to it where they are multiplied. A batch is processed in `accumulation`
-micro-batches; the sum of their losses is divided by the number of labels of the whole batch,
-because a mean of means would give more weight to labels in micro-batches with fewer of them.
-Nothing here names a mesh: parameters and batches arrive sharded, and the new state keeps the
+Trained arrays, their gradients and the optimizer state are float32. Frozen arrays keep the dtype
+that they have, codes included, and are arguments of the update that it does not return. Activations
+have `compute_dtype`, and weights are cast to it where they are multiplied. A batch is processed in
+`accumulation` micro-batches; the sum of their losses is divided by the number of labels of the
+whole batch, because a mean of means would give more weight to labels in micro-batches with fewer of
+them. Nothing here names a mesh: arrays and batches arrive sharded, and the new state keeps the
 shardings of the old one.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from model import stacked
 from model.train.data import Batch
-from model.transformer import Transformer, matrices
-from ops import losses, sparse
-from ops.linear import Weight, innermost
+from model.train.objectives import CrossEntropy, Models, Network, Objective, Sums
+from model.train.on_policy import OnPolicy
+from model.train.partition import Arrays, Selection, Structure, partition
+from model.transformer import Transformer
 
 DTYPES = ('float32', 'bfloat16')
+OWN = 'objective.'  # begins the names of trained arrays that belong to the objective
 Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
-  """How an update is computed; apart from rounding, the result does not depend on it."""
+  """How an update is computed; apart from rounding, the result does not depend on it.
+
+  The exception is `seed`, on which the random numbers of an objective depend.
+  """
 
   compute_dtype: str = 'float32'
   accumulation: int = 1  # micro-batches per batch
   loss_chunk: int = 1024  # tokens whose logits are stored at a time
+  remat: stacked.Remat = 'none'  # what the backward pass computes again; see model/stacked.py
+  scan: bool = False  # run layers that are alike in one loop
+  seed: int = 0
 
   def __post_init__(self):
     if self.compute_dtype not in DTYPES:
       raise ValueError(f'compute_dtype {self.compute_dtype!r} is not one of {", ".join(DTYPES)}')
+    if self.remat not in stacked.REMATS:
+      raise ValueError(f'remat {self.remat!r} is not one of {", ".join(stacked.REMATS)}')
     if self.accumulation < 1 or self.loss_chunk < 1:
       raise ValueError(
         f'accumulation and loss_chunk must be at least 1, not {self.accumulation}, '
@@ -44,73 +56,122 @@ class StepConfig:
       )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Task:
+  """What a run learns: which arrays, by which objective, against which frozen models.
+
+  With `on_policy`, the student writes some of the batches itself.
+  """
+
+  objective: Objective = CrossEntropy()
+  selection: Selection = Selection()
+  references: Mapping[str, Transformer] = dataclasses.field(default_factory=dict)
+  on_policy: OnPolicy | None = None
+
+
 @functools.partial(
-  jax.tree_util.register_dataclass, data_fields=['params', 'opt_state', 'step'], meta_fields=[]
+  jax.tree_util.register_dataclass, data_fields=['trained', 'opt_state', 'step'], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
   """Everything that an update changes. `step` counts the completed updates, int32."""
 
-  params: nnx.State
+  trained: Arrays
   opt_state: optax.OptState
   step: jax.Array
 
 
-def init(
-  model: Transformer, optimizer: optax.GradientTransformation
-) -> tuple[nnx.GraphDef, TrainState]:
-  """Splits a model into its structure and an initial training state with float32 copies.
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=['arrays', 'references'], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+  """Everything that an update reads: the frozen arrays of the model, and reference models."""
 
-  A linear layer counts as pruned if more than a fifth of its matrix, but not all of it, is exactly
-  zero (`sparse.looks_pruned`). Biases, norms, tables and matrices of zeros are initial values.
+  arrays: Arrays
+  references: dict[str, nnx.State]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+  """What is static about the updates of a run: structures, the objective, the configs."""
+
+  structure: Structure
+  references: Mapping[str, nnx.GraphDef]
+  objective: Objective
+  optimizer: optax.GradientTransformation
+  config: StepConfig
+
+  def model(self, trained: Arrays, frozen: Frozen) -> Transformer:
+    """The student with these trained arrays."""
+    return self.structure.model({**frozen.arrays, **trained})
+
+  def sums(self, trained: Arrays, frozen: Frozen, batch: Batch, key: jax.Array) -> Sums:
+    """The sums of the objective over the labelled tokens of a batch."""
+    references = {
+      name: nnx.merge(self.references[name], state) for name, state in frozen.references.items()
+    }
+    own = {n.removeprefix(OWN): a for n, a in trained.items() if n.startswith(OWN)}
+    models = Models(
+      network(self.model(trained, frozen), self.config),
+      {name: network(model, self.config) for name, model in references.items()},
+      own,
+      key,
+    )
+    return self.objective(models, batch)
+
+
+def network(model: Transformer, config: StepConfig) -> Network:
+  """The model as objectives see it. Its compute dtype changes."""
+  model.dtype = jnp.dtype(config.compute_dtype)
+  looped = config.scan or config.remat != 'none'
+  return Network(model, config.loss_chunk, config.remat if looped else None)
+
+
+def init(
+  model: Transformer,
+  optimizer: optax.GradientTransformation,
+  task: Task | None = None,
+  config: StepConfig | None = None,
+) -> tuple[Setup, TrainState, Frozen]:
+  """Divides a model into a training state with float32 copies, and what stays as it is.
 
   Raises:
-    ValueError: the model holds weights that gradients cannot reach, such as quantized codes, fp8
-      ones included; or a pruned matrix, whose zeros the first update would undo.
+    ValueError: the selection does not fit the model (see `partition`), or the objective does not
+      suit the models.
   """
-  graphdef, params = nnx.split(model)
-  for path, leaf in jax.tree.leaves_with_path(params):
-    if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype.itemsize < 2:
-      name = jax.tree_util.keystr(path, simple=True, separator='.')
-      raise ValueError(
-        f'{name} is {leaf.dtype}: only floating-point weights of 16 or 32 bits can be trained, not '
-        'codes; train first and quantize afterwards'
-      )
-  _check_unpruned(model)
+  task, config = task or Task(), config or StepConfig()
+  configs = {name: reference.config for name, reference in task.references.items()}
+  task.objective.check(model.config, configs)
+  structure, trained, frozen = partition(model, task.selection)
+  own = task.objective.parameters(model.config, configs, key=jax.random.key(config.seed))
+  trained = trained | {OWN + name: array for name, array in own.items()}
   # Copies, because updates donate the state and the caller keeps the model.
-  params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
-  state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-  return graphdef, _replicate_scalars(state)
-
-
-def _check_unpruned(model):
-  for path, w in matrices(model).items():
-    inner = innermost(w)
-    if not isinstance(inner, Weight) and sparse.looks_pruned(inner):
-      raise ValueError(
-        f'{path}.weight is pruned (more than {sparse.PRUNED:.0%} of it is zero), and training '
-        'would undo that; train first and prune afterwards'
-      )
+  trained = {name: jnp.array(a, jnp.float32, copy=True) for name, a in trained.items()}
+  split = {name: nnx.split(reference) for name, reference in task.references.items()}
+  graphs = {name: graphdef for name, (graphdef, _) in split.items()}
+  setup = Setup(structure, graphs, task.objective, optimizer, config)
+  state = TrainState(trained, optimizer.init(trained), jnp.zeros((), jnp.int32))
+  read = Frozen(frozen, {name: state for name, (_, state) in split.items()})
+  return setup, _replicate(state, _mesh(read) or _mesh(state)), read
 
 
 def make_step(
-  graphdef: nnx.GraphDef,
-  optimizer: optax.GradientTransformation,
-  like: TrainState,
-  config: StepConfig,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  setup: Setup, like: TrainState
+) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]:
   """Builds the compiled update, which donates its state and keeps the shardings of `like`.
 
-  The metrics are `loss` (mean nats per label), `tokens` (number of labels) and `grad_norm` (before
-  clipping).
+  The metrics are the means per label of the objective's sums (`loss` among them), `tokens` (number
+  of labels) and `grad_norm` (before clipping).
   """
 
-  def step(state: TrainState, batch: Batch):
-    loss, tokens, gradients = _gradients(graphdef, state.params, batch, config)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics = {'loss': loss, 'tokens': tokens, 'grad_norm': optax.tree.norm(gradients)}
-    return TrainState(params, opt_state, state.step + 1), metrics
+  def step(state: TrainState, frozen: Frozen, batch: Batch):
+    key = jax.random.fold_in(jax.random.key(setup.config.seed), state.step)
+    means, tokens, gradients = _gradients(setup, state.trained, frozen, batch, key)
+    updates, opt_state = setup.optimizer.update(gradients, state.opt_state, state.trained)
+    trained = optax.apply_updates(state.trained, updates)
+    metrics = {**means, 'tokens': tokens, 'grad_norm': optax.tree.norm(gradients)}
+    return TrainState(trained, opt_state, state.step + 1), metrics
 
   shardings = None
   if _mesh(like) is not None:
@@ -118,32 +179,29 @@ def make_step(
   return jax.jit(step, donate_argnums=0, out_shardings=shardings)
 
 
-def nll_sum(
-  graphdef: nnx.GraphDef, params: nnx.State, batch: Batch, config: StepConfig
-) -> jax.Array:
-  """Sums the negative log likelihood of the labels of a batch, in nats."""
-  model = nnx.merge(graphdef, params)
-  model.dtype = jnp.dtype(config.compute_dtype)
-  x_BTD, _ = model.hidden(
-    batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT
-  )
-  nll_BT = losses.cross_entropy(x_BTD, batch.labels_BT, model.logits, chunk=config.loss_chunk)
-  return jnp.sum(nll_BT)
+def _gradients(setup, trained, frozen, batch, key):
+  """Returns the mean sums of a batch, its number of labels, and the gradient of the mean loss."""
+  n = setup.config.accumulation
 
+  def loss(trained, micro, key):
+    sums = setup.sums(trained, frozen, micro, key)
+    return sums['loss'], sums
 
-def _gradients(graphdef, params, batch, config):
-  """Returns the mean loss of a batch, its number of labels, and the gradient of the mean."""
-  gradient_fn = jax.value_and_grad(lambda p, micro: nll_sum(graphdef, p, micro, config))
+  gradient_fn = jax.grad(loss, has_aux=True)
 
-  def add(total, micro):
-    return jax.tree.map(jnp.add, total, gradient_fn(params, micro)), None
+  def add(total, part):
+    gradients, sums = gradient_fn(trained, *part)
+    return jax.tree.map(jnp.add, total, (sums, gradients)), None
 
-  zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-  micro_batches = jax.tree.map(functools.partial(_split, n=config.accumulation), batch)
-  (nll, gradients), _ = jax.lax.scan(add, zero, micro_batches)
+  parts = jax.tree.map(functools.partial(_split, n=n), batch), jax.random.split(key, n)
+  first = jax.tree.map(lambda a: a[0], parts)
+  sums = jax.eval_shape(lambda part: setup.sums(trained, frozen, *part), first)
+  zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (sums, trained))
+  (sums, gradients), _ = jax.lax.scan(add, zero, parts)
   tokens = jnp.sum(batch.labels_BT >= 0)
   scale = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
-  return nll * scale, tokens, jax.tree.map(lambda g: g * scale, gradients)
+  means, gradients = jax.tree.map(lambda a: a * scale, (sums, gradients))
+  return means, tokens, gradients
 
 
 def _split(array_BT, n):
@@ -152,18 +210,21 @@ def _split(array_BT, n):
   if batch % n:
     raise ValueError(f'a batch of {batch} rows does not divide into {n} micro-batches')
   # Row b goes to micro-batch b % n, so that each micro-batch has rows of every device.
-  return jnp.swapaxes(array_BT.reshape(batch // n, n, -1), 0, 1)
+  return jnp.swapaxes(array_BT.reshape(batch // n, n, *array_BT.shape[1:]), 0, 1)
 
 
-def _mesh(state: TrainState) -> jax.sharding.Mesh | None:
-  shardings = (x.sharding for x in jax.tree.leaves(state))
+def _mesh(tree) -> jax.sharding.Mesh | None:
+  shardings = (x.sharding for x in jax.tree.leaves(tree))
   return next((s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)), None)
 
 
-def _replicate_scalars(state: TrainState) -> TrainState:
-  """Replicates the scalars of the state over the mesh of the parameters, if they have one."""
-  mesh = _mesh(state)
+def _replicate(state: TrainState, mesh: jax.sharding.Mesh | None) -> TrainState:
+  """Replicates what is new over the mesh of the parameters, if they have one.
+
+  Scalars are new, and the objective's own arrays with their optimizer state.
+  """
   if mesh is None:
     return state
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  return jax.tree.map(lambda x: jax.device_put(x, everywhere) if x.ndim == 0 else x, state)
+  placed = lambda x: x.ndim and isinstance(x.sharding, jax.sharding.NamedSharding)
+  return jax.tree.map(lambda x: x if placed(x) else jax.device_put(x, everywhere), state)

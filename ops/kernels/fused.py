@@ -4,8 +4,10 @@
 converts each weight to a form that is multiplied without a widened copy:
 
   TPU  integers of up to 4 bits become XLA's own 4-bit type, whose conversion XLA fuses into the
-       product; NF4, and groups smaller than XLA's tiles, go to a kernel (ops/kernels/tpu)
-  GPU  4-bit integers and NF4 go to a kernel (ops/kernels/gpu), which reads the bytes as stored
+       product; codebooks (NF4, mxfp4), and groups smaller than XLA's tiles, go to a kernel
+       (ops/kernels/tpu)
+  GPU  4-bit integers and codebooks of groups of 32 or more (NF4, mxfp4) go to a kernel
+       (ops/kernels/gpu), which reads the bytes as stored
 
 A kernel runs on one device. The product of a sharded weight is left to XLA, which splits it over
 the devices; on a TPU, XLA's 4-bit type avoids the widened copy there too.
@@ -22,8 +24,8 @@ import jax.numpy as jnp
 from ops import packing
 from ops.kernels.gpu import quantized_matmul as gpu
 from ops.kernels.tpu import quantized_matmul as tpu
-from ops.linear import Matrix, Weight, array, dense, map_inner, matmul, require, weight_type
-from ops.quantized import FORMATS, NF4_CODEBOOK, UNMEASURED, QuantizedTensor, native
+from ops.linear import Matrix, Weight, array, map_inner, matmul, require, weight_type
+from ops.quantized import FORMATS, UNMEASURED, QuantizedTensor, native, wide_scales
 
 Platform = Literal['tpu', 'gpu']
 TPU_TILE = 64  # rows in XLA:TPU's tile of 4-bit numbers; smaller groups make it copy the matrix
@@ -75,12 +77,12 @@ class Kernel:
 def _tpu_takes(w: QuantizedTensor) -> bool:
   if FORMATS[w.format].bits > 4 or tpu.piece(w.group_size) is None:
     return False
-  return w.format == 'nf4' or w.group_size % TPU_TILE != 0
+  return FORMATS[w.format].codebook is not None or w.group_size % TPU_TILE != 0
 
 
 def _tpu_product(x_TI, w, interpret=False):
   """Runs the kernel on the codes and subtracts the part of the zero points, a small product."""
-  codes_IO, scales_JO = native(w).values, dense(w.scales)
+  codes_IO, scales_JO = native(w).values, wide_scales(w)
   y_TO = tpu.product(x_TI, codes_IO, scales_JO, _codebook(w), interpret=interpret)
   if w.zeros is None:
     return y_TO.astype(x_TI.dtype)
@@ -92,8 +94,8 @@ def _tpu_product(x_TI, w, interpret=False):
 
 def _codebook(w):
   """Returns the values of the codes 0 to 15, where a signed code c < 0 is code c + 16."""
-  if w.format == 'nf4':
-    return NF4_CODEBOOK
+  if FORMATS[w.format].codebook is not None:
+    return FORMATS[w.format].codebook
   return tuple(float(c) for c in (range(16) if w.zeros is not None else (*range(8), *range(-8, 0))))
 
 
@@ -103,8 +105,8 @@ def _gpu_takes(w: QuantizedTensor) -> bool:
 
 def _gpu_product(x_TI, w, interpret=False):
   packed = w.values if w.packed else packing.pack(_unsigned(w), 4)
-  codebook = NF4_CODEBOOK if w.format == 'nf4' else None
-  return gpu.product(x_TI, packed, dense(w.scales), w.zeros, codebook, interpret=interpret)
+  codebook = FORMATS[w.format].codebook
+  return gpu.product(x_TI, packed, wide_scales(w), w.zeros, codebook, interpret=interpret)
 
 
 def _unsigned(w):
@@ -162,8 +164,8 @@ def _pack_inner(w: Matrix, platform: Platform, one_device: bool) -> Matrix:
 
 @functools.partial(jax.jit, static_argnames='platform')
 def _fused(w: QuantizedTensor, platform: Platform) -> FusedTensor:
-  # Double-quantized scales would be decoded at each use.
-  scales = dense(w.scales)
+  # Scales of 8 bits would be decoded at each use.
+  scales = wide_scales(w)
   if platform == 'tpu' and scales.dtype == jnp.float16:  # TPU kernels have no such numbers
     scales = scales.astype(jnp.float32)
   w = dataclasses.replace(w, scales=scales)

@@ -17,7 +17,8 @@ Where it differs from the papers and their code:
   in earlier errors when an input is reached instead of pushing them out; the weights are the same.
 - Scales of a group come from its weights as moved by everything before the group. With `act_order`
   (inputs in falling order of their diagonal) they come from the original weights, so that groups
-  stay contiguous; so they do if scales are quantized themselves, which takes all of them at once.
+  stay contiguous; so they do if scales are quantized themselves (nvfp4's are), which takes all of
+  them at once.
 - Where weights are pruned and quantized, the scales fit those that would be kept as things stand,
   and an N:M mask counts what dropping costs beyond rounding (SparseGPT's code ranks by the first).
 - Inputs that are always zero are rounded like others, never zeroed. Weights that are zero stay so.
@@ -165,12 +166,5 @@ def _fixed_grid(w_IO, walk: Walk):
       count = jnp.int32(round(pruning.sparsity * pool))
       kept_IO = selection.lowest_dropped(score_IO, live_IO, count, per_output=pruning.per_output)
     w_IO = jnp.where(kept_IO, w_IO, 0)
-  nearest = quantized.quantize(
-    w_IO,
-    grid.format,
-    group_size=grid.group,
-    symmetric=grid.symmetric,
-    double=grid.double,
-    clip=grid.clip,
-  )
-  return nearest.scales, nearest.zeros
+  w_JgO = w_IO.reshape(-1, grid.group, w_IO.shape[1])
+  return quantized.fit_groups(w_JgO, grid.format, grid.symmetric, grid.double, grid.clip)

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ops import quantized, selection, sparse
+from ops import formats, quantized, selection, sparse
 from ops.solvers import hessian
 
 BLOCK = 128  # inputs between two matrix products; also pooled for a threshold, as in SparseGPT
@@ -44,6 +44,11 @@ class Grid:
   symmetric: bool = True
   double: bool = False
   clip: quantized.Clip = 'none'
+
+  @property
+  def joint(self) -> bool:
+    """Whether all groups get their scales together, as those have scales of their own."""
+    return self.double or formats.FORMATS[self.format].scales == 'e4m3'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,10 +83,12 @@ class Sizes:
   def of(cls, inputs: int, grid: Grid | None, pruning: Pruning | None, static: bool) -> 'Sizes':
     """`static` has all scales fixed beforehand. Raises ValueError where sizes do not divide."""
     if grid is not None:
-      quantized.check_options(grid.format, inputs, grid.group, grid.symmetric, grid.clip)
+      check = functools.partial(formats.check_form, symmetric=grid.symmetric, clip=grid.clip)
+      check(grid.format, double=grid.double)
+      quantized.check_divides(inputs, grid.group)
     if pruning is not None and pruning.n is not None:
       sparse.check_n_of_m(inputs, pruning.n, pruning.m)
-    dynamic = grid is not None and grid.group < inputs and not (static or grid.double)
+    dynamic = grid is not None and grid.group < inputs and not (static or grid.joint)
     chunk = pruning.m if pruning is not None and pruning.m else None
     if dynamic and chunk and grid.group % chunk:
       raise ValueError(f'a group of {grid.group} inputs is no whole number of groups of {chunk}')
@@ -175,7 +182,8 @@ class Walk:
     if self.sizes.dynamic:
       groups = inputs // self.sizes.segment
       rows = self.sizes.padded // self.sizes.segment
-      fresh = lambda a: None if a is None else jnp.zeros((rows, a.shape[1]), a.dtype)
+      # One, because e8m0 has no zero.
+      fresh = lambda a: None if a is None else jnp.ones((rows, a.shape[1]), a.dtype)
       scales_JO, zeros_JO = fresh(scales_JO), fresh(zeros_JO)
     walk = self._padded()
     start = State(walk.original_IO, walk.original_IO != 0, scales_JO, zeros_JO)
@@ -265,14 +273,9 @@ class Walk:
     if self._n_of_m:
       score_IO = block.score(w_IO, start, size)
       kept_IO = selection.best_of_each(score_IO, kept_IO, self.pruning.n, self.pruning.m)
-    scales_JO, zeros_JO = quantized.fit(
-      jnp.where(kept_IO, w_IO, 0),
-      self.grid.format,
-      group_size=-1,
-      symmetric=self.grid.symmetric,
-      clip=self.grid.clip,
-      dtype=within.scales_JO.dtype,
-    )
+    grid, dtype = self.grid, within.scales_JO.dtype
+    one_JgO = jnp.where(kept_IO, w_IO, 0)[None]
+    scales_JO, zeros_JO = formats.fit(one_JgO, grid.format, grid.symmetric, grid.clip, dtype)
     row = (block.start + start) // size
     within = within._replace(scales_JO=_write(within.scales_JO, scales_JO, row))
     if zeros_JO is not None:

@@ -38,7 +38,7 @@ def test_smoke(script, tmp_path, capsys):
   ],
 )
 def test_bad_input_is_refused(script, tmp_path, monkeypatch, arguments, message):
-  monkeypatch.setattr(script.module.loop, 'fit', None)
+  monkeypatch.setattr(script.module.training.loop, 'fit', None)
   with pytest.raises(ValueError, match=message):
     script('--smoke', f'--out={tmp_path / "out"}', *arguments)
   assert not (tmp_path / 'out').exists()
@@ -49,7 +49,7 @@ def test_an_output_that_holds_something_else_is_refused_before_training(
 ):
   (tmp_path / 'model').mkdir()
   (tmp_path / 'model' / 'thesis.tex').write_text('mine')
-  monkeypatch.setattr(script.module.loop, 'fit', None)
+  monkeypatch.setattr(script.module.training.loop, 'fit', None)
   with pytest.raises(ValueError, match='holds something else'):
     script('--smoke', f'--out={tmp_path}')
 
@@ -58,6 +58,6 @@ def test_held_out_text_shorter_than_a_window_is_refused_before_training(
   script, tmp_path, monkeypatch
 ):
   (tmp_path / 'text.txt').write_text(''.join(f'Line {i} of a few words.\n' for i in range(30)))
-  monkeypatch.setattr(script.module.loop, 'fit', None)
+  monkeypatch.setattr(script.module.training.loop, 'fit', None)
   with pytest.raises(ValueError, match='fewer than one window'):
     script('--smoke', f'--out={tmp_path / "out"}', f'--text={tmp_path / "text.txt"}')

@@ -68,6 +68,14 @@ def test_the_table_of_the_real_model_has_two_texts(write):
   assert 'A CPU, 2 cores' in lines[-1] and '[`e.jsonl`](e.jsonl)' in lines[-1]
 
 
+def test_the_table_of_one_text_has_quality_and_size(write):
+  lines = update_readme.quality(write('e.jsonl', ENGLISH)).splitlines()
+  assert {line.count('|') for line in lines[:4]} == {6}
+  assert lines[2] == '| `base` | 20.000 |  |  | 2.000 |'
+  assert lines[3] == '| `int4` | 21.000 | +5.00% | 0.0210 | 0.500 |'
+  assert lines[-1] == '`python -m experiments.compress`; records: [`e.jsonl`](../e.jsonl).'
+
+
 def test_rows_of_several_commands_name_them_all(write):
   other = dataclasses.replace(BOTH[1], recipe='more', command='python -m experiments.compress --x')
   last = update_readme.real(write('e.jsonl', [*BOTH, other])).splitlines()[-1]

@@ -9,7 +9,7 @@ from flax import nnx
 from model import checkpoint, native, sharding, transformer
 from model.config import LayerConfig, ModelConfig
 from model.transformer import Transformer
-from ops import lora, quantized, sparse
+from ops import adapter_starts, quantized, sparse
 from ops.linear import map_values
 
 LAYER = LayerConfig(query_heads=2, kv_heads=2, head_width=16, ffn_width=64, qkv_bias=True)
@@ -28,13 +28,13 @@ def _quantized(name, **options):
 
 KINDS = {
   'attention.query': _quantized('int4', group_size=16, symmetric=False),
-  'attention.key': _quantized('fp8_e4m3'),
-  'attention.value': _quantized('int8', group_size=8),
+  'attention.key': _quantized('nvfp4'),
+  'attention.value': _quantized('mxfp8'),
   'attention.output': _quantized('nf4', group_size=16, double=True),
   'ffn.gate': _pruned,
   'ffn.up': lambda w: map_values(_quantized('int8'), _pruned(w)),
-  'ffn.down': lambda w: lora.attach(
-    quantized.quantize(w, 'nf4', double=True), 4, alpha=8.0, key=jax.random.key(1)
+  'ffn.down': lambda w: adapter_starts.zero(
+    quantized.quantize(w, 'nf4', double=True), 4, scale=2.0, key=jax.random.key(1)
   ),
 }
 

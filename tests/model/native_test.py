@@ -14,7 +14,7 @@ from model import hf, native, safetensors_io, transformer
 from model.config import LayerConfig, ModelConfig
 from model.infer.generate import generate
 from model.transformer import Transformer, parameters
-from ops import lora, quantized, sparse
+from ops import adapter_starts, quantized, sparse
 from ops.linear import map_values
 from ops.rope import RopeConfig
 
@@ -45,14 +45,17 @@ def _pruned(w):
 def compressed(dtype=jnp.float32) -> Transformer:
   """One layer of each kind of weight, nested ones too; the others stay plain arrays."""
   model = Transformer(CONFIG, rngs=nnx.Rngs(0), dtype=dtype)
-  adapted = lambda w: lora.attach(_nf4(w), 4, alpha=8.0, key=jax.random.key(0))
+  adapted = lambda w: adapter_starts.zero(_nf4(w), 4, scale=2.0, key=jax.random.key(0))
   kinds = {
     'layers.0.attention.query': _int4,
     'layers.0.attention.output': lambda w: quantized.quantize(w, 'fp8_e4m3'),
     'layers.0.ffn.gate': adapted,
     'layers.0.ffn.up': _int8,
     'layers.0.ffn.down': _pruned,
+    'layers.1.attention.query': lambda w: quantized.quantize(w, 'mxfp4'),
+    'layers.1.attention.output': lambda w: quantized.quantize(w, 'mxfp8'),
     'layers.1.ffn.up': lambda w: map_values(_int8, _pruned(w)),
+    'layers.1.ffn.gate': lambda w: quantized.quantize(w, 'nvfp4'),
     'head': _nf4,
   }
   for path, kind in kinds.items():

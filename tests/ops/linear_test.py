@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import linear, lora, quantized
+from ops import adapter_starts, linear, quantized
 
 # Sums of 16 terms of order 1.
 FLOAT32 = 1e-5
@@ -104,7 +104,7 @@ def test_products_of_one_input_are_those_of_each(rng):
   x, shapes = jnp.asarray(rng.normal(size=(2, 16)), jnp.float32), [(16, 6), (16, 4)]
   arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
   codes = [quantized.quantize(w_IO, 'int8') for w_IO in arrays]
-  adapted = [lora.attach(w, 2, alpha=2.0, key=jax.random.key(0)) for w in codes]
+  adapted = [adapter_starts.zero(w, 2, scale=1.0, key=jax.random.key(0)) for w in codes]
   adapted = [dataclasses.replace(w, b_RO=w.b_RO + 1) for w in adapted]
   for weights in (arrays, codes, adapted, [arrays[0], codes[1]], [adapted[0], arrays[1]]):
     for w, y in zip(weights, linear.matmuls(x, weights), strict=True):

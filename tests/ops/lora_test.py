@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import linear, lora, quantized, sparse
+from ops import adapter_starts, linear, lora, masked, quantized, sparse
 from ops.lora import LoraTensor
 
 FLOAT32 = 1e-5  # sums of 16 terms of order 1
@@ -59,7 +59,7 @@ def test_bfloat16_bases_merge_in_float32(rng):
 @pytest.mark.parametrize('base', BASES)
 def test_an_adapter_starts_as_the_function_of_its_base(rng, base):
   base = BASES[base](jnp.asarray(rng.normal(size=(16, 6)), jnp.float32))
-  w = lora.attach(base, 4, alpha=8.0, key=jax.random.key(1))
+  w = adapter_starts.zero(base, 4, scale=2.0, key=jax.random.key(1))
   x = jnp.asarray(rng.normal(size=(5, 16)), jnp.float32)
   np.testing.assert_array_equal(matmul(x, w), matmul(x, base))
   # A sum with zeros, but a compiler may fuse it with the product of code and scale, and the scale's
@@ -71,7 +71,9 @@ def test_an_adapter_starts_as_the_function_of_its_base(rng, base):
 
 
 def test_the_key_decides_the_draw():
-  attach = lambda seed: lora.attach(jnp.ones((8, 8)), 2, alpha=1.0, key=jax.random.key(seed)).a_IR
+  attach = lambda seed: (
+    adapter_starts.zero(jnp.ones((8, 8)), 2, scale=0.5, key=jax.random.key(seed)).a_IR
+  )
   np.testing.assert_array_equal(attach(1), attach(1))
   assert np.any(attach(1) != attach(2))
 
@@ -115,4 +117,85 @@ def test_map_values_changes_the_base_alone(rng):
 def test_bad_ranks_are_named():
   for rank in (0, 7, -1):
     with pytest.raises(ValueError, match=f'between 1 and 6, not {rank}'):
-      lora.attach(jnp.ones((16, 6)), rank, alpha=1.0, key=jax.random.key(0))
+      adapter_starts.zero(jnp.ones((16, 6)), rank, scale=1.0, key=jax.random.key(0))
+
+
+def test_dora_scales_columns_to_their_lengths(rng):
+  adapter = _adapter(rng)
+  lengths = rng.uniform(0.5, 2, 6)
+  w = lora.DoraTensor(adapter, jnp.asarray(lengths, jnp.float32))
+  directions = _exact(adapter) / np.linalg.norm(_exact(adapter), axis=0)
+  np.testing.assert_allclose(dense(w), directions * lengths, atol=FLOAT32)
+  x = rng.normal(size=(5, 16)).astype(np.float32)
+  np.testing.assert_allclose(matmul(jnp.asarray(x), w), x @ (directions * lengths), atol=1e-4)
+  fresh = lora.DoraTensor(adapter, lora.column_lengths(adapter))
+  np.testing.assert_allclose(dense(fresh), _exact(adapter), atol=FLOAT32)
+
+
+@pytest.mark.parametrize('base', BASES)
+@pytest.mark.parametrize('kind', ['lora', 'dora'])
+def test_merged_it_multiplies_as_before(rng, base, kind):
+  w = _adapter(rng, BASES[base](jnp.asarray(rng.normal(size=(16, 6)), jnp.float32)))
+  w = w if kind == 'lora' else lora.DoraTensor(w, 2 * lora.column_lengths(w))
+  x = jnp.asarray(rng.normal(size=(5, 16)), jnp.float32)
+  merged = lora.merge(w)
+  assert isinstance(merged, jax.Array)
+  np.testing.assert_allclose(matmul(x, merged), matmul(x, w), atol=1e-4)
+  again = lora.merge(w, 'base')
+  inner = w.base if kind == 'lora' else w.values.base
+  assert jax.tree.structure(again) == jax.tree.structure(inner)
+
+
+def _two_of_four(w):
+  return sparse.compress(w, sparse.n_of_m_mask(jnp.abs(w), 2, 4), 2, 4)
+
+
+PRUNED = {
+  '2:4': _two_of_four,
+  '2:4 of int8': lambda w: _two_of_four(w).map_values(lambda v: quantized.quantize(v, 'int8')),
+  'mask': lambda w: masked.masked(w, jnp.abs(w) > 0.5),
+}
+
+
+@pytest.mark.parametrize('base', PRUNED)
+def test_adapters_over_pruned_weights_keep_the_zeros(rng, base):
+  base = PRUNED[base](jnp.asarray(rng.normal(size=(16, 6)), jnp.float32))
+  adapter = _adapter(rng, base)
+  w = lora.keep_zeros(adapter)
+  zeros = ~np.asarray(base.kept())
+  exact = np.where(zeros, 0, _exact(adapter))
+  np.testing.assert_allclose(dense(w), exact, atol=FLOAT32)
+  merged = lora.merge(w)
+  np.testing.assert_allclose(merged, exact, atol=FLOAT32)
+  assert (np.asarray(merged)[zeros] == 0).all() and zeros.mean() > 0.3
+  again = lora.merge(w, 'base')
+  assert jax.tree.structure(again) == jax.tree.structure(base)
+  np.testing.assert_array_equal(np.asarray(dense(again))[zeros], 0)
+  # Fewer weights are stored than the mask has bits, so that only int8 rounds.
+  np.testing.assert_allclose(dense(again), exact, atol=FLOAT32 if base.nbytes > 300 else 0.05)
+
+
+def test_pissa_starts_as_the_base_with_the_largest_singular_values(rng):
+  w_IO = jnp.asarray(rng.normal(size=(16, 6)), jnp.float32)
+  w = adapter_starts.pissa(w_IO, 2, scale=0.5)
+  np.testing.assert_allclose(dense(w), w_IO, atol=FLOAT32)
+  u, s, v = np.linalg.svd(np.asarray(w_IO, np.float64), full_matrices=False)
+  np.testing.assert_allclose(w.delta(), (u[:, :2] * s[:2]) @ v[:2], atol=1e-4)
+  over_codes = adapter_starts.pissa(quantized.quantize(w_IO, 'int8'), 2, scale=0.5)
+  assert isinstance(over_codes.base, quantized.QuantizedTensor)
+  np.testing.assert_allclose(dense(over_codes), w_IO, atol=0.05)
+
+
+def test_loftq_is_nearer_to_the_original_than_the_codes_alone(rng):
+  w_IO = jnp.asarray(rng.normal(size=(64, 32)), jnp.float32)
+  base = quantized.quantize(w_IO, 'int2', group_size=16)
+  error = lambda w: float(jnp.linalg.norm(linear.dense(w) - w_IO))
+  once = adapter_starts.loftq(base, w_IO, 8, scale=2.0, iterations=1)
+  often = adapter_starts.loftq(base, w_IO, 8, scale=2.0, iterations=5)
+  assert error(often) <= error(once) < 0.9 * error(base)
+  finer = quantized.quantize(w_IO, 'nf4', group_size=16)
+  turns = [error(adapter_starts.loftq(finer, w_IO, 8, scale=2.0, iterations=n)) for n in (1, 5)]
+  assert turns[1] < turns[0] < 0.9 * error(finer)
+  # One iteration: the best rank-8 correction of what the codes lose (Eckart and Young).
+  s = np.linalg.svd(np.asarray(w_IO - linear.dense(base), np.float64), compute_uv=False)
+  assert error(once) == pytest.approx(np.sqrt((s[8:] ** 2).sum()), rel=1e-4)

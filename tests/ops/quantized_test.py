@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ops import quantized, scales
+from ops import linear, quantized, scales
 from ops.quantized import FORMATS, NF4_CODEBOOK, quantize
 
 # float32 quotients against float64 ones: codes may differ only where both are as good as equal.
@@ -23,7 +23,11 @@ OPTIONS = ('format', 'group_size', 'symmetric', 'double', 'clip')
 jitted = jax.jit(quantize, static_argnames=OPTIONS)
 encode = jax.jit(quantized.encode, static_argnums=3)
 project = jax.jit(quantized.project, static_argnums=3)
-DOUBLES = [(*form, False) for form in FORMS] + [('nf4', True, True), ('int4', False, True)]
+BLOCKS = [('mxfp4', True), ('mxfp8', True), ('nvfp4', True)]  # see microscaling_test.py
+DOUBLES = [(*form, False) for form in FORMS + BLOCKS] + [
+  ('nf4', True, True),
+  ('int4', False, True),
+]
 GROUPS = [-1, 32]
 
 
@@ -38,6 +42,10 @@ def _grid(name, zeros_JO=None):
   if zeros_JO is None:
     return np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=np.float64)
   return np.arange(2**bits, dtype=np.float64)[:, None, None] - zeros_JO[None]
+
+
+def _group(name):
+  return FORMATS[name].block or 32
 
 
 def _dtype(name, groups):
@@ -178,7 +186,8 @@ def test_zero_stays_exactly_zero(rng, name, symmetric, double):
   w_IO[:, 2] = 0  # a whole column
   w_IO[:, 3] = np.abs(w_IO[:, 3])  # one that has one sign
   w_IO[:, 4] = -np.abs(w_IO[:, 4])
-  q = jitted(jnp.asarray(w_IO), name, group_size=32, symmetric=symmetric, double=double)
+  size = _group(name)
+  q = jitted(jnp.asarray(w_IO), name, group_size=size, symmetric=symmetric, double=double)
   assert not np.any(np.asarray(q.dense())[w_IO == 0])
   product = np.asarray(q.matmul(jnp.eye(64)))
   assert not np.any(product[w_IO == 0])
@@ -281,7 +290,7 @@ def test_nothing_becomes_nan(rng, name, symmetric, double, dtype):
   cases = np.stack(list(_edge_cases(rng).values()))
   if dtype == jnp.float16:
     cases = np.clip(cases, -2e4, 2e4)  # it would be infinite before it is quantized
-  for group in (-1, 32):
+  for group in (_group(name),) if FORMATS[name].block else (-1, 32):
     dense, product = _dense_and_product(jnp.asarray(cases, dtype), name, group, symmetric, double)
     assert dense.dtype == dtype
     assert np.isfinite(np.asarray(dense, np.float32)).all()
@@ -289,13 +298,14 @@ def test_nothing_becomes_nan(rng, name, symmetric, double, dtype):
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize(('name', 'symmetric'), FORMS)
+@pytest.mark.parametrize(('name', 'symmetric'), FORMS + BLOCKS)
 def test_half_precision_weights_have_the_codes_of_their_float32_values(rng, name, symmetric, dtype):
   w_IO = jnp.asarray(rng.normal(size=(64, 4)), dtype)
-  half = jitted(w_IO, name, group_size=32, symmetric=symmetric)
-  full = jitted(w_IO.astype(jnp.float32), name, group_size=32, symmetric=symmetric)
+  size = _group(name)
+  half = jitted(w_IO, name, group_size=size, symmetric=symmetric)
+  full = jitted(w_IO.astype(jnp.float32), name, group_size=size, symmetric=symmetric)
   np.testing.assert_array_equal(half.values, full.values)
-  np.testing.assert_array_equal(half.scales, full.scales)
+  np.testing.assert_array_equal(linear.dense(half.scales), linear.dense(full.scales))
   np.testing.assert_array_equal(half.dense(), full.dense().astype(dtype))
 
 
@@ -362,10 +372,10 @@ def test_the_usual_group_or_the_largest_half_of_it_that_divides():
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(('name', 'symmetric'), FORMS)
+@pytest.mark.parametrize(('name', 'symmetric'), FORMS + BLOCKS)
 def test_codes_already_rounded_are_kept(rng, name, symmetric, dtype):
   w_IO = jnp.asarray(rng.normal(size=(64, 24)), dtype)
-  q = jitted(w_IO, name, group_size=32, symmetric=symmetric)
+  q = jitted(w_IO, name, group_size=_group(name), symmetric=symmetric)
   projected = project(w_IO, q.scales, q.zeros, name)
   assert projected.dtype == jnp.float32
   np.testing.assert_array_equal(projected.astype(dtype), q.dense())
@@ -378,7 +388,7 @@ def test_codes_already_rounded_are_kept(rng, name, symmetric, dtype):
 def test_what_is_projected_is_what_is_stored(rng, name, symmetric, double):
   for case, w_IO in _edge_cases(rng).items():
     w_IO = jnp.asarray(w_IO, jnp.float32)
-    q = jitted(w_IO, name, group_size=32, symmetric=symmetric, double=double)
+    q = jitted(w_IO, name, group_size=_group(name), symmetric=symmetric, double=double)
     projected = project(w_IO, q.scales, q.zeros, name)
     again = encode(projected, q.scales, q.zeros, name)
     np.testing.assert_array_equal(again.values, q.values, err_msg=case)
@@ -464,6 +474,7 @@ AFTER = {
   'int4': lambda w: quantized.native(quantize(w, 'int4', group_size=32)),
   'int3 asymmetric': lambda w: quantized.native(quantize(w, 'int3', symmetric=False)),
   'fp8 groups': lambda w: quantize(w, 'fp8_e4m3', group_size=16),
+  'mxfp8': lambda w: quantize(w, 'mxfp8'),
 }
 
 
@@ -486,14 +497,15 @@ def _after(x, w):
   return quantized.scaled_after(x, w)
 
 
-@pytest.mark.parametrize('name', ['int4', 'int3', 'int2', 'nf4'])
+@pytest.mark.parametrize('name', ['int4', 'int3', 'int2', 'nf4', 'mxfp4', 'nvfp4'])
 @pytest.mark.parametrize('symmetric', [True, False])
 def test_native_codes_are_the_packed_ones(name, symmetric, rng):
-  if name == 'nf4' and not symmetric:
+  if not FORMATS[name].integer and not symmetric:
     return
-  w = quantize(jnp.asarray(rng.normal(size=(33, 8)), jnp.float32), name, symmetric=symmetric)
+  rows = 64 if FORMATS[name].block else 33
+  w = quantize(jnp.asarray(rng.normal(size=(rows, 8)), jnp.float32), name, symmetric=symmetric)
   laid_out = quantized.native(w)
-  assert laid_out.values.shape == (33, 8) and laid_out.values.dtype in (jnp.int4, jnp.uint4)
+  assert laid_out.values.shape == (rows, 8) and laid_out.values.dtype in (jnp.int4, jnp.uint4)
   assert laid_out.shape == w.shape and not laid_out.packed
   np.testing.assert_array_equal(laid_out.dense(), w.dense())
   assert quantized.native(laid_out) is laid_out

@@ -75,6 +75,7 @@ void integer(const Weights& w, const Rows& x, Output out, Range rows, Range rang
   static constexpr Tiles int4 = integer_tiles<V, Int4Codes<V>, false>();
   static constexpr Tiles int4_zeros = integer_tiles<V, Int4Codes<V>, true>();
   static constexpr Tiles nf4 = integer_tiles<V, Nf4Codes<V>, false>();
+  static constexpr Tiles e2m1 = integer_tiles<V, E2m1Codes<V>, false>();
   static constexpr Tiles int8_of4 = integer_tiles<V, Int8Of4Codes<V>, false>();
   static constexpr Tiles int4_of4 = integer_tiles<V, Int4Of4Codes<V>, false>();
   const bool zeros = w.zeros != nullptr;
@@ -82,6 +83,7 @@ void integer(const Weights& w, const Rows& x, Output out, Range rows, Range rang
                        : w.format == kInt4    ? (zeros ? int4_zeros : int4)
                        : w.format == kInt8Of4 ? int8_of4
                        : w.format == kInt4Of4 ? int4_of4
+                       : w.format == kE2m1    ? e2m1
                                               : nf4;
   walk(tiles, V::kRows, w, x, out, rows, range);
 }
@@ -94,7 +96,7 @@ void floating(const Weights& w, const Rows& x, Output out, Range rows, Range ran
       floating_tiles<V, F16Values<V>, false>(),  floating_tiles<V, Fp8Values<V>, false>(),
       floating_tiles<V, Of4Values<V, Int8Of4Codes<V>>, false>(),
       floating_tiles<V, Of4Values<V, Int4Of4Codes<V>>, false>(),
-      floating_tiles<V, Bf16Of4Values<V>, false>()};
+      floating_tiles<V, Bf16Of4Values<V>, false>(), floating_tiles<V, E2m1Values<V>, false>()};
   static constexpr Tiles with_zeros[2] = {floating_tiles<V, Int8Values<V>, true>(),
                                           floating_tiles<V, Int4Values<V>, true>()};
   walk(w.zeros ? with_zeros[w.format] : plain[w.format], V::kRows, w, x, out, rows, range);

@@ -38,6 +38,9 @@ constexpr float kNf4Unit = 503.10f;
 constexpr uint8_t kNf4Low[16] = {9, 162, 248, 57, 113, 163, 210, 0,
                                     40, 81, 124, 170, 222, 27, 108, 247};
 constexpr uint8_t kNf4High[16] = {0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 3};
+// The 4-bit floats of mxfp4 and nvfp4 (e2m1) are whole halves: words are 12 + 2 * value, exactly.
+constexpr float kE2m1Values[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, 0, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+constexpr uint8_t kE2m1Words[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 constexpr float kInt4Values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
 // For the eight values that the lower three bits of 2:4 places can have, which tell apart all pairs:
@@ -126,6 +129,24 @@ struct Nf4Codes {
   static inline void settle(typename V::Int*) {}
 };
 
+template <class V>
+struct E2m1Codes {
+  static constexpr bool kSparse = false;
+  static constexpr int kStepBytes = 64;
+  static constexpr int kZero = 12;
+  static constexpr float kUnit = 0.5f;
+  static inline void load(const uint8_t* p, const uint8_t*, int n, typename V::Bytes* even,
+                          typename V::Bytes* odd) {
+    const typename V::Bytes both = V::load(p + n * V::kLanes * 4);
+    const typename V::Bytes codes[2] = {V::low(both), V::high(both)};
+    each<2>([&](int v) LISSOM_INLINE {
+      const typename V::Bytes words = V::lookup(kE2m1Words, codes[v]);
+      even[v] = V::even_words(words), odd[v] = V::odd_words(words);
+    });
+  }
+  static inline void settle(typename V::Int*) {}
+};
+
 // The kept two of four are signed; dropped ones become the code of zero as the others do.
 template <class V>
 struct Int8Of4Codes : Int8Codes<V> {
@@ -202,6 +223,13 @@ template <class V>
 struct Nf4Values : NibbleValues<V> {
   static inline typename V::Float get(const uint8_t* p, const uint8_t*, int i, int n, bool) {
     return NibbleValues<V>::look_up(p, i, n, kNf4Values);
+  }
+};
+
+template <class V>
+struct E2m1Values : NibbleValues<V> {
+  static inline typename V::Float get(const uint8_t* p, const uint8_t*, int i, int n, bool) {
+    return NibbleValues<V>::look_up(p, i, n, kE2m1Values);
   }
 };
 

@@ -20,20 +20,21 @@ from ops.kernels.cpu.packed import (
   PackedTensor,
 )
 from ops.linear import Matrix, Weight, dense, map_inner
-from ops.quantized import FORMATS, QuantizedTensor
+from ops.quantized import FORMATS, QuantizedTensor, wide_scales
 from ops.sparse import SparseTensor
 
 # Codes of 2 and 3 bits take 4 in memory, as they would have to be taken apart in every product.
-LAYOUTS = {'int2': 'int4', 'int3': 'int4'}
+LAYOUTS = {'int2': 'int4', 'int3': 'int4', 'mxfp4': 'e2m1', 'nvfp4': 'e2m1', 'mxfp8': 'fp8_e4m3'}
 
 
 def pack(w: Matrix, activations: Activations = 'int16') -> Matrix:
   """Lays out a weight for the native products, or returns it as it is where there is none for it.
 
-  There are products for half-precision arrays, for int8, int4, int3, int2, NF4 and fp8 (groups of a
-  multiple of 16 inputs, or whole columns; integer zero points), for 2:4 matrices of bf16 and of
-  symmetric integers, and for these inside weights that rotate or round their inputs or add a
-  low-rank correction. 2 and 3 bits become 4 in memory.
+  There are products for half-precision arrays, for int8, int4, int3, int2, NF4, fp8, mxfp4, mxfp8
+  and nvfp4 (groups of a multiple of 16 inputs, or whole columns; integer zero points), for 2:4
+  matrices of bf16 and of symmetric integers, and for these inside weights that rotate or round
+  their inputs or add a low-rank correction. 2 and 3 bits become 4 in memory, scales of 8 bits 16
+  (mxfp4, mxfp8) or 32 (nvfp4, double quantization).
   """
   if not cpu.available():
     return w
@@ -96,14 +97,15 @@ def encode(w: Matrix, activations: Activations = 'int16') -> PackedTensor:
   codes_IO, zeros = w.values, w.zeros
   if layout == 'int8':
     codes_IO = _offset(codes_IO) if signed else codes_IO.astype(jnp.uint8)
-  if FORMATS[layout].bits == 4:
+  four_bits = FORMATS[w.format].bits <= 4
+  if four_bits:
     codes_IO = _nibbles(w)
   values = _to_tiles(codes_IO, STEPS[layout])
-  if FORMATS[layout].bits == 4:
+  if four_bits:
     values = _join_halves(values)
-  scales = _to_groups(dense(w.scales))
+  scales = _to_groups(wide_scales(w))
   zeros = None if signed else _to_groups(zeros)
-  form = activations if FORMATS[layout].bits == 4 or layout == 'int8' else 'float'
+  form = activations if four_bits or layout == 'int8' else 'float'
   return PackedTensor(values, None, scales, zeros, layout, inputs, outputs, form, w.dtype)
 
 

@@ -31,15 +31,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ops.formats import E2M1_CODEBOOK, NF4_CODEBOOK
 from ops.kernels import cpu
 from ops.linear import Weight, array, is_count, require, weight_type
-from ops.quantized import NF4_CODEBOOK
 
 Activations = Literal['int16', 'float']
 
 TILE = 32  # outputs
-FORMAT_NUMBERS = {'int8': 0, 'int4': 1, 'nf4': 2, 'bfloat16': 3, 'float16': 4, 'fp8_e4m3': 5}
-STEPS = {'int8': 4, 'int4': 4, 'nf4': 4, 'bfloat16': 2, 'float16': 1, 'fp8_e4m3': 1}
+FORMAT_NUMBERS = {
+  'int8': 0,
+  'int4': 1,
+  'nf4': 2,
+  'bfloat16': 3,
+  'float16': 4,
+  'fp8_e4m3': 5,
+  'e2m1': 9,  # after those of 2:4
+}
+STEPS = {'int8': 4, 'int4': 4, 'nf4': 4, 'bfloat16': 2, 'float16': 1, 'fp8_e4m3': 1, 'e2m1': 4}
+CODEBOOKS = {'nf4': NF4_CODEBOOK, 'e2m1': E2M1_CODEBOOK}
 SPARSE_NUMBERS = {'int8': 6, 'int4': 7, 'bfloat16': 8}
 SPARSE_STEP = 4
 GROUP_MULTIPLE = 16  # activations are rounded in blocks of at least this many inputs
@@ -63,10 +72,10 @@ class PackedTensor(Weight):
   zeros: uint8 [tiles, J, 32] for an asymmetric format, whose codes are unsigned already, else None.
   """
 
-  values: jax.Array = array('OI__')
-  places: jax.Array | None = array('OI_', optional=True)
-  scales: jax.Array | None = array('_JO', optional=True)
-  zeros: jax.Array | None = array('_JO', optional=True)
+  values: jax.Array = array('OI__', 'code')
+  places: jax.Array | None = array('OI_', 'mask', optional=True)
+  scales: jax.Array | None = array('_JO', 'scale', optional=True)
+  zeros: jax.Array | None = array('_JO', 'scale', optional=True)
   format: str
   inputs: int
   outputs: int
@@ -163,11 +172,11 @@ class PackedTensor(Weight):
       return jax.lax.bitcast_convert_type(values, jnp.int8)
     if self.format == 'int8':
       return values if self.zeros is not None else values.astype(jnp.int32) - 128
-    if self.format not in ('int4', 'nf4'):
+    if self.format != 'int4' and self.format not in CODEBOOKS:
       return values
     codes = jnp.concatenate([values & 15, values >> 4], axis=-2)
-    if self.format == 'nf4':
-      return jnp.asarray(NF4_CODEBOOK, jnp.float32)[codes]
+    if self.format in CODEBOOKS:
+      return jnp.asarray(CODEBOOKS[self.format], jnp.float32)[codes]
     if self.places is not None:
       codes = codes ^ 8
     return codes if self.zeros is not None else codes.astype(jnp.int32) - 8

@@ -69,6 +69,7 @@ double weight_at(const Weights& w, int64_t i, int64_t o) {
   const uint8_t both = tile[(i / 4 * 16 + lane % 16) * stored + in_step];
   const int code = lane < 16 ? both & 15 : both >> 4;
   if (w.format == kInt4Of4) return scale * (code < 8 ? code : code - 16);
+  if (w.format == kE2m1) return scale * ieee(code, 2, 1);
   return scale * (w.format == kNf4 ? kNf4Exact[code] : code - zero);
 }
 
@@ -222,7 +223,8 @@ bool attends(const Kernels& kernels, AttentionShape s, bool bf16, bool late) {
 
 const char* self_test(const Kernels& kernels, Shape shape) {
   static const char* const names[kFormats] = {
-      "int8", "int4", "nf4", "bf16", "f16", "fp8", "2:4 int8", "2:4 int4", "2:4 bf16"};
+      "int8", "int4", "nf4", "bf16", "f16", "fp8", "2:4 int8", "2:4 int4", "2:4 bf16",
+      "e2m1"};
   for (int format = 0; format < kFormats; ++format) {
     for (const bool zeros : {false, true}) {
       if (zeros && format > kInt4) continue;

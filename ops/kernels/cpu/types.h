@@ -5,7 +5,8 @@
 // hardware's prefetchers see a few long streams. Within a tile inputs come in steps:
 //
 //   int8        4 inputs a step   [32 outputs][4 inputs] bytes
-//   int4, nf4   4 inputs a step   [16 outputs][4 inputs] bytes: output o low, o + 16 high
+//   int4, nf4, e2m1
+//               4 inputs a step   [16 outputs][4 inputs] bytes: output o low, o + 16 high
 //   bf16        2 inputs a step   [32 outputs][2 inputs]: 2 products a lane of vdpbf16ps
 //   f16, fp8    1 input a step    [32 outputs]
 //   2:4         4 inputs a step   int8 [32 outputs][2], int4 [16 outputs][2], bf16 [32 outputs][2]:
@@ -30,7 +31,9 @@ constexpr int kMaxRows = 8;      // rows that any instruction set keeps in regis
 
 enum ScaleType { kBf16Scales, kF16Scales, kF32Scales };
 
-enum Format { kInt8, kInt4, kNf4, kBf16, kF16, kFp8, kInt8Of4, kInt4Of4, kBf16Of4, kFormats };
+enum Format {
+  kInt8, kInt4, kNf4, kBf16, kF16, kFp8, kInt8Of4, kInt4Of4, kBf16Of4, kE2m1, kFormats
+};
 
 struct Weights {
   Format format;
@@ -41,16 +44,18 @@ struct Weights {
   const uint8_t* zeros;  // null for a symmetric format
   int64_t inputs, outputs, groups;
 
-  bool sparse() const { return format >= kInt8Of4; }
+  bool sparse() const { return format >= kInt8Of4 && format <= kBf16Of4; }
   bool scaled() const { return format != kBf16 && format != kF16 && format != kBf16Of4; }
-  bool integer() const { return format <= kNf4 || format == kInt8Of4 || format == kInt4Of4; }
+  bool integer() const {
+    return format <= kNf4 || format == kInt8Of4 || format == kInt4Of4 || format == kE2m1;
+  }
   int64_t step() const { return integer() || sparse() ? 4 : format == kBf16 ? 2 : 1; }
   int64_t padded_inputs() const { return (inputs + step() - 1) / step() * step(); }
   int64_t tiles() const { return (outputs + kTile - 1) / kTile; }
   int64_t group() const { return groups > 1 ? inputs / groups : padded_inputs(); }
 
   int64_t tile_bytes() const {
-    static constexpr int64_t bits[kFormats] = {8, 4, 4, 16, 16, 8, 4, 2, 8};  // an input
+    static constexpr int64_t bits[kFormats] = {8, 4, 4, 16, 16, 8, 4, 2, 8, 4};  // an input
     return padded_inputs() * kTile * bits[format] / 8;
   }
   int64_t places_bytes() const { return sparse() ? padded_inputs() * kTile / 8 : 0; }  // of a tile

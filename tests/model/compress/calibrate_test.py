@@ -52,7 +52,10 @@ def test_statistics_equal_those_of_hooks_in_transformers(tiny, tokens_BT, torch_
     for name, found in measured.items():
       x_TI = inputs[f'layers.{i}.{name}'].astype(np.float64)
       size = np.abs(x_TI)
-      expected = np.sqrt((x_TI**2).sum(0)), x_TI.T @ x_TI / len(x_TI), size.max(0), size.mean(0)
+      squares = np.square(x_TI)
+      moments = np.stack([x_TI.mean(0), squares.mean(0)])
+      covariance = x_TI.T @ x_TI / len(x_TI)
+      expected = np.sqrt(squares.sum(0)), covariance, size.max(0), size.mean(0), moments
       for statistic, value in zip(NAMES, expected, strict=True):
         np.testing.assert_allclose(
           found[statistic], value, TOLERANCE, TOLERANCE, err_msg=f'{i} {name} {statistic}'

@@ -9,7 +9,7 @@ import torch
 import transformers
 from flax import nnx
 
-from model import hf
+from model import hf, presets
 from model.compress import calibrate
 from model.compress.registry import Site
 from model.config import LayerConfig, ModelConfig
@@ -45,6 +45,30 @@ def _tiny(layers=2, seed=0, **changes):
 def tiny():
   """A function that makes a tiny model with random weights."""
   return _tiny
+
+
+@pytest.fixture(scope='session')
+def tiny_of():
+  """A function (family, **changes) -> a tiny model with random norms and biases."""
+  return _tiny_of
+
+
+def _tiny_of(family, **changes):
+  config = presets.preset(f'tiny-{family}').replace(**changes)
+  model, rng = Transformer(config, rngs=nnx.Rngs(0)), np.random.default_rng(0)
+  for param in parameters(model).values():
+    value, noise = param.get_value(), rng.normal(size=param.get_value().shape)
+    param.set_value((value + (0.3 if value.ndim == 1 else 0.08) * noise).astype(value.dtype))
+  return model
+
+
+@pytest.fixture(scope='session')
+def logits_of():
+  """A function (model, tokens_BT) -> logits."""
+  return lambda model, tokens_BT: np.asarray(_run(*nnx.split(model), tokens_BT))
+
+
+_run = jax.jit(lambda graphdef, state, tokens: nnx.merge(graphdef, state)(tokens), static_argnums=0)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from model.compress import contracts, registry, statistics, techniques
 from model.compress.registry import Outcome, PruneSpec, technique
-from ops import lora, quantized, sparse
+from ops import adapter_starts, quantized, sparse
 from ops.linear import Weight, array
 
 SPECS = {
@@ -20,6 +20,9 @@ SPECS = {
     techniques.QuantizeSpec(format='int4', double=True),
     techniques.QuantizeSpec(format='nf4', double=True),
     techniques.QuantizeSpec(format='fp8_e4m3', group_size=-1),
+    techniques.QuantizeSpec(format='mxfp4'),
+    techniques.QuantizeSpec(format='mxfp8', group_size=32),
+    techniques.QuantizeSpec(format='nvfp4'),
   ],
   'magnitude': [PruneSpec(n=2, m=4), PruneSpec(sparsity=0.0), PruneSpec(sparsity=0.9)],
   'wanda': [PruneSpec(n=4, m=8), PruneSpec(sparsity=0.3, per_output=False)],
@@ -61,7 +64,7 @@ def test_nested_weights_keep_the_contract(broken):
     """Nests int4 codes with quantized scales in N:M sparsity, with an adapter on top."""
     pruned = sparse.compress(w, sparse.n_of_m_mask(sparse.magnitude_score(w), 2, 4), 2, 4)
     base = pruned.map_values(lambda v: quantized.quantize(v, 'int4', double=True))
-    return lora.attach(base, 3, alpha=6.0, key=jax.random.key(0))
+    return adapter_starts.zero(base, 3, scale=2.0, key=jax.random.key(0))
 
   contracts.check('broken')
 
@@ -151,4 +154,5 @@ def test_the_example_has_all_statistics(broken):
     'input_covariance': (contracts.INPUTS, contracts.INPUTS),
     'input_absmax': (contracts.INPUTS,),
     'input_absmean': (contracts.INPUTS,),
+    'input_moments': (2, contracts.INPUTS),
   }

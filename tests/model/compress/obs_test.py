@@ -9,9 +9,8 @@ import pytest
 
 from model.compress import contracts, pipeline, recipe, registry
 from model.compress.obs import GptqSpec, SparseGptSpec, gptq, sparsegpt
-from ops import quantized, sparse
+from ops import adapter_starts, quantized, sparse
 from ops.linear import dense
-from ops.lora import attach
 from ops.quantized import QuantizedTensor
 from ops.solvers import obs
 from ops.sparse import SparseTensor
@@ -31,12 +30,17 @@ SPECS = {
     GptqSpec(format='int8', double=True, group_size=16),
     GptqSpec(format='nf4', double=True),
     GptqSpec(format='fp8_e4m3', act_order=False),
+    GptqSpec(format='mxfp4', act_order=False),
+    GptqSpec(format='mxfp8'),
+    GptqSpec(format='nvfp4'),
   ],
   'sparsegpt': [
     SparseGptSpec(n=2, m=4),
     SparseGptSpec(n=4, m=8, format='int3', group_size=16, clip='mse'),
     SparseGptSpec(n=2, m=4, format='int4', symmetric=False),
     SparseGptSpec(sparsity=0.7, format='nf4', group_size=16),
+    SparseGptSpec(n=2, m=4, format='mxfp4'),
+    SparseGptSpec(sparsity=0.5, format='nvfp4'),
     SparseGptSpec(sparsity=0.0, per_output=True),
   ],
 }
@@ -148,7 +152,12 @@ def test_another_group_than_the_usual_is_an_event():
   'message, function, w, spec',
   [
     ('not a QuantizedTensor', gptq, quantized.quantize(W_IO, 'int8'), GptqSpec()),
-    ('not a LoraTensor', gptq, attach(W_IO, 2, alpha=1.0, key=jax.random.key(0)), GptqSpec()),
+    (
+      'not a LoraTensor',
+      gptq,
+      adapter_starts.zero(W_IO, 2, scale=1.0, key=jax.random.key(0)),
+      GptqSpec(),
+    ),
     (
       'not a SparseTensor of QuantizedTensor',
       gptq,
@@ -188,6 +197,9 @@ def test_what_does_not_fit_is_refused(message, function, w, spec):
     ('at least 0 and below 1', SparseGptSpec, {'sparsity': 1.0}),
     ('only with a format', SparseGptSpec, {'group_size': 64}),
     ('asymmetric', SparseGptSpec, {'format': 'fp8_e4m3', 'symmetric': False}),
+    ('blocks of 32 inputs, not of 128', GptqSpec, {'format': 'mxfp4', 'group_size': 128}),
+    ('leave double quantization out', GptqSpec, {'format': 'nvfp4', 'double': True}),
+    ("leave the clip 'mse' out", SparseGptSpec, {'format': 'mxfp8', 'clip': 'mse'}),
   ],
 )
 def test_options_that_make_no_sense(message, spec, options):

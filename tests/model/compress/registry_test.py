@@ -73,6 +73,9 @@ def test_prune_spec_refuses_invalid_options(options, message):
   [
     ({'format': 'int5'}, "'int5' is not one of int8, int4, int3, int2, nf4, fp8_e4m3"),
     ({'format': 'nf4', 'symmetric': False}, 'nf4 has no asymmetric form'),
+    ({'format': 'mxfp4', 'group_size': 16}, 'mxfp4 has blocks of 32 inputs, not of 16'),
+    ({'format': 'nvfp4', 'clip': 'mse'}, "leave the clip 'mse' out"),
+    ({'format': 'mxfp8', 'double': True}, 'leave double quantization out'),
     ({'clip': 'max'}, "clip 'max' is not one of none, mse"),
     ({'group_size': 0}, 'a group size is positive, or -1'),
     ({'group_size': -2}, 'a group size is positive, or -1'),

@@ -21,6 +21,7 @@ def _expected(x_TI):
     'input_covariance': x_TI.T @ x_TI / len(x_TI),
     'input_absmax': np.abs(x_TI).max(0),
     'input_absmean': np.abs(x_TI).mean(0),
+    'input_moments': np.stack([x_TI.mean(0), np.square(x_TI).mean(0)]),
   }
 
 

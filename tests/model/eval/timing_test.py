@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from model import rounds as rounds_module
 from model.eval import timing
 
 
@@ -30,7 +31,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
   clock = Clock()
-  monkeypatch.setattr(timing, 'time', clock)
+  monkeypatch.setattr(rounds_module, 'time', clock)
   return clock
 
 
@@ -67,7 +68,7 @@ def test_rounds_interleave_after_the_warm_up_and_take_turns(clock):
 
 def test_results_are_waited_for(monkeypatch):
   waited = []
-  monkeypatch.setattr(timing.jax, 'block_until_ready', lambda x: waited.append(x) or x)
+  monkeypatch.setattr(rounds_module.jax, 'block_until_ready', lambda x: waited.append(x) or x)
   timing.time_interleaved({'a': lambda: {'tree': 1}})
   assert waited == [{'tree': 1}] * 8
 

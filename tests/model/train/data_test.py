@@ -1,15 +1,18 @@
 """Tests packing by hand on a few tokens and by brute force on random documents."""
 
 import collections
+import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
 
 from model.tokenizer import Tokenizer
 from model.train import data
-from model.train.data import PackedDataset
+from model.train.data import Document, PackedDataset
 
 EOS = 9
+ARRAYS = ('tokens_BT', 'labels_BT', 'segments_BT', 'positions_BT')
 
 
 def _dataset(documents, **settings):
@@ -82,6 +85,117 @@ def test_from_texts_ends_each_document():
   tokenizer = Tokenizer.train_bpe(['abc abd'], 260)
   dataset = PackedDataset.from_texts(['abc', 'é'], tokenizer, seq_len=4, batch_size=1)
   assert tokenizer.decode(dataset.stream) == 'abc<|endoftext|>é<|endoftext|>'
+
+
+def test_texts_give_the_batches_that_they_always_gave():
+  # A run that was started by an earlier version has to resume with the same batches.
+  random = np.random.default_rng(7)
+  documents = [random.integers(0, 50, int(random.integers(1, 30))) for _ in range(60)]
+  dataset = PackedDataset.from_ids(documents, eos_id=50, seq_len=16, batch_size=4, seed=3)
+  digest = hashlib.sha256()
+  for step in range(20):
+    for name in ARRAYS:
+      digest.update(getattr(dataset.batch(step), name).tobytes())
+  assert digest.hexdigest()[:16] == 'eeadfebc585dd67a'
+  assert dataset.fingerprint[:16] == '2bcf0cd0215784b0'
+
+
+def _document(ids, trained):
+  return Document(np.asarray(ids, np.int32), np.asarray([c == '1' for c in trained]))
+
+
+def test_whole_documents_match_a_packing_by_hand():
+  documents = [
+    _document([1, 2, 3], '011'),
+    _document([4, 5, 6, 7, 8], '01010'),  # loses its last token
+    _document([5], '1'),  # has no label
+    _document([6, 7, 8], '101'),
+    _document([1, 2, 3, 4, 5, 6], '000001'),  # loses its label
+    _document([9, 9], '01'),
+  ]
+  # Rows of four: the second document fills one, and no two of the others fit together.
+  dataset = PackedDataset.from_whole(documents, seq_len=4, batch_size=4)
+  (batch,) = dataset.sequential()
+  want = {
+    'tokens_BT': [[1, 2, 3, 0], [4, 5, 6, 7], [6, 7, 8, 0], [9, 9, 0, 0]],
+    'labels_BT': [[2, 3, -1, -1], [5, -1, 7, -1], [-1, 8, -1, -1], [9, -1, -1, -1]],
+    'segments_BT': [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]],
+    'positions_BT': [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 0, 1]],
+  }
+  for name, rows in want.items():
+    np.testing.assert_array_equal(getattr(batch, name), rows, name)
+    assert getattr(batch, name).dtype == np.int32
+  assert dataclasses.asdict(dataset.counts) == {
+    'documents': 4,
+    'tokens': 12,
+    'labels': 6,
+    'rows': 4,
+    'truncated': 2,
+    'dropped': 2,
+  }
+
+
+def _random_documents(rng, count=40):
+  lengths = rng.integers(1, 30, count)
+  return [_document(rng.integers(0, 9, n), rng.choice(['0', '1'], n)) for n in lengths]
+
+
+def test_whole_documents_keep_their_tokens_and_labels_together(rng):
+  documents = _random_documents(rng)
+  dataset = PackedDataset.from_whole(documents, seq_len=24, batch_size=3)
+  got = collections.Counter()
+  for batch in dataset.sequential():
+    for row in range(3):
+      tokens, labels, segments, positions = (getattr(batch, name)[row] for name in ARRAYS)
+      if not np.any(labels >= 0):
+        continue  # pads the last batch
+      for segment in set(segments) - {0}:
+        inside = segments == segment
+        got[(*tokens[inside], None, *labels[inside])] += 1
+        assert list(positions[inside]) == list(range(inside.sum()))
+  want = collections.Counter()
+  for document in documents:
+    ids, trained = document.ids[:24], document.trained[:24]
+    if trained[1:].any():
+      labels = [*np.where(trained[1:], ids[1:], -1), -1]
+      want[(*ids, None, *labels)] += 1
+  assert got == want
+
+
+@pytest.mark.parametrize('whole', [False, True])
+def test_counts_are_those_of_the_rows(rng, whole):
+  documents = _random_documents(rng)
+  if whole:
+    dataset = PackedDataset.from_whole(documents, seq_len=32, batch_size=1)
+  else:
+    dataset = _dataset([document.ids for document in documents], seq_len=32, batch_size=1)
+  batches = list(dataset.sequential())
+  counts = dataset.counts
+  assert counts.rows == len(batches)
+  assert counts.labels == sum(int(np.sum(b.labels_BT >= 0)) for b in batches)
+  if whole:
+    assert counts.tokens == sum(int(np.sum(b.segments_BT > 0)) for b in batches)
+    assert counts.documents == sum(len(set(b.segments_BT.flat) - {0}) for b in batches)
+
+
+def test_the_fingerprint_covers_what_is_trained():
+  make = lambda marks: PackedDataset.from_whole(
+    [_document([1, 2, 3, 4], marks)], seq_len=4, batch_size=1
+  )
+  assert make('0110').fingerprint == make('0110').fingerprint != make('0111').fingerprint
+  text = PackedDataset(
+    stream=make('0110').stream, starts=make('0110').starts, seq_len=4, batch_size=1
+  )
+  assert text.fingerprint != make('1111').fingerprint
+
+
+def test_bad_documents_are_refused():
+  with pytest.raises(ValueError, match='none of 1 documents has a label in its first 2 tokens'):
+    PackedDataset.from_whole([_document([1, 2, 3], '101')], seq_len=2, batch_size=1)
+  with pytest.raises(ValueError, match='none of 0 documents'):
+    PackedDataset.from_whole([], seq_len=2, batch_size=1)
+  with pytest.raises(ValueError, match=r'\(3,\) tokens have \(2,\) marks'):
+    _document([1, 2, 3], '10')
 
 
 def test_excerpts_take_an_equal_share_of_each_text():

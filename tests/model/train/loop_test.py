@@ -22,8 +22,8 @@ from model.train.data import PackedDataset
 from model.train.loop import FitConfig
 from model.train.optimizer import OptimizerConfig
 from model.train.run_folder import RunFolder
-from model.train.step import StepConfig
-from model.transformer import Transformer
+from model.train.step import StepConfig, Task
+from model.transformer import Transformer, parameters
 
 VOCABULARY = 12
 STEPS, CHECKPOINT_EVERY, KILLED_AT = 8, 3, 5
@@ -136,20 +136,26 @@ def test_resuming_with_weights_alone_is_not_the_same(tmp_path, whole):
   _kill(tmp_path)
   config, dataset = _config(), _dataset()
   optimizer = optimizer_lib.make(config.optimizer)
-  graphdef, fresh = step_lib.init(_model(), optimizer)
-  with RunFolder(tmp_path, loop._identity(_model(), dataset, config)) as run:
+  setup, fresh, frozen = step_lib.init(_model(), optimizer)
+  with RunFolder(tmp_path, loop.identity(_model(), dataset, config, Task())) as run:
     saved, records = run.restore(fresh)
   assert int(saved.step) == len(records) == CHECKPOINT_EVERY
-  step = step_lib.make_step(graphdef, optimizer, saved, config.step)
-  weights_only = dataclasses.replace(fresh, params=jax.tree.map(lambda x: x.copy(), saved.params))
-  assert not _same(_run_on(step, weights_only), _weights(whole))
-  assert _same(_run_on(step, saved), _weights(whole))
+  step = step_lib.make_step(setup, saved)
+  copies = {name: array.copy() for name, array in saved.trained.items()}
+  weights_only = dataclasses.replace(fresh, trained=copies)
+  assert not _same(_run_on(step, weights_only, frozen), _arrays(whole.model))
+  assert _same(_run_on(step, saved, frozen), _arrays(whole.model))
 
 
-def _run_on(step, state):
+def _run_on(step, state, frozen):
   for n in range(CHECKPOINT_EVERY, STEPS):
-    state, _ = step(state, _dataset().batch(n))
-  return [np.asarray(x) for x in jax.tree.leaves(state.params)]
+    state, _ = step(state, frozen, _dataset().batch(n))
+  return [np.asarray(state.trained[name]) for name in sorted(state.trained)]
+
+
+def _arrays(model):
+  found = parameters(model)
+  return [np.asarray(found[path].get_value()) for path in sorted(found)]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, whole):
@@ -197,7 +203,7 @@ def test_another_run_s_folder_is_refused_and_the_difference_named(whole, whole_f
     _fit(whole_folder, model=_model(seed=1))
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop, 'VERSION', loop.VERSION + 1)
-    with pytest.raises(ValueError, match=r'differs in version \(1 there, 2 here\)'):
+    with pytest.raises(ValueError, match=r'differs in version \(2 there, 3 here\)'):
       _fit(whole_folder)
 
 

@@ -32,6 +32,8 @@ FORMATS = {
   'nf4': {'format': 'nf4'},
   'nf4 double': {'format': 'nf4', 'double': True},
   'fp8': {'format': 'fp8_e4m3'},
+  'mxfp4': {'format': 'mxfp4'},
+  'mxfp8': {'format': 'mxfp8'},
 }
 formats = pytest.mark.parametrize('format', FORMATS)
 DEVICES = {'tpu': targets.tpu, 'gpu': targets.gpu}
@@ -63,7 +65,8 @@ def test_no_weight_is_widened(format, platform, rows):
   assert bool(claimed) == ((format, platform) != ('int8 asymmetric', 'gpu'))
   compiled = _compile(platform, w, rows)
   assert bool(claimed) == (buffers.widened(compiled.as_text(), [w]) == [])
-  assert not claimed or compiled.memory_analysis().temp_size_in_bytes <= ALLOWED
+  allowed = ALLOWED * (2 if format == 'mxfp8' else 1)  # it has 32 groups
+  assert not claimed or compiled.memory_analysis().temp_size_in_bytes <= allowed
 
 
 @pytest.mark.parametrize('platform', DEVICES)

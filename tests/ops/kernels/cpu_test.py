@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import linear, lora, quantized, rotated, sparse
+from ops import adapter_starts, linear, quantized, rotated, sparse
 from ops.activations import quantize_activations
 from ops.kernels import cpu
 from ops.kernels.cpu import layout, packed
@@ -59,6 +59,9 @@ FORMATS = {
   'nf4': _quantize('nf4', group_size=64),
   'nf4 double': _quantize('nf4', group_size=64, double=True),
   'fp8': _quantize('fp8_e4m3'),
+  'mxfp4': _quantize('mxfp4'),
+  'mxfp8': _quantize('mxfp8'),
+  'nvfp4': _quantize('nvfp4'),
   'bf16': _cast(jnp.bfloat16),
   'f16': _cast(jnp.float16),
   '2:4 bf16': _two_of_four(_cast(jnp.bfloat16)),
@@ -213,16 +216,18 @@ def test_the_number_of_threads_changes_no_bit(threads, rows):
 
 @native
 @instruction_sets
-@pytest.mark.parametrize('format', ['int8', 'int8 asymmetric', 'int4 g32', 'int4 asymmetric'])
+@pytest.mark.parametrize(
+  'format', ['int8', 'int8 asymmetric', 'int4 g32', 'int4 asymmetric', 'mxfp4', 'nvfp4']
+)
 def test_sums_of_integers_are_exact(format, name):
-  # With scales of 1 all is integers: multiples of 32, so that float32 holds their sums.
+  # With scales of 1 all is integers: multiples of 16, so that float32 holds their sums.
   w = _weight(format)
   ones = jnp.ones(w.scales.shape, jnp.bfloat16)
   w = quantized.QuantizedTensor(w.values, ones, w.zeros, w.format, w.inputs, w.dtype)
   x = 32 * np.random.default_rng(0).integers(-(2**9), 2**9 + 1, (5, w.inputs))
   x[:, ::16] = 2**14
   zeros = 0 if w.zeros is None else np.repeat(np.asarray(w.zeros, int), w.group_size, axis=0)
-  expected = x @ (np.asarray(w.codes(), int) - zeros)
+  expected = x @ (np.asarray(w.codes(), np.float64) - zeros)
   y = packed.product(jnp.asarray(x, jnp.float32), layout.encode(w), instruction_set=name)
   np.testing.assert_array_equal(np.asarray(y, np.int64), expected)
 
@@ -311,7 +316,7 @@ def test_what_is_packed_and_what_stays():
   assert isinstance(layout.pack(_weight('bf16')), packed.PackedTensor)
   plain = jnp.zeros((4, 4))
   assert layout.pack(plain) is plain
-  adapted = lora.attach(w, 2, alpha=2.0, key=jax.random.key(0))
+  adapted = adapter_starts.zero(w, 2, scale=1.0, key=jax.random.key(0))
   assert isinstance(layout.pack(adapted).base, packed.PackedTensor)
   experts = jax.vmap(FORMATS['int8'])(jnp.ones((2, 16, 8)))
   assert layout.pack(experts) is experts
@@ -394,7 +399,7 @@ def test_products_of_one_input_are_those_of_each_alone(name):
 def test_a_widened_weight_multiplies_as_it_is_multiplied_without_the_library(format, dtype):
   w = _weight(format, dtype=dtype)
   wide = layout.pack_widened(w)
-  eight_bits = format in ('fp8', 'int8', 'int8 g32', 'int8 asymmetric')
+  eight_bits = format in ('fp8', 'mxfp8', 'int8', 'int8 g32', 'int8 asymmetric')
   assert (wide is w) == (eight_bits or w.dtype == jnp.float32)
   np.testing.assert_array_equal(linear.dense(wide), linear.dense(w))
   x = _rows(70, dtype=w.dtype)
@@ -452,6 +457,6 @@ def test_weights_that_round_their_inputs_multiply_their_codes_exactly(format, bi
 
 @native
 def test_a_weight_under_a_correction_has_its_kernel():
-  w = lora.attach(_weight('int4 g64'), 2, alpha=2.0, key=jax.random.key(0))
+  w = adapter_starts.zero(_weight('int4 g64'), 2, scale=1.0, key=jax.random.key(0))
   assert linear.kernel(w, 'cpu') is None
   assert linear.kernel(layout.pack(w), 'cpu').startswith('native')

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import activations, linear, lora, quantized, rotated
+from ops import activations, adapter_starts, linear, quantized, rotated
 from ops.kernels import fused
 from ops.kernels.gpu import quantized_matmul as gpu
 from ops.kernels.tpu import quantized_matmul as tpu
@@ -29,6 +29,8 @@ EXAMPLES = {
   'int4 asymmetric': {'format': 'int4', 'group_size': 32, 'symmetric': False},
   'int4 column': {'format': 'int4', 'group_size': -1},
   'int3': {'format': 'int3', 'group_size': 32},
+  'mxfp4': {'format': 'mxfp4'},
+  'nvfp4': {'format': 'nvfp4'},
 }
 QUICK = ('nf4', 'int4 asymmetric')  # interpreting takes seconds; the others are for -m slow
 examples = pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def _check(y, x, w):
 def test_kernels_multiply_like_the_dense_form(platform, name):
   kernel, w = fused.KERNELS[platform], _weight(name)
   if not kernel.takes(w):
-    assert name == 'int3' if platform == 'gpu' else name in ('int4', 'int4 column')
+    assert name in {'gpu': ('int3', 'nvfp4'), 'tpu': ('int4', 'int4 column', 'nvfp4')}[platform]
     return
   x = _rows(3, dtype=jnp.bfloat16 if name == 'nf4' else jnp.float32)
   _check(kernel.product(x, w, interpret=True), x, w)
@@ -122,8 +124,8 @@ def test_which_weights_use_a_kernel_and_which_use_xla():
     for name in EXAMPLES
     if isinstance(_packed(name, platform, **options), quantized.QuantizedTensor)
   }
-  assert left_to_xla('tpu') == {'int4', 'int4 column'}
-  assert left_to_xla('gpu') == {'int3'}
+  assert left_to_xla('tpu') == {'int4', 'int4 column', 'nvfp4'}
+  assert left_to_xla('gpu') == {'int3', 'nvfp4'}
   assert left_to_xla('tpu', one_device=False) == set(EXAMPLES)
   assert _packed('int4', 'tpu').values.dtype == jnp.int4
   assert _packed('int4 asymmetric', 'tpu', one_device=False).values.dtype == jnp.uint4
@@ -137,7 +139,7 @@ def test_which_weights_use_a_kernel_and_which_use_xla():
 
 def test_weights_inside_other_types_are_packed():
   w, key = _weight('nf4'), jax.random.key(0)
-  adapted = fused.pack(lora.attach(w, 2, alpha=2.0, key=key), 'gpu')
+  adapted = fused.pack(adapter_starts.zero(w, 2, scale=1.0, key=key), 'gpu')
   assert isinstance(adapted.base, fused.FusedTensor)
   turned = fused.pack(rotated.RotatedTensor(w, 1), 'gpu')
   assert isinstance(turned.weight, fused.FusedTensor)
@@ -146,7 +148,7 @@ def test_weights_inside_other_types_are_packed():
   np.testing.assert_array_equal(
     linear.matmul(_rows(2), fused.pack(small, 'tpu')), linear.matmul(_rows(2), small)
   )
-  plain = lora.attach(jnp.ones((8, 8)), 2, alpha=2.0, key=key)
+  plain = adapter_starts.zero(jnp.ones((8, 8)), 2, scale=1.0, key=key)
   assert fused.pack(plain, 'tpu') is plain
 
 

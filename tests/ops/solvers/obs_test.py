@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ops import quantized, scales, selection, sparse
+from ops import formats, quantized, scales, selection, sparse
 from ops.solvers import obs, walk
 
 SAME = 1e-5  # float32 and a few hundred steps, against float64
@@ -24,7 +24,9 @@ GPTQ = (
   obs.Grid(format='nf4', group=16),
   obs.Grid(format='nf4', group=24, double=True),
   obs.Grid(format='fp8_e4m3', group=48),
+  obs.Grid(format='nvfp4', group=16),
 )
+MX = (obs.Grid(format='mxfp4', group=32), obs.Grid(format='mxfp8', group=32))  # of 64 inputs
 PRUNINGS = (
   obs.Pruning(sparsity=0.5),
   obs.Pruning(sparsity=0.3, per_output=True),
@@ -59,7 +61,10 @@ def _table(format):
   """All values of a format before scaling and without zero point."""
   if format == 'nf4':
     return np.asarray(quantized.NF4_CODEBOOK)
-  if format == 'fp8_e4m3':
+  if format in ('mxfp4', 'nvfp4'):
+    every = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+    return np.unique(every)
+  if format in ('fp8_e4m3', 'mxfp8'):
     every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
     return np.sort(every[np.isfinite(every)])
   bits = int(format[3:])
@@ -75,12 +80,13 @@ def _nearest(w_O, scale_O, zero_O, format):
 
 def _fit(w_IO, grid, inputs):
   """The grid of some groups of a matrix with so many inputs, in the precision it is stored in."""
-  w_IO = jnp.asarray(w_IO, jnp.float32)
-  options = {'group_size': grid.group, 'symmetric': grid.symmetric, 'clip': grid.clip}
-  options['dtype'] = quantized.scale_dtype(grid.format, 1 if grid.double else inputs // grid.group)
-  scales_JO, zeros_JO = quantized.fit(w_IO, grid.format, **options)
+  w_JgO = jnp.asarray(w_IO, jnp.float32).reshape(-1, grid.group, w_IO.shape[1])
+  dtype = quantized.scale_dtype(grid.format, 1 if grid.double else inputs // grid.group)
+  scales_JO, zeros_JO = formats.fit(w_JgO, grid.format, grid.symmetric, grid.clip, dtype)
   if grid.double:
     scales_JO = scales.quantize_scales(scales_JO).dense()
+  if grid.format == 'nvfp4':
+    scales_JO = scales.e4m3_scales(scales_JO).dense()
   zeros_JO = None if zeros_JO is None else np.asarray(zeros_JO, np.float64)
   return np.asarray(scales_JO, np.float64), zeros_JO
 
@@ -131,7 +137,8 @@ def _exact(w_IO, covariance_II, grid=None, pruning=None, act_order=False, block=
   columns, kept_IO = _inverse_columns(h_II), np.ones(w_IO.shape, bool)
   inverse_I = np.array([column[0] for column in columns])
   score = lambda rows: w_IO[rows] ** 2 / inverse_I[rows, None]
-  static = grid is not None and (act_order or grid.double or grid.group == inputs)
+  together = grid is not None and (grid.double or grid.format == 'nvfp4')
+  static = grid is not None and (act_order or together or grid.group == inputs)
   if static:
     original = w_IO[np.argsort(order)]
     visible = original if pruning is None else original * _masked(score(slice(None)), pruning)
@@ -186,11 +193,11 @@ def _check(w_IO, covariance_II, solver=solve, block=128, **options):
 
 @pytest.mark.parametrize(
   'grid, act_order',
-  [(grid, False) for grid in GPTQ] + [(GPTQ[i], True) for i in (0, 3, 4)],
+  [(grid, False) for grid in GPTQ + MX] + [(GPTQ[i], True) for i in (0, 3, 4, 7)] + [(MX[0], True)],
   ids=str,
 )
 def test_quantization_is_exact_surgery(grid, act_order):
-  w_IO, covariance_II = _example(48, 5)
+  w_IO, covariance_II = _example(64 if grid in MX else 48, 5)
   solution = _check(w_IO, covariance_II, grid=grid, act_order=act_order)
   again = jax.jit(quantized.encode, static_argnums=3)(
     solution.w_IO, solution.scales, solution.zeros_JO, grid.format

@@ -1,0 +1,110 @@
+"""Scores the units of a model: what is lost without them.
+
+  weights      the L2 norm of all weights of the unit (Li et al. 2016,
+               https://arxiv.org/abs/1608.08710)
+  activations  the L2 norm over all tokens of what the unit hands on: the inputs of the down
+               projection, of the output projection, or the outputs of the norms (Muralidharan et
+               al. 2024, Minitron, https://arxiv.org/abs/2407.14679, who take the mean magnitude
+               within a sequence and the L2 norm over sequences)
+  output       how far the outputs of the matrices that read the unit move if it alone is removed:
+               the L2 norm of the change over all tokens, up to a factor that all units share
+  taylor       |d loss / d gate|, the first-order change of the loss (Molchanov et al. 2019,
+               https://arxiv.org/abs/1906.10771); see `gates`
+
+For feed-forward channels and heads, 'output' is the exact error of attention or feed-forward for
+each single removal; norms after them (Gemma 2) are left out. Scores compare units of one layer. Of
+different layers, only those of 'taylor' share a unit of measure.
+"""
+
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from model import units
+from model.compress.measurements import Measurements, stream_norms
+from model.compress.programs import compiled
+from model.transformer import Transformer, linears, parameters
+from model.units import Unit
+from ops import structure
+
+Importance = Literal['weights', 'activations', 'output', 'taylor']
+READERS = {'F': 'F', 'K': 'N'}  # unit -> letter of the inputs that it hands on
+
+
+def score(
+  model: Transformer, measurements: Measurements | None, unit: Unit, importance: Importance
+) -> list[np.ndarray]:
+  """Scores units 'F' or 'K' of each layer, or 'D' of the model (one array): float32 [units] each.
+
+  `measurements` may be None for the importance 'weights'.
+  """
+  if importance == 'weights':
+    found = _weights(model, unit)
+  elif importance == 'taylor':
+    found = measurements.slopes()[unit]
+  elif unit == 'D':
+    found = [_of_stream(model, measurements, importance)]
+  else:
+    found = _of_layers(model, measurements, unit, importance)
+  return [np.asarray(scores) for scores in found]
+
+
+def _weights(model, unit) -> list:
+  params = parameters(model)
+  layers = range(len(model.config.layers)) if unit != 'D' else [None]
+  found = []
+  for l in layers:
+    parts = [
+      structure.energy(params[cut.path].get_value(), cut.axis, cut.run)
+      for cut in units.cuts(model, unit, l)
+    ]
+    found.append(jnp.sqrt(sum(parts)))
+  return found
+
+
+def _of_layers(model, measurements, unit, importance) -> list:
+  letter, found = READERS[unit], []
+  # Heads need the covariance of their inputs; of single channels it is the diagonal.
+  wanted = 'input_covariance' if (unit, importance) == ('K', 'output') else 'input_norm'
+  for block, measured in zip(model.layers, measurements.inputs(letter, (wanted,)), strict=True):
+    run = units.run(block.layer, letter)
+    ((layer, statistics),) = measured.items()
+    found.append(_of_inputs(statistics, linears(block)[layer].weight.get_value(), run, importance))
+  return found
+
+
+def _of_inputs(statistics, w_IO, run, importance):
+  if 'input_covariance' in statistics:
+    error = _removal_error(statistics['input_covariance'], w_IO, run)
+    return jnp.sqrt(jnp.maximum(error, 0))  # rounding may leave it below
+  energy = structure.energy(statistics['input_norm'], 0, run)
+  return jnp.sqrt(energy * structure.energy(w_IO, 0) if importance == 'output' else energy)
+
+
+def _of_stream(model, measurements, importance):
+  """The norms' outputs, all norms together; for 'output' weighed by the matrices that read them."""
+  total = 0
+  for path, statistics in measurements.normed(('input_norm',)).items():
+    energy_D = jnp.square(statistics['input_norm'])
+    if importance == 'output':
+      energy_D = energy_D * sum(structure.energy(w, 0) for w in _readers(model, path))
+    total = total + energy_D
+  return jnp.sqrt(total)
+
+
+def _readers(model, norm: str) -> list:
+  """The matrices [D, O] that read what a norm puts out."""
+  l = units.layer_of(norm)
+  if l is None:
+    return [model.embedding.table.get_value().T if model.head is None else _weight(model.head)]
+  block = model.layers[l]
+  consumers = stream_norms(model, block)[norm.split('.', 2)[2]]
+  return [_weight(linears(block)[layer]) for layer in consumers]
+
+
+def _weight(linear):
+  return linear.weight.get_value()
+
+
+_removal_error = compiled(structure.removal_error, static_argnums=2)

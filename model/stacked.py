@@ -1,0 +1,198 @@
+"""Runs alike blocks of a model in loops over their stacked parameters.
+
+`hidden` computes what `Transformer.hidden` computes without a cache. Blocks are alike if they have
+the same layer config and the same arrays (weight types, shapes, dtypes). Where a block, or a period
+of several different ones (Gemma 2 alternates two), is repeated, the parameters of its repetitions
+are stacked and `jax.lax.scan` runs them with one compiled body. A block that is like no neighbour
+runs by itself. Decoding, which reads each weight once, stays with `Transformer.hidden`.
+
+A model may be stacked once, by `stack`, and trained in that form: then the program is the same for
+30 layers as for 300, the optimizer's part included, and nothing is copied. `hidden` also takes an
+ordinary model and stacks it on the way. That costs a second copy of the parameters and of their
+gradients while the two passes run, and XLA:CPU compiles each layer's slices of them.
+
+An update of SmolLM2-135M (30 layers) with AdamW, 2 x 512 tokens, float32, on XLA:CPU:
+
+                       compiling, CPU seconds   temporary arrays, MB (remat none, block)
+  unrolled                       10                  2721    2532
+  stacked on the way             20                  3905    1444
+  stacked before                  4 (120 layers: 4)  3481    1081
+
+The loop copies each layer's weights before it uses them. An update of 2 x 256 tokens took 4.3 CPU
+seconds with it and 3.8 without, with `remat='block'` or 'none' alike.
+
+Rematerialization trades time for memory (Chen et al., 2016, https://arxiv.org/abs/1604.06174). The
+backward pass computes again what the forward pass did not keep:
+
+  none   keeps all intermediate arrays
+  dots   keeps each block's input and the results of its products with weights, not the attention
+  block  keeps each block's input alone; a third more multiplications
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from model.layers import Block
+from model.transformer import Context, Transformer
+
+Remat = Literal['none', 'block', 'dots']
+REMATS = get_args(Remat)
+
+
+class Stack(nnx.Module):
+  """A period of blocks that is repeated; their arrays have a leading axis of the repetitions."""
+
+  def __init__(self, blocks: Sequence[Block], repeats: int):
+    self.blocks, self.repeats = nnx.List(blocks), repeats
+
+  @classmethod
+  def of(cls, blocks: Sequence[Block], period: int) -> 'Stack':
+    """Stacks the arrays of blocks, of which every `period`-th ones are alike."""
+    return cls([_joined(blocks[i::period]) for i in range(period)], len(blocks) // period)
+
+  def unstacked(self) -> list[Block]:
+    """The blocks one by one, in running order."""
+    return [_taken(block, r) for r in range(self.repeats) for block in self.blocks]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Layers start, ..., start + period * repeats - 1, of which every `period`-th ones are alike."""
+
+  start: int
+  period: int
+  repeats: int
+
+
+def stack(model: Transformer) -> Transformer:
+  """Returns a model whose `layers` are stacks where blocks are alike; the model does not change.
+
+  Its parameters have paths such as 'layers.0.blocks.0.ffn.up.weight', with a leading axis. Of the
+  model's own methods it has `embed` and `logits`; `hidden` below runs its blocks. A model that is
+  stacked already is returned as it is.
+  """
+  if any(isinstance(layer, Stack) for layer in model.layers):
+    return model
+  blocks, parts = list(model.layers), []
+  for run in runs([kind(block) for block in blocks]):
+    own = blocks[run.start : run.start + run.period * run.repeats]
+    parts += own if run.repeats == 1 else [Stack.of(own, run.period)]
+  return _with_layers(model, parts)
+
+
+def unstack(model: Transformer) -> Transformer:
+  """Returns the ordinary model of a stacked one; the reverse of `stack`."""
+  found = []
+  for layer in model.layers:
+    found += layer.unstacked() if isinstance(layer, Stack) else [layer]
+  return _with_layers(model, found)
+
+
+def is_stacked(path: str) -> bool:
+  """Whether the array of this path has a leading axis of repetitions."""
+  return '.blocks.' in path
+
+
+def hidden(
+  model: Transformer, tokens_BT, *, positions_BT=None, segments_BT=None, remat: Remat = 'none'
+) -> jax.Array:
+  """Returns the normalized last hidden states x_BTD, as `Transformer.hidden` without a cache.
+
+  The model may be stacked or not. Values and gradients are equal up to the order of float32 sums.
+  `remat` says what the forward pass keeps for the backward pass. Raises ValueError if it is none of
+  `REMATS`.
+  """
+  if remat not in REMATS:
+    raise ValueError(f'remat {remat!r} is not one of {", ".join(REMATS)}')
+  x_BTD = model.embed(tokens_BT, positions_BT)
+  context = Context.of(model.config, tokens_BT, positions_BT, segments_BT)
+  for layer in stack(model).layers:
+    if isinstance(layer, Stack):
+      x_BTD = _loop(layer, context, x_BTD, remat)
+    else:
+      graphdef, state = nnx.split(layer)
+      x_BTD = _body(graphdef, context, remat, in_loop=False)(state, x_BTD)
+  return model.final_norm(x_BTD)
+
+
+def kind(block: Block) -> Hashable:
+  """What two blocks must have in common to share one compiled body."""
+  graphdef, state = nnx.split(block)
+  leaves, structure = jax.tree.flatten(state)
+  return graphdef, structure, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves)
+
+
+def runs(kinds: Sequence[Hashable]) -> list[Run]:
+  """Divides layers into runs such that the fewest blocks are compiled, and then the fewest runs.
+
+  A run of period p compiles p blocks, whatever the number of its repeats.
+  """
+  numbers = {}
+  ids = [numbers.setdefault(kind, len(numbers)) for kind in kinds]
+  depth = len(ids)
+  best: list[tuple[int, int, Run | None]] = [(0, 0, None)] * (depth + 1)
+  for start in reversed(range(depth)):
+    options = []
+    for period in range(1, depth - start + 1):
+      for repeats in range(1, _repeats(ids, start, period) + 1):
+        blocks, count, _ = best[start + period * repeats]
+        options.append((blocks + period, count + 1, Run(start, period, repeats)))
+    best[start] = min(options, key=lambda option: option[:2])
+  found, at = [], 0
+  while at < depth:
+    run = best[at][2]
+    found.append(run)
+    at += run.period * run.repeats
+  return found
+
+
+def _repeats(ids, start, period):
+  """How often the `period` layers from `start` on come in a row."""
+  first, at = ids[start : start + period], start + period
+  while ids[at : at + period] == first:
+    at += period
+  return (at - start) // period
+
+
+def _loop(layer: Stack, context: Context, x_BTD, remat: Remat):
+  graphdefs, states = zip(*map(nnx.split, layer.blocks))
+  bodies = [_body(graphdef, context, remat, in_loop=True) for graphdef in graphdefs]
+
+  def period(x_BTD, states):
+    for body, state in zip(bodies, states):
+      x_BTD = body(state, x_BTD)
+    return x_BTD, None
+
+  return jax.lax.scan(period, x_BTD, states)[0]
+
+
+def _joined(blocks: Sequence[Block]) -> Block:
+  """One block with the arrays of several alike ones, stacked."""
+  graphdefs, states = zip(*map(nnx.split, blocks))
+  return nnx.merge(graphdefs[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+
+
+def _taken(block: Block, r: int) -> Block:
+  graphdef, state = nnx.split(block)
+  return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[r], state))
+
+
+def _with_layers(model: Transformer, layers: Sequence[nnx.Module]) -> Transformer:
+  model = nnx.merge(*nnx.split(model))
+  model.layers = nnx.List(layers)
+  return model
+
+
+def _body(graphdef: nnx.GraphDef, context: Context, remat: Remat, in_loop: bool) -> Callable:
+  apply = lambda state, x_BTD: context.run(nnx.merge(graphdef, state), x_BTD)[0]
+  if remat == 'none':
+    return apply
+  policies = jax.checkpoint_policies
+  policy = policies.dots_with_no_batch_dims_saveable if remat == 'dots' else None
+  # In a loop, the two passes are two loops, so nothing can be merged back into the forward pass.
+  return jax.checkpoint(apply, policy=policy, prevent_cse=not in_loop)

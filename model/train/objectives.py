@@ -1,0 +1,92 @@
+"""Objectives: what a training run minimizes, as functions of models and a batch.
+
+An objective maps the student, frozen reference models and a batch to sums over the labelled tokens.
+The sum 'loss' is minimized; every sum is reported, divided by the number of labelled tokens of the
+whole batch. Sums, not means, so that the micro-batches of one update count by their tokens.
+
+An objective is a frozen dataclass, so that a run can say in its identity which one it followed.
+Logits are never held for all tokens: `Network.over_tokens` is the one place with chunks.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model import stacked
+from model.config import ModelConfig
+from model.train.data import Batch
+from model.transformer import Transformer
+from ops import losses
+
+Sums = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A model as an objective sees it, with the choices that do not change what it computes."""
+
+  model: Transformer
+  chunk: int  # tokens whose logits are stored at a time
+  remat: stacked.Remat | None  # None: layer after layer, not in a loop
+
+  def hidden(self, batch: Batch) -> jax.Array:
+    """The normalized last hidden states of a batch, [B, T, D]."""
+    places = {'positions_BT': batch.positions_BT, 'segments_BT': batch.segments_BT}
+    if self.remat is None:
+      return self.model.hidden(batch.tokens_BT, **places)[0]
+    return stacked.hidden(self.model, batch.tokens_BT, **places, remat=self.remat)
+
+  def logits(self, x: jax.Array) -> jax.Array:
+    """Maps normalized hidden states [..., D] to float32 logits [..., V]."""
+    return self.model.logits(x)
+
+  def over_tokens(self, fn: Callable[..., Any], *arrays_BT: jax.Array) -> Any:
+    """Applies `fn` to chunks of positions; see `losses.over_tokens`."""
+    return losses.over_tokens(fn, *arrays_BT, chunk=self.chunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+  """What an objective compares.
+
+  own: trained arrays of the objective itself, from `Objective.parameters`.
+  key: a random key of this update.
+  """
+
+  student: Network
+  references: Mapping[str, Network]
+  own: Mapping[str, jax.Array]
+  key: jax.Array
+
+
+class Objective(abc.ABC):
+  """A loss over the labelled tokens of a batch. Subclasses are frozen dataclasses."""
+
+  @abc.abstractmethod
+  def __call__(self, models: Models, batch: Batch) -> Sums:
+    """Returns sums over the labelled tokens, float32 scalars. 'loss' is minimized."""
+
+  def parameters(
+    self, student: ModelConfig, references: Mapping[str, ModelConfig], *, key: jax.Array
+  ) -> dict[str, jax.Array]:
+    """Returns arrays of the objective's own that are trained with the student; usually none."""
+    del student, references, key
+    return {}
+
+  def check(self, student: ModelConfig, references: Mapping[str, ModelConfig]) -> None:
+    """Raises ValueError, before any work, if the models do not suit the objective."""
+    del student, references
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CrossEntropy(Objective):
+  """The negative log likelihood of the labels, in nats."""
+
+  def __call__(self, models, batch):
+    student = models.student
+    nll = lambda x_BTD, labels_BT: losses.label_nll(student.logits(x_BTD), labels_BT)
+    return {'loss': jnp.sum(student.over_tokens(nll, student.hidden(batch), batch.labels_BT))}

@@ -1,0 +1,144 @@
+"""Recipes whose steps train: what they leave, and that a killed one ends with the same bits."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import base as embedded
+from experiments import lessons
+from model import hf, native
+from model.compress import pipeline, recipe
+from model.train.data import PackedDataset
+from model.transformer import matrices
+from ops import quantized
+
+TINY = {'steps': 4, 'batch_size': 2, 'checkpoint_every': 2, 'warmup_steps': 1}
+STEPS = [
+  {'prune_ffn': {'ratio': 0.25, 'importance': 'weights', 'multiple': 8}},
+  {'distill': {**TINY, 'learning_rate': 1e-3}},
+  {'qat': {**TINY, 'format': 'int4', 'group_size': 16, 'teacher': True}},
+  {'cast': {'dtype': 'bfloat16'}},
+]
+
+
+def _recipe(*steps):
+  return recipe.parse({'name': 'x', 'steps': list(steps)})
+
+
+WHOLE = _recipe(*STEPS[:3])
+
+
+@pytest.fixture(scope='module')
+def school(cache):
+  trained = embedded.load_or_train(cache, smoke=True)
+  return lessons.School(
+    original=trained.model,
+    tokenizer=trained.tokenizer,
+    texts=trained.texts.train[:40],
+    seq_len=32,
+  )
+
+
+def _run(school, one, folder=None):
+  rows_BT = np.asarray(school.rows(lessons.LessonSpec()).batch(0).tokens_BT)
+  model, ledger = pipeline.compress(school.original, one, rows_BT, resume=folder, school=school)
+  arrays, layout = native.flatten(model)
+  return model, layout, {name: np.asarray(a).tobytes() for name, a in arrays.items()}, ledger
+
+
+@pytest.fixture(scope='module')
+def whole(school):
+  return _run(school, WHOLE)
+
+
+def test_the_ledger_says_what_training_took(whole):
+  model, _, _, ledger = whole
+  found = {(row.technique, row.event): int(row.detail) for row in ledger.events}
+  for name in ('distill', 'qat'):
+    assert found[name, 'updates'] == 4
+    assert 100 < found[name, 'tokens learned from'] <= 4 * 2 * 32
+  for layer, w in matrices(model).items():
+    if layer.startswith('layers.'):
+      assert isinstance(w, quantized.QuantizedTensor) and w.format == 'int4'
+  assert model.config.layers[0].ffn_width < 384
+
+
+class Killed(Exception):
+  """Stands for a kill."""
+
+
+def _dying(monkeypatch, after):
+  """Has the run die when it asks for a batch for the so-manieth time."""
+  asked, batch = [], PackedDataset.batch
+
+  def dying(self, step):
+    asked.append(step)
+    if len(asked) > after:
+      raise Killed
+    return batch(self, step)
+
+  monkeypatch.setattr(PackedDataset, 'batch', dying)
+
+
+def test_killed_in_both_lessons_it_ends_with_the_same_bits(school, whole, tmp_path):
+  folder = tmp_path / 'progress'
+  for after, left in ((3, 'lesson_1'), (2 + 3, 'lesson_2')):  # two updates are taken over
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+      _dying(patch, after)
+      _run(school, WHOLE, folder)
+    assert (folder / left / 'checkpoints').is_dir()
+  model, layout, arrays, _ = _run(school, WHOLE, folder)
+  assert layout == whole[1] and arrays == whole[2]
+  assert not folder.exists()
+  hf.save_pretrained(model, school.tokenizer, tmp_path / 'model')
+  again, _ = hf.load_pretrained(tmp_path / 'model')
+  tokens = jax.numpy.arange(24).reshape(2, 12)
+  np.testing.assert_array_equal(again(tokens), model(tokens))
+
+
+def test_another_school_does_not_resume(school, tmp_path):
+  folder = tmp_path / 'progress'
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    _dying(patch, 3)
+    _run(school, WHOLE, folder)
+  other = dataclasses.replace(school, texts=school.texts[1:])
+  with pytest.raises(ValueError, match='does not hold the progress of this recipe'):
+    _run(other, WHOLE, folder)
+
+
+def test_learning_brings_a_pruned_model_nearer_to_the_original(school):
+  healing = {'steps': 12, 'batch_size': 4, 'learning_rate': 2e-3, 'warmup_steps': 1}
+  narrow = {'prune_width': {'ratio': 0.5, 'importance': 'weights'}}
+  pruned, *_ = _run(school, _recipe(narrow))
+  healed, *_ = _run(school, _recipe(narrow, {'distill': healing}))
+  tokens = school.rows(lessons.LessonSpec(batch_size=8, steps=2)).batch(1).tokens_BT
+  logits = lambda model: jax.nn.log_softmax(model(tokens))
+  want = logits(school.original)
+  distance = lambda model: float((np.exp(want) * (want - logits(model))).sum(-1).mean())
+  assert distance(healed) < distance(pruned)
+
+
+@pytest.mark.parametrize(
+  'steps, message',
+  [
+    ([{'round_to_nearest': {}}, {'distill': TINY}], 'has to come before round_to_nearest'),
+    ([{'qat': {**TINY, 'group_size': 48}}], 'a group size of 48 does not divide'),
+    ([{'qat': TINY}, {'wanda': {'sparsity': 0.5}}], 'needs calibration text'),
+    ([{'qat': TINY}, {'round_to_nearest': {}}], 'already quantized'),
+    ([{'qat': TINY}, {'distill': TINY}], 'QuantizedTensor'),
+  ],
+)
+def test_what_does_not_fit_is_refused_before_any_work(school, steps, message):
+  with pytest.raises(ValueError, match=message):
+    pipeline.check(school.original, _recipe(*steps), learns=True)
+  with pytest.raises(ValueError, match='trains, and has no text for it'):
+    pipeline.check(school.original, _recipe({'distill': TINY}))
+
+
+def test_settings_are_checked_when_a_recipe_is_read():
+  with pytest.raises(ValueError, match='steps must be at least 1, not 0'):
+    _recipe({'distill': {'steps': 0}})
+  with pytest.raises(ValueError, match="'int5'"):
+    _recipe({'qat': {'format': 'int5'}})
