@@ -6,10 +6,10 @@ r"""Measures the prefill and decode speed of a model in each format, beside the 
   python -m experiments.benchmark_decode --peer='python -m experiments.peers.llama_cpp_speed'
 
 The model is a preset with random weights (`--preset`, `--scale`, `--untie`) or a checkpoint
-(`--model`). Each round times every recipe and then runs every peer in a process of its own, so that
-both sides run under the same load; ratios are medians of the rounds' ratios. A peer is a command
-that prints one JSON line per configuration with the keys peer, weights, prefill_tokens_per_s and
-decode_tokens_per_s. It is timed at batch 1.
+(`--model`, which both peers take, too). Each round times every recipe and then runs every peer in a
+process of its own, so that both sides run under the same load; ratios are medians of the rounds'
+ratios. A peer is a command that prints one JSON line per configuration with the keys peer, weights,
+prefill_tokens_per_s and decode_tokens_per_s. It is timed at batch 1.
 
 `prefill` computes the logits of the last token, as generation needs them; `forward` those of all
 tokens. `decode` runs without interruption; in `stream`, as in `generate`, Python reads the tokens

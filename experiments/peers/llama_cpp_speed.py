@@ -1,11 +1,12 @@
 r"""Measures the prefill and decode speed of llama.cpp.
 
   python -m experiments.peers.llama_cpp_speed --formats=f16,q8_0,q4_0
+  python -m experiments.peers.llama_cpp_speed --model=model.gguf
 
-The model has random weights in the shape of a preset of the Llama family. It is written as a GGUF
-file in float16, quantized by llama.cpp itself, and run on all cores. One JSON line per format has
-the tokens per second of the prefill (median of 3, logits of the last token only) and of decoding at
-batch 1 (median of the steps).
+The model has random weights in the shape of a preset of the Llama family and is written as a GGUF
+file in float16, or it is a GGUF file. It is converted by llama.cpp itself, and run on all cores.
+One JSON line per format has the tokens per second of the prefill (median of 3, logits of the last
+token only) and of decoding at batch 1 (median of the steps).
 
 Device: CPU. Minutes: 1 on two cores. Needs the packages llama-cpp-python and gguf. llama.cpp should
 be compiled for the machine at hand: CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python gguf
@@ -31,24 +32,26 @@ SPECIAL_TOKENS = (b'<unk>', b'<s>', b'</s>')
 FORMATS = flags.DEFINE_list('formats', list(FILE_TYPES), f'Of {", ".join(FILE_TYPES)}.')
 PROMPT = flags.DEFINE_integer('prompt', 512, 'Tokens of the prompt.', lower_bound=1)
 TOKENS = flags.DEFINE_integer('tokens', 64, 'Tokens to decode.', lower_bound=1)
+MODEL = flags.DEFINE_string('model', None, 'A .gguf file, instead of a preset.')
 SHAPE = shapes.define()
 PREFILLS = 3
 
 
 def main() -> None:
-  config = shapes.config(SHAPE)
-  _check(config)
-  with tempfile.TemporaryDirectory() as folder:
-    source = pathlib.Path(folder, 'f16.gguf')
-    _write(config, source)
-    for name in FORMATS.value:
-      print(json.dumps(_time(_quantized(source, name), name, config)), flush=True)
-
-
-def _check(config: ModelConfig) -> None:
   for name in FORMATS.value:
     if name not in FILE_TYPES:
       raise ValueError(f'--formats has {name!r}, which is not one of {", ".join(FILE_TYPES)}')
+  if MODEL.value and not pathlib.Path(MODEL.value).is_file():
+    raise ValueError(f'there is no file {MODEL.value}')
+  with tempfile.TemporaryDirectory() as folder:
+    source = MODEL.value or _write(shapes.config(SHAPE), pathlib.Path(folder, 'source.gguf'))
+    for name in FORMATS.value:
+      path = _converted(source, name, pathlib.Path(folder, f'{name}.gguf'))
+      print(json.dumps(_time(path, name)), flush=True)
+      path.unlink()
+
+
+def _check(config: ModelConfig) -> None:
   if config.family != 'llama' or len(set(config.layers)) != 1:
     raise ValueError(f'--preset {SHAPE["preset"].value!r} is not a plain Llama')
   least = BYTE_TOKENS + len(SPECIAL_TOKENS) + 1
@@ -56,9 +59,10 @@ def _check(config: ModelConfig) -> None:
     raise ValueError(f'the vocabulary needs at least {least} tokens, not {config.vocab_size}')
 
 
-def _write(config: ModelConfig, path: pathlib.Path) -> None:
+def _write(config: ModelConfig, path: pathlib.Path) -> pathlib.Path:
   import gguf  # not a dependency of the rest
 
+  _check(config)
   layer, rng = config.layers[0], np.random.default_rng(0)
   writer = gguf.GGUFWriter(str(path), 'llama')
   writer.add_context_length(PROMPT.value + TOKENS.value)
@@ -80,6 +84,7 @@ def _write(config: ModelConfig, path: pathlib.Path) -> None:
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
   writer.close()
+  return path
 
 
 def _add_tokens(writer, vocab_size: int) -> None:
@@ -117,20 +122,18 @@ def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   return found
 
 
-def _quantized(source: pathlib.Path, name: str) -> pathlib.Path:
+def _converted(source: str | pathlib.Path, name: str, target: pathlib.Path) -> pathlib.Path:
   import llama_cpp  # not a dependency of the rest
 
-  if name == 'f16':
-    return source
-  target = source.with_name(f'{name}.gguf')
   params = llama_cpp.llama_model_quantize_default_params()
   params.ftype, params.nthread = FILE_TYPES[name], os.cpu_count()
-  if llama_cpp.llama_model_quantize(bytes(source), bytes(target), params):
-    raise ValueError(f'llama.cpp could not quantize to {name}')
+  params.allow_requantize = True
+  if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), params):
+    raise ValueError(f'llama.cpp could not convert {source} to {name}')
   return target
 
 
-def _time(path: pathlib.Path, name: str, config: ModelConfig) -> dict:
+def _time(path: pathlib.Path, name: str) -> dict:
   import llama_cpp
 
   threads = os.cpu_count()
@@ -143,7 +146,7 @@ def _time(path: pathlib.Path, name: str, config: ModelConfig) -> dict:
     verbose=False,
   )
   first = BYTE_TOKENS + len(SPECIAL_TOKENS)
-  tokens = np.random.default_rng(0).integers(first, config.vocab_size, PROMPT.value).tolist()
+  tokens = np.random.default_rng(0).integers(first, model.n_vocab(), PROMPT.value).tolist()
   model.eval(tokens)
   prefills = []
   for _ in range(PREFILLS):

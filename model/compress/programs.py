@@ -22,6 +22,7 @@ from ops.linear import Matrix, core, with_core
 
 QUICK = {'xla_cpu_use_fusion_emitters': False}
 QUICKEST = {**QUICK, 'xla_backend_optimization_level': 1}  # where nearly all work is products
+_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 COMPILERS = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), thread_name_prefix='compile')
 
 
@@ -49,19 +50,27 @@ def compiled(function: Callable, quick: dict = QUICK, **settings) -> Callable:
   def ahead(*args):
     key, wanted = _signature(args), program(jax.default_backend())
     if key not in begun:
-      begun[key] = COMPILERS.submit(lambda: wanted.lower(*args).compile() and None)
+      begun[key] = COMPILERS.submit(_compile, wanted, _shapes(args))
 
   run.eval_shape = lambda *args: program(jax.default_backend()).eval_shape(*args)
   run.ahead = ahead
   return run
 
 
+def _compile(program, args: tuple) -> None:
+  program.lower(*args).compile()  # JAX keeps it
+
+
 def _signature(args: tuple):
   """What tells programs of a function apart: the shapes of arrays, and all other arguments."""
-  arrays = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
-  leaves, structure = jax.tree.flatten(args)
-  kinds = [(a.shape, a.dtype) if isinstance(a, arrays) else a for a in leaves]
-  return structure, tuple(kinds)
+  leaves, structure = jax.tree.flatten(_shapes(args))
+  return structure, tuple(leaves)
+
+
+def _shapes(args: tuple):
+  """The arguments with shapes in the place of arrays, which nothing may hold until they compile."""
+  of = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype) if isinstance(a, _ARRAYS) else a
+  return jax.tree.map(of, args)
 
 
 @functools.cache

@@ -102,6 +102,11 @@ def test_transformers_is_timed_on_the_same_shape(make_script, capsys):
   assert line['prefill_tokens_per_s'] > 0 and line['decode_tokens_per_s'] > 0
 
 
+def test_transformers_is_timed_on_a_checkpoint(make_script, base, capsys):
+  make_script('peers.transformers_speed')(f'--model={base}', '--prompt=8', '--tokens=2')
+  assert json.loads(capsys.readouterr().out)['decode_tokens_per_s'] > 0
+
+
 def test_llama_cpp_gets_the_same_shape(make_script):
   peer = make_script('peers.llama_cpp_speed')
   for tied in (True, False):
@@ -114,6 +119,8 @@ def test_llama_cpp_gets_the_same_shape(make_script):
     peer('--preset=tiny-qwen3')
   with pytest.raises(ValueError, match='the vocabulary needs at least 260 tokens, not 256'):
     peer('--preset=tiny-llama')
+  with pytest.raises(ValueError, match=r'there is no file none\.gguf'):
+    peer('--model=none.gguf')
 
 
 def test_llama_cpp_is_timed(make_script, capsys):
