@@ -159,7 +159,7 @@ class Relations(Feature):
     ):
       count = len(config.layers)
       if not -count <= index < count:
-        raise ValueError(f'the {who} has {count} layers, of which {index} is none')
+        raise ValueError(f'the {who} has the layers 0 to {count - 1}, and {index} is none of them')
       layer = config.layers[index]
       for what in ('query_heads', 'kv_heads'):
         width = getattr(layer, what) * layer.head_width

@@ -33,7 +33,7 @@ ALL = Distillation(
 )
 
 
-def _model(seed=0, *, width=16, layers=2, vocab_size=V, kv_heads=1, spread=8.0):
+def _model(seed=0, *, width=16, layers=1, vocab_size=V, kv_heads=1, spread=8.0):
   """A model whose predictions differ from those of another seed, unlike those of fresh ones."""
   layer = LayerConfig(query_heads=2, kv_heads=kv_heads, head_width=8, ffn_width=24)
   config = ModelConfig(
@@ -68,6 +68,12 @@ def _value_and_gradient(student, teacher, objective, batch, config=None):
   return sums, gradient
 
 
+def _sums(student, teacher, objective, batch):
+  setup, state, frozen = _start(student, teacher, objective)
+  sums = lambda trained: setup.sums(trained, frozen, batch, jax.random.key(0))
+  return jax.jit(sums)(state.trained)
+
+
 def _logits(model, batch):
   return model(batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
 
@@ -82,7 +88,7 @@ def _assert_relative(got, want, tolerance):
 @pytest.mark.parametrize('temperature', [1.0, 2.0])
 def test_chunks_give_the_value_and_the_gradient_of_all_logits_at_once(rng, temperature):
   """D8, with the forward KL of Hinton et al. written out."""
-  student, teacher, batch = _model(1), _model(2, layers=1), _batch(rng)
+  student, teacher, batch = _model(1, layers=2), _model(2), _batch(rng)
   graphdef, params = nnx.split(student)
   real_BT = batch.labels_BT >= 0
 
@@ -138,8 +144,7 @@ def test_no_logits_of_all_tokens_are_held_and_memory_falls_with_the_chunk(rng):
   assert sixteenth < whole / 7
 
 
-@pytest.mark.parametrize('kind', ['cosine', 'mse'])
-@pytest.mark.parametrize('width', [16, 8])
+@pytest.mark.parametrize('kind, width', [('cosine', 16), ('mse', 8)])
 def test_hidden_states_match_numpy_and_their_projection_is_trained(rng, kind, width):
   student, teacher, batch = _model(1, width=width), _model(2), _batch(rng)
   objective = Distillation(soft_weight=0.0, features=(Hidden(kind=kind),))
@@ -197,7 +202,11 @@ def _softmax(x):
 
 
 def test_relations_match_loops_between_models_of_other_widths_and_heads(rng):
-  student, teacher, batch = _model(1, width=8), _model(2, kv_heads=2, layers=3), _batch(rng)
+  student, teacher, batch = (
+    _model(1, width=8, layers=2),
+    _model(2, kv_heads=2, layers=3),
+    _batch(rng),
+  )
   objective = Distillation(soft_weight=0.0, features=(Relations(heads=4, teacher_layer=-2),))
   sums, gradient = _value_and_gradient(student, teacher, objective, batch, StepConfig(loss_chunk=8))
   want = _relations_by_loops(student, teacher, batch, 4, (1, 1))
@@ -217,23 +226,20 @@ def test_relations_share_the_forward_pass_of_the_hidden_states(rng):
     sums = lambda trained: setup.sums(trained, frozen, batch, jax.random.key(0))['loss']
     return jax.jit(sums).lower(state.trained).compile().cost_analysis()['flops']
 
-  one = flops(())
-  # The lowest layer adds the relations alone, the highest also the blocks below, were they not one.
+  # The highest layer also needs the blocks below it, which would be half as much again.
   low, high = (flops((Relations(heads=2, student_layer=at, teacher_layer=at),)) for at in (0, 3))
-  assert high - low < 0.1 * one
+  assert high < 1.1 * low
 
 
 def test_a_compressed_teacher_counts_as_its_dense_form(rng):
-  (student, teacher), batch = (_model(seed, layers=1) for seed in (1, 2)), _batch(rng)
-  dense = _model(2, layers=1)
+  (student, teacher), batch = (_model(seed) for seed in (1, 2)), _batch(rng)
+  dense = _model(2)
   for path, linear in linears(teacher).items():
     w = quantized.quantize(linear.weight.get_value(), 'int8')
     linear.weight.set_value(w)
     linears(dense)[path].weight.set_value(w.dense())
-  got, got_gradient = _value_and_gradient(student, teacher, Distillation(), batch)
-  want, want_gradient = _value_and_gradient(student, dense, Distillation(), batch)
+  got, want = (_sums(student, each, ALL, batch) for each in (teacher, dense))
   _assert_relative(got, want, 1e-5)
-  _assert_relative(got_gradient, want_gradient, 1e-4)
 
 
 def _padded(model, tokens):
@@ -253,7 +259,7 @@ def _padded(model, tokens):
 
 def test_padded_vocabularies_count_as_their_real_length(rng):
   student, teacher, batch = _model(1), _model(2), _batch(rng)
-  want, _ = _value_and_gradient(student, teacher, Distillation(), batch)
+  want = _sums(student, teacher, Distillation(), batch)
   objective = Distillation(vocabulary=V)
   got, gradient = _value_and_gradient(_padded(student, 3), _padded(teacher, 9), objective, batch)
   assert float(got['soft']) == pytest.approx(float(want['soft']), rel=VALUE)
@@ -282,7 +288,7 @@ def test_micro_batches_and_eight_devices_give_the_same_in_twenty_updates(rng):
   everywhere = NamedSharding(mesh, PartitionSpec())
 
   def update(config, mesh=None):
-    models = [_model(1, width=8, layers=1), _model(2, layers=1)]
+    models = [_model(1, width=8), _model(2)]
     if mesh is not None:
       models = [nnx.merge(g, jax.device_put(s, everywhere)) for g, s in map(nnx.split, models)]
     setup, state, frozen = _start(*models, ALL, config)
@@ -315,7 +321,7 @@ def _config(**changes):
     (
       Distillation(features=(Relations(heads=2, teacher_layer=2),)),
       _config(),
-      'the teacher has 2 layers, of which 2 is none',
+      'the teacher has the layers 0 to 0, and 2 is none of them',
     ),
     (
       Distillation(features=(Relations(heads=16),)),
