@@ -369,6 +369,7 @@ def test_refitting_its_own_matrix_changes_little_or_the_refusal_says_why(name):
     np.testing.assert_array_equal(np.asarray(to_dense(again))[dense(name) == 0], 0)
 
 
+@pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu'])
 @examples
 def test_a_kernel_has_a_name_or_there_is_none(name, platform):
   found = linear.kernel(weight(name), platform)
