@@ -9,6 +9,7 @@ read-only. There the partial folder lies inside the output, and its entries are 
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -18,7 +19,15 @@ from pathlib import Path
 from model import lock, manifest
 from model.manifest import check_replaceable
 
-__all__ = ['Output', 'atomic_file', 'atomic_folder', 'check_replaceable', 'claim', 'make_folder']
+__all__ = [
+  'Output',
+  'atomic_file',
+  'atomic_folder',
+  'check_replaceable',
+  'claim',
+  'make_folder',
+  'read_json',
+]
 
 ADVICE = 'name another folder'
 PROBE_BYTES = 2**20  # a file system with less room than this counts as full
@@ -216,3 +225,14 @@ def _swap_entries(partial: Path, path: Path, old: Path) -> None:
   for entry in list(partial.iterdir()):
     entry.rename(path / entry.name)
   partial.rmdir()
+
+
+def read_json(path: str | os.PathLike) -> dict:
+  """Reads a file that holds one JSON object. Raises ValueError if it holds anything else."""
+  try:
+    data = json.loads(Path(path).read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ValueError(f'{path} is no JSON: {error}') from None
+  if not isinstance(data, dict):
+    raise ValueError(f'{path} must hold one JSON object, not {type(data).__name__}')
+  return data

@@ -26,7 +26,7 @@ import numpy as np
 
 from model import gguf, hf_names, native, safetensors_io, transformer
 from model.config import ModelConfig
-from model.files import atomic_folder, check_replaceable
+from model.files import atomic_folder, check_replaceable, read_json
 from model.hf_names import Entry, Family
 from model.safetensors_io import Tensor
 from model.tokenizer import Tokenizer
@@ -119,7 +119,7 @@ def load_config(folder: str | Path) -> ModelConfig:
     return native.read_config(folder)
   if not (folder / CONFIG).is_file():
     raise ValueError(f'{folder} has no {CONFIG}, so it is no checkpoint of Hugging Face')
-  hf = _read_json(folder / CONFIG)
+  hf = read_json(folder / CONFIG)
   generation = _read_generation(folder / GENERATION)
   for key, wins in (('eos_token_id', True), ('pad_token_id', hf.get('pad_token_id') is None)):
     if wins and generation.get(key) is not None:
@@ -132,17 +132,7 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 def _read_generation(path):
   """The contents of generation_config.json; nothing where it is absent or empty."""
-  return _read_json(path) if path.is_file() and path.read_bytes().strip() else {}
-
-
-def _read_json(path):
-  try:
-    data = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise ValueError(f'{path} is no JSON: {error}') from None
-  if not isinstance(data, dict):
-    raise ValueError(f'{path} must hold one JSON object, not {type(data).__name__}')
-  return data
+  return read_json(path) if path.is_file() and path.read_bytes().strip() else {}
 
 
 def load_tensors(

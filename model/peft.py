@@ -19,14 +19,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from model import adapters, hf_names, safetensors_io
-from model.files import atomic_folder
+from model.files import atomic_folder, read_json
 from model.hf_names import Entry
 from model.manifest import check_replaceable
 from model.peft_config import PeftConfig, from_json, to_json
@@ -56,7 +55,7 @@ def load(folder: str | Path, model: Transformer) -> tuple[Transformer, PeftConfi
       adapter for another base.
   """
   folder = Path(folder)
-  config, stored = from_json(_read_json(folder / CONFIG)), _read_tensors(folder / TENSORS)
+  config, stored = _read_config(folder / CONFIG), _read_tensors(folder / TENSORS)
   model = nnx.clone(model)
   entries = {entry.theirs.removesuffix('.weight'): entry for entry in _entries(model)}
   problems, used = [], set()
@@ -292,16 +291,10 @@ def _shortest(modules: list[str], model: Transformer) -> list[str]:
   return list(dict.fromkeys(found))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> PeftConfig:
   if not path.is_file():
     raise ValueError(f'{path.parent} has no {path.name}, so it is no adapter of PEFT')
-  try:
-    data = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise ValueError(f'{path} is no JSON: {error}') from None
-  if not isinstance(data, dict):
-    raise ValueError(f'{path} must hold one JSON object, not {type(data).__name__}')
-  return data
+  return from_json(read_json(path))
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
