@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments import training
 from model import fingerprint, learned
 from model.compress.registry import Learned, technique
 from model.learned import QatConfig
@@ -40,8 +41,6 @@ from ops import qat as qat_ops
 from ops.divergences import Divergence
 from ops.formats import FormatName
 from ops.linear import Matrix
-
-CHARACTERS_A_TOKEN = 6  # the mean length of a token is rarely above this
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,7 +62,7 @@ class School:
 
   def rows(self, spec: 'LessonSpec') -> PackedDataset:
     """The rows of one lesson."""
-    needed = spec.steps * spec.batch_size * self.seq_len * CHARACTERS_A_TOKEN
+    needed = spec.steps * spec.batch_size * self.seq_len * training.CHARACTERS_A_TOKEN
     return PackedDataset.from_texts(
       excerpts(self.texts, needed, seed=self.seed),
       self.tokenizer,

@@ -116,8 +116,8 @@ def _measure(shape: str, name: str) -> dict:
     'block_bytes': _bytes(model.layers[0]),
     'hidden_bytes': tokens_BT.size * config.width * 4,
   }
-  held = _resident('VmRSS')
-  pathlib.Path('/proc/self/clear_refs').write_text('5')  # resets the peak
+  pathlib.Path('/proc/self/clear_refs').write_text('5')  # resets the peak to what is held now
+  held = _resident('VmHWM')  # the same counter as below, which only rises from here on
   pipeline.compress(model, recipe, tokens_BT, in_place=True)
   return found | {'extra_bytes': _resident('VmHWM') - held}
 

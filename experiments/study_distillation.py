@@ -31,8 +31,8 @@ output count too, and are not made again:
   D6  reverse KL: lower entropy and KL(student || teacher), higher cross entropy; JSD in between
   D7  writing itself brings a student nearer to the teacher on its own texts
 
-Device: any. Minutes: 40 on two CPU cores with three seeds. Expected: every order in every seed,
-except that the differences between divergences (D6) are small.
+Device: any. Minutes: not measured yet; an hour or so on two CPU cores with three seeds. Expected,
+by the papers: every order in every seed, except that divergences (D6) differ little.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ import numpy as np
 from absl import flags
 
 from experiments import base as embedded
-from experiments import common, student_text
+from experiments import common, student_text, training
 from model import fingerprint
 from model.eval import closeness, perplexity, records
 from model.eval.records import Metric, Record
@@ -65,7 +65,6 @@ from ops.divergences import Divergence
 TEACHER_PLAN = embedded.Plan(layers=4, steps=1200)
 SMOKE_PLAN = dataclasses.replace(embedded.SMOKE, layers=4)
 STUDENT_LAYERS = 2
-CHARACTERS_A_TOKEN = 6  # rarely more
 PROMPT, WRITTEN = 32, 96  # tokens of a text that a student writes
 
 ARMS_FLAG = flags.DEFINE_list('arms', None, 'Arms to train. Default: all.')
@@ -185,7 +184,7 @@ class Study:
     """Rows for exactly one epoch of `steps` updates."""
     tokens = steps * self.plan.batch_size * self.plan.seq_len + 1
     whole = PackedDataset.from_texts(
-      excerpts(self.base.texts.train, CHARACTERS_A_TOKEN * tokens, seed=seed),
+      excerpts(self.base.texts.train, training.CHARACTERS_A_TOKEN * tokens, seed=seed),
       self.base.tokenizer,
       seq_len=self.plan.seq_len,
       batch_size=self.plan.batch_size,

@@ -20,7 +20,7 @@ from ops import axes
 from ops.linear import Matrix, dense, refit
 from ops.lora import LoraTensor
 
-LOFTQ_ITERATIONS = 5  # of the paper's section 4; one or two have most of the gain
+LOFTQ_ITERATIONS = 5  # turns of codes and correction, as in the paper
 
 
 def zero(w: Matrix, rank: int, *, scale: float, key: jax.Array) -> LoraTensor:
