@@ -53,7 +53,7 @@ PEER_KEYS = ('peer', 'weights', 'prefill_tokens_per_s', 'decode_tokens_per_s')
 SHAPE = shapes.define()
 MODEL = flags.DEFINE_string('model', None, 'A folder, hub id or .gguf file, instead of a preset.')
 RECIPES = flags.DEFINE_list(
-  'recipes', ['bf16', 'int8', 'int4'], 'Recipes to time beside float32, on the head too.'
+  'recipes', ['bf16', 'int8', 'int4'], 'Recipes to time beside the base, on the head too.'
 )
 PEERS = flags.DEFINE_multi_string('peer', [], 'A command to time in every round; may be repeated.')
 PROMPT = flags.DEFINE_integer('prompt', 512, 'Tokens of the prompt.', lower_bound=1)
@@ -61,6 +61,9 @@ TOKENS = flags.DEFINE_integer('tokens', 64, 'Tokens to decode per round.', lower
 BATCHES = flags.DEFINE_list('batches', ['1'], 'Batch sizes.')
 KV_CACHE = flags.DEFINE_enum(
   'kv_cache', 'bf16', list(kv_cache.FORMATS), 'The format of the key/value cache.'
+)
+DTYPE = flags.DEFINE_enum(
+  'dtype', 'float32', ['float32', 'bfloat16'], 'Type of the base model and of all activations.'
 )
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Interleaved rounds.', lower_bound=timing.MIN_ROUNDS)
 OUTPUT = flags.DEFINE_string('output', None, 'A .jsonl file to append records to.')
@@ -139,9 +142,9 @@ def _setting() -> Setting:
 
 def _base() -> Transformer:
   if MODEL.value:
-    return hf.load_pretrained(MODEL.value, dtype=jnp.float32)[0]
+    return hf.load_pretrained(MODEL.value, dtype=jnp.dtype(DTYPE.value))[0]
   config = presets.preset('tiny-llama') if SMOKE.value else shapes.config(SHAPE)
-  return Transformer(config, rngs=nnx.Rngs(0))
+  return Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(DTYPE.value))
 
 
 def _models(setting: Setting):
@@ -180,7 +183,8 @@ def _outside_s(config: ModelConfig) -> float:
     dataclasses.replace(layer, query_heads=1, kv_heads=1, head_width=8, ffn_width=8)
     for layer in config.layers
   )
-  twin = Transformer(config.replace(width=8, vocab_size=8, layers=small), rngs=nnx.Rngs(0))
+  shape = config.replace(width=8, vocab_size=8, layers=small)
+  twin = Transformer(shape, rngs=nnx.Rngs(0), dtype=jnp.dtype(DTYPE.value))
   own = bench.prepare(twin, prompt_length=8, steps=64)
   return timing.time_interleaved({'stream': own.stream})['stream'].median_s / own.steps
 
@@ -286,6 +290,7 @@ def _config(setting) -> dict:
     'prompt': setting.prompt,
     'tokens': setting.tokens,
     'kv_cache': KV_CACHE.value,
+    'dtype': DTYPE.value,
   }
 
 
@@ -304,7 +309,7 @@ def _words(record: Record) -> str:
   return '\n  '.join(
     [
       line,
-      f'decode {record.value("decode_speedup"):.2f} x float32, '
+      f'decode {record.value("decode_speedup"):.2f} x {BASE}, '
       f'{record.value("decode_bytes_per_s") / 1e9:.1f} GB/s '
       f'({record.value("decode_of_copy"):.0%} of copy); outside the program at most '
       f'{outside_ms:.2f} ms per token',

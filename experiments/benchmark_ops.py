@@ -4,13 +4,18 @@ r"""Measures how close the products with compressed matrices come to the memory'
   python -m experiments.benchmark_ops --shapes=4096x22016 --rows=1,8,512 --formats=int4_g128,bf16
 
 For each shape, number of rows and format, it times one product through XLA's jnp form and one
-through the native kernel. The rounds are interleaved with the float32 product and with two
-measurements of the memory bandwidth at that moment: `copy` adds 1 to a long array and counts the
-bytes read and written; `read` sums such an array and counts the bytes read. The weight bytes per
-second are reported as fractions of both, each the median over the rounds. A matrix must exceed the
-last-level cache for this to measure memory; the default shape does in every format.
+through the platform's kernel (`native` on a CPU, else `kernel`). The rounds are interleaved with
+the product of the uncompressed matrix and with two measurements of the memory bandwidth at that
+moment: `copy` adds 1 to a long array and counts the bytes read and written; `read` sums such an
+array and counts the bytes read. The weight bytes per second are reported as fractions of both, each
+the median over the rounds. A matrix must exceed the last-level cache for this to measure memory;
+the default shape does in every format on a CPU. A GPU multiplies by such a matrix in the time that
+it takes to start a program: with --copies, a program has as many products, each by a matrix of its
+own, and the time of one is reported.
 
-Device: CPU. Minutes: 3 on two cores, 1 with --noxla. The goal is 80 % of the copy bandwidth for
+  python -m experiments.benchmark_ops --dtype=bfloat16 --copies=16 --formats=int8,int4_g128,nf4
+
+Device: any. Minutes: 3 on two cores, 1 with --noxla. The goal is 80 % of the copy bandwidth for
 matrix-vector products with int8, int4 and bf16 matrices. Found on two AVX-512 cores of a shared
 machine: 57, 59 and 60 %, which is 103, 99 and 105 % of the read bandwidth there; the medians of
 nine more runs are 65, 61 and 67 % of the copy bandwidth. 2:4 matrices take 0.66 (bf16), 0.70 (int8)
@@ -28,7 +33,7 @@ from absl import flags
 from experiments import common
 from model.eval import records, timing
 from ops import linear, quantized, sparse
-from ops.kernels import cpu
+from ops.kernels import cpu, fused
 from ops.kernels.cpu import layout
 
 
@@ -58,6 +63,10 @@ READ_BYTES = 2**28
 SHAPES = flags.DEFINE_list('shapes', ['4096x22016'], 'Matrices as INPUTSxOUTPUTS.')
 ROWS = flags.DEFINE_list('rows', ['1'], 'Numbers of rows that are multiplied by a matrix.')
 NAMES = flags.DEFINE_list('formats', list(FORMATS), f'Of {", ".join(FORMATS)}.')
+DTYPE = flags.DEFINE_enum(
+  'dtype', 'float32', ['float32', 'bfloat16'], 'Type of activations and of the base matrix.'
+)
+COPIES = flags.DEFINE_integer('copies', 1, 'Products in one program.', lower_bound=1)
 XLA = flags.DEFINE_bool('xla', True, "Time XLA's jnp form of each format too; it can be slow.")
 ROUNDS = flags.DEFINE_integer('rounds', 7, 'Interleaved rounds.', lower_bound=timing.MIN_ROUNDS)
 OUTPUT = flags.DEFINE_string('output', None, 'A .jsonl file to append records to.')
@@ -78,7 +87,7 @@ def main() -> None:
   for name in names:
     if name not in FORMATS:
       raise ValueError(f'--formats has {name!r}, which is not one of {", ".join(FORMATS)}')
-  if not cpu.available():
+  if jax.default_backend() == 'cpu' and not cpu.available():
     print(f'no native kernels: {cpu.why_not()}')
   for case in [Case(inputs=256, outputs=512, rows=1)] if SMOKE.value else _cases():
     for record in _measure(case, names):
@@ -106,32 +115,49 @@ def _cases() -> list[Case]:
 
 def _measure(case: Case, names) -> list[records.Record]:
   rng = np.random.default_rng(0)
-  w_IO = jnp.asarray(rng.normal(size=(case.inputs, case.outputs)), jnp.float32)
-  x = jnp.asarray(rng.normal(size=(case.rows, case.inputs)), jnp.float32)
+  matrices = [
+    jnp.asarray(rng.normal(size=(case.inputs, case.outputs)), DTYPE.value)
+    for _ in range(COPIES.value)
+  ]
+  x = jnp.asarray(rng.normal(size=(case.rows, case.inputs)), DTYPE.value)
   long = jnp.ones(2**20 if SMOKE.value else READ_BYTES // 4, jnp.float32)
   copy = timing.Copy(buffer_bytes=long.nbytes if SMOKE.value else None)
+  multiply = lambda weights: functools.partial(_products, x, weights)
   calls = {
-    'float32': functools.partial(_product, x, w_IO),
+    DTYPE.value: multiply(matrices),
     'copy': copy,
     'read': functools.partial(_sum, long),
   }
-  weights, limits = {}, {'copy': copy.nbytes, 'read': long.nbytes}
+  packed, limits = {}, {'copy': copy.nbytes, 'read': long.nbytes}
   for name in names:
-    w = jax.jit(FORMATS[name])(w_IO)
-    if XLA.value:
-      calls[f'{name} xla'] = functools.partial(_product, x, w)
-    fast = layout.pack(w)
-    if fast is not w:
-      calls[f'{name} native'] = functools.partial(_product, x, fast)
-      exact = layout.pack(w, 'float')
-      if fast.activations != 'float':
-        calls[f'{name} native, float activations'] = functools.partial(_product, x, exact)
-    weights[name] = fast
+    weights = [jax.jit(FORMATS[name])(w_IO) for w_IO in matrices]
+    packed[name], forms = _forms(weights)
+    calls |= {f'{name} {form}': multiply(own) for form, own in forms.items()}
   times = timing.time_interleaved(calls, rounds=ROUNDS.value)
-  return [_record(case, name, weights[name], times, limits) for name in names]
+  return [_record(case, name, packed[name], times, limits) for name in names]
 
 
-_product = jax.jit(linear.matmul)
+def _forms(weights: list) -> tuple[linear.Matrix, dict[str, list]]:
+  """The first of the weights as it is packed, and the weights in each form that is timed."""
+  forms = {'xla': weights} if XLA.value else {}
+  platform = jax.default_backend()
+  if platform != 'cpu':
+    fast = [fused.pack(w, platform) for w in weights]
+    return fast[0], forms | ({'kernel': fast} if fast[0] is not weights[0] else {})
+  fast = [layout.pack(w) for w in weights]
+  if fast[0] is not weights[0]:
+    forms['native'] = fast
+    exact = [layout.pack(w, 'float') for w in weights]
+    if exact[0].activations != fast[0].activations:
+      forms['native, float activations'] = exact
+  return fast[0], forms
+
+
+@jax.jit
+def _products(x, weights):
+  return [linear.matmul(x, w) for w in weights]
+
+
 _sum = jax.jit(jnp.sum)
 
 
@@ -140,41 +166,52 @@ def _record(case: Case, name: str, w, times, limits) -> records.Record:
     f'{limit}_bandwidth': times[limit].rate(nbytes, 'byte/s') for limit, nbytes in limits.items()
   }
   metrics['weight_bytes'] = records.Metric(w.nbytes, 'byte')
-  metrics['float32 time'] = timing.summarize(times['float32'].samples_s, 's')
+  each = lambda time: np.divide(time.samples_s, COPIES.value)
+  metrics[f'{DTYPE.value} time'] = timing.summarize(each(times[DTYPE.value]), 's')
   for key, time in times.items():
     format, _, form = key.partition(' ')
     if format != name:
       continue
-    metrics[f'{form} time'] = timing.summarize(time.samples_s, 's')
-    metrics[f'{form} bandwidth'] = time.rate(w.nbytes, 'byte/s')
+    metrics[f'{form} time'] = timing.summarize(each(time), 's')
+    metrics[f'{form} bandwidth'] = time.rate(COPIES.value * w.nbytes, 'byte/s')
     metrics[f'{form} speedup'] = time.speedup
     for limit, nbytes in limits.items():
-      shares = np.divide(times[limit].samples_s, time.samples_s) * w.nbytes / nbytes
+      shares = np.divide(times[limit].samples_s, each(time)) * w.nbytes / nbytes
       metrics[f'{form} of {limit}'] = timing.summarize(shares, '1')
-  kernel = linear.kernel(w, 'cpu')
+  platform = jax.default_backend()
+  kernel = linear.kernel(w, platform)
   return records.Record(
     experiment='benchmark_ops',
     recipe=name,
     command=common.command(),
-    config={**dataclasses.asdict(case), 'format': name, 'activations': 'float32'},
+    config={
+      **dataclasses.asdict(case),
+      'format': name,
+      'activations': DTYPE.value,
+      'copies': COPIES.value,
+    },
     environment=records.environment(),
     seed=0,
     metrics=metrics,
     without_kernel=int(kernel is None),
-    notes=(kernel or f'no kernel: {cpu.why_not() or "this format has none"}',),
+    notes=(kernel or f'no kernel: {_why_not(platform)}',),
   )
+
+
+def _why_not(platform: str) -> str:
+  return (cpu.why_not() if platform == 'cpu' else None) or 'this format has none'
 
 
 def _words(record: records.Record) -> str:
   config, parts = record.config, []
-  for form in ('xla', 'native', 'native, float activations'):
+  for form in ('xla', 'native', 'native, float activations', 'kernel'):
     if f'{form} time' in record.metrics:
       parts.append(
-        f'{form} {record.value(f"{form} time") * 1e3:.2f} ms, '
+        f'{form} {record.value(f"{form} time") * 1e6:,.0f} us, '
         f'{record.value(f"{form} bandwidth") / 1e9:.1f} GB/s '
         f'({record.value(f"{form} of copy"):.0%} of copy, '
         f'{record.value(f"{form} of read"):.0%} of read), '
-        f'{record.value(f"{form} speedup"):.2f} x float32'
+        f'{record.value(f"{form} speedup"):.2f} x {config["activations"]}'
       )
   shape = f'{config["inputs"]}x{config["outputs"]}, {config["rows"]} rows'
   return f'{shape}, {record.recipe}: ' + '; '.join(parts)

@@ -98,7 +98,9 @@ def _compile(model: Transformer, mesh) -> jax.stages.Compiled:
   cache = jax.eval_shape(lambda: kv_cache.init(model.config, batch, CAPACITY.value, model.dtype))
   split = lambda a: targets.placed(a, sharding.sharding(mesh, CACHE_AXES, a.shape))
   program = generate.Program.of(model)
-  return generate.lower_decode(program, tokens_B, tokens_B, jax.tree.map(split, cache)).compile()
+  with targets.lowering(mesh.devices.flat[0]):
+    lowered = generate.lower_decode(program, tokens_B, tokens_B, jax.tree.map(split, cache))
+  return lowered.compile()
 
 
 def _record(name, model, compiled, mesh) -> records.Record:

@@ -31,6 +31,7 @@ from ops.linear import (
   Weight,
   array,
   dense,
+  in_eights,
   map_values,
   matmul,
   refit,
@@ -155,7 +156,7 @@ def _product(x, w):
   codes, scale = w.encode(x)
   values = jax.lax.optimization_barrier(stored(w.values))
   if _per_column(values):
-    on_tpu = functools.partial(quantized.in_eights, _integers)
+    on_tpu = functools.partial(in_eights, _integers)
     y = jax.lax.platform_dependent(codes, values, tpu=on_tpu, default=_integers)
     y = y.astype(jnp.float32)
     column_O = dense(values.scales)[0].astype(jnp.float32)

@@ -35,6 +35,9 @@ def unpack(packed: jax.Array, bits: int, rows: int) -> jax.Array:
   """Unpacks the first `rows` rows of codes: uint8 [rows, O]. Raises ValueError as `pack` does."""
   codes, size = _pattern(bits)
   stored, outputs = packed.shape
+  if size == 1:  # no code crosses a byte, and XLA fuses this into what reads it
+    starts = bits * jnp.arange(codes, dtype=jnp.uint8).reshape(1, codes, 1)
+    return ((packed[:, None] >> starts) & jnp.uint8(2**bits - 1)).reshape(-1, outputs)[:rows]
   parts = jnp.pad(packed, ((0, -stored % size), (0, 0))).reshape(-1, size, outputs)
   unpacked = [
     _union(_shifted(parts[:, k], 8 * k - i * bits) for k in range(size) if _meets(i, bits, k))

@@ -32,7 +32,6 @@ product; there the weight is widened (ops/kernels/cpu has the products for that)
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +39,21 @@ import jax.numpy as jnp
 from ops import axes, formats, packing
 from ops.formats import FORMATS, Clip, FormatName
 from ops.formats import NF4_CODEBOOK as NF4_CODEBOOK
-from ops.linear import Matrix, Weight, array, dense, is_count, matmul, require, weight_type
+from ops.linear import (
+  Matrix,
+  Weight,
+  array,
+  dense,
+  in_eights,
+  is_count,
+  matmul,
+  require,
+  weight_type,
+)
 from ops.scales import QuantizedScales, e4m3_scales, quantize_scales
 
 SCALE_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
 SMALLEST_GROUP = 16  # a smaller one would spend more bits on scales than it saves
-ROWS = 8  # the least that XLA gives to a matrix unit as one product
 UNMEASURED = 'compiled, not yet timed'  # what is said of products on devices not at hand
 
 
@@ -196,18 +204,6 @@ def scaled_after(x: jax.Array, w: QuantizedTensor) -> jax.Array:
     y_TJO = y_TJO - sums_TJ1 * w.zeros.astype(jnp.float32)[None]
   y_TO = (y_TJO * dense(w.scales).astype(jnp.float32)[None]).sum(1)
   return y_TO.reshape(*x.shape[:-1], outputs).astype(x.dtype)
-
-
-def in_eights(product: Callable, x: jax.Array, w) -> jax.Array:
-  """Multiplies x[..., I] with its rows filled up to a multiple of eight.
-
-  XLA takes a product of one row apart into multiplications and sums. On a TPU they go to the vector
-  unit, by the compiler's own estimate at a fifteenth of the speed; with groups, the weight is
-  widened for them, on a GPU too.
-  """
-  rows = x.reshape(-1, x.shape[-1])
-  y_TO = product(jnp.pad(rows, ((0, -len(rows) % ROWS), (0, 0))), w)[: len(rows)]
-  return y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
 
 
 def _on_tpu(x, w):

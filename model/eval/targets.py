@@ -8,12 +8,19 @@ the text and the memory analysis of the program on a device, but cannot run. The
 tile sizes by a cost model instead of by timing, so the program on a machine with a GPU may differ.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import (
+  AbstractDevice,
+  AbstractMesh,
+  Sharding,
+  SingleDeviceSharding,
+  use_abstract_mesh,
+)
 
 # The fields of XLA's description of a GPU that its compiler needs.
 H200 = """
@@ -60,7 +67,22 @@ def placed(tree, where: jax.Device | Sharding):
 
 def compile(fn: Callable, device: jax.Device, *args) -> jax.stages.Compiled:
   """Compiles a function of arrays with these shapes for a device."""
-  return jax.jit(fn).lower(*placed(args, device)).compile()
+  with lowering(device):
+    return jax.jit(fn).lower(*placed(args, device)).compile()
+
+
+@contextlib.contextmanager
+def lowering(device: jax.Device):
+  """Within it, programs are lowered for a device that is not present.
+
+  JAX 0.11 lowers Pallas kernels for the GPU of this description, and else asks one that is present.
+  """
+  if device.platform != 'gpu':
+    yield
+    return
+  described = AbstractDevice(device_kind=device.device_kind, num_cores=None, platform='gpu')
+  with use_abstract_mesh(AbstractMesh((), (), abstract_device=described)):
+    yield
 
 
 def _devices(find, what: str, extra: str) -> list[jax.Device]:

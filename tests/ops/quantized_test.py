@@ -484,7 +484,7 @@ def test_scaling_after_the_product_is_the_dense_product(name, rng):
   dense = np.asarray(w.dense(), np.float64)
   for lead in ((), (3,), (2, 5)):
     x = jnp.asarray(rng.normal(size=(*lead, 64)), jnp.float32)
-    for product in (quantized.scaled_after, functools.partial(quantized.in_eights, _after)):
+    for product in (quantized.scaled_after, functools.partial(linear.in_eights, _after)):
       # With zero points, sums over codes of up to 255 are subtracted.
       atol = FLOAT32 * (256 if w.zeros is not None else 16)
       np.testing.assert_allclose(

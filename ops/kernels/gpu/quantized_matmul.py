@@ -3,11 +3,12 @@
 XLA:GPU does not fuse group-wise scales into a product: it writes the widened weight to memory
 first. This kernel loads bytes of two codes as they are stored (ops/packing.py), decodes the even
 and the odd inputs in registers, multiplies each by its half of the activations on the tensor cores,
-and scales the sum of a group in float32. The values of a codebook (NF4) are chosen by four levels
-of selections, one per bit of the code.
+and scales the sum of a group in float32. Integer codes become the last bits of a bfloat16 number,
+which takes one operation; its constant part is subtracted from the sum of the group. The values of
+a codebook (NF4) are chosen by four levels of selections, one per bit of the code.
 
 Grid: rows by outputs by splits of the inputs. A block is 16 rows (64 if there are more than 16) by
-64 outputs by 16 to 64 bytes of a column. Splitting the inputs occupies more processors where there
+128 outputs by 16 to 64 bytes of a column. Splitting the inputs occupies more processors where there
 are few outputs; each split writes its own float32 sums, and XLA adds them. Rows and outputs past
 the end are masked. Activations in float32 are multiplied in float32.
 
@@ -15,16 +16,20 @@ The kernel uses Pallas for Triton, which JAX plans to remove; only this file dep
 been interpreted and compiled for an H200, but neither run nor tuned on one.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-BLOCK_OUTPUTS = 64
+BLOCK_OUTPUTS = 128
+WARPS = 4
 BLOCK_ROWS = (16, 64)  # tensor cores need at least 16
 PIECES = (64, 32, 16)  # bytes of a column, all of one group
+BFLOAT16_BASE, BFLOAT16_BASE_BITS = 128.0, 0x4300  # one unit in its last place is 1
 PROGRAMS = 512  # about four per processor of a large GPU
 LARGEST_SPLIT = 16
 
@@ -57,15 +62,16 @@ def product(
   kernel = functools.partial(
     _kernel, size=size, count=steps // splits, pieces=steps // len(scales_JO), codebook=codebook
   )
+  halves = jnp.moveaxis(x_TI.reshape(rows, -1, 2), -1, 0)  # even inputs, odd inputs
   zeros = () if zeros_JO is None else (zeros_JO,)
   sums = pl.pallas_call(
-    lambda *refs: kernel(refs[:2], *refs[2:4], refs[4:-1], refs[-1]),
+    lambda *refs: kernel(*refs[:3], refs[3:-1], refs[-1]),
     grid=(*blocks, splits),
     out_shape=jax.ShapeDtypeStruct((splits, rows, outputs), jnp.float32),
-    compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+    compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=3),
     interpret=interpret,
     name='quantized_product',
-  )(x_TI[:, ::2], x_TI[:, 1::2], packed, scales_JO, *zeros)
+  )(halves, packed, scales_JO, *zeros)
   return sums.sum(0).astype(x_TI.dtype)
 
 
@@ -77,8 +83,8 @@ def _splits(steps: int, wanted: int) -> int:
   return splits
 
 
-def _kernel(x_refs, packed_ref, scales_ref, zeros_refs, y_ref, *, size, count, pieces, codebook):
-  existing = x_refs[0].shape[0]
+def _kernel(x_ref, packed_ref, scales_ref, zeros_refs, y_ref, *, size, count, pieces, codebook):
+  existing = x_ref.shape[1]
   block_rows = BLOCK_ROWS[existing > BLOCK_ROWS[0]]
   split = pl.program_id(2)
   row, column = pl.program_id(0) * block_rows, pl.program_id(1) * BLOCK_OUTPUTS
@@ -86,29 +92,33 @@ def _kernel(x_refs, packed_ref, scales_ref, zeros_refs, y_ref, *, size, count, p
   has_row = row + jnp.arange(block_rows) < existing
   has_column = column + jnp.arange(BLOCK_OUTPUTS) < packed_ref.shape[1]
   spread = lambda mask, axis, shape: jnp.broadcast_to(jnp.expand_dims(mask, axis), shape)
+  decode = _decoder(codebook, x_ref.dtype, bool(zeros_refs))
 
   def row_of(ref, group):
     values = triton.load(ref.at[group, columns], mask=has_column, other=0)
     return spread(values.astype(jnp.float32), 0, (block_rows, BLOCK_OUTPUTS))
 
-  def half(x_ref, step, values):
-    at = x_ref.at[rows, pl.ds(step * size, size)]
+  def half(odd, step, codes):
+    at = x_ref.at[jnp.int32(odd), rows, pl.ds(step * size, size)]
     x = triton.load(at, mask=spread(has_row, 1, (block_rows, size)), other=0)
     precision = 'highest' if x.dtype == jnp.float32 else None
-    y = jnp.dot(x, values.astype(x.dtype), preferred_element_type=jnp.float32, precision=precision)
+    values = decode(codes).astype(x.dtype)
+    y = jnp.dot(x, values, preferred_element_type=jnp.float32, precision=precision)
     return y, x.astype(jnp.float32).sum(1)
 
   def add(i, sums):
     step = split * count + i
     at = packed_ref.at[pl.ds(step * size, size), columns]
     packed = triton.load(at, mask=spread(has_column, 0, (size, BLOCK_OUTPUTS)), other=0)
-    packed, group = packed.astype(jnp.int32), step // pieces
-    decode = functools.partial(_decode, codebook=codebook, symmetric=not zeros_refs)
-    y_low, sum_low = half(x_refs[0], step, decode(packed & 15))
-    y_high, sum_high = half(x_refs[1], step, decode(packed >> 4))
+    packed, group = packed.astype(decode.codes), step // pieces
+    y_low, sum_low = half(0, step, packed & 15)
+    y_high, sum_high = half(1, step, packed >> 4)
     y = y_low + y_high
+    offset = jnp.full(y.shape, decode.offset, jnp.float32)
     for zeros_ref in zeros_refs:
-      y -= spread(sum_low + sum_high, 1, y.shape) * row_of(zeros_ref, group)
+      offset += row_of(zeros_ref, group)
+    if decode.offset or zeros_refs:
+      y -= spread(sum_low + sum_high, 1, y.shape) * offset
     return sums + y * row_of(scales_ref, group)
 
   start = jnp.zeros((block_rows, BLOCK_OUTPUTS), jnp.float32)
@@ -117,10 +127,34 @@ def _kernel(x_refs, packed_ref, scales_ref, zeros_refs, y_ref, *, size, count, p
   triton.store(y_ref.at[split, rows, columns], sums, mask=exists)
 
 
-def _decode(codes, codebook, symmetric):
-  """Returns the values of codes in [0, 16) before scaling."""
-  if codebook is None:
-    return (codes - 8 if symmetric else codes).astype(jnp.float32)
+@dataclasses.dataclass(frozen=True)
+class _Decoder:
+  """What codes of this dtype in [0, 16) stand for before scaling, with an offset added to it."""
+
+  codes: jnp.dtype
+  offset: float
+  decode: Callable[[jax.Array], jax.Array]
+
+  def __call__(self, codes):
+    return self.decode(codes)
+
+
+def _decoder(codebook, dtype, has_zeros) -> _Decoder:
+  if codebook is not None:
+    return _Decoder(jnp.int32, 0.0, functools.partial(_chosen, codebook=codebook))
+  middle = 0.0 if has_zeros else 8.0
+  if dtype != jnp.bfloat16:
+    return _Decoder(jnp.int32, 0.0, lambda codes: (codes - int(middle)).astype(jnp.float32))
+  return _Decoder(jnp.int16, BFLOAT16_BASE + middle, _in_the_fraction)
+
+
+def _in_the_fraction(codes):
+  """Returns BFLOAT16_BASE + code without a conversion: the last four bits of 128 are the code's."""
+  base = jnp.int16(BFLOAT16_BASE_BITS)
+  return jax.lax.bitcast_convert_type(codes | base, jnp.bfloat16)
+
+
+def _chosen(codes, codebook):
   values = [jnp.full(codes.shape, value, jnp.float32) for value in codebook]
   while len(values) > 1:
     odd = codes & 1 == 1
