@@ -54,7 +54,11 @@ class FusedTensor(Weight):
     return self.weight.dense()
 
   def matmul(self, x):
-    return _product(x, self.weight)
+    return _products(x, (self.weight,))[0]
+
+  @classmethod
+  def matmuls(cls, x, weights):
+    return _products(x, tuple(w.weight for w in weights))
 
   def kernel(self, platform):
     if platform not in KERNELS or not KERNELS[platform].takes(self.weight):
@@ -104,9 +108,16 @@ def _gpu_takes(w: QuantizedTensor) -> bool:
 
 
 def _gpu_product(x_TI, w, interpret=False):
-  packed = w.values if w.packed else packing.pack(_unsigned(w), 4)
-  codebook = FORMATS[w.format].codebook
-  return gpu.product(x_TI, packed, wide_scales(w), w.zeros, codebook, interpret=interpret)
+  return _gpu_products(x_TI, [w], interpret)[0]
+
+
+def _gpu_products(x_TI, weights, interpret=False):
+  """The products of x with weights of one format and group size, by one kernel."""
+  codes = tuple(
+    gpu.Codes(w.values if w.packed else packing.pack(_unsigned(w), 4), wide_scales(w), w.zeros)
+    for w in weights
+  )
+  return gpu.products(x_TI, codes, FORMATS[weights[0].format].codebook, interpret=interpret)
 
 
 def _unsigned(w):
@@ -129,16 +140,31 @@ def _through(platform):
     y_TO = kernel.product(x.reshape(-1, x.shape[-1]), w)
     return y_TO.reshape(*x.shape[:-1], w.shape[-1])
 
-  return multiply
+  return lambda x, weights: tuple(multiply(x, w) for w in weights)
+
+
+def _together(x, weights):
+  """A GPU starts kernels at some microseconds each, so one multiplies by all of the weights."""
+  alike = {(w.format, w.group_size, w.zeros is None) for w in weights}
+  if len(alike) > 1 or not _gpu_takes(weights[0]):
+    return _through('gpu')(x, weights)
+  found = _gpu_products(x.reshape(-1, x.shape[-1]), weights)
+  return tuple(y_TO.reshape(*x.shape[:-1], y_TO.shape[-1]) for y_TO in found)
+
+
+def _one_by_one(x, weights):
+  return tuple(matmul(x, w) for w in weights)
 
 
 @jax.custom_vjp
-def _product(x, w):
-  return jax.lax.platform_dependent(x, w, tpu=_through('tpu'), cuda=_through('gpu'), default=matmul)
+def _products(x, weights):
+  kernels = {'tpu': _through('tpu'), 'cuda': _together}
+  return jax.lax.platform_dependent(x, weights, **kernels, default=_one_by_one)
 
 
-_product.defvjp(
-  lambda x, w: (_product(x, w), (x, w)), lambda saved, y_bar: jax.vjp(matmul, *saved)[1](y_bar)
+_products.defvjp(
+  lambda x, weights: (_products(x, weights), (x, weights)),
+  lambda saved, y_bars: jax.vjp(_one_by_one, *saved)[1](y_bars),
 )
 
 

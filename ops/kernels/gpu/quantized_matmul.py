@@ -19,6 +19,7 @@ been interpreted and compiled for an H200, but neither run nor tuned on one.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,40 +40,68 @@ def piece(group_size: int) -> int | None:
   return next((size for size in PIECES if group_size % (2 * size) == 0), None)
 
 
+class Codes(NamedTuple):
+  """A matrix of 4-bit codes, and the scales and zero points of its J groups of inputs."""
+
+  packed: jax.Array  # uint8 [I / 2, O], the code of an even input in the low bits
+  scales_JO: jax.Array
+  zeros_JO: jax.Array | None
+
+
 @functools.partial(jax.jit, static_argnames=('codebook', 'interpret'))
-def product(
+def products(
   x_TI: jax.Array,
-  packed: jax.Array,
-  scales_JO: jax.Array,
-  zeros_JO: jax.Array | None,
+  weights: tuple[Codes, ...],
   codebook: tuple[float, ...] | None = None,
   interpret: bool = False,
-) -> jax.Array:
-  """Multiplies x by a matrix of 4-bit codes: [T, O] in the dtype of x.
+) -> tuple[jax.Array, ...]:
+  """Multiplies x by each of some matrices in one kernel: [T, O] in the dtype of x.
 
-  packed: uint8 [I / 2, O]. A weight is its scale times codebook[code] if there is a codebook, times
-  code - zero if there are zeros, else times code - 8. `piece` of the group size must not be None.
+  A weight is its scale times codebook[code] if there is a codebook, times code - zero if there are
+  zeros, else times code - 8. All matrices have groups of one size, whose `piece` must not be None.
   """
-  (rows, inputs), outputs = x_TI.shape, packed.shape[1]
-  size = piece(inputs // len(scales_JO))
+  rows, inputs = x_TI.shape
+  groups = len(weights[0].scales_JO)
+  size = piece(inputs // groups)
   block_rows = BLOCK_ROWS[rows > BLOCK_ROWS[0]]
-  blocks = pl.cdiv(rows, block_rows), pl.cdiv(outputs, BLOCK_OUTPUTS)
+  columns = [pl.cdiv(w.packed.shape[1], BLOCK_OUTPUTS) for w in weights]
+  blocks = pl.cdiv(rows, block_rows), sum(columns)
   steps = inputs // (2 * size)
   splits = _splits(steps, PROGRAMS // (blocks[0] * blocks[1]))
-  kernel = functools.partial(
-    _kernel, size=size, count=steps // splits, pieces=steps // len(scales_JO), codebook=codebook
+  block = functools.partial(
+    _block, size=size, count=steps // splits, pieces=steps // groups, codebook=codebook
   )
-  halves = jnp.moveaxis(x_TI.reshape(rows, -1, 2), -1, 0)  # even inputs, odd inputs
-  zeros = () if zeros_JO is None else (zeros_JO,)
   sums = pl.pallas_call(
-    lambda *refs: kernel(*refs[:3], refs[3:-1], refs[-1]),
+    functools.partial(_each, block, columns),
     grid=(*blocks, splits),
-    out_shape=jax.ShapeDtypeStruct((splits, rows, outputs), jnp.float32),
+    out_shape=[
+      jax.ShapeDtypeStruct((splits, rows, w.packed.shape[1]), jnp.float32) for w in weights
+    ],
     compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=3),
     interpret=interpret,
-    name='quantized_product',
-  )(halves, packed, scales_JO, *zeros)
-  return sums.sum(0).astype(x_TI.dtype)
+    name='quantized_products',
+  )(
+    jnp.moveaxis(x_TI.reshape(rows, -1, 2), -1, 0),  # even inputs, odd inputs
+    *(array for w in weights for array in w if array is not None),
+  )
+  return tuple(y_STO.sum(0).astype(x_TI.dtype) for y_STO in sums)
+
+
+def _each(block, columns, x_ref, *refs):
+  """Runs the kernel for the matrix that this program's block of outputs belongs to."""
+  inputs, outputs = refs[: -len(columns)], refs[-len(columns) :]
+  arrays, first = len(inputs) // len(columns), 0
+  row, split = pl.program_id(0), pl.program_id(2)
+  for k, (count, y_ref) in enumerate(zip(columns, outputs)):
+    column = pl.program_id(1) - first
+    own = functools.partial(
+      block, (row, column, split), x_ref, *inputs[k * arrays : (k + 1) * arrays], y_ref
+    )
+    if len(columns) == 1:
+      own()
+    else:
+      pl.when((column >= 0) & (column < count))(own)
+    first += count
 
 
 def _splits(steps: int, wanted: int) -> int:
@@ -83,11 +112,12 @@ def _splits(steps: int, wanted: int) -> int:
   return splits
 
 
-def _kernel(x_ref, packed_ref, scales_ref, zeros_refs, y_ref, *, size, count, pieces, codebook):
+def _block(program, x_ref, packed_ref, scales_ref, *refs, size, count, pieces, codebook):
+  *zeros_refs, y_ref = refs
   existing = x_ref.shape[1]
   block_rows = BLOCK_ROWS[existing > BLOCK_ROWS[0]]
-  split = pl.program_id(2)
-  row, column = pl.program_id(0) * block_rows, pl.program_id(1) * BLOCK_OUTPUTS
+  row, column, split = program
+  row, column = row * block_rows, column * BLOCK_OUTPUTS
   rows, columns = pl.ds(row, block_rows), pl.ds(column, BLOCK_OUTPUTS)
   has_row = row + jnp.arange(block_rows) < existing
   has_column = column + jnp.arange(BLOCK_OUTPUTS) < packed_ref.shape[1]

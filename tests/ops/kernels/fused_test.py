@@ -87,6 +87,28 @@ def test_splits_and_blocks_past_the_end_on_a_gpu(monkeypatch):
   _check(fused.KERNELS['gpu'].product(x, w, interpret=True), x, w)
 
 
+@examples
+def test_a_gpu_multiplies_by_several_weights_in_one_kernel(name):
+  weights = [_weight(name, outputs=outputs) for outputs in (70, 140, 10)]
+  if not fused.KERNELS['gpu'].takes(weights[0]):
+    return
+  x = _rows(3)
+  found = fused._gpu_products(x, weights, interpret=True)
+  for y, w in zip(found, weights, strict=True):
+    _check(y, x, w)
+
+
+@pytest.mark.parametrize('formats', [['nf4'] * 3, ['nf4', 'int4'], ['int4', 'int4 asymmetric']])
+def test_one_kernel_is_lowered_for_weights_that_are_alike(formats):
+  weights = [fused.pack(_weight(name), 'gpu') for name in formats]
+  x = _rows(2, dtype=jnp.bfloat16)
+  text = jax.jit(linear.matmuls).trace(x, weights).lower(lowering_platforms=('cuda',)).as_text()
+  assert text.count('__gpu$xla.gpu.triton') == len(set(formats))
+  x = _rows(2)
+  for y, name in zip(jax.jit(linear.matmuls)(x, weights), formats, strict=True):
+    _check(y, x, _weight(name))
+
+
 @pytest.mark.parametrize('name', ['nf4', 'int4 asymmetric'])
 @pytest.mark.parametrize('platform', ['tpu', 'cuda'])
 def test_products_are_lowered_to_kernels(platform, name):
