@@ -48,8 +48,8 @@ TIMED = [name for name in METHODS if name not in STARTS]
 MODES = ('eager', 'compiled')
 OURS, PEER = 'ours', 'torch'
 PEER_SCRIPT = pathlib.Path(__file__).parent / 'peers' / 'torch_training.py'
-# Unless they are set: both sides hold their memory at the same time, and a program that was found on
-# disk says nothing of how long it takes to compile.
+# Unless they are set: both sides hold their memory at the same time, and a program that was found
+# on disk says nothing of how long it takes to compile.
 ENVIRONMENT = {
   'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
   'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.95',
