@@ -25,51 +25,23 @@ Device: any. Minutes: 1 without flags on two CPU cores, if the base model is kep
 
 import dataclasses
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import common, training
+from experiments import common, methods, training
+from experiments.methods import LORA_RATE, METHODS, Method, Ready
 from model import adapters, hf, learned, peft
-from model.adapters import AdapterConfig
-from model.compress import pipeline, recipe
 from model.eval import loss_figure, records
 from model.files import check_replaceable
-from model.learned import QatConfig
 from model.peft_config import PeftConfig
 from model.train import loop, memory, optimizer, run_folder
 from model.train.loop import FitConfig
-from model.train.partition import Selection, partition
-from model.train.step import StepConfig, Task
-from model.transformer import Transformer, matrices, parameters
+from model.train.partition import partition
+from model.train.step import StepConfig
+from model.transformer import Transformer, parameters
 
-NF4 = {'name': 'nf4', 'steps': [{'round_to_nearest': {'format': 'nf4', 'double': True}}]}
-FULL_RATE = 2e-5
-LORA_RATE = 10 * FULL_RATE  # "LoRA Without Regret" (Schulman et al. 2025) fits 9.8
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Method:
-  """How a model is made ready to learn, and its usual learning rate."""
-
-  kind: Literal['full', 'adapter', 'qat']
-  rate: float = LORA_RATE
-  quantized: bool = False  # the base is in NF4
-  options: dict = dataclasses.field(default_factory=dict)  # of AdapterConfig
-
-
-METHODS = {
-  'full': Method(kind='full', rate=FULL_RATE),
-  'lora': Method(kind='adapter'),
-  'rslora': Method(kind='adapter', options={'rslora': True}),
-  'dora': Method(kind='adapter', options={'dora': True}),
-  'pissa': Method(kind='adapter', options={'start': 'pissa'}),
-  'qlora': Method(kind='adapter', quantized=True),
-  'loftq': Method(kind='adapter', quantized=True, options={'start': 'loftq'}),
-  'qat': Method(kind='qat', rate=FULL_RATE),
-}
 DEFAULTS = training.Settings(steps=200, seq_len=256, batch_size=8, learning_rate=LORA_RATE)
 SMOKE_SETTINGS = training.Settings(steps=6, seq_len=32, batch_size=4, learning_rate=LORA_RATE)
 
@@ -96,15 +68,6 @@ MESH = common.define_mesh()
 TRAINING = training.define(DEFAULTS)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ready:
-  """A model that is ready to learn, and what it was made of."""
-
-  model: Transformer
-  task: Task
-  adapter: AdapterConfig | None
-
-
 def main() -> None:
   method = METHODS[METHOD.value]
   defaults = SMOKE_SETTINGS if SMOKE.value else DEFAULTS
@@ -116,7 +79,7 @@ def main() -> None:
   run_folder.check_free(out / 'run')
   base, tokenizer = training.load(MODEL.value, smoke=SMOKE.value)
   text = training.text(DATA.value, tokenizer, settings)
-  ready = prepare(base, method, settings.seed)
+  ready = methods.prepare(base, method, _options(), settings.seed)
   _say_sizes(ready, text, config)
   held_out = {0: _nll(ready.model, text, config.step)}
   mesh = common.mesh(MESH)
@@ -131,23 +94,14 @@ def main() -> None:
   _print(record, losses, out)
 
 
-def prepare(base: Transformer, method: Method, seed: int) -> Ready:
-  """Makes a model ready to learn by a method; the base does not change."""
-  if method.kind == 'full':
-    return Ready(model=base, task=Task(), adapter=None)
-  if method.kind == 'qat':
-    config = QatConfig(
-      format=FORMAT.value, group_size=GROUP_SIZE.value, targets=tuple(TARGETS.value)
-    )
-    return Ready(model=learned.attach(base, config), task=Task(), adapter=None)
-  config = AdapterConfig(
-    rank=RANK.value, alpha=ALPHA.value, targets=tuple(TARGETS.value), **method.options
+def _options() -> methods.Options:
+  return methods.Options(
+    rank=RANK.value,
+    alpha=ALPHA.value,
+    targets=tuple(TARGETS.value),
+    format=FORMAT.value,
+    group_size=GROUP_SIZE.value,
   )
-  quantized = base
-  if method.quantized:
-    quantized, _ = pipeline.compress(base, recipe.parse(NF4))
-  model = adapters.attach(quantized, config, key=jax.random.key(seed), originals=matrices(base))
-  return Ready(model=model, task=Task(selection=Selection(value=())), adapter=config)
 
 
 def _nll(model: Transformer, text: training.Text, step: StepConfig) -> float:

@@ -19,7 +19,6 @@ Device: a CPU under Linux. Minutes: 5. Expected: GPTQ 2.5 blocks, however deep t
 import dataclasses
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -28,7 +27,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from experiments import common
+from experiments import common, resident
 from model import presets
 from model.compress import pipeline
 from model.compress import recipe as recipe_module
@@ -37,7 +36,6 @@ from model.eval import records
 from model.eval.records import Metric, Record
 from model.transformer import Transformer, parameters
 
-MMAP_THRESHOLD_BYTES = 2**22
 HEAD_WIDTH = 64
 FFN_RATIO = 2.75
 VOCAB_SIZE = 256
@@ -56,7 +54,7 @@ def main() -> None:
     shape, recipe = CHILD.value.split(':')
     print(json.dumps(_measure(shape, recipe)))
     return
-  if not pathlib.Path('/proc/self/clear_refs').exists():
+  if not resident.is_known():
     raise ValueError('the peak of resident memory is read from /proc, which only Linux has')
   shapes = ['128x3'] if SMOKE.value else SHAPES.value
   for shape in shapes:
@@ -97,7 +95,7 @@ def _child(shape: str, recipe: str) -> dict:
     *(sys.executable, '-m', 'experiments.measure_memory', f'--child={shape}:{recipe}'),
     *(f'--calibration_rows={ROWS.value}', f'--seq_len={SEQ_LEN.value}'),
   ]
-  environment = os.environ | {'MALLOC_MMAP_THRESHOLD_': str(MMAP_THRESHOLD_BYTES)}
+  environment = os.environ | resident.ENVIRONMENT
   done = subprocess.run(command, capture_output=True, text=True, env=environment)
   if done.returncode:
     raise ValueError(f'{shape} with {recipe} failed: {done.stderr.strip()[-500:]}')
@@ -116,10 +114,10 @@ def _measure(shape: str, name: str) -> dict:
     'block_bytes': _bytes(model.layers[0]),
     'hidden_bytes': tokens_BT.size * config.width * 4,
   }
-  pathlib.Path('/proc/self/clear_refs').write_text('5')  # resets the peak to what is held now
-  held = _resident('VmHWM')  # the same counter as below, which only rises from here on
+  resident.reset_peak()
+  held = resident.peak_bytes()  # the same counter as below, which only rises from here on
   pipeline.compress(model, recipe, tokens_BT, in_place=True)
-  return found | {'extra_bytes': _resident('VmHWM') - held}
+  return found | {'extra_bytes': resident.peak_bytes() - held}
 
 
 def _bytes(module: nnx.Module) -> int:
@@ -128,13 +126,6 @@ def _bytes(module: nnx.Module) -> int:
 
 def _compress(config, recipe, tokens_BT):
   pipeline.compress(Transformer(config, rngs=nnx.Rngs(0)), recipe, tokens_BT, in_place=True)
-
-
-def _resident(field: str) -> int:
-  for line in pathlib.Path('/proc/self/status').read_text().splitlines():
-    if line.startswith(f'{field}:'):
-      return 1024 * int(line.split()[1])
-  raise ValueError(f'/proc/self/status has no {field}')
 
 
 def _record(shape: str, name: str, found: dict) -> Record:

@@ -51,9 +51,10 @@ class Stack(nnx.Module):
     self.blocks, self.repeats = nnx.List(blocks), repeats
 
   @classmethod
-  def of(cls, blocks: Sequence[Block], period: int) -> 'Stack':
+  def of(cls, blocks: Sequence[Block], period: int, *, consume: bool = False) -> 'Stack':
     """Stacks the arrays of blocks, of which every `period`-th ones are alike."""
-    return cls([_joined(blocks[i::period]) for i in range(period)], len(blocks) // period)
+    joined = [_joined(blocks[i::period], consume) for i in range(period)]
+    return cls(joined, len(blocks) // period)
 
   def unstacked(self) -> list[Block]:
     """The blocks one by one, in running order."""
@@ -69,19 +70,22 @@ class Run:
   repeats: int
 
 
-def stack(model: Transformer) -> Transformer:
-  """Returns a model whose `layers` are stacks where blocks are alike; the model does not change.
+def stack(model: Transformer, *, consume: bool = False) -> Transformer:
+  """Returns a model whose `layers` are stacks where blocks are alike.
 
   Its parameters have paths such as 'layers.0.blocks.0.ffn.up.weight', with a leading axis. Of the
   model's own methods it has `embed` and `logits`; `hidden` below runs its blocks. A model that is
   stacked already is returned as it is.
+
+  The model does not change, unless `consume` frees the arrays that were stacked, one kind after
+  another. The two models are then never held together, and the old one cannot be used any more.
   """
   if any(isinstance(layer, Stack) for layer in model.layers):
     return model
   blocks, parts = list(model.layers), []
   for run in runs([kind(block) for block in blocks]):
     own = blocks[run.start : run.start + run.period * run.repeats]
-    parts += own if run.repeats == 1 else [Stack.of(own, run.period)]
+    parts += own if run.repeats == 1 else [Stack.of(own, run.period, consume=consume)]
   return _with_layers(model, parts)
 
 
@@ -171,10 +175,17 @@ def _loop(layer: Stack, context: Context, x_BTD, remat: Remat):
   return jax.lax.scan(period, x_BTD, states)[0]
 
 
-def _joined(blocks: Sequence[Block]) -> Block:
+def _joined(blocks: Sequence[Block], consume: bool) -> Block:
   """One block with the arrays of several alike ones, stacked."""
+
+  def join(*leaves):
+    joined = jnp.stack(leaves)
+    for leaf in leaves if consume else ():
+      leaf.delete()
+    return joined
+
   graphdefs, states = zip(*map(nnx.split, blocks))
-  return nnx.merge(graphdefs[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+  return nnx.merge(graphdefs[0], jax.tree.map(join, *states))
 
 
 def _taken(block: Block, r: int) -> Block:

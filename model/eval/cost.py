@@ -98,6 +98,22 @@ def decode_flops_per_token(config: ModelConfig, context: int) -> Flops:
   return _flops(config, lambda layer: min(context, layer.window or context))
 
 
+def training_flops_per_token(
+  config: ModelConfig, length: int, *, adapter_parameters: int | None = None
+) -> float:
+  """FLOPs per token of the forward and the backward pass over rows of `length` tokens.
+
+  The backward pass of a product is two products of its size: the gradients of both factors. Without
+  `adapter_parameters` all matrices are trained. With them, only the adapters are, and the gradients
+  of the other matrices are not needed. What is computed a second time (rematerialization, the
+  logits of a chunk) does not count, and neither does the optimizer.
+  """
+  forward = prefill_flops_per_token(config, length)
+  if adapter_parameters is None:
+    return 3 * forward.total
+  return 2 * (forward.linear + forward.head) + 3 * forward.attention + 6 * adapter_parameters
+
+
 def kv_bytes_per_token(config: ModelConfig, dtype=jnp.bfloat16) -> int:
   """Bytes per token of a dense key/value cache, all layers together."""
   return sum(_kv_bytes(layer, dtype) for layer in config.layers)

@@ -35,13 +35,14 @@ class Batch:
   A label is the next token of the same document, or NO_LABEL at its end and where the next token is
   not trained. Segments number the documents of a row from 1; padding is segment 0. Positions count
   from the start of the document, or from the start of the row if the document began in an earlier
-  row.
+  row. Without segments and positions, each row is one document; attention kernels that take no
+  masks apply then.
   """
 
   tokens_BT: jax.Array | np.ndarray
   labels_BT: jax.Array | np.ndarray
-  segments_BT: jax.Array | np.ndarray
-  positions_BT: jax.Array | np.ndarray
+  segments_BT: jax.Array | np.ndarray | None
+  positions_BT: jax.Array | np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

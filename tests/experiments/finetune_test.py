@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import base as embedded
-from experiments import common
+from experiments import common, methods
 from model import adapters, hf, peft
 from model.compress import pipeline, recipe
 from model.eval import records
@@ -51,7 +51,7 @@ def test_each_method_learns_and_leaves_its_folders(script, tmp_path, capsys, met
   if method in ADAPTERS:
     merged, unmerged = (record.value(f'held_out_loss_{k}') for k in ('merged', 'unmerged'))
     assert merged == pytest.approx(unmerged, abs=MERGED)
-    _check_adapter(tmp_path, model, method, script.module.NF4)
+    _check_adapter(tmp_path, model, method)
   if method == 'qlora':
     assert record.value('held_out_loss_requantized') != record.value('held_out_loss_merged')
     assert record.value('stored_bytes') < 0.8 * _base_bytes()
@@ -65,11 +65,11 @@ def _base_bytes():
   return sum(w.nbytes for w in matrices(_base()).values())
 
 
-def _check_adapter(out, model, method, nf4):
+def _check_adapter(out, model, method):
   """The adapter folder over its base is the merged model; of QLoRA the base is the rounded one."""
   base = _base()
   if method == 'qlora':
-    base, _ = pipeline.compress(base, recipe.parse(nf4))
+    base, _ = pipeline.compress(base, recipe.parse(methods.NF4))
   tuned, config = peft.load(out / 'adapter', base)
   assert config.dora == (method == 'dora')
   for layer, w in matrices(adapters.merge(tuned)).items():

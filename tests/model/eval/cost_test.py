@@ -6,11 +6,16 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
-from model import kv_cache
+from model import adapters, kv_cache
+from model.adapters import AdapterConfig
 from model.config import LayerConfig, ModelConfig
 from model.eval import cost
 from model.presets import names, preset
+from model.train.partition import Selection, partition
+from model.transformer import Transformer
+from ops.losses import label_nll
 from ops.quantized import quantize
 
 LAYER = LayerConfig(query_heads=4, kv_heads=2, head_width=8, ffn_width=24)
@@ -163,3 +168,31 @@ def test_non_embedding_is_what_the_layers_and_the_final_norm_hold(name):
   shapes = cost.parameter_shapes(preset(name))
   inner = sum(math.prod(s) for p, s in shapes.items() if p.startswith(('layers.', 'final_norm')))
   assert cost.parameters(preset(name)).non_embedding == inner
+
+
+# Norms, rotations, the softmax and the loss, which the formula leaves out.
+ELEMENTWISE = 0.06
+
+
+@pytest.mark.parametrize('rank', [None, 8])
+def test_training_flops_are_those_that_xla_counts(rank):
+  """XLA's count of a forward and a backward pass, which also multiplies the masked scores."""
+  config = preset('tiny-llama').replace(vocab_size=2048)
+  batch, length = 4, 64
+  model, selection = Transformer(config, rngs=nnx.Rngs(0)), Selection()
+  if rank is not None:
+    model = adapters.attach(model, AdapterConfig(rank=rank), key=jax.random.key(0))
+    selection = Selection(value=())
+  structure, trained, frozen = partition(model, selection)
+  tokens_BT = jnp.zeros((batch, length), jnp.int32)
+
+  def loss(trained, frozen):
+    return label_nll(structure.model({**frozen, **trained})(tokens_BT), tokens_BT).sum()
+
+  counted = jax.jit(jax.grad(loss)).lower(trained, frozen).compile().cost_analysis()['flops']
+  adapted = None if rank is None else sum(a.size for a in trained.values())
+  useful = cost.training_flops_per_token(config, length, adapter_parameters=adapted)
+  attention = cost.prefill_flops_per_token(config, length).attention
+  masked = 3 * attention * (2 * length / (length + 1) - 1)
+  expected = batch * length * (useful + masked)
+  assert counted == pytest.approx(expected, rel=ELEMENTWISE)
