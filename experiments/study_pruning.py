@@ -38,7 +38,6 @@ from model.train.objectives import CrossEntropy
 from model.train.step import Task
 from model.transformer import Transformer
 
-MULTIPLE = 8  # of channels and of dimensions
 SHARES = (5, 16)  # per cent of the base's tokens
 RATES = (1e-4, 3e-4, 1e-3)
 Healing = Literal['kd', 'ce']
@@ -62,7 +61,7 @@ class Arm(arms.Arm):
 
 CUTS = {
   'channels25': Arm(step={'prune_ffn': {'ratio': 0.25}}),
-  'width25': Arm(step={'prune_width': {'parameters': 0.75, 'multiple': MULTIPLE}}),
+  'width25': Arm(step={'prune_width': {'parameters': 0.75, 'multiple': 4}}),
 }
 HEALED = {
   f'{cut}_{healing}_{share}': Arm(start=cut, healing=healing, share=share, learning_rates=RATES)
@@ -71,12 +70,12 @@ HEALED = {
   for share in SHARES
 }
 SIZES = {'quarter': 0.25, 'half': 0.5}
-KINDS = {'channels': 'prune_ffn', 'width': 'prune_width'}
+KINDS = {'channels': {'prune_ffn': {'multiple': 8}}, 'width': {'prune_width': {'multiple': 4}}}
 SHAPES = {f'layers_{size}': Arm(step={'drop_layers': {'ratio': r}}) for size, r in SIZES.items()}
 SHAPES |= {
-  f'{kind}_{size}': Arm(step={technique: {'multiple': MULTIPLE}}, like=f'layers_{size}')
+  f'{kind}_{size}': Arm(step=step, like=f'layers_{size}')
   for size in SIZES
-  for kind, technique in KINDS.items()
+  for kind, step in KINDS.items()
 }
 HEALED_SHAPES = {
   f'{shape}_kd_{share}': Arm(start=shape, share=share, learning_rates=RATES)
@@ -133,9 +132,13 @@ def train(
 def _pruned(setting, arm, seed, before) -> Transformer:
   ((technique, options),) = arm.step.items()
   if arm.like is not None:
-    share = sizes.total(before(arm.like)) / sizes.total(setting.base)
-    options = {**options, 'parameters': share}
+    options = options | as_large_as(before(arm.like), setting.base)
   return small_models.compress(setting.base, {technique: options}, setting.calibration(seed))
+
+
+def as_large_as(model: Transformer, base: Transformer) -> dict[str, float]:
+  """The option of a technique by which at most as many parameters of the base stay."""
+  return {'parameters': sizes.total(model) / sizes.total(base)}
 
 
 def _measure(setting: SmallModels, model: Transformer) -> dict[str, Metric]:
