@@ -106,8 +106,12 @@ def load_or_train(
   return Embedded(model=model, tokenizer=tokenizer, texts=texts, about=about)
 
 
-def config(plan: Plan, tokenizer: Tokenizer) -> ModelConfig:
-  """The base model's config: a Llama, so that other tools read it."""
+def config(plan: Plan, tokenizer: Tokenizer | None = None) -> ModelConfig:
+  """The base model's config: a Llama, so that other tools read it.
+
+  Without a tokenizer it is the shape alone, and names no special tokens.
+  """
+  special = {} if tokenizer is None else {'bos_id': tokenizer.bos_id, 'eos_ids': tokenizer.eos_ids}
   layer = LayerConfig(
     query_heads=plan.query_heads,
     kv_heads=plan.kv_heads,
@@ -120,8 +124,7 @@ def config(plan: Plan, tokenizer: Tokenizer) -> ModelConfig:
     width=plan.width,
     layers=(layer,) * plan.layers,
     max_positions=1024,
-    bos_id=tokenizer.bos_id,
-    eos_ids=tokenizer.eos_ids,
+    **special,
   )
 
 

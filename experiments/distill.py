@@ -9,13 +9,15 @@ On models and a text of yours (a file, a folder, or chats as JSON lines; see exp
 
   python -m experiments.distill --teacher=DIR --student=layers --layers=6 --data=FILE --out=DIR
   python -m experiments.distill --teacher=DIR --student=random --layers=0,4,8 --data=FILE --out=DIR
-  python -m experiments.distill --teacher=DIR --student=DIR --data=FILE --out=DIR
+  python -m experiments.distill --teacher=DIR --student=DIR --evaluate_every=50 --out=DIR
 
-A student that is a folder may be another model of the same tokenizer, such as a pruned teacher. The
-teacher may be compressed. DistilBERT's loss is --temperature=2 --soft_weight=5 --hard_weight=2
---hidden=cosine. With --targets=DIR the teacher runs once, before the training, and its stored
-distributions are learned from; the same folder serves other students of the same data. With
---on_policy=0.5 the student writes half of the batches.
+A student that is a folder may be another model of the same tokenizer, such as a pruned teacher
+(OUT/models/NAME of experiments.compress). The record has how much of the gap to the teacher was
+closed, and with --evaluate_every the held-out loss along the way. The teacher may be compressed.
+DistilBERT's loss is --temperature=2 --soft_weight=5 --hard_weight=2 --hidden=cosine. With
+--targets=DIR the teacher runs once, before the training, and its stored distributions are learned
+from; the same folder serves other students of the same data. With --on_policy=0.5 the student
+writes half of the batches.
 
 OUT/model is a Hugging Face folder. OUT/run holds checkpoints and the losses of every update, which
 OUT/loss.png shows; a killed run that is started again with the same flags resumes and ends with the
@@ -105,17 +107,27 @@ def main() -> None:
   task, data, about = _task(teacher, teacher_tokenizer, objective, text.train, settings)
   nll = lambda model: loop.mean_nll(model, text.held_out, config.step)
   losses = {'teacher': nll(teacher), 'before': nll(student)}
-  mesh = common.mesh(MESH)
-  result = training.fit(student, data, config, task, folder=out / 'run', mesh=mesh)
+  result = training.fit(
+    student,
+    data,
+    config,
+    task,
+    folder=out / 'run',
+    mesh=common.mesh(MESH),
+    held_out=training.held_out(text, settings),
+  )
   losses['student'] = nll(result.model)
   hf.save_pretrained(result.model, tokenizer, out / 'model')
-  held_out = {0: losses['before'], settings.steps: losses['student']}
+  held_out = {0: losses['before'], **training.curve(result), settings.steps: losses['student']}
   loss_figure.write([r['hard'] for r in result.records], out / 'loss.png', held_out=held_out)
   record = _record(teacher, result, settings, losses, {**about, **text.about})
   records.append(out / 'records.jsonl', record)
   for name, loss in losses.items():
     print(f'held-out loss {name:<8} {loss:.4f} nats per token, perplexity {math.exp(loss):.3f}')
-  print(f'{out}: {record.value("parameters") / record.value("teacher_parameters"):.1%} of its size')
+  print(
+    f'{out}: {record.value("parameters") / record.value("teacher_parameters"):.1%} of its size; '
+    f'{record.value("recovered"):.1%} of the gap to the teacher is closed'
+  )
 
 
 def _objective(vocabulary: int | None) -> Distillation:
@@ -198,16 +210,16 @@ def _stored_task(teacher, tokenizer, objective, data, settings):
 
 def _record(teacher, result, settings, losses, about) -> records.Record:
   last = result.records[-1]
-  sums = sorted(last.keys() - {'step', 'tokens', 'grad_norm', 'learning_rate'})
+  sums = sorted(last.keys() - {'step', 'tokens', 'grad_norm', 'learning_rate', 'held_out_loss'})
   size = lambda model: sum(p.get_value().size for p in parameters(model).values())
+  lost, won = losses['before'] - losses['teacher'], losses['before'] - losses['student']
   metrics = {
     **{f'held_out_loss_{name}': records.Metric(loss, 'nats') for name, loss in losses.items()},
     **{f'train_{name}': records.Metric(last[name], 'nats', last['tokens']) for name in sums},
+    'recovered': records.Metric(won / lost if lost else math.nan, '1'),
     'parameters': records.Metric(size(result.model), '1'),
     'teacher_parameters': records.Metric(size(teacher), '1'),
-    'train_tokens': records.Metric(sum(record['tokens'] for record in result.records), '1'),
-    'update_time': records.Metric(result.update_s, 's', settings.steps),
-    'program_peak_bytes': records.Metric(result.program_bytes, 'byte'),
+    **training.metrics(result, settings),
   }
   return records.Record(
     experiment='distill',

@@ -16,7 +16,7 @@ OUT/adapter is a PEFT folder, for the methods with adapters. OUT/model is the wh
 float32, or quantized for qat. OUT/run holds checkpoints and the loss of every update; a killed run
 that is started again with the same flags resumes and ends with the same bits. OUT/records.jsonl
 gets a line, OUT/loss.png the picture. Held-out documents of the data measure the loss before and
-after, and what merging and quantizing again cost.
+after, with --evaluate_every along the way too, and what merging and quantizing again cost.
 
 Without --model, the small base model of `experiments.compress` is tuned on Python's documentation.
 
@@ -82,10 +82,17 @@ def main() -> None:
   ready = methods.prepare(base, method, _options(), settings.seed)
   _say_sizes(ready, text, config)
   held_out = {0: _nll(ready.model, text, config.step)}
-  mesh = common.mesh(MESH)
-  result = training.fit(ready.model, text.train, config, ready.task, folder=out / 'run', mesh=mesh)
+  result = training.fit(
+    ready.model,
+    text.train,
+    config,
+    ready.task,
+    folder=out / 'run',
+    mesh=common.mesh(MESH),
+    held_out=training.held_out(text, settings),
+  )
   found = {'unmerged': _nll(result.model, text, config.step)}
-  held_out[settings.steps] = found['unmerged']
+  held_out |= {**training.curve(result), settings.steps: found['unmerged']}
   found |= _save(result.model, base, ready, method, tokenizer, text, out, config.step)
   loss_figure.write([r['loss'] for r in result.records], out / 'loss.png', held_out=held_out)
   losses = {'before': held_out[0], **found}
@@ -162,7 +169,6 @@ def _say_sizes(ready: Ready, text: training.Text, config: FitConfig) -> None:
 
 def _record(ready, settings, text, result, losses) -> records.Record:
   _, trained, _ = partition(ready.model, ready.task.selection)
-  tokens = sum(record['tokens'] for record in result.records)
   metrics = {
     **{f'held_out_loss_{name}': records.Metric(nll, 'nats') for name, nll in losses.items()},
     'train_loss': records.Metric(result.records[-1]['loss'], 'nats'),
@@ -170,12 +176,7 @@ def _record(ready, settings, text, result, losses) -> records.Record:
     'stored_bytes': records.Metric(
       sum(p.get_value().nbytes for p in parameters(ready.model).values()), 'B'
     ),
-    'train_tokens': records.Metric(tokens, '1'),
-    'update_time': records.Metric(result.update_s, 's', settings.steps),
-    'tokens_per_s': records.Metric(
-      settings.batch_size * settings.seq_len / result.update_s, 'tokens/s', settings.steps
-    ),
-    'program_peak_bytes': records.Metric(result.program_bytes, 'byte'),
+    **training.metrics(result, settings),
   }
   return records.Record(
     experiment='finetune',

@@ -11,10 +11,11 @@ from absl import flags
 from experiments import base as embedded
 from experiments import common
 from model import corpus, hf, sharding, stacked
+from model.eval.records import Metric
 from model.tokenizer import Tokenizer
 from model.train import chats, loop, split
 from model.train.data import PackedDataset, excerpts
-from model.train.loop import FitConfig, FitResult
+from model.train.loop import FitConfig, FitResult, HeldOut
 from model.train.optimizer import OPTIMIZERS, Decay, OptimizerConfig
 from model.train.step import DTYPES, StepConfig, Task
 from model.transformer import Transformer
@@ -39,6 +40,7 @@ class Settings:
   accumulation: int = 1
   remat: str = 'none'
   checkpoint_every: int = 100
+  evaluate_every: int = 0  # 0: held-out text is measured before and after alone
   seed: int = 0
 
   def fit_config(self, rates: tuple[tuple[str, float], ...] = ()) -> FitConfig:
@@ -72,6 +74,7 @@ def define(defaults: Settings) -> dict[str, flags.FlagHolder]:
     'warmup_steps': 'Updates during which the learning rate rises.',
     'accumulation': 'Micro-batches into which a batch is divided.',
     'checkpoint_every': 'Updates between checkpoints.',
+    'evaluate_every': 'Updates between measurements on held-out text; 0: before and after alone.',
     'seed': 'Seed of the order of the text, and of random initial values.',
   }
   holders = {
@@ -152,6 +155,13 @@ def text(data: str | None, tokenizer: Tokenizer, settings: Settings) -> Text:
   )
 
 
+def held_out(text: Text, settings: Settings) -> HeldOut | None:
+  """What is measured along the way, if anything is."""
+  if not settings.evaluate_every:
+    return None
+  return HeldOut(dataset=text.held_out, every=settings.evaluate_every)
+
+
 def _chats(data: str, tokenizer: Tokenizer, settings: Settings) -> Text:
   found = chats.load(data)
   parts = split.by_content([chat.content for chat in found])
@@ -179,12 +189,46 @@ def fit(
   *,
   folder: pathlib.Path,
   mesh: jax.sharding.Mesh,
+  held_out: HeldOut | None = None,
 ) -> FitResult:
   """Places the models on the mesh and trains. Raises ValueError if the loss is not finite."""
   for each in (model, *task.references.values()):
     sharding.shard(each, mesh)
   batches = sharding.batch_sharding(mesh)
   try:
-    return loop.fit(model, data, config, task=task, folder=folder, batch_sharding=batches)
+    return loop.fit(
+      model,
+      data,
+      config,
+      task=task,
+      folder=folder,
+      batch_sharding=batches,
+      held_out=held_out,
+    )
   except FloatingPointError as error:
     raise ValueError(error) from error
+
+
+def curve(result: FitResult) -> dict[int, float]:
+  """The held-out losses along the way, by the number of updates before."""
+  name = 'held_out_loss'
+  return {record['step']: record[name] for record in result.records if name in record}
+
+
+def metrics(result: FitResult, settings: Settings) -> dict[str, Metric]:
+  """What a record says of any run: held-out losses along the way, tokens, speed and memory.
+
+  `device_peak_bytes` is the most that this process held on the device, where the device counts it.
+  """
+  tokens = settings.batch_size * settings.seq_len
+  counted = jax.local_devices()[0].memory_stats() or {}
+  found = {
+    **{f'held_out_loss_after_{n}': Metric(nll, 'nats') for n, nll in curve(result).items()},
+    'train_tokens': Metric(sum(record['tokens'] for record in result.records), '1'),
+    'update_time': Metric(result.update_s, 's', settings.steps),
+    'tokens_per_s': Metric(tokens / result.update_s, 'tokens/s', settings.steps),
+    'program_peak_bytes': Metric(result.program_bytes, 'byte'),
+  }
+  if 'peak_bytes_in_use' in counted:
+    found['device_peak_bytes'] = Metric(counted['peak_bytes_in_use'], 'byte')
+  return found

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 
 from absl import flags
 
-from experiments import common
+from experiments import common, study_tables
 from experiments import lessons as lessons  # its techniques
 from model.compress import registry
 from model.eval import columns, records
@@ -30,7 +30,7 @@ CHECK = flags.DEFINE_bool('check', False, 'Only say whether the files are up to 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'experiments' / 'results'
 SHOWN = ('ops', 'model', 'experiments')
-EMBEDDED, COMPRESSING = 'docs/embedded.md', 'docs/compressing.md'
+EMBEDDED, COMPRESSING, TRAINING = 'docs/embedded.md', 'docs/compressing.md', 'docs/training.md'
 # A full stop before a capital letter or code, but not that of an abbreviation.
 SENTENCE_END = re.compile(r'(?<=\.)(?<!et al\.)(?<!e\.g\.)\s+(?=[A-Z`])')
 
@@ -337,6 +337,16 @@ PARTS = (
     name='peer',
     generate=peer,
     results=('llm_compressor_smollm2_cpu.jsonl',),
+  ),
+  *(
+    Part(file=TRAINING, name=name, generate=study_tables.study, results=(f'{name}.jsonl',))
+    for name in study_tables.STUDIES
+  ),
+  Part(
+    file=TRAINING,
+    name='essay',
+    generate=study_tables.essay,
+    results=('study_distillation.jsonl', 'study_speed.jsonl'),
   ),
   Part(file='docs/techniques.md', name='techniques', generate=techniques),
   Part(file='docs/tree.md', name='tree', generate=tree),

@@ -10,6 +10,7 @@ import yaml
 from experiments import update_readme
 from model.compress import recipe, registry
 
+SHARED_FLAGS = ('common.py', 'training.py', 'arms.py')
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / 'README.md').read_text()
 RECIPES_PAGE = (ROOT / 'docs' / 'compressing.md').read_text()
@@ -65,11 +66,11 @@ def test_every_flag_of_a_command_exists(command):
   words = shlex.split(command)
   name = words[2].removeprefix('experiments.')
   source = (ROOT / 'experiments' / f'{name}.py').read_text()
-  common = (ROOT / 'experiments' / 'common.py').read_text()
+  shared = ''.join((ROOT / 'experiments' / name).read_text() for name in SHARED_FLAGS)
   for word in words[3:]:
     flag = word.removeprefix('--').partition('=')[0]
-    known = re.search(rf"'{flag}'", source + common)
-    assert known or (flag.startswith('mesh_') and 'mesh_{axis}' in common), flag
+    known = re.search(rf"'{flag}'", source + shared)
+    assert known or (flag.startswith('mesh_') and 'mesh_{axis}' in shared), flag
 
 
 def test_the_pruning_score_runs_in_a_recipe():

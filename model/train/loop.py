@@ -8,6 +8,7 @@ on, the starting weights included, and refuses a run that differs in any of it.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import pathlib
@@ -16,6 +17,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 import tqdm
 from flax import nnx
 
@@ -47,12 +49,25 @@ class FitConfig:
       raise ValueError(f'checkpoint_every must be at least 1, not {self.checkpoint_every}')
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOut:
+  """A text that a run is measured on after every `every` updates."""
+
+  dataset: PackedDataset
+  every: int
+
+  def __post_init__(self):
+    if self.every < 1:
+      raise ValueError(f'held-out text is measured after at least 1 update, not {self.every}')
+
+
 @dataclasses.dataclass(frozen=True)
 class FitResult:
   """The model with its trained arrays in float32, and one record per update.
 
   A record has `step` (completed updates), `loss` (mean per label) and the objective's other sums,
-  `tokens` (labels), `grad_norm` and `learning_rate`.
+  `tokens` (labels), `grad_norm` and `learning_rate`; some have the `held_out_loss` after the
+  update.
   """
 
   model: Transformer
@@ -69,13 +84,14 @@ def fit(
   task: Task | None = None,
   folder: str | pathlib.Path | None = None,
   batch_sharding: jax.sharding.Sharding | None = None,
+  held_out: HeldOut | None = None,
   progress: bool = True,
 ) -> FitResult:
   """Trains a copy of `model` for `config.optimizer.steps` updates; the model does not change.
 
   `task` is by default the cross entropy of all values. With a folder, the run is saved there and
   resumes where an earlier call stopped. Batches are placed by `batch_sharding`; parameters keep the
-  placement that the caller gave them.
+  placement that the caller gave them. Measuring on `held_out` changes nothing of the training.
 
   Raises:
     ValueError: the batch does not divide into micro-batches, the vocabulary is too small for the
@@ -105,6 +121,9 @@ def fit(
       batch = jax.device_put(batch, batch_sharding)
       compiled = compiled or update.lower(state, frozen, batch).compile()
       state, metrics = compiled(state, frozen, batch)
+      if held_out is not None and (n + 1) % held_out.every == 0:
+        now = setup.model(state.trained, frozen)
+        metrics['held_out_loss'] = np.float64(mean_nll(now, held_out.dataset, config.step))
       loop.after_update(n + 1, state, metrics)
   return FitResult(
     model=setup.model(state.trained, frozen),
@@ -123,19 +142,18 @@ def program_bytes(compiled: jax.stages.Compiled) -> int:
 
 def mean_nll(model: Transformer, dataset: PackedDataset, config: StepConfig | None = None) -> float:
   """Measures the mean negative log likelihood over all labels of a data set, in nats."""
-  config = config or StepConfig()
   graphdef, params = nnx.split(model)
-
-  @jax.jit
-  def nll_sum(params, batch):
-    student = step_lib.network(nnx.merge(graphdef, params), config)
-    return CrossEntropy()(Models(student, {}, {}, None), batch)['loss']
-
   total, count = 0.0, 0
   for batch in dataset.sequential():
-    total += float(nll_sum(params, batch))
+    total += float(_nll_sum(graphdef, config or StepConfig(), params, batch))
     count += int((batch.labels_BT >= 0).sum())
   return total / count
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _nll_sum(graphdef, config, params, batch):
+  student = step_lib.network(nnx.merge(graphdef, params), config)
+  return CrossEntropy()(Models(student, {}, {}, None), batch)['loss']
 
 
 class _Loop:

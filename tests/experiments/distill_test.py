@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from model import hf
+from model.compress import pipeline, recipe
 from model.eval import records
 from model.tokenizer import Tokenizer
 from model.train.targets import StoredTargets
@@ -42,6 +43,24 @@ def test_a_student_of_the_teachers_layers_is_saved_measured_and_resumed(script, 
   script(*flags)  # nothing is left to do
   after = _weights(out / 'model')
   assert all(np.array_equal(before[path], after[path]) for path in before)
+
+
+def test_a_pruned_teacher_is_healed_and_measured_along_the_way(script, base, tmp_path):
+  teacher, tokenizer = hf.load_pretrained(base)
+  step = {'prune_ffn': {'ratio': 0.5, 'importance': 'weights'}}
+  pruned, _ = pipeline.compress(teacher, recipe.parse({'name': 'pruned', 'steps': [step]}))
+  hf.save_pretrained(pruned, tokenizer, tmp_path / 'pruned')
+  out = tmp_path / 'out'
+  script('--smoke', f'--student={tmp_path / "pruned"}', f'--out={out}', '--evaluate_every=2')
+  (record,) = records.read(out / 'records.jsonl')
+  teacher, before, student = (
+    record.value(f'held_out_loss_{name}') for name in ('teacher', 'before', 'student')
+  )
+  assert record.value('recovered') == pytest.approx((before - student) / (before - teacher))
+  assert record.value('held_out_loss_after_6') == student
+  assert record.value('held_out_loss_after_2') not in (before, student)
+  assert 'held_out_loss_after_3' not in record.metrics
+  assert record.value('parameters') < 0.8 * record.value('teacher_parameters')
 
 
 def test_stored_targets_serve_a_random_student(script, tmp_path):

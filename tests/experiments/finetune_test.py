@@ -17,7 +17,10 @@ from ops import quantized
 from ops.linear import dense
 
 ADAPTERS = ['lora', 'dora', 'pissa', 'qlora']
-MORE = {'qat': ['--group_size=16'], 'lora': ['--b_rate=4', '--optimizer=adam8bit']}
+MORE = {
+  'qat': ['--group_size=16'],
+  'lora': ['--b_rate=4', '--optimizer=adam8bit', '--evaluate_every=3'],
+}
 MERGED = 1e-4  # nats; the product is added up in another order
 
 
@@ -30,10 +33,7 @@ def _run(script, out, method, *more):
 
 @pytest.mark.parametrize('method', [*ADAPTERS, 'full', 'qat'])
 def test_each_method_learns_and_leaves_its_folders(script, tmp_path, capsys, method):
-  more = {'qat': ['--group_size=16'], 'lora': ['--b_rate=4', '--optimizer=adam8bit']}.get(
-    method, []
-  )
-  record = _run(script, tmp_path, method, *more)
+  record = _run(script, tmp_path, method, *MORE.get(method, []))
   assert record.recipe == method
   assert record.value('held_out_loss_unmerged') < record.value('held_out_loss_before')
   log = (tmp_path / 'run' / 'loss.jsonl').read_text().splitlines()
@@ -52,6 +52,11 @@ def test_each_method_learns_and_leaves_its_folders(script, tmp_path, capsys, met
     merged, unmerged = (record.value(f'held_out_loss_{k}') for k in ('merged', 'unmerged'))
     assert merged == pytest.approx(unmerged, abs=MERGED)
     _check_adapter(tmp_path, model, method)
+  if method == 'lora':
+    curve = [record.value(f'held_out_loss_{name}') for name in ('before', 'after_3', 'after_6')]
+    assert curve == sorted(curve, reverse=True) and curve[2] == record.value(
+      'held_out_loss_unmerged'
+    )
   if method == 'qlora':
     assert record.value('held_out_loss_requantized') != record.value('held_out_loss_merged')
     assert record.value('stored_bytes') < 0.8 * _base_bytes()

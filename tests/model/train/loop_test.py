@@ -181,6 +181,26 @@ def test_records_say_what_happened(whole, whole_folder):
     assert record['learning_rate'] == pytest.approx(float(rate))
 
 
+def test_held_out_text_is_measured_along_the_way_and_changes_nothing(whole, tmp_path):
+  held_out = loop.HeldOut(dataset=_dataset(seed=5), every=CHECKPOINT_EVERY)
+  fit = lambda folder: loop.fit(
+    _model(), _dataset(), _config(), folder=folder, held_out=held_out, progress=False
+  )
+  result = fit(tmp_path / 'measured')
+  assert _same(_weights(result), _weights(whole))
+  found = {r['step']: r['held_out_loss'] for r in result.records if 'held_out_loss' in r}
+  assert set(found) == {3, 6}
+  _kill(tmp_path / 'killed')  # its last checkpoint is that after three updates
+  setup, fresh, frozen = step_lib.init(_model(), optimizer_lib.make(_config().optimizer))
+  identity = loop.identity(_model(), _dataset(), _config(), Task())
+  with RunFolder(tmp_path / 'killed', identity) as run:
+    saved, _ = run.restore(fresh)
+  assert found[3] == loop.mean_nll(setup.model(saved.trained, frozen), held_out.dataset)
+  assert fit(tmp_path / 'measured').records == result.records  # they are kept with the run
+  with pytest.raises(ValueError, match='at least 1 update, not 0'):
+    loop.HeldOut(dataset=held_out.dataset, every=0)
+
+
 def test_mean_nll_is_the_mean_over_labels():
   model, dataset = _model(), _dataset(batch_size=5)
   total, count = 0.0, 0

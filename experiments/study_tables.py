@@ -1,0 +1,129 @@
+"""Tables of docs/ from the records of the studies: what is claimed, and what was measured.
+
+`update_readme` writes them. A number of several seeds is their mean, with half their range.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments import (
+  arms,
+  study_adapters,
+  study_distillation,
+  study_int8,
+  study_pruning,
+  study_qat,
+)
+from experiments.arms import Runs
+from model.eval import records
+from model.eval.records import Record
+
+STUDIES = {
+  module.STUDY.name: module.STUDY
+  for module in (study_adapters, study_distillation, study_int8, study_pruning, study_qat)
+}
+COLUMNS = {  # metric -> its heading and format
+  'cross_entropy': ('loss, nats per token', '.4f'),
+  'train_loss': ('training loss', '.4f'),
+  'recovered': ('came back', '.0%'),
+  'parameters_kept': ('parameters', '.1%'),
+  'entropy': ('entropy', '.3f'),
+  'forward_kl': ('KL(teacher, student)', '.4f'),
+  'reverse_kl': ('KL(student, teacher)', '.4f'),
+  'calibration_error': ('calibration error', '.4f'),
+  'own_forward_kl': ('own texts: KL(teacher, student)', '.4f'),
+  'own_reverse_kl': ('own texts: KL(student, teacher)', '.4f'),
+  'learning_rate': ('rate', '.0e'),
+}
+STUDENTS = {  # arms of the essay's table
+  'teacher': 'the teacher',
+  'scratch': 'half of its layers, from scratch',
+  'all': 'half of its layers, random, distilled',
+  'layers_all': "half of its layers, the teacher's own, distilled",
+}
+HALF = 'layers_half'  # their shape in the records of `study_speed`
+
+
+def study(path: pathlib.Path) -> str:
+  """The claims of a study with the number of seeds in which they hold, and its arms."""
+  rows = records.read(path)
+  found = STUDIES[rows[0].experiment]
+  seeds = list(arms.by_seed(rows))
+  lines = ['| claim | as measured | holds in seeds |', '| --- | --- | ---: |']
+  for one in arms.count(found.claims, seeds):
+    text = one.claim.text.replace('_', r'\_')
+    lines.append(f'| {one.claim.name} | {text} | {one.held} of {one.seeds} |')
+  return '\n'.join([*lines, '', *_arms(list(found.arms), seeds), '', _about(rows)])
+
+
+def _arms(names: Sequence[str], seeds: Sequence[Runs]) -> list[str]:
+  """The arms at their best rates, with the metrics that any of them has."""
+  values = {name: [arms.at_best(runs, name) for runs in seeds if name in runs] for name in names}
+  values = {name: found for name, found in values.items() if found}
+  used = [m for m in COLUMNS if any(m in found[0] for found in values.values())]
+  lines = [
+    f'| arm | {" | ".join(COLUMNS[metric][0] for metric in used)} |',
+    f'| --- |{" ---: |" * len(used)}',
+  ]
+  for name, found in values.items():
+    cells = [_cell([v[m] for v in found if m in v], COLUMNS[m][1]) for m in used]
+    lines.append(f'| `{name}` | {" | ".join(cells)} |')
+  return lines
+
+
+def essay(path: pathlib.Path, speed: pathlib.Path) -> str:
+  """A teacher and students of half its layers: quality kept, parameters, speed."""
+  rows = records.read(path)
+  seeds = list(arms.by_seed(rows))
+  shapes = {row.recipe: row for row in records.read(speed)}
+  bits = lambda runs, name: arms.at_best(runs, name)['bits_per_byte']
+  lines = [
+    '| model | bits per byte | quality kept | parameters, M | decode, vs teacher |',
+    '| --- | ---: | ---: | ---: | ---: |',
+  ]
+  for name, words in STUDENTS.items():
+    runs = [one for one in seeds if one.keys() >= {name, 'teacher'}]
+    shape = shapes['teacher' if name == 'teacher' else HALF]
+    kept = [bits(one, 'teacher') / bits(one, name) for one in runs]
+    cells = [
+      words,
+      _cell([bits(one, name) for one in runs], '.3f'),
+      _cell(kept, '.1%'),
+      f'{shape.value("parameters") / 1e6:.2f}',
+      _speed(shape),
+    ]
+    lines.append(f'| {" | ".join(cells)} |')
+  machine = shape.environment
+  lines.append(
+    f'\nQuality kept: bits per byte of the teacher, divided by those of the model, on the same '
+    f'held-out text. Decoding at batch 1 on {machine["cpu"]}, {machine["cpu_cores"]} cores, '
+    f'medians ± half an interquartile range. {_about(rows)}'
+  )
+  return '\n'.join(lines)
+
+
+def _speed(shape: Record) -> str:
+  speedup = shape.metrics['decode_speedup']
+  return '' if shape.recipe == 'teacher' else f'{speedup.value:.2f} ± {speedup.spread / 2:.2f}'
+
+
+def _cell(values: Sequence[float], digits: str) -> str:
+  """The mean of the seeds ± half their range."""
+  if not values:
+    return ''
+  mean, half = float(np.mean(values)), float(np.ptp(values)) / 2
+  return f'{mean:{digits}} ± {half:{digits}}' if half else f'{mean:{digits}}'
+
+
+def _about(rows: Sequence[Record]) -> str:
+  seeds = len({row.seed for row in rows})
+  where = sorted(
+    {f'{row.environment["device"]}, jax {row.environment["versions"]["jax"]}' for row in rows}
+  )
+  command = rows[0].command
+  return (
+    f'{seeds} seed{"s" if seeds > 1 else ""}, means ± half the range; `{command}` on '
+    f'{" and ".join(where)}.'
+  )
