@@ -114,12 +114,10 @@ def _cases() -> list[Case]:
 
 
 def _measure(case: Case, names) -> list[records.Record]:
-  rng = np.random.default_rng(0)
-  matrices = [
-    jnp.asarray(rng.normal(size=(case.inputs, case.outputs)), DTYPE.value)
-    for _ in range(COPIES.value)
-  ]
-  x = jnp.asarray(rng.normal(size=(case.rows, case.inputs)), DTYPE.value)
+  key, *keys = jax.random.split(jax.random.key(0), 1 + COPIES.value)
+  normal = lambda key, *shape: jax.random.normal(key, shape).astype(DTYPE.value)
+  matrices = [normal(own, case.inputs, case.outputs) for own in keys]
+  x = normal(key, case.rows, case.inputs)
   long = jnp.ones(2**20 if SMOKE.value else READ_BYTES // 4, jnp.float32)
   copy = timing.Copy(buffer_bytes=long.nbytes if SMOKE.value else None)
   multiply = lambda weights: functools.partial(_products, x, weights)
