@@ -229,12 +229,14 @@ def _product(x, w):
   return jax.lax.platform_dependent(x, w, tpu=_on_tpu, cuda=_on_gpu, default=_on_cpu)
 
 
-# Differentiated by itself, the product would keep what any platform's form of it needs, and the
-# widened weight: the memory that the codes save.
-_product.defvjp(
-  lambda x, w: (_product(x, w), (x, w)),
-  lambda saved, y_bar: jax.vjp(through_dense, *saved)[1](y_bar),
-)
+def _backward(saved, y_bar):
+  # Without the barrier, XLA would keep what the forward pass widened, because it is the same.
+  x, w, y_bar = jax.lax.optimization_barrier((*saved, y_bar))
+  return jax.vjp(through_dense, x, w)[1](y_bar)
+
+
+# Differentiated by itself, the product would keep the widened weight: what the codes save.
+_product.defvjp(lambda x, w: (_product(x, w), (x, w)), _backward)
 
 
 def wide_scales(w: QuantizedTensor) -> jax.Array:

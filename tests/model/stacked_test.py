@@ -149,6 +149,16 @@ def test_a_model_comes_back_from_its_stacks(name):
     assert repeats is None or array.shape[0] == repeats > 1
 
 
+def test_a_model_that_is_consumed_is_not_held_twice():
+  model = Transformer(CONFIGS['alike'], rngs=nnx.Rngs(0))
+  expected = stacked.stack(model)
+  found = stacked.stack(model, consume=True)
+  for a, b in zip(jax.tree.leaves(nnx.state(found)), jax.tree.leaves(nnx.state(expected))):
+    np.testing.assert_array_equal(a, b)
+  freed = [leaf.is_deleted() for leaf in jax.tree.leaves(nnx.state(model.layers))]
+  assert all(freed) and not model.embedding.table.get_value().is_deleted()
+
+
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
 def test_a_stacked_model_is_trained_as_an_ordinary_one(name):
   graphdef, state = _split(CONFIGS['alternating windows'])

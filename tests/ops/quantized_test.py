@@ -510,3 +510,15 @@ def test_native_codes_are_the_packed_ones(name, symmetric, rng):
   np.testing.assert_array_equal(laid_out.dense(), w.dense())
   assert quantized.native(laid_out) is laid_out
   assert quantized.native(quantize(jnp.ones((4, 4)), 'int8')).values.dtype == jnp.int8
+
+
+def test_the_backward_pass_widens_the_codes_again(rng):
+  """Behind a barrier: XLA would keep the widened weight of the forward pass, which is dense."""
+  w = quantize(jnp.asarray(rng.normal(size=(64, 8)), jnp.float32), 'nf4', double=True)
+  x = jnp.asarray(rng.normal(size=(3, 64)), jnp.float32)
+  loss = lambda x, product: jnp.sum(product(x) ** 2)
+  program = str(jax.make_jaxpr(jax.grad(lambda x: loss(x, w.matmul)))(x))
+  forward, backward = program.split('optimization_barrier')
+  assert 'shift_right' in forward and 'shift_right' in backward
+  got = jax.grad(loss)(x, w.matmul)
+  np.testing.assert_allclose(got, jax.grad(loss)(x, lambda x: x @ w.dense()), rtol=1e-5)
