@@ -43,14 +43,14 @@ class Arm(arms.Arm):
   technique: str | None = None
 
 
-ARMS = {'float': Arm(learning_rates=(5e-4,))}
+ARMS = {'float': Arm(learning_rates=(1e-4,))}
 ARMS |= {
   f'{name}_{number_format}': Arm(format=number_format, technique=technique)
   for number_format in AT_LEAST
   for name, technique in (('rtn', NEAREST), ('gptq', 'gptq'))
 }
 ARMS |= {
-  f'qat_{number_format}': Arm(format=number_format, learning_rates=(5e-4, 1e-3))
+  f'qat_{number_format}': Arm(format=number_format, learning_rates=(1e-4, 3e-4, 1e-3))
   for number_format in AT_LEAST
 }
 
