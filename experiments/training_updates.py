@@ -32,6 +32,7 @@ class Job:
 
   dtype: of activations.
   param_dtype: of the matrices that are frozen; what is trained is float32.
+  documents: of a row; with more than one, attention is masked.
   updates: of a round.
   """
 
@@ -42,6 +43,7 @@ class Job:
   param_dtype: str
   batch_size: int
   seq_len: int
+  documents: int
   updates: int
   optimizer: str
   learning_rate: float
@@ -86,9 +88,10 @@ def start(job: Job) -> tuple[Bench, float]:
   """Compiles the update of a job; returns it and its FLOPs per token."""
   ready = _ready(job)
   config = ready.model.config
-  updates = bench.prepare(
-    *_state(job, ready), bench.random_batch(config.vocab_size, job.batch_size, job.seq_len)
+  batch = bench.random_batch(
+    config.vocab_size, job.batch_size, job.seq_len, documents=job.documents, seed=job.seed
   )
+  updates = bench.prepare(*_state(job, ready), batch)
   adapted = METHODS[job.method].kind == 'adapter'
   trained = updates.trained_parameters if adapted else None
   return updates, cost.training_flops_per_token(config, job.seq_len, adapter_parameters=trained)

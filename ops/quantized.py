@@ -230,12 +230,11 @@ def _product(x, w):
 
 
 def _backward(saved, y_bar):
-  # Without the barrier, XLA would keep what the forward pass widened, because it is the same.
+  # The codes are widened again. Without the barrier, XLA would keep the forward pass's result.
   x, w, y_bar = jax.lax.optimization_barrier((*saved, y_bar))
   return jax.vjp(through_dense, x, w)[1](y_bar)
 
 
-# Differentiated by itself, the product would keep the widened weight: what the codes save.
 _product.defvjp(lambda x, w: (_product(x, w), (x, w)), _backward)
 
 
@@ -344,8 +343,7 @@ def project(
 ) -> jax.Array:
   """The values that `encode` would store, float32 [I, O]; `encode` keeps them as they are."""
   scale_JO = dense(scales).astype(jnp.float32)
-  values_JgO = formats.nearest(_grouped(w_IO, scale_JO), scale_JO, zeros_JO, format)
-  return values_JgO.reshape(w_IO.shape)
+  return formats.nearest(_grouped(w_IO, scale_JO), scale_JO, zeros_JO, format).reshape(w_IO.shape)
 
 
 def _grouped(w_IO, scale_JO):

@@ -63,10 +63,22 @@ def prepare(setup: Setup, state: TrainState, frozen: Frozen, batch: Batch) -> Be
   )
 
 
-def random_batch(vocab_size: int, batch_size: int, seq_len: int, *, seed: int = 0) -> Batch:
-  """Rows of random tokens, each one document: all tokens but the first of a row are labels."""
+def random_batch(
+  vocab_size: int, batch_size: int, seq_len: int, *, documents: int = 1, seed: int = 0
+) -> Batch:
+  """Rows of random tokens, divided into documents of equal length.
+
+  All tokens but the first of a document are labels. Rows of one document have no segments. Raises
+  ValueError if the documents do not divide the rows.
+  """
+  if documents < 1 or seq_len % documents:
+    raise ValueError(f'{documents} documents do not divide rows of {seq_len} tokens')
   rng = np.random.default_rng(seed)
   tokens_BT = rng.integers(0, vocab_size, (batch_size, seq_len), np.int32)
+  segments_T, positions_T = np.divmod(np.arange(seq_len, dtype=np.int32), seq_len // documents)
   labels_BT = np.roll(tokens_BT, -1, axis=1)
-  labels_BT[:, -1] = NO_LABEL
-  return Batch(tokens_BT, labels_BT, None, None)
+  labels_BT[:, positions_T == positions_T[-1]] = NO_LABEL
+  if documents == 1:
+    return Batch(tokens_BT, labels_BT, None, None)
+  rows = lambda array_T: np.tile(array_T, (batch_size, 1))
+  return Batch(tokens_BT, labels_BT, rows(segments_T + 1), rows(positions_T))

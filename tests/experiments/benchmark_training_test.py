@@ -33,6 +33,7 @@ JOB = Job(
   param_dtype='float32',
   batch_size=2,
   seq_len=24,
+  documents=1,
   updates=2,
   optimizer='adamw',
   learning_rate=1e-3,
@@ -141,10 +142,27 @@ def test_a_stacked_job_computes_the_same_updates():
   assert rest == other and a[-1] < a[0]
 
 
-def test_all_tokens_but_the_first_are_labels():
+def test_all_tokens_but_the_first_of_a_document_are_labels():
   batch = bench.random_batch(100, 3, 8, seed=1)
   np.testing.assert_array_equal(batch.labels_BT[:, :-1], batch.tokens_BT[:, 1:])
   assert (batch.labels_BT[:, -1] < 0).all() and batch.segments_BT is None
+  packed = bench.random_batch(100, 3, 8, seed=1, documents=2)
+  np.testing.assert_array_equal(packed.segments_BT[0], [1, 1, 1, 1, 2, 2, 2, 2])
+  np.testing.assert_array_equal(packed.positions_BT[2], [0, 1, 2, 3, 0, 1, 2, 3])
+  expected = np.where(np.arange(8) == 3, -1, batch.labels_BT)
+  np.testing.assert_array_equal(packed.labels_BT, expected)
+  with pytest.raises(ValueError, match='3 documents do not divide rows of 8 tokens'):
+    bench.random_batch(100, 3, 8, documents=3)
+
+
+def test_documents_in_a_row_learn_as_rows_of_their_own():
+  """Two documents a row, or twice the rows of one: the same tokens, and the same losses."""
+  found = []
+  for documents, rows, length in ((2, 2, 24), (1, 4, 12)):
+    job = dataclasses.replace(JOB, documents=documents, batch_size=rows, seq_len=length)
+    updates, _ = training_updates.start(job)
+    found.append([float(updates.run(1)['loss']) for _ in range(3)])
+  np.testing.assert_allclose(*found, rtol=1e-5)
 
 
 BAD = {
@@ -153,6 +171,7 @@ BAD = {
   'a mode': (['--peer_modes=fast'], "'fast', which is not one of eager"),
   'narrow weights in wide products': (['--param_dtype=bfloat16'], 'goes with --dtype=bfloat16'),
   'an optimizer': (['--optimizer=lion', '--peer=python'], 'the peer has no lion'),
+  'documents': (['--documents=2', '--peer=python'], 'one document per row'),
   'a preset': (['--preset=smolm'], 'did you mean'),
 }
 
