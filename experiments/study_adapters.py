@@ -10,7 +10,7 @@ https://thinkingmachines.ai/blog/lora/). The arms, each with little and with muc
   lora_short, lora_long             LoRA of rank 9 in all linear layers
   attention_short, attention_long   LoRA of rank 26 in the attention layers, as many parameters
 
-The head counts among the linear layers: it is a quarter of this model, and new text has other
+The head counts among the linear layers: it is a quarter of this model, and the new text has other
 words.
 
 Each is trained at four learning rates, a factor of three apart. The claims, counted over the

@@ -70,7 +70,7 @@ HEALED = {
   for share in SHARES
 }
 SIZES = {'quarter': 0.25, 'half': 0.5}
-KINDS = {'channels': {'prune_ffn': {'multiple': 8}}, 'width': {'prune_width': {'multiple': 4}}}
+KINDS = {'channels': {'prune_ffn': {'multiple': 8}}, 'width': {'prune_width': {'multiple': 2}}}
 SHAPES = {f'layers_{size}': Arm(step={'drop_layers': {'ratio': r}}) for size, r in SIZES.items()}
 SHAPES |= {
   f'{kind}_{size}': Arm(step=step, like=f'layers_{size}')

@@ -2,17 +2,17 @@ r"""Shows how much of what low-bit weights cost quantization-aware training brin
 
   python -m experiments.study_qat --output=experiments/results/study_qat.jsonl
 
-The base of `small_models` goes on for some updates, with float weights or with weights that are
-rounded in every product, on the same text in the same order. The arms:
+The weights of the blocks of the base of `small_models` become symmetric integers in groups of 128.
+The arms:
 
-  float                         float weights
-  rtn_int4, rtn_int3, rtn_int2     those of `float`, rounded to nearest afterwards
-  gptq_int4, gptq_int3, gptq_int2  those of `float`, quantized by GPTQ afterwards
-  qat_int4, qat_int3, qat_int2     rounded while they learn
+  rtn_int4, rtn_int3, rtn_int2     rounded to nearest
+  gptq_int4, gptq_int3, gptq_int2  quantized by GPTQ
+  qat_int4, qat_int3, qat_int2     trained while they are rounded in every product
 
-All weights of the blocks are symmetric in groups of 32. `recovered` is the share of what rounding
-to nearest costs, in nats per token of held-out text, that an arm does not lose. As `float` was
-trained as long, it is no gain of more training. The claims, counted over the seeds:
+Training follows the base (LLM-QAT, Liu et al. 2023, https://arxiv.org/abs/2305.17888), so that an
+arm does not gain from more training on text, which would say nothing about rounding. `recovered` is
+the share of what rounding to nearest costs, in nats per token of held-out text, that an arm does
+not lose. The claims, counted over the seeds:
 
   Q3  at 4, 3 and 2 bits QAT has a lower loss than rounding to nearest and than GPTQ; it recovers
       the more, the fewer the bits, and at least 30 %, 50 % and 70 %
@@ -27,33 +27,32 @@ from experiments.arms import Options, at_least, rises
 from experiments.small_models import SmallModels
 from model import learned
 from model.learned import QatConfig
+from model.train.distill import TEACHER, Distillation
+from model.train.step import Task
 from model.transformer import Transformer
 
-GROUP_SIZE = 32
-STEPS = 200
+GROUP_SIZE = 128
+STEPS = 400
 NEAREST = 'round_to_nearest'
 AT_LEAST = {'int4': 0.3, 'int3': 0.5, 'int2': 0.7}  # recovered
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm(arms.Arm):
-  """Float weights, or weights in a format: by a technique after training, or learned."""
+  """Weights in a format, by a technique without training or, without one, learned."""
 
-  format: str | None = None
+  format: str
   technique: str | None = None
 
 
-ARMS = {'float': Arm(learning_rates=(1e-4,))}
-ARMS |= {
-  f'{name}_{number_format}': Arm(format=number_format, technique=technique)
+RATES = (1e-4, 3e-4, 1e-3)
+ARMS = {
+  f'{name}_{number_format}': Arm(
+    format=number_format, technique=technique, learning_rates=() if technique else RATES
+  )
   for number_format in AT_LEAST
-  for name, technique in (('rtn', NEAREST), ('gptq', 'gptq'))
+  for name, technique in (('rtn', NEAREST), ('gptq', 'gptq'), ('qat', None))
 }
-ARMS |= {
-  f'qat_{number_format}': Arm(format=number_format, learning_rates=(1e-4, 3e-4, 1e-3))
-  for number_format in AT_LEAST
-}
-
 LOSS = 'cross_entropy'
 CLAIMS = (
   *(
@@ -73,27 +72,22 @@ def prepare(options: Options) -> SmallModels:
 def train(
   setting: SmallModels, arm: Arm, seed: int, rate: float, before: arms.Before
 ) -> tuple[Transformer, arms.Metrics]:
-  """Trains with float or rounded weights, or quantizes the float arm's model."""
-  if arm.technique is not None:
-    model, trained = _quantized(setting, before('float'), arm.technique, arm.format, seed), {}
-  else:
-    model = setting.base
-    if arm.format is not None:
-      model = learned.attach(model, QatConfig(format=arm.format, group_size=GROUP_SIZE))
+  """Quantizes the base, or trains it with rounded weights."""
+  if arm.technique is None:
+    model = learned.attach(setting.base, QatConfig(format=arm.format, group_size=GROUP_SIZE))
+    task = Task(objective=Distillation(), references={TEACHER: setting.base})
     config = small_models.fit_config(setting.steps, rate)
-    model, trained = small_models.fit(model, setting.data(seed, setting.steps), config)
+    model, trained = small_models.fit(model, setting.data(seed, setting.steps), config, task)
     model = learned.finish(model)
+  else:
+    step = {arm.technique: {'format': arm.format, 'group_size': GROUP_SIZE}}
+    model, trained = small_models.compress(setting.base, step, setting.calibration(seed)), {}
   metrics = {**small_models.quality(setting, model), **trained}
-  if arm.format is not None:
-    rounded = _quantized(setting, before('float'), NEAREST, arm.format, seed)
-    best, worst = (small_models.quality(setting, m)[LOSS].value for m in (before('float'), rounded))
-    metrics['recovered'] = small_models.recovered(best, worst, metrics[LOSS].value)
+  loss, rounded = metrics[LOSS].value, metrics[LOSS].value
+  if arm.technique != NEAREST:
+    rounded = small_models.quality(setting, before(f'rtn_{arm.format}'))[LOSS].value
+  metrics['recovered'] = small_models.recovered(setting.base_loss, rounded, loss)
   return model, metrics
-
-
-def _quantized(setting, model, technique: str, number_format: str, seed: int) -> Transformer:
-  step = {technique: {'format': number_format, 'group_size': GROUP_SIZE}}
-  return small_models.compress(model, step, setting.calibration(seed))
 
 
 STUDY = arms.Study(
