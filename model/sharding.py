@@ -17,7 +17,7 @@ import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from model.layers import Linear, Table
+from model.layers.basic import Linear, Table
 from ops.linear import Matrix, Weight
 
 RULES: dict[str, str | tuple[str, ...] | None] = {

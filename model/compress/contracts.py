@@ -15,7 +15,7 @@ from flax import nnx
 from model import native
 from model.compress import registry, statistics
 from model.compress.registry import Outcome, Technique
-from model.layers import Linear
+from model.layers.basic import Linear
 from ops.linear import Matrix, Weight, dense, matmul
 
 INPUTS, OUTPUTS, TOKENS = 64, 24, 40

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
+from model.layers.block import LayerConfig
 from model.transformer import Transformer
 from ops import quantized, sparse
 from ops.linear import Matrix, Weight, map_values

@@ -151,7 +151,7 @@ def entries(
         if all(path in left for path in paths):
           own = tuple(left.pop(path) for path in paths)
           name = f'{row.theirs.format(l=l)}.{their_leaf}'
-          width = config.layers[l].head_width
+          width = config.layers[l].mixer.head_width
           result.append(Entry(name, paths, row.codec, width, row.codec.shape(own), own))
   if left:
     raise ValueError(

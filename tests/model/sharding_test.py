@@ -11,7 +11,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from model import sharding, transformer
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.train import step as step_lib
 from model.train.data import Batch
 from model.transformer import Transformer
@@ -20,7 +23,10 @@ from ops.linear import map_values
 
 # Float32 sums in another order; logits are of order 1.
 TOLERANCE = 1e-5
-LAYER = LayerConfig(query_heads=4, kv_heads=2, head_width=8, ffn_width=64, mlp_bias=True)
+LAYER = LayerConfig(
+  mixer=AttentionConfig(query_heads=4, kv_heads=2, head_width=8),
+  ffn=FeedForwardConfig(width=64, bias=True),
+)
 CONFIG = ModelConfig(family='llama', vocab_size=48, width=32, layers=(LAYER,), max_positions=16)
 MESHES = {
   '8 data': {'data': 8},
