@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from model.config import ModelConfig
+from model.layers import basic
 from model.layers.block import Block, LayerConfig
 from model.layers.sublayer import Units
 from model.transformer import Transformer, abstract, linears, parameters
@@ -63,7 +64,7 @@ def letters(model: Transformer) -> dict[str, tuple[str, ...]]:
   A vector has the last letter of its module; so the letter of a bias is that of the outputs.
   """
   return {
-    '.'.join(map(str, (*path, name))): module.axes[-len(value.get_value().shape) :]
+    '.'.join(map(str, (*path, name))): basic.letters(module, len(value.get_value().shape))
     for path, module in nnx.iter_modules(model)
     for name, value in vars(module).items()
     if isinstance(value, nnx.Param)
@@ -116,7 +117,7 @@ def run(layer: LayerConfig, letter: str) -> int:
 def readers(block: Block, unit: Unit) -> tuple[str, ...]:
   """Returns the linear layers of a block whose inputs are its units, by their paths in it."""
   runs = _runs(block.layer, unit)
-  return tuple(path for path, linear in linears(block).items() if linear.axes[0] in runs)
+  return tuple(path for path, linear in linears(block).items() if linear.axes[-2] in runs)
 
 
 def sizes(config: ModelConfig, unit: Unit) -> list[int]:

@@ -226,7 +226,8 @@ def _measure(function, layers, names, values, batch):
   function(watched, *batch)
   sharing = {}
   for layer, recorder in recorders.items():
-    sharing.setdefault(tuple(map(id, recorder.seen)), []).append(layer)
+    inputs = tuple(id(array) for entry in recorder.seen for array in entry)
+    sharing.setdefault(inputs, []).append(layer)
   measured = {
     first: statistics.measure(recorders[first].seen, names) for first, *_ in sharing.values()
   }

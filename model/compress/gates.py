@@ -51,7 +51,7 @@ class GatedLoss:
 
   @classmethod
   def of(cls, model: Transformer) -> 'GatedLoss':
-    found = {f'{path}.weight': linear.axes[0] for path, linear in linears(model).items()}
+    found = {f'{path}.weight': linear.axes[-2] for path, linear in linears(model).items()}
     found = {path: letter for path, letter in found.items() if units.layer_of(path) is not None}
     return cls(nnx.split(model)[0], model.config, tuple(found.items()))
 

@@ -48,7 +48,7 @@ class Measurements:
       found |= {f'layers.{l}.{norm}': observed[layer] for norm, layer in first.items()}
       stream.advance(block)
     outputs = (self._model.final_norm(jnp.asarray(x_BTD)) for _, x_BTD in stream.batches)
-    measured = (statistics.measure([y_BTD], names) for y_BTD in outputs)
+    measured = (statistics.measure([(y_BTD,)], names) for y_BTD in outputs)
     total = functools.reduce(statistics.merge, measured)
     return found | {'final_norm': statistics.finish(total)}
 

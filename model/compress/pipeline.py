@@ -235,10 +235,11 @@ def _apply(part, step, stage, run, observed: nnx.Module, plan):
   params, prepared = parameters(part.module), Prepared(step)
   for path in _by_input(paths, found):
     layer = part.layer(path)
-    measured = prepared.join(found.pop(path.removesuffix('.weight'), {}))
+    w = params[path].get_value()
+    measured = prepared.join(found.pop(path.removesuffix('.weight'), {}), w)
     if step.row.plan:
       measured[PLAN] = plan[layer]
-    outcome = execute(step.row, step.spec, params[path].get_value(), measured)
+    outcome = execute(step.row, step.spec, w, measured)
     params[path].set_value(outcome.weight)
     run.ledger.add(layer, step.technique, outcome.events)
 

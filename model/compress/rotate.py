@@ -23,7 +23,7 @@ from model.compress.registry import technique
 from model.layers.basic import Linear
 from model.layers.wiring import Attended, Normed
 from model.transformer import linears, matrices
-from ops import rotated
+from ops import experts, rotated
 from ops.linear import Weight
 from ops.sparse import looks_pruned
 
@@ -68,6 +68,8 @@ def _check_plain(model):
   for path, w in matrices(model).items():
     if isinstance(w, Weight):
       raise ValueError(f'{path} is compressed already; rotation comes before everything else')
+    if experts.count(w) is not None:
+      raise ValueError(f'{path} has experts, and only matrices are rotated')
     if looks_pruned(w):
       raise ValueError(
         f'{path} is pruned, and a rotation would fill its zeros; rotate the model as it was before '

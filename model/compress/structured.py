@@ -163,7 +163,7 @@ def _refitted(model, measurements, unit, kept) -> dict:
   readers = functools.partial(units.readers, unit=unit)
   for l, measured in enumerate(measurements.inputs(readers, ('input_covariance',))):
     for layer, statistics in measured.items():
-      run = units.run(model.config.layers[l], layers[f'layers.{l}.{layer}'].axes[0])
+      run = units.run(model.config.layers[l], layers[f'layers.{l}.{layer}'].axes[-2])
       rows = jnp.asarray(units.elements(kept[l], run))
       path = f'layers.{l}.{layer}.weight'
       w_IO, covariance_II = params[path].get_value(), statistics['input_covariance']

@@ -71,6 +71,13 @@ def config_to_hf(config: ModelConfig) -> dict:
   layers have different widths; the message names the fields and layers.
   """
   family = find(config.family)
+  for l, layer in enumerate(config.layers):
+    for part in layer.sublayers.values():
+      if not isinstance(part, family.kinds):
+        raise ValueError(
+          f'config.json of the family {config.family} cannot describe the {type(part).__name__} of '
+          f'layer {l}'
+        )
   hf = {**family.config_to_hf(config), **shared_to_hf(config)}
   problems = _differences(_normal(config), _normal(family.config_from_hf(hf)))
   if problems:

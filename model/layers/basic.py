@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ops import norms
-from ops.linear import matmul, matmuls
+from ops.linear import grouped_matmul, matmul, matmuls
 
 NormKind = Literal['rms', 'layer']
 INIT_STDDEV = 0.02
@@ -41,11 +41,11 @@ class StreamConfig:
 
 
 class Linear(nnx.Module):
-  """x[..., I] @ weight[I, O] (+ bias[O])."""
+  """x[..., I] @ weight[I, O] (+ bias[O]), or E experts of that kind, which `grouped` multiplies."""
 
-  def __init__(self, shape, *, axes: tuple[str, str], bias: bool, rngs, dtype, stddev=INIT_STDDEV):
+  def __init__(self, shape, *, axes: tuple[str, ...], bias: bool, rngs, dtype, stddev=INIT_STDDEV):
     self.weight = nnx.Param(stddev * jax.random.normal(rngs.params(), shape, dtype))
-    self.bias = nnx.Param(jnp.zeros(shape[-1], dtype)) if bias else None
+    self.bias = nnx.Param(jnp.zeros((*shape[:-2], shape[-1]), dtype)) if bias else None
     self.axes = axes
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -56,6 +56,23 @@ class Linear(nnx.Module):
       return y
     bias_O = self.bias.get_value().astype(y.dtype)
     return y + jnp.broadcast_to(bias_O, y.shape)
+
+  def grouped(self, x_TI: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """Multiplies consecutive groups of rows, each by its own expert, and adds its bias: [T, O].
+
+    The group sizes add up to the number of rows.
+    """
+    y_TO = grouped_matmul(x_TI, self.weight.get_value(), group_sizes_E)
+    if self.bias is None:
+      return y_TO
+    bias_EO = self.bias.get_value().astype(y_TO.dtype)
+    return y_TO + jnp.repeat(bias_EO, group_sizes_E, axis=0, total_repeat_length=len(y_TO))
+
+
+def letters(module: nnx.Module, rank: int) -> tuple[str, ...]:
+  """The letters of the axes of a module's parameter; a bias, of lower rank, has no inputs."""
+  axes = module.axes
+  return axes if rank == len(axes) else (*axes[:-2], axes[-1])
 
 
 def apply(x: jax.Array, *linears: Linear) -> tuple[jax.Array, ...]:

@@ -13,8 +13,14 @@ FFNS: dict[str, type[FfnConfig]] = {'dense': FeedForwardConfig}
 
 
 def to_json(config: SubLayerConfig) -> dict[str, Any]:
-  """The fields of a config and the name of its kind, as plain JSON values."""
-  kind = next(name for name, cls in (MIXERS | FFNS).items() if cls is type(config))
+  """The fields of a config and the name of its kind, as plain JSON values.
+
+  Raises ValueError for a config that is no row here.
+  """
+  names = {cls: name for name, cls in (MIXERS | FFNS).items()}
+  if type(config) not in names:
+    raise ValueError(f'{type(config).__name__} has no name in model/layers/kinds.py; add its row')
+  kind = names[type(config)]
   return {'kind': kind, **dataclasses.asdict(config)}
 
 

@@ -70,7 +70,7 @@ def test_the_wiring_has_every_linear_layer_in_running_order(name, rng):
   assert ran == [layer for stage in wiring.stages for layer in stage]
   assert sorted(ran) == sorted(layers)
   assert all(f'{norm}.scale' in params for norm in wiring.norms)
-  writers = {layer for layer, linear in layers.items() if linear.axes[1] == 'D'}
+  writers = {layer for layer, linear in layers.items() if linear.axes[-1] == 'D'}
   assert writers == {write.layer for write in wiring.writes}
   norms = {write.norm for write in wiring.writes} - {None}
   assert norms == {path.split('.')[0] for path in params if 'post_norm' in path}
