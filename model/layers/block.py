@@ -20,6 +20,12 @@ class LayerConfig:
   post_norms: bool = False  # a second norm after each sub-layer (Gemma 2)
   parallel: bool = False  # both sub-layers read the same input (GPT-NeoX)
 
+  def __post_init__(self):
+    for name, base in (('mixer', MixerConfig), ('ffn', FfnConfig)):
+      part = getattr(self, name)
+      if not isinstance(part, base):
+        raise ValueError(f'{name} must be a {base.__name__}, not {type(part).__name__}')
+
   @property
   def sublayers(self) -> dict[str, SubLayerConfig]:
     """Both, by the names of their modules, which stand in the paths of parameters.

@@ -9,9 +9,9 @@ to the producer's output before they read it. The block of a Llama has four:
   ffn_norm          Normed     ffn.gate, ffn.up
   ffn.up            Gated      ffn.down
 
-This is the only place that says so. Calibration measures the consumers of an edge together, folding
-moves scales along edges, rotation and slicing follow the residual stream from writer to reader, and
-AWQ takes the layers whose outputs meet in a softmax from `Attended`.
+The configs of the sub-layers say so, and no other code. Calibration measures the consumers of an
+edge together, folding moves scales along edges, rotation and slicing follow the residual stream
+from writer to reader, and AWQ takes the layers whose outputs meet in a softmax from `Attended`.
 """
 
 import dataclasses

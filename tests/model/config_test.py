@@ -67,6 +67,13 @@ def test_a_feed_forward_network_that_makes_no_sense_is_refused(case):
     LAYER.with_ffn(**changes)
 
 
+def test_each_sub_layer_has_its_place():
+  with pytest.raises(ValueError, match='mixer must be a MixerConfig, not FeedForwardConfig'):
+    LayerConfig(mixer=LAYER.ffn, ffn=LAYER.ffn)
+  with pytest.raises(ValueError, match='ffn must be a FfnConfig, not AttentionConfig'):
+    LayerConfig(mixer=LAYER.mixer, ffn=LAYER.mixer)
+
+
 @pytest.mark.parametrize('case', MODELS)
 def test_a_model_that_makes_no_sense_is_refused(case):
   changes, message = MODELS[case]
