@@ -302,7 +302,7 @@ def _uneven(**changes):
 
 
 UNSAID = {
-  'widths': (_uneven, r'layers 1: kv_heads = 3 \(it would be 1\)'),
+  'widths': (_uneven, r'layers 1: mixer\.kv_heads = 3 \(it would be 1\)'),
   'kind of rope': (
     lambda: _uneven(rope=RopeConfig(kind='ntk', factor=2.0)),
     "cannot describe the rope kind 'ntk'",
