@@ -18,8 +18,11 @@ import jax
 from flax import nnx
 
 from model import corpus, files, hf, lock
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
 from model.corpus import Corpus
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.tokenizer import Tokenizer
 from model.train import loop
 from model.train.data import PackedDataset, excerpts
@@ -112,12 +115,10 @@ def config(plan: Plan, tokenizer: Tokenizer | None = None) -> ModelConfig:
   Without a tokenizer it is the shape alone, and names no special tokens.
   """
   special = {} if tokenizer is None else {'bos_id': tokenizer.bos_id, 'eos_ids': tokenizer.eos_ids}
-  layer = LayerConfig(
-    query_heads=plan.query_heads,
-    kv_heads=plan.kv_heads,
-    head_width=plan.head_width,
-    ffn_width=plan.ffn_width,
+  heads = AttentionConfig(
+    query_heads=plan.query_heads, kv_heads=plan.kv_heads, head_width=plan.head_width
   )
+  layer = LayerConfig(mixer=heads, ffn=FeedForwardConfig(width=plan.ffn_width))
   return ModelConfig(
     family='llama',
     vocab_size=plan.vocab_size,

@@ -180,7 +180,7 @@ def _subject(name, model, setting, batch) -> Subject:
 def _outside_s(config: ModelConfig) -> float:
   """Returns the seconds per token of decoding with as many parameters and almost no arithmetic."""
   small = tuple(
-    dataclasses.replace(layer, query_heads=1, kv_heads=1, head_width=8, ffn_width=8)
+    layer.with_mixer(query_heads=1, kv_heads=1, head_width=8).with_ffn(width=8)
     for layer in config.layers
   )
   shape = config.replace(width=8, vocab_size=8, layers=small)

@@ -16,7 +16,6 @@ too when memory is scarce.
 Device: a CPU under Linux. Minutes: 5. Expected: GPTQ 2.5 blocks, however deep the model is.
 """
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -80,13 +79,8 @@ def _config(shape: str) -> ModelConfig:
     raise ValueError(f'--shapes has {shape!r}; a width is a multiple of {HEAD_WIDTH}')
   base = presets.preset('tiny-llama')
   heads = width // HEAD_WIDTH
-  layer = dataclasses.replace(
-    base.layers[0],
-    query_heads=heads,
-    kv_heads=heads,
-    head_width=HEAD_WIDTH,
-    ffn_width=int(FFN_RATIO * width),
-  )
+  layer = base.layers[0].with_ffn(width=int(FFN_RATIO * width))
+  layer = layer.with_mixer(query_heads=heads, kv_heads=heads, head_width=HEAD_WIDTH)
   return base.replace(width=width, layers=(layer,) * blocks, vocab_size=VOCAB_SIZE)
 
 

@@ -1,7 +1,5 @@
 """Defines the flags for a model's shape: a preset, its width factor, and whether it is untied."""
 
-import dataclasses
-
 from absl import flags
 
 from model import presets
@@ -28,11 +26,8 @@ def config(holders: dict[str, flags.FlagHolder]) -> ModelConfig:
 def scaled(shape: ModelConfig, factor: int) -> ModelConfig:
   """Returns a config with `factor` times the width, heads and feed-forward, and the same depth."""
   wider = tuple(
-    dataclasses.replace(
-      layer,
-      query_heads=factor * layer.query_heads,
-      kv_heads=factor * layer.kv_heads,
-      ffn_width=factor * layer.ffn_width,
+    layer.with_ffn(width=factor * layer.ffn.width).with_mixer(
+      query_heads=factor * layer.mixer.query_heads, kv_heads=factor * layer.mixer.kv_heads
     )
     for layer in shape.layers
   )

@@ -13,37 +13,18 @@ A new format is a class with the methods of `KVCache` and `empty`, and an entry 
 
 import dataclasses
 import functools
-from typing import Literal, Protocol
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from model import kv_rows
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
 from model.kv_quantized import Int4Cache, Int8Cache
+from model.layers.attention import AttentionConfig, KVCache
 from ops import axes
 
 CacheFormat = Literal['float', 'bf16', 'int8', 'int4']
-
-
-class KVCache(Protocol):
-  """The keys and values of one layer; a pytree, so that a jitted program can take and donate it."""
-
-  @property
-  def capacity(self) -> int:
-    """The number of tokens that a row can hold."""
-
-  def update(
-    self, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array
-  ) -> tuple['KVCache', jax.Array, jax.Array]:
-    """Stores T new tokens per row; returns the cache, and all keys and values that they may see.
-
-    Row b is written from slot positions_BT[b, 0] on, which is at most its previous length; the
-    caller ensures that the tokens fit. Padding comes after the tokens of a row and repeats their
-    last position. The returned keys and values are [B, S, K, H], where S is the capacity. A
-    floating-point cache returns its own dtype, which attention widens as it reads; others return
-    the dtype of the new keys and values.
-    """
 
 
 @functools.partial(
@@ -60,9 +41,9 @@ class FloatCache:
     axes.check_fields('...BSKH,...BSKH', self.k_BSKH, self.v_BSKH)
 
   @classmethod
-  def empty(cls, layer: LayerConfig, batch: int, capacity: int, dtype) -> 'FloatCache':
+  def empty(cls, heads: AttentionConfig, batch: int, capacity: int, dtype) -> 'FloatCache':
     # Not uninitialised: masked slots are multiplied by zero, and 0 * NaN is NaN.
-    shape = (batch, capacity, layer.kv_heads, layer.head_width)
+    shape = (batch, capacity, heads.kv_heads, heads.head_width)
     return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
   @property
@@ -80,9 +61,9 @@ class Bf16Cache:
   """A `FloatCache` that holds bfloat16 for a model of any dtype."""
 
   @staticmethod
-  def empty(layer: LayerConfig, batch: int, capacity: int, dtype) -> FloatCache:
+  def empty(heads: AttentionConfig, batch: int, capacity: int, dtype) -> FloatCache:
     del dtype
-    return FloatCache.empty(layer, batch, capacity, jnp.bfloat16)
+    return FloatCache.empty(heads, batch, capacity, jnp.bfloat16)
 
 
 FORMATS = {'float': FloatCache, 'bf16': Bf16Cache, 'int8': Int8Cache, 'int4': Int4Cache}
@@ -101,7 +82,9 @@ def init(
   'int4' rounds the capacity up to whole pages.
   """
   check_format(format)
-  return tuple(FORMATS[format].empty(layer, batch, capacity, dtype) for layer in config.layers)
+  return tuple(
+    FORMATS[format].empty(layer.mixer, batch, capacity, dtype) for layer in config.layers
+  )
 
 
 def check_format(format: str) -> None:

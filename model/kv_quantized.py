@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from model import kv_rows
-from model.config import LayerConfig
+from model.layers.attention import AttentionConfig
 from ops import axes
 
 PAGE = 32  # tokens
@@ -84,9 +84,9 @@ class Int8Cache:
       axes.check_fields('...BSKH,...BSKH', self.keys.codes_BSKH, self.values.codes_BSKH)
 
   @classmethod
-  def empty(cls, layer: LayerConfig, batch: int, capacity: int, dtype) -> 'Int8Cache':
+  def empty(cls, heads: AttentionConfig, batch: int, capacity: int, dtype) -> 'Int8Cache':
     del dtype  # no keys or values are stored in floating point
-    shape = (batch, capacity, layer.kv_heads, layer.head_width)
+    shape = (batch, capacity, heads.kv_heads, heads.head_width)
     side = lambda: Tokens8(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:3], SCALE_DTYPE))
     return cls(side(), side())
 
@@ -168,12 +168,12 @@ class Int4Cache:
       axes.check_fields('...BPSKH,...BPSKH', *codes)
 
   @classmethod
-  def empty(cls, layer: LayerConfig, batch: int, capacity: int, dtype) -> 'Int4Cache':
-    if layer.head_width % 2:
+  def empty(cls, heads: AttentionConfig, batch: int, capacity: int, dtype) -> 'Int4Cache':
+    if heads.head_width % 2:
       raise ValueError(
-        f"'int4' packs two channels a byte, but a head has {layer.head_width}; use 'int8'"
+        f"'int4' packs two channels a byte, but a head has {heads.head_width}; use 'int8'"
       )
-    page = jnp.zeros((batch, PAGE, layer.kv_heads, layer.head_width), dtype)
+    page = jnp.zeros((batch, PAGE, heads.kv_heads, heads.head_width), dtype)
     shape = (batch, -(-capacity // PAGE), *page.shape[1:])
     zeros = lambda encode: jax.tree.map(
       lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),

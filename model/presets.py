@@ -9,7 +9,10 @@ import difflib
 import math
 from collections.abc import Callable
 
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from ops.rope import RopeConfig
 
 # A tied head counts once.
@@ -52,52 +55,69 @@ def names() -> list[str]:
   return sorted(_BUILDERS)
 
 
-def _same(count: int, **fields) -> tuple[LayerConfig, ...]:
-  return (LayerConfig(**fields),) * count
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sizes:
+  """The widths of a layer."""
+
+  mixer: dict[str, int]
+  ffn: int
 
 
-def _heads(query: int, kv: int, width: int, ffn: int) -> dict[str, int]:
-  return {'query_heads': query, 'kv_heads': kv, 'head_width': width, 'ffn_width': ffn}
+def _sizes(query_heads: int, kv_heads: int, head_width: int, ffn: int) -> _Sizes:
+  heads = {'query_heads': query_heads, 'kv_heads': kv_heads, 'head_width': head_width}
+  return _Sizes(mixer=heads, ffn=ffn)
 
 
-def _llama(depth: int, heads: dict[str, int], window: int | None = None, **fields) -> ModelConfig:
+def _llama(depth: int, sizes: _Sizes, window: int | None = None, **fields) -> ModelConfig:
+  layer = LayerConfig(
+    mixer=AttentionConfig(**sizes.mixer, window=window), ffn=FeedForwardConfig(width=sizes.ffn)
+  )
   defaults = {'family': 'llama', 'bos_id': 1, 'eos_ids': (2,)}
-  return ModelConfig(layers=_same(depth, window=window, **heads), **(defaults | fields))
+  return ModelConfig(layers=(layer,) * depth, **(defaults | fields))
 
 
-_BIASES = {'qkv_bias': True, 'output_bias': True, 'mlp_bias': True}
-
-
-def _gpt2(depth: int, heads: dict[str, int], **fields) -> ModelConfig:
-  layers = _same(depth, activation='gelu_tanh', gated=False, **heads, **_BIASES)
-  return ModelConfig(family='gpt2', layers=layers, norm='layer', rope=None, tied=True, **fields)
-
-
-def _neox(depth: int, heads: dict[str, int], **fields) -> ModelConfig:
-  rotation = {'rotary_width': heads['head_width'] // 4}
-  layers = _same(
-    depth, activation='gelu', gated=False, parallel=True, **rotation, **heads, **_BIASES
+def _gpt2(depth: int, sizes: _Sizes, **fields) -> ModelConfig:
+  layer = LayerConfig(
+    mixer=AttentionConfig(**sizes.mixer, qkv_bias=True, output_bias=True),
+    ffn=FeedForwardConfig(width=sizes.ffn, activation='gelu_tanh', gated=False, bias=True),
   )
   return ModelConfig(
-    family='gpt_neox', layers=layers, norm='layer', bos_id=0, eos_ids=(0,), **fields
+    family='gpt2', layers=(layer,) * depth, norm='layer', rope=None, tied=True, **fields
   )
 
 
-def _qwen3(depth: int, heads: dict[str, int], **fields) -> ModelConfig:
-  layers = _same(depth, qk_norm=True, **heads)
-  rope = RopeConfig(theta=1e6)
-  return ModelConfig(family='qwen3', layers=layers, norm_eps=1e-6, rope=rope, tied=True, **fields)
-
-
-def _gemma2(depth: int, heads: dict[str, int], window: int, **fields) -> ModelConfig:
+def _neox(depth: int, sizes: _Sizes, **fields) -> ModelConfig:
+  rotary_width = sizes.mixer['head_width'] // 4
   layer = LayerConfig(
-    activation='gelu_tanh',
-    post_norms=True,
-    attention_softcap=50.0,
-    query_scale=heads['head_width'] ** -0.5,
-    **heads,
+    mixer=AttentionConfig(
+      **sizes.mixer, rotary_width=rotary_width, qkv_bias=True, output_bias=True
+    ),
+    ffn=FeedForwardConfig(width=sizes.ffn, activation='gelu', gated=False, bias=True),
+    parallel=True,
   )
-  local = dataclasses.replace(layer, window=window)
+  return ModelConfig(
+    family='gpt_neox', layers=(layer,) * depth, norm='layer', bos_id=0, eos_ids=(0,), **fields
+  )
+
+
+def _qwen3(depth: int, sizes: _Sizes, **fields) -> ModelConfig:
+  layer = LayerConfig(
+    mixer=AttentionConfig(**sizes.mixer, qk_norm=True), ffn=FeedForwardConfig(width=sizes.ffn)
+  )
+  rope = RopeConfig(theta=1e6)
+  return ModelConfig(
+    family='qwen3', layers=(layer,) * depth, norm_eps=1e-6, rope=rope, tied=True, **fields
+  )
+
+
+def _gemma2(depth: int, sizes: _Sizes, window: int, **fields) -> ModelConfig:
+  scale = sizes.mixer['head_width'] ** -0.5
+  layer = LayerConfig(
+    mixer=AttentionConfig(**sizes.mixer, softcap=50.0, query_scale=scale),
+    ffn=FeedForwardConfig(width=sizes.ffn, activation='gelu_tanh'),
+    post_norms=True,
+  )
+  local = layer.with_mixer(window=window)
   return ModelConfig(
     family='gemma2',
     layers=tuple(layer if l % 2 else local for l in range(depth)),
@@ -117,11 +137,11 @@ _TINY = {'vocab_size': 256, 'width': 64, 'max_positions': 128}
 
 _BUILDERS: dict[str, Callable[[], ModelConfig]] = {
   'gemma-2-2b': lambda: _gemma2(
-    26, _heads(8, 4, 256, 9216), 4096, vocab_size=256_000, width=2304, max_positions=8192
+    26, _sizes(8, 4, 256, 9216), 4096, vocab_size=256_000, width=2304, max_positions=8192
   ),
   'gpt2': lambda: _gpt2(
     12,
-    _heads(12, 12, 64, 3072),
+    _sizes(12, 12, 64, 3072),
     vocab_size=50_257,
     width=768,
     max_positions=1024,
@@ -129,11 +149,11 @@ _BUILDERS: dict[str, Callable[[], ModelConfig]] = {
     eos_ids=(50_256,),
   ),
   'llama-2-7b': lambda: _llama(
-    32, _heads(32, 32, 128, 11_008), vocab_size=32_000, width=4096, max_positions=4096
+    32, _sizes(32, 32, 128, 11_008), vocab_size=32_000, width=4096, max_positions=4096
   ),
   'llama-3.1-8b': lambda: _llama(
     32,
-    _heads(32, 8, 128, 14_336),
+    _sizes(32, 8, 128, 14_336),
     vocab_size=128_256,
     width=4096,
     max_positions=131_072,
@@ -143,7 +163,7 @@ _BUILDERS: dict[str, Callable[[], ModelConfig]] = {
   ),
   'mistral-7b-v0.1': lambda: _llama(
     32,
-    _heads(32, 8, 128, 14_336),
+    _sizes(32, 8, 128, 14_336),
     4096,
     family='mistral',
     vocab_size=32_000,
@@ -152,7 +172,7 @@ _BUILDERS: dict[str, Callable[[], ModelConfig]] = {
   ),
   'phi-3-mini': lambda: _llama(
     32,
-    _heads(32, 32, 96, 8192),
+    _sizes(32, 32, 96, 8192),
     2047,
     family='phi3',
     vocab_size=32_064,
@@ -161,11 +181,11 @@ _BUILDERS: dict[str, Callable[[], ModelConfig]] = {
     eos_ids=(32_000,),
   ),
   'pythia-70m': lambda: _neox(
-    6, _heads(8, 8, 64, 2048), vocab_size=50_304, width=512, max_positions=2048
+    6, _sizes(8, 8, 64, 2048), vocab_size=50_304, width=512, max_positions=2048
   ),
   'qwen3-0.6b': lambda: _qwen3(
     28,
-    _heads(16, 8, 128, 3072),
+    _sizes(16, 8, 128, 3072),
     vocab_size=151_936,
     width=1024,
     max_positions=40_960,
@@ -174,7 +194,7 @@ _BUILDERS: dict[str, Callable[[], ModelConfig]] = {
   ),
   'smollm2-135m': lambda: _llama(
     30,
-    _heads(9, 3, 64, 1536),
+    _sizes(9, 3, 64, 1536),
     vocab_size=49_152,
     width=576,
     max_positions=8192,
@@ -184,13 +204,13 @@ _BUILDERS: dict[str, Callable[[], ModelConfig]] = {
     eos_ids=(0,),
   ),
   'tinyllama-1.1b': lambda: _llama(
-    22, _heads(32, 4, 64, 5632), vocab_size=32_000, width=2048, max_positions=2048
+    22, _sizes(32, 4, 64, 5632), vocab_size=32_000, width=2048, max_positions=2048
   ),
-  'tiny-gemma2': lambda: _gemma2(2, _heads(4, 2, 16, 160), 32, **_TINY),
-  'tiny-gpt2': lambda: _gpt2(2, _heads(4, 4, 16, 256), **_TINY),
-  'tiny-llama': lambda: _llama(2, _heads(4, 2, 16, 152), **_TINY),
-  'tiny-mistral': lambda: _llama(2, _heads(4, 2, 16, 152), 32, family='mistral', **_TINY),
-  'tiny-neox': lambda: _neox(2, _heads(4, 4, 16, 256), **_TINY),
-  'tiny-phi3': lambda: _llama(2, _heads(4, 4, 16, 152), 64, family='phi3', **_TINY),
-  'tiny-qwen3': lambda: _qwen3(2, _heads(4, 2, 16, 152), **_TINY),
+  'tiny-gemma2': lambda: _gemma2(2, _sizes(4, 2, 16, 160), 32, **_TINY),
+  'tiny-gpt2': lambda: _gpt2(2, _sizes(4, 4, 16, 256), **_TINY),
+  'tiny-llama': lambda: _llama(2, _sizes(4, 2, 16, 152), **_TINY),
+  'tiny-mistral': lambda: _llama(2, _sizes(4, 2, 16, 152), 32, family='mistral', **_TINY),
+  'tiny-neox': lambda: _neox(2, _sizes(4, 4, 16, 256), **_TINY),
+  'tiny-phi3': lambda: _llama(2, _sizes(4, 4, 16, 152), 64, family='phi3', **_TINY),
+  'tiny-qwen3': lambda: _qwen3(2, _sizes(4, 2, 16, 152), **_TINY),
 }

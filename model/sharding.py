@@ -1,15 +1,16 @@
 """Places arrays on a device mesh by one table from axis letters to mesh axes.
 
-Models never name mesh axes. A matrix names its two axes by letters (`Linear.axes`), and a weight
+Models never name mesh axes. A matrix names its axes by letters (`Linear.axes`), and a weight
 type names the axes of its arrays in terms of the I and O of the matrix. The table gives the mesh
 axes of the parameters, and GSPMD propagates them through the program, so the same jitted functions
 run on one device or on many. An axis whose size is not a multiple of its mesh axes is replicated.
 
 Mesh axes: `data` splits the batch; `fsdp` the batch and the parameters; `model` heads, feed-forward
-and vocabulary.
+and vocabulary; `expert` the experts.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,8 @@ import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from model.layers import Linear, Table
+from model.layers import basic
+from model.layers.basic import Linear, Table
 from ops.linear import Matrix, Weight
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -28,21 +30,23 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'N': 'model',
   'K': 'model',
   'V': 'model',
+  'E': 'expert',
   '_': None,
 }
 
 
-def make_mesh(*, data: int = 1, fsdp: int = 1, model: int = 1, devices=None) -> Mesh:
+def make_mesh(
+  *, data: int = 1, fsdp: int = 1, model: int = 1, expert: int = 1, devices=None
+) -> Mesh:
   """Arranges devices as a mesh. Raises ValueError if there are too few."""
   devices = jax.devices() if devices is None else devices
-  needed = data * fsdp * model
+  sizes = {'data': data, 'fsdp': fsdp, 'model': model, 'expert': expert}
+  shape, needed = tuple(sizes.values()), math.prod(sizes.values())
   if needed > len(devices):
-    raise ValueError(f'a {data} x {fsdp} x {model} mesh needs {needed} devices, not {len(devices)}')
+    form = ' x '.join(map(str, shape))
+    raise ValueError(f'a {form} mesh needs {needed} devices, not {len(devices)}')
   return jax.make_mesh(
-    (data, fsdp, model),
-    ('data', 'fsdp', 'model'),
-    devices=devices[:needed],
-    axis_types=(AxisType.Auto,) * 3,
+    shape, tuple(sizes), devices=devices[:needed], axis_types=(AxisType.Auto,) * len(sizes)
   )
 
 
@@ -59,16 +63,20 @@ def sharding(mesh: Mesh, letters: str | tuple[str, ...], shape: tuple[int, ...])
   return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def weight_shardings(mesh: Mesh, w: Matrix, axes: tuple[str, str]):
-  """Returns the sharding of a plain matrix, or a weight of w's type that holds its shardings."""
+def weight_shardings(mesh: Mesh, w: Matrix, axes: tuple[str, ...]):
+  """Returns the sharding of a plain matrix, or a weight of w's type that holds its shardings.
+
+  `axes` has the letters of leading axes, if any, of the inputs and of the outputs.
+  """
   if not isinstance(w, Weight):
     return sharding(mesh, axes, w.shape)
-  letters = {'I': axes[0], 'J': axes[0], 'O': axes[1], 'R': '_', '_': '_'}
+  *lead, inputs, outputs = axes
+  letters = {'I': inputs, 'J': inputs, 'O': outputs, 'R': '_', '_': '_'}
   changes = {}
   for field in dataclasses.fields(w):
     value = getattr(w, field.name)
     if 'axes' in field.metadata and value is not None:
-      own = tuple(letters[letter] for letter in field.metadata['axes'])
+      own = (*lead, *(letters[letter] for letter in field.metadata['axes']))
       changes[field.name] = weight_shardings(mesh, value, own)
   return dataclasses.replace(w, **changes)
 
@@ -94,8 +102,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def _param_shardings(mesh, module, param):
   w = param.get_value()
-  if isinstance(module, Linear | Table) and len(w.shape) == 2:
+  if isinstance(module, Linear | Table) and len(w.shape) == len(module.axes):
     return weight_shardings(mesh, w, module.axes)
   if isinstance(module, Linear):
-    return sharding(mesh, module.axes[-1:], w.shape)
+    return sharding(mesh, basic.letters(module, len(w.shape)), w.shape)
   return NamedSharding(mesh, PartitionSpec())

@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.layers import Block
+from model.layers.block import Block
 from model.transformer import Context, Transformer
 
 Remat = Literal['none', 'block', 'dots']

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.config import LayerConfig, ModelConfig
-from model.kv_cache import KVCache
-from model.layers import Block, Linear, Norm, Table
+from model.config import ModelConfig
+from model.layers.attention import KVCache
+from model.layers.basic import Linear, Norm, Table
+from model.layers.block import Block
 from ops import axes, rope
 from ops.linear import Matrix
 from ops.masks import AttentionMask
@@ -39,8 +40,8 @@ class Transformer(nnx.Module):
     self.positions = (
       Table(config.max_positions, config.width, axes=('_', 'D'), **make) if learned else None
     )
-    self.layers = nnx.List([Block(config, layer, **make) for layer in config.layers])
-    self.final_norm = Norm(config.width, config, dtype=dtype)
+    self.layers = nnx.List([Block(config.stream, layer, **make) for layer in config.layers])
+    self.final_norm = Norm(config.width, config.stream, dtype=dtype)
     shape = (config.width, config.vocab_size)
     self.head = (
       None if config.tied else Linear(shape, axes=('D', 'V'), bias=config.head_bias, **make)
@@ -103,7 +104,7 @@ class Context:
   def __init__(self, config: ModelConfig, mask: AttentionMask):
     self.config, self.mask = config, mask
     # All of them at once, because a block may run inside a loop, whose arrays cannot leave it.
-    widths = {_rotary_width(layer) for layer in config.layers}
+    widths = {layer.mixer.rotated for layer in config.layers} - {None}
     self.angles = {
       width: config.rope and rope.cos_sin(mask.q_positions_BT, config.rope, width)
       for width in sorted(widths)
@@ -133,12 +134,9 @@ class Context:
 
   def run(self, block: Block, x_BTD, cache: KVCache | None = None):
     """Applies one block and returns (x_BTD, cache)."""
-    mask = dataclasses.replace(self.mask, window=block.layer.window)
-    return block(x_BTD, self.angles[_rotary_width(block.layer)], mask, cache)
-
-
-def _rotary_width(layer: LayerConfig) -> int:
-  return layer.rotary_width or layer.head_width
+    mixer = block.layer.mixer
+    mask = dataclasses.replace(self.mask, window=mixer.window)
+    return block(x_BTD, self.angles.get(mixer.rotated), mask, cache)
 
 
 def _arange(batch: int, length: int) -> jax.Array:

@@ -2,10 +2,9 @@
 
 A unit is a feed-forward channel ('F'), a key/value head with the query heads that read it ('K'), a
 dimension of the residual stream ('D') or a whole layer ('L'). Which arrays are cut for it, and
-along which axis, follows from the letters of their axes alone: `axes` of the modules in
-`model.layers`. A key/value head takes a run of elements along every 'K' axis, and its query heads a
-run along every 'N' axis. Elements within a head are no units: a rope rotates them in pairs at
-frequencies that depend on their place.
+along which axis, follows from the letters of their axes (`axes` of the modules in `model.layers`)
+and from `SubLayerConfig.units`: a key/value head takes a run of elements along every 'K' axis, and
+its query heads a run along every 'N' axis.
 
 What is left is a smaller dense model of the same class, with a config of its own.
 """
@@ -19,8 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from model.config import LayerConfig, ModelConfig
-from model.transformer import Transformer, abstract, parameters
+from model.config import ModelConfig
+from model.layers import basic
+from model.layers.block import Block, LayerConfig
+from model.layers.sublayer import Units
+from model.transformer import Transformer, abstract, linears, parameters
 from ops.linear import Weight
 
 Unit = Literal['F', 'K', 'D', 'L']
@@ -62,7 +64,7 @@ def letters(model: Transformer) -> dict[str, tuple[str, ...]]:
   A vector has the last letter of its module; so the letter of a bias is that of the outputs.
   """
   return {
-    '.'.join(map(str, (*path, name))): module.axes[-len(value.get_value().shape) :]
+    '.'.join(map(str, (*path, name))): basic.letters(module, len(value.get_value().shape))
     for path, module in nnx.iter_modules(model)
     for name, value in vars(module).items()
     if isinstance(value, nnx.Param)
@@ -91,15 +93,31 @@ def cuts(model: Transformer, unit: Unit, layer: int | None = None) -> list[Cut]:
 
 def _runs(layer: LayerConfig, unit: Unit) -> dict[str, int]:
   """The letters of a unit in one layer, and how many elements a unit has along each."""
-  if unit != 'K':
-    return {unit: 1}
-  queries = layer.query_heads // layer.kv_heads
-  return {'K': layer.head_width, 'N': queries * layer.head_width}
+  return {unit: 1} if unit == 'D' else _units(layer, unit).runs
+
+
+def _units(layer: LayerConfig, unit: Unit) -> Units:
+  """The units of one letter in one layer. Raises ValueError if it has none."""
+  for units in layer.units:
+    if units.letter == unit:
+      return units
+  raise ValueError(f'a layer has no {NAMES[unit]}')
+
+
+def unit_of(layer: LayerConfig, letter: str) -> str:
+  """Returns the letter of the units that an axis of a matrix in this layer consists of."""
+  return next((units.letter for units in layer.units if letter in units.runs), letter)
 
 
 def run(layer: LayerConfig, letter: str) -> int:
   """Returns how many elements a unit has along an axis with this letter, in a layer."""
-  return _runs(layer, 'K').get(letter, 1)
+  return next((units.runs[letter] for units in layer.units if letter in units.runs), 1)
+
+
+def readers(block: Block, unit: Unit) -> tuple[str, ...]:
+  """Returns the linear layers of a block whose inputs are its units, by their paths in it."""
+  runs = _runs(block.layer, unit)
+  return tuple(path for path, linear in linears(block).items() if linear.axes[-2] in runs)
 
 
 def sizes(config: ModelConfig, unit: Unit) -> list[int]:
@@ -108,7 +126,7 @@ def sizes(config: ModelConfig, unit: Unit) -> list[int]:
     return [config.width]
   if unit == 'L':
     return [len(config.layers)]
-  return [layer.ffn_width if unit == 'F' else layer.kv_heads for layer in config.layers]
+  return [_units(layer, unit).count for layer in config.layers]
 
 
 def keep(unit: Unit, indices: Sequence[np.ndarray]) -> Kept:
@@ -130,11 +148,9 @@ def resized(config: ModelConfig, kept: Kept) -> ModelConfig:
 
 
 def _resized_layer(layer: LayerConfig, kept: Kept, l: int) -> LayerConfig:
-  if l in kept.channels:
-    layer = dataclasses.replace(layer, ffn_width=len(kept.channels[l]))
-  if l in kept.heads:
-    heads, queries = len(kept.heads[l]), layer.query_heads // layer.kv_heads
-    layer = dataclasses.replace(layer, kv_heads=heads, query_heads=heads * queries)
+  for letter, kept_units in (('F', kept.channels), ('K', kept.heads)):
+    if l in kept_units:
+      layer = layer.resized(letter, len(kept_units[l]))
   return layer
 
 

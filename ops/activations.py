@@ -13,8 +13,7 @@ int8 numbers. Any other weight multiplies the codes of x as floating numbers, wh
 no rounding at all.
 
 Gradients pass straight through the rounding, but not to inputs that saturate (Bengio et al. 2013,
-https://arxiv.org/abs/1308.3432). `linear.grouped_matmul` multiplies by `dense()` and does not
-round.
+https://arxiv.org/abs/1308.3432).
 """
 
 import dataclasses

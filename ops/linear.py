@@ -38,7 +38,8 @@ Role = Literal['value', 'adapter', 'scale', 'code', 'mask']
 class Weight(abc.ABC):
   """A matrix of logical shape (..., I, O), stored as some arrays.
 
-  Leading axes (experts) come from mapping over the pytree: `jax.vmap(quantize)(w_EIO)`.
+  A leading axis of experts is one of all arrays in the pytree: `jax.vmap(quantize)(w_EIO)`, or
+  `ops.experts.stack`.
   """
 
   dtype: jnp.dtype  # of `dense()`; a field or a property
@@ -113,6 +114,24 @@ class Weight(abc.ABC):
   def matmul(self, x: jax.Array) -> jax.Array:
     """Multiplies x[..., I] by the weight: [..., O] in the dtype of x."""
     return matmul(x, self.dense())
+
+  def grouped_matmul(self, x_TI: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """Multiplies consecutive groups of rows, each by its own expert, as `linear.grouped_matmul`.
+
+    The experts take turns, and each multiplies all rows, which is E times the work that is needed.
+    Only one expert at a time is decoded.
+    """
+    sizes_E = group_sizes_E.astype(jnp.int32)
+    ends_E = jnp.cumsum(sizes_E)
+
+    def turn(y_TO, own):
+      w, start, end = own
+      mine_T = (row_T >= start) & (row_T < end)
+      return jnp.where(mine_T[:, None], matmul(x_TI, w), y_TO), None
+
+    row_T = jnp.arange(x_TI.shape[0], dtype=jnp.int32)
+    nothing_TO = jnp.zeros((x_TI.shape[0], self.shape[-1]), x_TI.dtype)
+    return jax.lax.scan(turn, nothing_TO, (self, ends_E - sizes_E, ends_E))[0]
 
   @classmethod
   def matmuls(cls, x: jax.Array, weights: Sequence['Weight']) -> tuple[jax.Array, ...]:
@@ -242,8 +261,14 @@ def grouped_matmul(x_TI: jax.Array, w: Matrix, group_sizes_E: jax.Array) -> jax.
 
   Row t belongs to expert e where e is the first with sum(group_sizes[:e + 1]) > t. `w` has the
   shape (E, I, O). Rows past the last group give zeros. Returns [T, O] in the dtype of x.
+  Raises ValueError if the shapes do not fit.
   """
-  return jax.lax.ragged_dot(x_TI, dense(w).astype(x_TI.dtype), group_sizes_E.astype(jnp.int32))
+  _check_inputs(x_TI, w)
+  if len(w.shape) != 3 or group_sizes_E.shape != w.shape[:1]:
+    raise ValueError(f'{group_sizes_E.shape} group sizes do not fit experts of shape {w.shape}')
+  if isinstance(w, Weight):
+    return w.grouped_matmul(x_TI, group_sizes_E)
+  return jax.lax.ragged_dot(x_TI, w.astype(x_TI.dtype), group_sizes_E.astype(jnp.int32))
 
 
 def dense(w: Matrix) -> jax.Array:

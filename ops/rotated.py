@@ -20,6 +20,7 @@ from ops.linear import (
   Weight,
   array,
   dense,
+  grouped_matmul,
   is_count,
   map_values,
   matmul,
@@ -107,7 +108,13 @@ class RotatedTensor(Weight):
     return rotate(w_OI, inner=self.inner, inverse=True).T.astype(self.dtype)
 
   def matmul(self, x):
-    return matmul(rotate(x.astype(jnp.float32), inner=self.inner).astype(x.dtype), self.weight)
+    return matmul(self._turned(x), self.weight)
+
+  def grouped_matmul(self, x_TI, group_sizes_E):
+    return grouped_matmul(self._turned(x_TI), self.weight, group_sizes_E)
+
+  def _turned(self, x):
+    return rotate(x.astype(jnp.float32), inner=self.inner).astype(x.dtype)
 
   def map_values(self, fn):
     return dataclasses.replace(self, weight=map_values(fn, self.weight))

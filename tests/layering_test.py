@@ -14,6 +14,8 @@ OPS_LIBRARIES = {'jax', 'jaxlib', 'numpy', 'einops', 'aqt', 'ml_dtypes'}
 IO_MODULES = {'io', 'os', 'pathlib', 'shutil', 'socket', 'subprocess', 'sys', 'tempfile', 'urllib'}
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob('*.py'))
 SUB_PACKAGES = sorted(path.parent.name for path in (ROOT / 'model').glob('*/__init__.py'))
+# What every part of the model is built on, and which imports nothing of them.
+FOUNDATION = 'layers'
 # The sub-packages that are parts of the reader and writer of checkpoints, model/hf.py. GGUF files
 # are read by the families' own tables.
 OPEN_TO_MODEL = {'hf_names', 'gguf'}
@@ -65,10 +67,16 @@ def test_the_model_imports_no_experiment_and_no_sub_package_imports_another(path
   imports = _imports(path)
   assert not _inside(imports, 'experiments') | _inside(imports, 'absl')
   own = path.relative_to(ROOT / 'model').parts[0]
-  for other in set(SUB_PACKAGES) - {own}:
+  for other in set(SUB_PACKAGES) - {own, FOUNDATION}:
     allowed = other in OPEN_TO_MODEL and own not in SUB_PACKAGES
     allowed = allowed or (own, other) in OPEN_TO_PARTS
     assert allowed or not _inside(imports, f'model.{other}'), f'{path} imports model.{other}'
+
+
+def test_layers_are_built_on_ops_alone():
+  for path in _files(f'model/{FOUNDATION}'):
+    inside = _inside(_imports(path), 'model')
+    assert all(name.startswith(f'model.{FOUNDATION}.') for name in inside), path
 
 
 def test_a_script_is_imported_by_nobody():

@@ -68,11 +68,11 @@ def _write(config: ModelConfig, path: pathlib.Path) -> pathlib.Path:
   writer.add_context_length(PROMPT.value + TOKENS.value)
   writer.add_embedding_length(config.width)
   writer.add_block_count(len(config.layers))
-  writer.add_feed_forward_length(layer.ffn_width)
-  writer.add_head_count(layer.query_heads)
-  writer.add_head_count_kv(layer.kv_heads)
+  writer.add_feed_forward_length(layer.ffn.width)
+  writer.add_head_count(layer.mixer.query_heads)
+  writer.add_head_count_kv(layer.mixer.kv_heads)
   writer.add_layer_norm_rms_eps(config.norm_eps)
-  writer.add_rope_dimension_count(layer.head_width)
+  writer.add_rope_dimension_count(layer.mixer.head_width)
   writer.add_rope_freq_base(config.rope.theta)
   writer.add_vocab_size(config.vocab_size)
   writer.add_file_type(FILE_TYPES['f16'])
@@ -106,7 +106,8 @@ def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   if not config.tied:
     found['output.weight'] = (config.vocab_size, config.width)
   for i, layer in enumerate(config.layers):
-    queries, keys = layer.query_heads * layer.head_width, layer.kv_heads * layer.head_width
+    heads, ffn_width = layer.mixer, layer.ffn.width
+    queries, keys = heads.query_heads * heads.head_width, heads.kv_heads * heads.head_width
     block = {
       'attn_norm': (config.width,),
       'ffn_norm': (config.width,),
@@ -114,9 +115,9 @@ def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
       'attn_k': (keys, config.width),
       'attn_v': (keys, config.width),
       'attn_output': (config.width, queries),
-      'ffn_gate': (layer.ffn_width, config.width),
-      'ffn_up': (layer.ffn_width, config.width),
-      'ffn_down': (config.width, layer.ffn_width),
+      'ffn_gate': (ffn_width, config.width),
+      'ffn_up': (ffn_width, config.width),
+      'ffn_down': (config.width, ffn_width),
     }
     found |= {f'blk.{i}.{name}.weight': shape for name, shape in block.items()}
   return found

@@ -37,8 +37,6 @@ from ops.linear import Matrix, Weight
 
 SMALLEST_SCALE = 1e-4
 CLIP_STEPS, SMALLEST_RANGE = 20, 0.5
-# Scores are a softmax of their products, so their layers' own output errors mislead.
-UNCLIPPED = ('attention.query', 'attention.key')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +134,9 @@ def _scaled(site, spec):
 
 def _to_round(site, values, rows, spec):
   """What is rounded, the scales of its inputs, and the covariance of those that are clipped."""
-  clipped = [one for one in site.targets if spec.clip_search and one not in UNCLIPPED]
+  # What meets in a softmax is not clipped, for the layers' own output errors mislead there.
+  unclipped = site.layer.wiring.scores
+  clipped = [one for one in site.targets if spec.clip_search and one not in unclipped]
   return (
     {layer: values.get(path := f'{layer}.weight', site.parameters[path]) for layer in site.targets},
     {layer: scales_I for layer, scales_I in rows.items() if layer in clipped},

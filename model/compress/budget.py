@@ -119,7 +119,7 @@ _EVERYTHING = Step(technique='magnitude', spec=None)
 def _treat(choice: Treatment, w: Matrix, measured) -> Matrix:
   for step in choice.steps:
     known = {name: measured[name] for name in step.row.statistics}
-    w = programs.execute(step.row, step.spec, w, programs.Prepared(step).join(known)).weight
+    w = programs.execute(step.row, step.spec, w, programs.Prepared(step).join(known, w)).weight
   return w
 
 

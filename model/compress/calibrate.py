@@ -18,7 +18,7 @@ from flax import nnx
 from model.compress import statistics
 from model.compress.programs import compiled
 from model.config import ModelConfig
-from model.layers import Block
+from model.layers.block import Block
 from model.transformer import Context, Transformer, linears, parameters
 from ops.kernels.cpu import layout
 from ops.linear import Matrix, core, on_one_device, with_core
@@ -26,14 +26,6 @@ from ops.linear import Matrix, core, on_one_device, with_core
 Batch = tuple[np.ndarray, np.ndarray]  # (tokens_BT, x_BTD)
 
 CALIBRATION_BATCH = 8  # rows of calibration text in one forward pass
-
-# The linear layers of a block in the order in which they run; those of one stage share an input.
-STAGES = (
-  ('attention.query', 'attention.key', 'attention.value'),
-  ('attention.output',),
-  ('ffn.gate', 'ffn.up'),
-  ('ffn.down',),
-)
 
 
 def batches(tokens_BT: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -234,7 +226,8 @@ def _measure(function, layers, names, values, batch):
   function(watched, *batch)
   sharing = {}
   for layer, recorder in recorders.items():
-    sharing.setdefault(tuple(map(id, recorder.seen)), []).append(layer)
+    inputs = tuple(id(array) for entry in recorder.seen for array in entry)
+    sharing.setdefault(inputs, []).append(layer)
   measured = {
     first: statistics.measure(recorders[first].seen, names) for first, *_ in sharing.values()
   }

@@ -15,7 +15,7 @@ from flax import nnx
 from model import native
 from model.compress import registry, statistics
 from model.compress.registry import Outcome, Technique
-from model.layers import Linear
+from model.layers.basic import Linear
 from ops.linear import Matrix, Weight, dense, matmul
 
 INPUTS, OUTPUTS, TOKENS = 64, 24, 40
@@ -52,7 +52,7 @@ def _example(row: Technique) -> tuple[jax.Array, dict[str, Any]]:
   rng = np.random.default_rng(0)
   w_IO = jnp.asarray(rng.standard_normal((INPUTS, OUTPUTS)), jnp.float32)
   x_TI = jnp.asarray(rng.standard_normal((TOKENS, INPUTS)), jnp.float32)
-  measured = statistics.finish(statistics.measure([x_TI], row.statistics))
+  measured = statistics.finish(statistics.measure([(x_TI,)], row.statistics))
   return w_IO, measured | ({registry.PLAN: jnp.float32(0.5)} if row.plan else {})
 
 

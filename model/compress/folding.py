@@ -1,13 +1,12 @@
 """Folds channel scales into a block: divides outputs and multiplies the weights that read them.
 
-A group is a producer and the linear layers of the same block that read its output:
+A group is an edge of the block's wiring (model/layers/wiring.py) along which scales pass:
 
-  attention_norm  -> query, key, value
-  attention.value -> output      attention mixes tokens, not channels; the query heads of one
-                                 key/value head share its scales
-  ffn_norm        -> gate, up
-  ffn.up          -> down        if a gate multiplies it, or if the activation is relu, because
-                                 relu(x / s) = relu(x) / s
+  norm -> its readers
+  value -> output    attention mixes tokens, not channels; the query heads of one key/value head
+                     share its scales
+  up -> down         if a gate multiplies it, or if the activation is relu, because
+                     relu(x / s) = relu(x) / s
 
 Dividing the producer's output by s > 0 and multiplying the rows of its consumers by s is exact up
 to rounding. AWQ (Lin et al. 2023, https://arxiv.org/abs/2306.00978) and SmoothQuant (Xiao et al.
@@ -29,7 +28,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
+from model.layers.block import LayerConfig
+from model.layers.wiring import Attended, Edge, Normed
 from ops.linear import Matrix, Weight
 
 Parameters = Mapping[str, Matrix]
@@ -70,24 +71,25 @@ class Group:
 
 def groups(config: ModelConfig, layer: LayerConfig) -> tuple[Group, ...]:
   """Returns the groups of a block in the order in which they run."""
-  norm = functools.partial(Group, norm_offset=config.norm_offset)
-  heads = {'copies': layer.query_heads // layer.kv_heads, 'run': layer.head_width}
-  attention = ('attention.query', 'attention.key', 'attention.value')
-  found = [
-    norm(producer='attention_norm', consumers=attention),
-    Group(producer='attention.value', consumers=('attention.output',), **heads),
-    norm(producer='ffn_norm', consumers=('ffn.gate', 'ffn.up') if layer.gated else ('ffn.up',)),
-  ]
-  if 'ffn.down' not in unscaled(layer):
-    found.append(Group(producer='ffn.up', consumers=('ffn.down',)))
-  return tuple(found)
+  edges = [edge for edge in layer.wiring.edges if edge.obstacle is None]
+  return tuple(_group(edge, config.norm_offset) for edge in edges)
+
+
+def _group(edge: Edge, norm_offset: float) -> Group:
+  make = functools.partial(Group, producer=edge.producer, consumers=edge.consumers)
+  match edge.through:
+    case Normed():
+      return make(norm_offset=norm_offset)
+    case Attended(head_width=width, copies=copies):
+      return make(copies=copies, run=width)
+    case _:
+      return make()
 
 
 def unscaled(layer: LayerConfig) -> dict[str, str]:
   """Returns the linear layers of a block whose inputs no group scales, with the reasons."""
-  if layer.gated or layer.activation == 'relu':
-    return {}
-  return {'ffn.down': f'not scaled, because {layer.activation} does not commute with scales'}
+  edges = [edge for edge in layer.wiring.edges if edge.obstacle is not None]
+  return {name: f'not scaled, because {e.obstacle}' for e in edges for name in e.consumers}
 
 
 def obstacle(parameters: Parameters, group: Group) -> str | None:

@@ -29,13 +29,12 @@ from ops import losses
 from ops.linear import Matrix
 
 Gates = dict[str, list[jax.Array]]  # unit -> gates of each layer ('F', 'K'), or one array ('D')
-_UNITS = {'D': 'D', 'F': 'F', 'N': 'K'}  # letter of a matrix's inputs -> unit that they belong to
 
 
 def ones(config: ModelConfig) -> Gates:
   """Returns the gates of all units, open: float32."""
   one = functools.partial(jnp.ones, dtype=jnp.float32)
-  return {unit: [one(n) for n in units.sizes(config, unit)] for unit in _UNITS.values()}
+  return {unit: [one(n) for n in units.sizes(config, unit)] for unit in ('D', 'F', 'K')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,7 @@ class GatedLoss:
 
   @classmethod
   def of(cls, model: Transformer) -> 'GatedLoss':
-    found = {f'{path}.weight': linear.axes[0] for path, linear in linears(model).items()}
+    found = {f'{path}.weight': linear.axes[-2] for path, linear in linears(model).items()}
     found = {path: letter for path, letter in found.items() if units.layer_of(path) is not None}
     return cls(nnx.split(model)[0], model.config, tuple(found.items()))
 
@@ -68,7 +67,8 @@ class GatedLoss:
 
   def _gate(self, gates, path, letter) -> jax.Array:
     """The gate of each input of a matrix."""
-    l, unit = units.layer_of(path), _UNITS[letter]
+    l = units.layer_of(path)
+    unit = units.unit_of(self.config.layers[l], letter)
     gate = gates[unit][0 if unit == 'D' else l]
     return jnp.repeat(gate, units.run(self.config.layers[l], letter))
 

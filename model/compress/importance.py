@@ -16,20 +16,20 @@ each single removal; norms after them (Gemma 2) are left out. Scores compare uni
 different layers, only those of 'taylor' share a unit of measure.
 """
 
+import functools
 from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 
 from model import units
-from model.compress.measurements import Measurements, stream_norms
+from model.compress.measurements import Measurements
 from model.compress.programs import compiled
 from model.transformer import Transformer, linears, parameters
 from model.units import Unit
 from ops import structure
 
 Importance = Literal['weights', 'activations', 'output', 'taylor']
-READERS = {'F': 'F', 'K': 'N'}  # unit -> letter of the inputs that it hands on
 
 
 def score(
@@ -64,13 +64,14 @@ def _weights(model, unit) -> list:
 
 
 def _of_layers(model, measurements, unit, importance) -> list:
-  letter, found = READERS[unit], []
+  found, readers = [], functools.partial(units.readers, unit=unit)
   # Heads need the covariance of their inputs; of single channels it is the diagonal.
   wanted = 'input_covariance' if (unit, importance) == ('K', 'output') else 'input_norm'
-  for block, measured in zip(model.layers, measurements.inputs(letter, (wanted,)), strict=True):
-    run = units.run(block.layer, letter)
+  for block, measured in zip(model.layers, measurements.inputs(readers, (wanted,)), strict=True):
     ((layer, statistics),) = measured.items()
-    found.append(_of_inputs(statistics, linears(block)[layer].weight.get_value(), run, importance))
+    linear = linears(block)[layer]
+    run = units.run(block.layer, linear.axes[-2])
+    found.append(_of_inputs(statistics, linear.weight.get_value(), run, importance))
   return found
 
 
@@ -99,7 +100,7 @@ def _readers(model, norm: str) -> list:
   if l is None:
     return [model.embedding.table.get_value().T if model.head is None else _weight(model.head)]
   block = model.layers[l]
-  consumers = stream_norms(model, block)[norm.split('.', 2)[2]]
+  consumers = block.layer.wiring.norms[norm.split('.', 2)[2]]
   return [_weight(linears(block)[layer]) for layer in consumers]
 
 

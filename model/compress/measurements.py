@@ -5,16 +5,16 @@ Every measurement is one pass of `calibrate.Stream` over the blocks of the model
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from model.compress import calibrate, folding, gates, statistics
+from model.compress import calibrate, gates, statistics
 from model.compress.programs import compiled
 from model.compress.registry import Statistics
-from model.layers import Block
-from model.transformer import Transformer, linears
+from model.layers.block import Block
+from model.transformer import Transformer
 from ops import structure
 
 
@@ -24,14 +24,16 @@ class Measurements:
   def __init__(self, model: Transformer, calibration_BT: np.ndarray):
     self._model, self.tokens_BT = model, calibration_BT
 
-  def inputs(self, letter: str, names: tuple[str, ...]) -> Iterator[dict[str, Statistics]]:
-    """Yields for each layer the statistics of the inputs that have this letter, by linear layer.
+  def inputs(
+    self, chosen: Callable[[Block], Sequence[str]], names: tuple[str, ...]
+  ) -> Iterator[dict[str, Statistics]]:
+    """Yields for each block the statistics of the inputs of its chosen linear layers, by layer.
 
-    One layer is measured at a time, so that only its statistics are held.
+    One block is measured at a time, so that only its statistics are held.
     """
     stream = self._stream()
     for l, block in enumerate(self._model.layers):
-      yield stream.observe(block, names, f'layers.{l}', reading(block, letter))
+      yield stream.observe(block, names, f'layers.{l}', chosen(block))
       stream.advance(block)
 
   def normed(self, names: tuple[str, ...]) -> dict[str, Statistics]:
@@ -41,13 +43,12 @@ class Measurements:
     """
     stream, found = self._stream(), {}
     for l, block in enumerate(self._model.layers):
-      producers = stream_norms(self._model, block)
-      first = {producer: consumers[0] for producer, consumers in producers.items()}
+      first = {norm: readers[0] for norm, readers in block.layer.wiring.norms.items()}
       observed = stream.observe(block, names, f'layers.{l}', tuple(first.values()))
       found |= {f'layers.{l}.{norm}': observed[layer] for norm, layer in first.items()}
       stream.advance(block)
     outputs = (self._model.final_norm(jnp.asarray(x_BTD)) for _, x_BTD in stream.batches)
-    measured = (statistics.measure([y_BTD], names) for y_BTD in outputs)
+    measured = (statistics.measure([(y_BTD,)], names) for y_BTD in outputs)
     total = functools.reduce(statistics.merge, measured)
     return found | {'final_norm': statistics.finish(total)}
 
@@ -72,20 +73,6 @@ class Measurements:
   def _stream(self) -> calibrate.Stream:
     batches = calibrate.batches(self.tokens_BT, calibrate.CALIBRATION_BATCH)
     return calibrate.Stream(self._model, batches)
-
-
-def reading(block: Block, letter: str) -> tuple[str, ...]:
-  """Returns the linear layers of a block whose inputs have a letter, by their paths in it."""
-  return tuple(path for path, linear in linears(block).items() if linear.axes[0] == letter)
-
-
-def stream_norms(model: Transformer, block: Block) -> Mapping[str, tuple[str, ...]]:
-  """Returns the norms of the residual stream of a block with the linear layers that read them."""
-  return {
-    group.producer: group.consumers
-    for group in folding.groups(model.config, block.layer)
-    if group.norm_offset is not None
-  }
 
 
 @compiled

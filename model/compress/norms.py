@@ -73,16 +73,15 @@ def _of_post_norms(model, measurements) -> dict[str, np.ndarray]:
   It follows from the covariance of the inputs of the matrix before the norm.
   """
   params, found = parameters(model), {}
-  for letter in ('N', 'F'):
-    names = ('input_covariance', MOMENTS)
-    for l, measured in enumerate(measurements.inputs(letter, names)):
-      for layer, statistics in measured.items():
-        value = lambda name, layer=layer, l=l: params.get(f'layers.{l}.{layer}.{name}')
-        w_ID, bias = np.asarray(value('weight').get_value(), np.float64), value('bias')
-        bias_D = 0.0 if bias is None else np.asarray(bias.get_value(), np.float64)
-        covariance_II = np.asarray(statistics['input_covariance'], np.float64)
-        mean_I = np.asarray(statistics[MOMENTS][0], np.float64)
-        square_D = np.einsum('ID,ID->D', w_ID, covariance_II @ w_ID)
-        square_D = square_D + bias_D * (2 * mean_I @ w_ID + bias_D)
-        found[f'layers.{l}.{layer.split(".")[0]}_post_norm'] = square_D
+  written = lambda block: {w.layer: w.norm for w in block.layer.wiring.writes if w.norm is not None}
+  names = ('input_covariance', MOMENTS)
+  for l, measured in enumerate(measurements.inputs(lambda block: tuple(written(block)), names)):
+    for layer, norm in written(model.layers[l]).items():
+      value = lambda name, layer=layer, l=l: params.get(f'layers.{l}.{layer}.{name}')
+      w_ID, bias = np.asarray(value('weight').get_value(), np.float64), value('bias')
+      bias_D = 0.0 if bias is None else np.asarray(bias.get_value(), np.float64)
+      covariance_II = np.asarray(measured[layer]['input_covariance'], np.float64)
+      mean_I = np.asarray(measured[layer][MOMENTS][0], np.float64)
+      square_D = np.einsum('ID,ID->D', w_ID, covariance_II @ w_ID)
+      found[f'layers.{l}.{norm}'] = square_D + bias_D * (2 * mean_I @ w_ID + bias_D)
   return found

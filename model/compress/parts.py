@@ -10,7 +10,7 @@ from flax import nnx
 
 from model import units
 from model.compress import statistics
-from model.compress.programs import execute, prepare
+from model.compress.programs import execute, has_experts, prepare
 from model.compress.recipe import Recipe, Step
 from model.compress.registry import PLAN, PREPARED
 from model.transformer import Transformer, abstract, linears, parameters
@@ -220,14 +220,16 @@ def _becomes(step, w):
 def _shapes_after(row, spec, structure, leaves):
   w = jax.tree.unflatten(structure, leaves)
   if row.scope == 'block':
+    if has_experts(w):
+      raise ValueError('it treats the matrices of a block together, and experts are not among them')
     return jax.eval_shape(functools.partial(row.becomes, spec=spec), w)
   return execute.eval_shape(row, spec, w, _shapes_of_statistics(row, spec, w)).weight
 
 
 def _shapes_of_statistics(row, spec, w):
-  measured = statistics.abstract(w.shape[-2], row.statistics) if row.statistics else {}
+  measured = statistics.abstract(w, row.statistics) if row.statistics else {}
   if row.prepare is not None:
-    measured[PREPARED] = prepare.eval_shape(row, spec, dict(measured))
+    measured[PREPARED] = prepare.eval_shape(row, spec, has_experts(w), dict(measured))
   if row.plan:
     measured[PLAN] = jax.ShapeDtypeStruct((), np.float32)
   return measured
@@ -249,7 +251,8 @@ def compile_ahead(part: Part, recipe: Recipe) -> dict[str, Matrix]:
       if row.scope in ('linears', 'parameters'):
         measured = _shapes_of_statistics(row, spec, w)
         if row.prepare is not None:
-          prepare.ahead(row, spec, {name: measured[name] for name in row.statistics})
+          own = {name: measured[name] for name in row.statistics}
+          prepare.ahead(row, spec, has_experts(w), own)
         execute.ahead(row, spec, w, measured)
       shapes[path] = _becomes(step, w)
   return shapes

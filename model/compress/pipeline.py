@@ -219,7 +219,8 @@ def _stages(part: Part, steps: list[Step], recipe: Recipe) -> list[list[str]]:
   paths = [path for path in weights(part) if path in wanted]
   if recipe.sequential != 'layers' or not any(step.row.statistics for step in steps):
     return [paths] if paths else []
-  stages = [[f'{layer}.weight' for layer in stage] for stage in calibrate.STAGES]
+  wired = part.module.layer.wiring.stages if part.is_block else ()
+  stages = [[f'{layer}.weight' for layer in stage] for stage in wired]
   staged = [[path for path in stage if path in paths] for stage in stages]
   rest = [path for path in paths if not any(path in stage for stage in stages)]
   return [stage for stage in [*staged, rest] if stage]
@@ -234,10 +235,11 @@ def _apply(part, step, stage, run, observed: nnx.Module, plan):
   params, prepared = parameters(part.module), Prepared(step)
   for path in _by_input(paths, found):
     layer = part.layer(path)
-    measured = prepared.join(found.pop(path.removesuffix('.weight'), {}))
+    w = params[path].get_value()
+    measured = prepared.join(found.pop(path.removesuffix('.weight'), {}), w)
     if step.row.plan:
       measured[PLAN] = plan[layer]
-    outcome = execute(step.row, step.spec, params[path].get_value(), measured)
+    outcome = execute(step.row, step.spec, w, measured)
     params[path].set_value(outcome.weight)
     run.ledger.add(layer, step.technique, outcome.events)
 

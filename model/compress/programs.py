@@ -18,6 +18,7 @@ import numpy as np
 from model.compress import statistics
 from model.compress.recipe import Step
 from model.compress.registry import PREPARED, Outcome
+from ops import experts
 from ops.linear import Matrix, core, with_core
 
 QUICK = {'xla_cpu_use_fusion_emitters': False}
@@ -92,10 +93,19 @@ def execute(row, spec, w: Matrix, measured) -> Outcome:
   return Outcome(with_core(w, outcome.weight), events)
 
 
-@functools.partial(compiled, quick=QUICKEST, static_argnums=(0, 1))
-def prepare(row, spec, measured):
-  """Computes what a technique derives from the statistics alone, for layers that share them."""
-  return row.prepare(measured, spec)
+@functools.partial(compiled, quick=QUICKEST, static_argnums=(0, 1, 2))
+def prepare(row, spec, mapped: bool, measured):
+  """Computes what a technique derives from the statistics alone, for layers that share them.
+
+  `mapped`: for each expert by itself.
+  """
+  one = lambda measured: row.prepare(measured, spec)
+  return experts.each(one, measured) if mapped else one(measured)
+
+
+def has_experts(w: Matrix) -> bool:
+  """Whether what is done to a weight is done to each of its experts."""
+  return experts.count(w) is not None
 
 
 class Prepared:
@@ -104,13 +114,14 @@ class Prepared:
   def __init__(self, step: Step):
     self._step, self._statistics, self._arrays = step, None, None
 
-  def join(self, measured: Mapping[str, Any]) -> dict[str, Any]:
+  def join(self, measured: Mapping[str, Any], w: Matrix) -> dict[str, Any]:
     """A layer's statistics and what the step derives from them, in a new dictionary."""
     row, spec = self._step.row, self._step.spec
     if row.prepare is None:
       return dict(measured)
     if measured is not self._statistics:
       self._statistics = self._arrays = None  # frees them first
-      self._arrays = prepare(row, spec, {name: measured[name] for name in row.statistics})
+      own = {name: measured[name] for name in row.statistics}
+      self._arrays = prepare(row, spec, has_experts(w), own)
       self._statistics = measured
     return {**measured, PREPARED: self._arrays}

@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
+from model.layers.block import LayerConfig
 from model.transformer import Transformer
-from ops import quantized, sparse
+from ops import experts, quantized, sparse
 from ops.linear import Matrix, Weight, map_values
 
 Statistics = Mapping[str, Any]
@@ -148,7 +149,13 @@ class Technique:
   prunes: bool = False
 
   def __call__(self, w: Matrix, statistics: Statistics, spec: Any) -> Outcome:
-    """Compresses one weight; only for the scopes linears and parameters."""
+    """Compresses one weight; only for the scopes linears and parameters.
+
+    Of a weight with experts each is compressed by itself, by the statistics of its own inputs; the
+    events are the sums over all experts.
+    """
+    if experts.count(w) is not None:
+      return self._each(w, statistics, spec)
     names = (*self.statistics, *([PLAN] if self.plan else []))
     known = {name: statistics[name] for name in names}
     if self.prepare is not None:
@@ -156,6 +163,21 @@ class Technique:
       known[PREPARED] = self.prepare(known, spec) if found is None else found
     result = self.function(w, known, spec)
     return result if isinstance(result, Outcome) else Outcome(result, {})
+
+  def _each(self, w: Matrix, statistics: Statistics, spec: Any) -> Outcome:
+    shared = {name: value for name, value in statistics.items() if name == PLAN}
+    own = {name: value for name, value in statistics.items() if name != PLAN}
+    fixed = {}  # what does not depend on values, such as a group size, is the same for all experts
+
+    def one(arrays):
+      w, statistics = arrays
+      outcome = self(w, {**statistics, **shared}, spec)
+      fixed.update({event: n for event, n in outcome.events.items() if isinstance(n, int)})
+      counts = {event: n for event, n in outcome.events.items() if event not in fixed}
+      return outcome.weight, counts
+
+    weight, counts_E = experts.each(one, (w, own))
+    return Outcome(weight, {**fixed, **{event: n.sum() for event, n in counts_E.items()}})
 
   @property
   def summary(self) -> str:

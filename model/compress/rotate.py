@@ -20,9 +20,10 @@ import numpy as np
 from flax import nnx
 
 from model.compress.registry import technique
-from model.layers import Linear
-from model.transformer import matrices
-from ops import rotated
+from model.layers.basic import Linear
+from model.layers.wiring import Attended, Normed
+from model.transformer import linears, matrices
+from ops import experts, rotated
 from ops.linear import Weight
 from ops.sparse import looks_pruned
 
@@ -58,8 +59,7 @@ def rotate(model, spec):
   untied = _untie(model)
   _edit(model.embedding.table, lambda table_VD: _turn(table_VD, signs_D))
   for block in model.layers:
-    _rotate_attention(block, signs_D, spec.online)
-    _rotate_ffn(block, signs_D, spec.online)
+    _rotate_block(block, signs_D, spec.online)
   _read(model.final_norm, [model.head], signs_D)
   return {'tied head given a matrix of its own': int(untied)}
 
@@ -68,6 +68,8 @@ def _check_plain(model):
   for path, w in matrices(model).items():
     if isinstance(w, Weight):
       raise ValueError(f'{path} is compressed already; rotation comes before everything else')
+    if experts.count(w) is not None:
+      raise ValueError(f'{path} has experts, and only matrices are rotated')
     if looks_pruned(w):
       raise ValueError(
         f'{path} is pruned, and a rotation would fill its zeros; rotate the model as it was before '
@@ -89,25 +91,38 @@ def _untie(model) -> bool:
   return True
 
 
-def _rotate_attention(block, signs_D, online):
-  attention, width = block.attention, block.layer.head_width
-  _read(block.attention_norm, [attention.query, attention.key, attention.value], signs_D)
-  _edit(attention.value.weight, lambda w_IO: rotated.rotate(w_IO, width))
-  if attention.value.bias is not None:
-    _edit(attention.value.bias, lambda bias_O: rotated.rotate(bias_O, width))
-  _edit(attention.output.weight, lambda w_IO: rotated.rotate(w_IO.T, width).T)
-  _write(attention.output, signs_D)
-  if online and block.layer.query_heads > 1:
-    w = attention.output.weight
-    w.set_value(rotated.rotated(w.get_value(), inner=width))
+def _rotate_block(block, signs_D, online):
+  wiring, layers = block.layer.wiring, linears(block)
+  writers = [write.layer for write in wiring.writes]
+  for edge in wiring.edges:
+    consumers = [layers[name] for name in edge.consumers]
+    if isinstance(edge.through, Normed):
+      _read(getattr(block, edge.producer), consumers, signs_D)
+    if isinstance(edge.through, Attended):
+      _rotate_heads(layers[edge.producer], consumers, edge.through.head_width)
+    for name, linear in zip(edge.consumers, consumers):
+      if name in writers:
+        _write(linear, signs_D)
+    if online and not isinstance(edge.through, Normed):
+      _rotate_inputs(consumers, edge.through)
 
 
-def _rotate_ffn(block, signs_D, online):
-  ffn = block.ffn
-  _read(block.ffn_norm, [ffn.up] if ffn.gate is None else [ffn.gate, ffn.up], signs_D)
-  _write(ffn.down, signs_D)
-  if online:
-    ffn.down.weight.set_value(rotated.rotated(ffn.down.weight.get_value()))
+def _rotate_heads(value, consumers, head_width):
+  """Rotates each head of the values, and back where they are read."""
+  _edit(value.weight, lambda w_IO: rotated.rotate(w_IO, head_width))
+  if value.bias is not None:
+    _edit(value.bias, lambda bias_O: rotated.rotate(bias_O, head_width))
+  for linear in consumers:
+    _edit(linear.weight, lambda w_IO: rotated.rotate(w_IO.T, head_width).T)
+
+
+def _rotate_inputs(consumers, through):
+  """Rotates inputs while the model runs: across heads, whose channels are rotated, or all."""
+  inner = through.head_width if isinstance(through, Attended) else 1
+  for linear in consumers:
+    w_IO = linear.weight.get_value()
+    if w_IO.shape[0] > inner:
+      linear.weight.set_value(rotated.rotated(w_IO, inner=inner))
 
 
 def _read(norm, consumers, signs_D):

@@ -23,7 +23,7 @@ from flax import nnx
 from model import rounds, units
 from model.compress import calibrate
 from model.config import ModelConfig
-from model.layers import Block
+from model.layers.block import Block
 from model.transformer import Transformer, parameters
 from model.units import Unit
 
@@ -165,7 +165,7 @@ def _layer_call(model, unit, count: int) -> Callable[[], jax.Array]:
   one = model.config.replace(layers=model.config.layers[:1])
   config = units.resized(one, units.keep(unit, [np.arange(count)]))
   dtype = model.embedding.table.get_value().dtype
-  block = Block(config, config.layers[0], rngs=nnx.Rngs(0), dtype=dtype)
+  block = Block(config.stream, config.layers[0], rngs=nnx.Rngs(0), dtype=dtype)
   length = min(LATENCY_TOKENS, config.max_positions)
   tokens_BT = jnp.zeros((1, length), jnp.int32)
   x_BTD = jax.random.normal(jax.random.key(0), (1, length, config.width), model.dtype)

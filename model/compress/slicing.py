@@ -21,7 +21,7 @@ import numpy as np
 
 from model import units
 from model.compress import norms, sizes
-from model.compress.measurements import Measurements, stream_norms
+from model.compress.measurements import Measurements
 from model.compress.registry import Reshaped, technique
 from model.compress.sizes import SizeSpec
 from model.config import ModelConfig
@@ -111,8 +111,7 @@ def merged_config(config: ModelConfig) -> ModelConfig:
   """Returns the config of a model after `merge_norms`: RMS norms, and a head of its own."""
   layers, biased = config.layers, config.norm == 'layer'
   if biased:
-    changes = {'qkv_bias': True, 'mlp_bias': True}
-    layers = tuple(dataclasses.replace(layer, **changes) for layer in layers)
+    layers = tuple(layer.biased() for layer in layers)
   return config.replace(norm='rms', tied=False, layers=layers, head_bias=config.head_bias or biased)
 
 
@@ -131,9 +130,10 @@ def merge_norms(model: Transformer) -> dict[str, np.ndarray]:
     _centre(model, values)
   for norm, consumers in _readers(model).items():
     _merge(model.config, values, norm, consumers)
-  if model.config.norm == 'layer':
-    for l in range(len(model.layers)):  # the config has one flag for all biases of a feed-forward
-      values.setdefault(f'layers.{l}.ffn.down.bias', np.zeros(model.config.width))
+  # A config may have one flag for several biases, some of which no norm is merged into.
+  for path, param in parameters(abstract(merged_config(model.config))).items():
+    if path.endswith('.bias'):
+      values.setdefault(path, np.zeros(param.get_value().shape))
   return values
 
 
@@ -142,7 +142,7 @@ def _readers(model) -> dict[str, list[str]]:
   found = {
     f'layers.{l}.{norm}': [f'layers.{l}.{layer}' for layer in consumers]
     for l, block in enumerate(model.layers)
-    for norm, consumers in stream_norms(model, block).items()
+    for norm, consumers in block.layer.wiring.norms.items()
   }
   return found | {'final_norm': ['head']}
 

@@ -1,28 +1,32 @@
 """What calibration measures at the input of a linear layer, and how it is recorded.
 
 A `Recorder` is a weight that records its inputs. To observe a block, its weights are wrapped in
-recorders during one traced call; the model itself has no hooks.
+recorders during one traced call; the model itself has no hooks. What experts see is measured for
+each by itself: the arrays then have a leading axis E.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ops.linear import Matrix, Weight, dense, matmul, matmuls
+from ops import experts
+from ops.linear import Matrix, Weight, dense, grouped_matmul, matmul, matmuls
 from ops.solvers import hessian
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Statistic:
-  """of(x_TI) measures some tokens, merge(a, b) joins two measurements, finish(a) gives the result.
+  """of(x_TI, tokens) measures some tokens, merge(a, b) joins two measurements, finish(a) ends it.
 
-  Zeros are the neutral element of `merge`. Techniques read the result of `finish`.
+  Rows of zeros change nothing; `tokens` counts the others. Zeros are the neutral element of
+  `merge`. Techniques read the result of `finish`, which takes leading axes.
   """
 
-  of: Callable[[jax.Array], Any]
+  of: Callable[[jax.Array, jax.Array], Any]
   merge: Callable[[Any, Any], Any]
   finish: Callable[[Any], Any]
 
@@ -39,42 +43,51 @@ def _moments(x_TI):
   return jnp.stack([x_TI.sum(0), jnp.square(x_TI).sum(0)])
 
 
+def _mean(total):
+  """The mean from a sum and a count, zeros for an expert that no token reached."""
+  sums, count = total
+  return sums / jnp.maximum(count, 1).reshape(count.shape + (1,) * (sums.ndim - count.ndim))
+
+
+def _whole(panels):
+  return (jax.vmap(hessian.whole) if panels[0].ndim > 2 else hessian.whole)(panels)
+
+
 STATISTICS: dict[str, Statistic] = {
   # The L2 norm of each input over all tokens, float32 [I].
   'input_norm': Statistic(
-    of=lambda x_TI: jnp.square(_float(x_TI)).sum(0), merge=_add, finish=jnp.sqrt
+    of=lambda x_TI, tokens: jnp.square(_float(x_TI)).sum(0), merge=_add, finish=jnp.sqrt
   ),
   # The mean of x xᵀ over all tokens, float32 [I, I]: half the Hessian of the squared output error.
   'input_covariance': Statistic(
-    of=lambda x_TI: (hessian.gram(x_TI), jnp.float32(x_TI.shape[0])),
+    of=lambda x_TI, tokens: (hessian.gram(x_TI), tokens),
     merge=_add,
-    finish=lambda total: hessian.whole(total[0]) / total[1],
+    finish=lambda total: _mean((_whole(total[0]), total[1])),
   ),
   # The largest magnitude of each input, float32 [I].
   'input_absmax': Statistic(
-    of=lambda x_TI: jnp.abs(_float(x_TI)).max(0), merge=jnp.maximum, finish=lambda a: a
+    of=lambda x_TI, tokens: jnp.abs(_float(x_TI)).max(0), merge=jnp.maximum, finish=lambda a: a
   ),
   # The mean magnitude of each input, float32 [I].
   'input_absmean': Statistic(
-    of=lambda x_TI: (jnp.abs(_float(x_TI)).sum(0), jnp.float32(x_TI.shape[0])),
-    merge=_add,
-    finish=lambda total: total[0] / total[1],
+    of=lambda x_TI, tokens: (jnp.abs(_float(x_TI)).sum(0), tokens), merge=_add, finish=_mean
   ),
   # The mean and the mean square of each input, float32 [2, I].
   'input_moments': Statistic(
-    of=lambda x_TI: (_moments(_float(x_TI)), jnp.float32(x_TI.shape[0])),
-    merge=_add,
-    finish=lambda total: total[0] / total[1],
+    of=lambda x_TI, tokens: (_moments(_float(x_TI)), tokens), merge=_add, finish=_mean
   ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorder(Weight):
-  """Multiplies like the weight it wraps, and appends each input to `seen`."""
+  """Multiplies like the weight it wraps, and appends each input to `seen`.
+
+  An entry is (x,), or (x_TI, group_sizes_E) where each group of rows meets an expert of its own.
+  """
 
   weight: Matrix
-  seen: list[jax.Array]
+  seen: list[tuple[jax.Array, ...]]
 
   @property
   def shape(self):
@@ -88,23 +101,46 @@ class Recorder(Weight):
     return dense(self.weight)
 
   def matmul(self, x):
-    self.seen.append(x)
+    self.seen.append((x,))
     return matmul(x, self.weight)
+
+  def grouped_matmul(self, x_TI, group_sizes_E):
+    self.seen.append((x_TI, group_sizes_E))
+    return grouped_matmul(x_TI, self.weight, group_sizes_E)
 
   @classmethod
   def matmuls(cls, x, weights):
     for w in weights:
-      w.seen.append(x)
+      w.seen.append((x,))
     return matmuls(x, [w.weight for w in weights])
 
   def map_values(self, fn):
     raise ValueError('a recorder lives for one traced call and is never compressed')
 
 
-def measure(seen: list[jax.Array], names: tuple[str, ...]) -> dict[str, Any]:
+def measure(seen: list[tuple[jax.Array, ...]], names: tuple[str, ...]) -> dict[str, Any]:
   """The raw statistics of everything a recorder saw."""
-  tokens_TI = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in seen])
-  return {name: STATISTICS[name].of(tokens_TI) for name in names}
+  if len(seen[0]) == 2:
+    return functools.reduce(merge, [_of_experts(*entry, names) for entry in seen])
+  x_TI = jnp.concatenate([x.reshape(-1, x.shape[-1]) for (x,) in seen])
+  return _of(x_TI, jnp.float32(x_TI.shape[0]), names)
+
+
+def _of(x_TI, tokens, names):
+  return {name: STATISTICS[name].of(x_TI, tokens) for name in names}
+
+
+def _of_experts(x_TI, group_sizes_E, names):
+  """The raw statistics of each expert's rows; all experts go over all rows."""
+  sizes_E = group_sizes_E.astype(jnp.int32)
+  ends_E, row_T = jnp.cumsum(sizes_E), jnp.arange(x_TI.shape[0], dtype=jnp.int32)
+
+  def one(own):
+    size, end = own
+    mine_T = (row_T >= end - size) & (row_T < end)
+    return _of(jnp.where(mine_T[:, None], x_TI, 0), size.astype(jnp.float32), names)
+
+  return experts.each(one, (sizes_E, ends_E))
 
 
 def merge(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
@@ -117,10 +153,12 @@ def finish(raw: dict[str, Any]) -> dict[str, Any]:
   return {name: STATISTICS[name].finish(value) for name, value in raw.items()}
 
 
-def abstract(inputs: int, names: tuple[str, ...]) -> dict[str, Any]:
-  """The shapes of finished statistics for a layer with this many inputs."""
-  x = jax.ShapeDtypeStruct((1, inputs), jnp.float32)
-  return jax.eval_shape(lambda x: finish(measure([x], names)), x)
+def abstract(w: Matrix, names: tuple[str, ...]) -> dict[str, Any]:
+  """The shapes of finished statistics of what a weight is multiplied by."""
+  entry = [jax.ShapeDtypeStruct((1, w.shape[-2]), jnp.float32)]
+  if experts.count(w) is not None:
+    entry.append(jax.ShapeDtypeStruct(w.shape[:1], jnp.int32))
+  return jax.eval_shape(lambda *entry: finish(measure([entry], names)), *entry)
 
 
 def starved(finished: dict[str, Any]) -> dict[str, jax.Array]:
@@ -128,5 +166,6 @@ def starved(finished: dict[str, Any]) -> dict[str, jax.Array]:
   if not {'input_norm', 'input_covariance'} & set(finished):
     return {}
   norm_I = finished.get('input_norm')
-  norm_I = jnp.diagonal(finished['input_covariance']) if norm_I is None else norm_I
+  if norm_I is None:
+    norm_I = jnp.diagonal(finished['input_covariance'], axis1=-2, axis2=-1)
   return {'inputs that no calibration token used': (norm_I == 0).sum()}

@@ -11,6 +11,7 @@ config.json derives one of them from a width that changed, the model is saved in
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax.numpy as jnp
@@ -18,11 +19,11 @@ import numpy as np
 
 from model import units
 from model.compress import norms, sizes
-from model.compress.importance import READERS, Importance, score
+from model.compress.importance import Importance, score
 from model.compress.programs import compiled
 from model.compress.registry import Reshaped, technique
 from model.compress.sizes import SizeSpec
-from model.transformer import parameters
+from model.transformer import linears, parameters
 from ops import structure
 
 MINITRON = 'Muralidharan et al. 2024, https://arxiv.org/abs/2407.14679'
@@ -158,12 +159,12 @@ def _removed(unit, scores, kept) -> dict[str, int]:
 
 def _refitted(model, measurements, unit, kept) -> dict:
   """The matrices that read the units, with their rows adjusted, by path."""
-  letter, found = READERS[unit], {}
-  params = parameters(model)
-  for l, measured in enumerate(measurements.inputs(letter, ('input_covariance',))):
-    run = units.run(model.config.layers[l], letter)
-    rows = jnp.asarray(units.elements(kept[l], run))
+  params, layers, found = parameters(model), linears(model), {}
+  readers = functools.partial(units.readers, unit=unit)
+  for l, measured in enumerate(measurements.inputs(readers, ('input_covariance',))):
     for layer, statistics in measured.items():
+      run = units.run(model.config.layers[l], layers[f'layers.{l}.{layer}'].axes[-2])
+      rows = jnp.asarray(units.elements(kept[l], run))
       path = f'layers.{l}.{layer}.weight'
       w_IO, covariance_II = params[path].get_value(), statistics['input_covariance']
       found[path] = _refit(covariance_II, w_IO, rows, DAMPING)

@@ -9,14 +9,15 @@ https://arxiv.org/abs/2001.08361), section 2.1, which leaves out the embedding l
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from model import kv_cache
-from model.config import LayerConfig, ModelConfig
+from model import kv_cache, transformer
+from model.config import ModelConfig
 from model.eval.records import Metric
 from model.kv_cache import CacheFormat
 from ops.linear import Matrix
@@ -64,18 +65,11 @@ class Storage:
     return 8 * self.nbytes / self.elements
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=16)
+def parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
   """Path -> logical shape of every parameter of the dense model."""
-  v, d = config.vocab_size, config.width
-  shapes = {EMBEDDING: (v, d)}
-  if config.rope is None:
-    shapes['positions.table'] = (config.max_positions, d)
-  for l, layer in enumerate(config.layers):
-    shapes |= {f'layers.{l}.{path}': shape for path, shape in _layer_shapes(config, layer).items()}
-  shapes |= _norm_shapes('final_norm', config)
-  if not config.tied:
-    shapes |= _linear_shapes('head', d, v, config.head_bias)
-  return shapes
+  params = transformer.parameters(transformer.abstract(config))
+  return {path: tuple(param.get_value().shape) for path, param in params.items()}
 
 
 def parameters(config: ModelConfig) -> Parameters:
@@ -89,13 +83,13 @@ def parameters(config: ModelConfig) -> Parameters:
 def prefill_flops_per_token(config: ModelConfig, length: int) -> Flops:
   """FLOPs per token, averaged over a causal prefill of `length` tokens with the head on each."""
   _positive('the prefill length', length)
-  return _flops(config, lambda layer: _mean_keys(length, layer.window))
+  return _flops(config, sum(layer.mixer.prefill_flops(length) for layer in config.layers))
 
 
 def decode_flops_per_token(config: ModelConfig, context: int) -> Flops:
   """FLOPs of the token at position `context` - 1: it sees `context` keys, its own included."""
   _positive('the context', context)
-  return _flops(config, lambda layer: min(context, layer.window or context))
+  return _flops(config, sum(layer.mixer.decode_flops(context) for layer in config.layers))
 
 
 def training_flops_per_token(
@@ -116,7 +110,7 @@ def training_flops_per_token(
 
 def kv_bytes_per_token(config: ModelConfig, dtype=jnp.bfloat16) -> int:
   """Bytes per token of a dense key/value cache, all layers together."""
-  return sum(_kv_bytes(layer, dtype) for layer in config.layers)
+  return sum(layer.mixer.cached for layer in config.layers) * jnp.dtype(dtype).itemsize
 
 
 def kv_cache_bytes(
@@ -129,7 +123,7 @@ def kv_cache_bytes(
   _positive('the context', context)
 
   def held(layer):
-    one, slots = config.replace(layers=(layer,)), min(context, layer.window or context)
+    one, slots = config.replace(layers=(layer,)), layer.mixer.seen(context)
     cache = jax.eval_shape(lambda: kv_cache.init(one, 1, slots, dtype, cache_format))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
@@ -178,52 +172,13 @@ def storage_metrics(
   }
 
 
-def _layer_shapes(config: ModelConfig, layer: LayerConfig) -> dict[str, tuple[int, ...]]:
-  d, h, f = config.width, layer.head_width, layer.ffn_width
-  queries, keys = layer.query_heads * h, layer.kv_heads * h
-  shapes = _norm_shapes('attention_norm', config)
-  shapes |= _linear_shapes('attention.query', d, queries, layer.qkv_bias)
-  shapes |= _linear_shapes('attention.key', d, keys, layer.qkv_bias)
-  shapes |= _linear_shapes('attention.value', d, keys, layer.qkv_bias)
-  shapes |= _linear_shapes('attention.output', queries, d, layer.output_bias)
-  if layer.qk_norm:
-    shapes |= {f'attention.{side}_norm.scale': (h,) for side in ('query', 'key')}
-  if layer.post_norms:
-    shapes |= _norm_shapes('attention_post_norm', config)
-    shapes |= _norm_shapes('ffn_post_norm', config)
-  shapes |= _norm_shapes('ffn_norm', config)
-  for name in ('gate', 'up') if layer.gated else ('up',):
-    shapes |= _linear_shapes(f'ffn.{name}', d, f, layer.mlp_bias)
-  return shapes | _linear_shapes('ffn.down', f, d, layer.mlp_bias)
-
-
-def _norm_shapes(path: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  fields = ('scale', 'bias') if config.norm == 'layer' else ('scale',)
-  return {f'{path}.{field}': (config.width,) for field in fields}
-
-
-def _linear_shapes(path: str, i: int, o: int, bias: bool) -> dict[str, tuple[int, ...]]:
-  return {f'{path}.weight': (i, o)} | ({f'{path}.bias': (o,)} if bias else {})
-
-
-def _flops(config: ModelConfig, keys_of) -> Flops:
+def _flops(config: ModelConfig, attention: float) -> Flops:
   matrices = sum(
     math.prod(shape)
     for path, shape in parameter_shapes(config).items()
     if path.startswith('layers.') and path.endswith('.weight')
   )
-  attention = sum(4 * l.query_heads * l.head_width * keys_of(l) for l in config.layers)
   return Flops(linear=2 * matrices, attention=attention, head=2 * config.width * config.vocab_size)
-
-
-def _mean_keys(length: int, window: int | None) -> float:
-  """The mean over t = 1..length of min(t, window)."""
-  w = min(window or length, length)
-  return (w * (w + 1) / 2 + (length - w) * w) / length
-
-
-def _kv_bytes(layer: LayerConfig, dtype) -> int:
-  return 2 * layer.kv_heads * layer.head_width * jnp.dtype(dtype).itemsize
 
 
 def _positive(what: str, value: int) -> None:

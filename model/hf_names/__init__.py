@@ -2,8 +2,9 @@
 
 import dataclasses
 import difflib
+from typing import Any
 
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
 from model.hf_names import fields
 from model.hf_names.family import Entry, Family, entries
 from model.hf_names.gemma2 import GEMMA2
@@ -14,6 +15,7 @@ from model.hf_names.phi3 import PHI3
 from model.hf_names.qwen2 import QWEN2
 from model.hf_names.qwen3 import QWEN3
 from model.hf_names.stored import FLOATS, select_tensors
+from model.layers.block import LayerConfig
 
 __all__ = [
   'FAMILIES',
@@ -69,6 +71,13 @@ def config_to_hf(config: ModelConfig) -> dict:
   layers have different widths; the message names the fields and layers.
   """
   family = find(config.family)
+  for l, layer in enumerate(config.layers):
+    for part in layer.sublayers.values():
+      if not isinstance(part, family.kinds):
+        raise ValueError(
+          f'config.json of the family {config.family} cannot describe the {type(part).__name__} of '
+          f'layer {l}'
+        )
   hf = {**family.config_to_hf(config), **shared_to_hf(config)}
   problems = _differences(_normal(config), _normal(family.config_from_hf(hf)))
   if problems:
@@ -97,17 +106,27 @@ def _differences(config, written):
     if field.name != 'layers'
     and (ours := getattr(config, field.name)) != (theirs := getattr(written, field.name))
   ]
-  for field in dataclasses.fields(LayerConfig):
-    pairs = [
-      (getattr(a, field.name), getattr(b, field.name))
-      for a, b in zip(config.layers, written.layers)
-    ]
-    wrong = [l for l, (ours, theirs) in enumerate(pairs) if ours != theirs]
+  pairs = [(_traits(a), _traits(b)) for a, b in zip(config.layers, written.layers)]
+  for name in dict.fromkeys(name for ours, theirs in pairs for name in ours | theirs):
+    wrong = [l for l, (a, b) in enumerate(pairs) if a.get(name) != b.get(name)]
     if wrong:
-      ours, theirs = pairs[wrong[0]]
+      ours, theirs = (traits.get(name) for traits in pairs[wrong[0]])
       layers = ', '.join(map(str, wrong[:20])) + (', ...' if len(wrong) > 20 else '')
-      problems.append(f'layers {layers}: {field.name} = {ours!r} (it would be {theirs!r})')
+      problems.append(f'layers {layers}: {name} = {ours!r} (it would be {theirs!r})')
   return problems
+
+
+def _traits(layer: LayerConfig) -> dict[str, Any]:
+  """The fields of a layer and of its sub-layers by name, such as 'mixer.window'."""
+  found = {}
+  for field in dataclasses.fields(layer):
+    value = getattr(layer, field.name)
+    if field.name in ('mixer', 'ffn'):
+      found[field.name] = type(value).__name__
+      found |= {f'{field.name}.{name}': inner for name, inner in vars(value).items()}
+    else:
+      found[field.name] = value
+  return found
 
 
 def _normal(config: ModelConfig) -> ModelConfig:
@@ -116,8 +135,8 @@ def _normal(config: ModelConfig) -> ModelConfig:
 
 
 def _normal_layer(layer):
-  if layer.query_scale == layer.head_width**-0.5:
-    layer = dataclasses.replace(layer, query_scale=None)
-  if layer.rotary_width == layer.head_width:
-    layer = dataclasses.replace(layer, rotary_width=None)
+  if layer.mixer.query_scale == layer.mixer.head_width**-0.5:
+    layer = layer.with_mixer(query_scale=None)
+  if layer.mixer.rotary_width == layer.mixer.head_width:
+    layer = layer.with_mixer(rotary_width=None)
   return layer

@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from model.config import ModelConfig
+from model.layers.attention import AttentionConfig
+from model.layers.feed_forward import FeedForwardConfig
+from model.layers.sublayer import SubLayerConfig
 
 # The names of a module's parameters, ours and those of PyTorch.
 LEAVES = {'table': 'weight', 'scale': 'weight', 'weight': 'weight', 'bias': 'bias'}
@@ -111,6 +114,7 @@ class Family:
   ignored: tuple[str, ...] = ()  # regular expressions: buffers of this family alone
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> name in `rows`
   bos_in_windows: bool = False  # the model predicts badly where no BOS stands before the text
+  kinds: tuple[type[SubLayerConfig], ...] = (AttentionConfig, FeedForwardConfig)  # of sub-layers
 
   def weight_of(self, module: str) -> str:
     """The name on disk of the weight of one of our modules outside the layers, such as 'head'."""
@@ -151,7 +155,7 @@ def entries(
         if all(path in left for path in paths):
           own = tuple(left.pop(path) for path in paths)
           name = f'{row.theirs.format(l=l)}.{their_leaf}'
-          width = config.layers[l].head_width
+          width = config.layers[l].mixer.head_width
           result.append(Entry(name, paths, row.codec, width, row.codec.shape(own), own))
   if left:
     raise ValueError(

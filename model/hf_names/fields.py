@@ -4,7 +4,8 @@ An absent key takes the default of the family's configuration class in transform
 value, not an absent key. A value that is not supported raises a ValueError that names the key.
 """
 
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
+from model.layers.block import LayerConfig
 
 # Names of activations in transformers and here. Where several names mean one of ours, the first is
 # the one that is written.
@@ -122,8 +123,10 @@ def windows(hf: dict, slides: list[bool], window: int | None) -> list[int | None
 
 
 def layer_types(layers: tuple[LayerConfig, ...]) -> list[str]:
-  return ['full_attention' if layer.window is None else 'sliding_attention' for layer in layers]
+  return [
+    'full_attention' if layer.mixer.window is None else 'sliding_attention' for layer in layers
+  ]
 
 
 def first_window(layers: tuple[LayerConfig, ...]) -> int | None:
-  return next((layer.window for layer in layers if layer.window is not None), None)
+  return next((layer.mixer.window for layer in layers if layer.mixer.window is not None), None)

@@ -37,15 +37,13 @@ def _from_hf(hf):
   llama.only_whole_heads(hf)
   fields.refuse(hf, 'use_bidirectional_attention', False, None)
   biased = fields.flag(hf, 'attention_bias', False)
-  layers = llama.blocks(
-    hf,
-    DEFAULTS,
-    query_scale=fields.size(hf, 'query_pre_attn_scalar', 256) ** -0.5,
-    attention_softcap=fields.number_or_null(hf, 'attn_logit_softcapping', 50.0),
-    qkv_bias=biased,
-    output_bias=biased,
-    post_norms=True,
-  )
+  mixer = {
+    'query_scale': fields.size(hf, 'query_pre_attn_scalar', 256) ** -0.5,
+    'softcap': fields.number_or_null(hf, 'attn_logit_softcapping', 50.0),
+    'qkv_bias': biased,
+    'output_bias': biased,
+  }
+  layers = llama.blocks(hf, DEFAULTS, mixer=mixer, post_norms=True)
   window = fields.size_or_null(hf, 'sliding_window', WINDOW)
   slides = [l % 2 == 0 for l in range(len(layers))]
   return llama.decoder(
@@ -61,14 +59,14 @@ def _from_hf(hf):
 
 def _to_hf(config):
   llama.require_divisible(config)
-  layer = config.layers[0]
-  scale = layer.query_scale or layer.head_width**-0.5
+  heads = config.layers[0].mixer
+  scale = heads.query_scale or heads.head_width**-0.5
   return {
     **llama.decoder_to_hf(config, DEFAULTS.activation_key),
     **rope.to_hf(config.rope),
-    'attention_bias': layer.qkv_bias,
+    'attention_bias': heads.qkv_bias,
     'query_pre_attn_scalar': max(1, round(scale**-2)),
-    'attn_logit_softcapping': layer.attention_softcap,
+    'attn_logit_softcapping': heads.softcap,
     'final_logit_softcapping': config.logit_softcap,
     # transformers needs a window even if no layer slides.
     'sliding_window': fields.first_window(config.layers) or WINDOW,

@@ -3,11 +3,12 @@
 transformers: models/gpt2 (5.23).
 """
 
-import dataclasses
-
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
 from model.hf_names import fields
 from model.hf_names.family import TRANSPOSE, Family, Row
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 
 _QKV = tuple(f'layers.{{l}}.attention.{part}' for part in ('query', 'key', 'value'))
 ROWS = (
@@ -46,43 +47,47 @@ def _blocks(hf, width):
   if width % heads:
     raise ValueError(f'n_embd {width} in config.json is no multiple of n_head {heads}')
   layer = LayerConfig(
-    query_heads=heads,
-    kv_heads=heads,
-    head_width=width // heads,
-    ffn_width=fields.size_or_null(hf, 'n_inner', None) or 4 * width,
-    activation=fields.activation(hf, 'activation_function', 'gelu_new'),
-    gated=False,
-    qkv_bias=True,
-    output_bias=True,
-    mlp_bias=True,
+    mixer=AttentionConfig(
+      query_heads=heads,
+      kv_heads=heads,
+      head_width=width // heads,
+      qkv_bias=True,
+      output_bias=True,
+    ),
+    ffn=FeedForwardConfig(
+      width=fields.size_or_null(hf, 'n_inner', None) or 4 * width,
+      activation=fields.activation(hf, 'activation_function', 'gelu_new'),
+      gated=False,
+      bias=True,
+    ),
   )
   scaled = fields.flag(hf, 'scale_attn_weights', True)
   by_layer = fields.flag(hf, 'scale_attn_by_inverse_layer_idx', False)
   return tuple(
-    dataclasses.replace(layer, query_scale=_query_scale(layer, l, scaled, by_layer))
+    layer.with_mixer(query_scale=_query_scale(layer.mixer, l, scaled, by_layer))
     for l in range(fields.size(hf, 'n_layer', 12))
   )
 
 
-def _query_scale(layer, l, scaled, by_layer):
+def _query_scale(heads, l, scaled, by_layer):
   if scaled and not by_layer:
     return None
-  return (layer.head_width**-0.5 if scaled else 1.0) / (l + 1 if by_layer else 1)
+  return (heads.head_width**-0.5 if scaled else 1.0) / (l + 1 if by_layer else 1)
 
 
 def _to_hf(config):
-  layer, last = config.layers[0], config.layers[-1]
-  scales = [one.query_scale or one.head_width**-0.5 for one in (layer, last)]
+  heads, ffn, last = config.layers[0].mixer, config.layers[0].ffn, config.layers[-1].mixer
+  scales = [one.query_scale or one.head_width**-0.5 for one in (heads, last)]
   return {
     'vocab_size': config.vocab_size,
     'n_positions': config.max_positions,
     'n_embd': config.width,
     'n_layer': len(config.layers),
-    'n_head': layer.query_heads,
-    'n_inner': layer.ffn_width,
-    'activation_function': _ACTIVATION_NAMES.get(layer.activation, layer.activation),
+    'n_head': heads.query_heads,
+    'n_inner': ffn.width,
+    'activation_function': _ACTIVATION_NAMES.get(ffn.activation, ffn.activation),
     'layer_norm_epsilon': config.norm_eps,
-    'scale_attn_weights': scales[0] == layer.head_width**-0.5,
+    'scale_attn_weights': scales[0] == heads.head_width**-0.5,
     'scale_attn_by_inverse_layer_idx': scales[0] != scales[1],
     'tie_word_embeddings': config.tied,
   }

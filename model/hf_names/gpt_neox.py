@@ -3,9 +3,12 @@
 transformers: models/gpt_neox (5.23).
 """
 
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
 from model.hf_names import fields, rope
 from model.hf_names.family import INTERLEAVED, TRANSPOSE, Family, Row
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 
 _QKV = tuple(f'layers.{{l}}.attention.{part}' for part in ('query', 'key', 'value'))
 ROWS = (
@@ -49,35 +52,39 @@ def _block(hf, width):
   fraction = fields.number(rope.parameters(hf), 'partial_rotary_factor', fraction)
   biased = fields.flag(hf, 'attention_bias', True)
   return LayerConfig(
-    query_heads=heads,
-    kv_heads=heads,
-    head_width=width // heads,
-    ffn_width=fields.size(hf, 'intermediate_size', 24576),
-    activation=fields.activation(hf, 'hidden_act', 'gelu'),
-    gated=False,
-    rotary_width=rope.rotary_width(width // heads, fraction),
-    qkv_bias=biased,
-    output_bias=biased,
-    mlp_bias=True,
+    mixer=AttentionConfig(
+      query_heads=heads,
+      kv_heads=heads,
+      head_width=width // heads,
+      rotary_width=rope.rotary_width(width // heads, fraction),
+      qkv_bias=biased,
+      output_bias=biased,
+    ),
+    ffn=FeedForwardConfig(
+      width=fields.size(hf, 'intermediate_size', 24576),
+      activation=fields.activation(hf, 'hidden_act', 'gelu'),
+      gated=False,
+      bias=True,
+    ),
     parallel=fields.flag(hf, 'use_parallel_residual', True),
   )
 
 
 def _to_hf(config):
-  layer = config.layers[0]
-  fraction = rope.rotary_fraction(layer.head_width, layer.rotary_width)
+  layer, heads = config.layers[0], config.layers[0].mixer
+  fraction = rope.rotary_fraction(heads.head_width, heads.rotary_width)
   return {
     'vocab_size': config.vocab_size,
     'hidden_size': config.width,
-    'intermediate_size': layer.ffn_width,
+    'intermediate_size': layer.ffn.width,
     'num_hidden_layers': len(config.layers),
-    'num_attention_heads': layer.query_heads,
-    'hidden_act': fields.activation_name(layer.activation),
+    'num_attention_heads': heads.query_heads,
+    'hidden_act': fields.activation_name(layer.ffn.activation),
     'max_position_embeddings': config.max_positions,
     'layer_norm_eps': config.norm_eps,
     'rotary_pct': fraction,
     **rope.to_hf(config.rope, theta_key='rotary_emb_base', partial_rotary_factor=fraction),
-    'attention_bias': layer.qkv_bias,
+    'attention_bias': heads.qkv_bias,
     'use_parallel_residual': layer.parallel,
     'tie_word_embeddings': config.tied,
   }

@@ -4,10 +4,15 @@ transformers: models/llama, models/mistral (5.23).
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
 from model.hf_names import fields, rope
 from model.hf_names.family import TRANSPOSE, Family, Row
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 
 ROWS = (
   Row('model.embed_tokens', ('embedding',)),
@@ -66,8 +71,15 @@ def decoder(
   )
 
 
-def blocks(hf: dict, defaults: Defaults, **traits) -> tuple[LayerConfig, ...]:
-  """The layers, all equal; `traits` are fields of LayerConfig."""
+def blocks(
+  hf: dict,
+  defaults: Defaults,
+  *,
+  mixer: Mapping[str, Any] | None = None,
+  ffn: Mapping[str, Any] | None = None,
+  **traits,
+) -> tuple[LayerConfig, ...]:
+  """The layers, all equal; `mixer`, `ffn` and `traits` are further fields of their configs."""
   width = fields.size(hf, 'hidden_size', defaults.width)
   heads = fields.size(hf, 'num_attention_heads', defaults.heads)
   head_width = fields.size_or_null(hf, 'head_dim', defaults.head_width)
@@ -75,19 +87,23 @@ def blocks(hf: dict, defaults: Defaults, **traits) -> tuple[LayerConfig, ...]:
     raise ValueError(
       f'hidden_size {width} in config.json is no multiple of num_attention_heads {heads}'
     )
-  layer = LayerConfig(
+  attention = AttentionConfig(
     query_heads=heads,
     kv_heads=fields.size_or_null(hf, 'num_key_value_heads', defaults.kv_heads) or heads,
     head_width=head_width or width // heads,
-    ffn_width=fields.size(hf, 'intermediate_size', defaults.ffn_width),
-    activation=fields.activation(hf, defaults.activation_key, defaults.activation),
-    **traits,
+    **(mixer or {}),
   )
+  feed_forward = FeedForwardConfig(
+    width=fields.size(hf, 'intermediate_size', defaults.ffn_width),
+    activation=fields.activation(hf, defaults.activation_key, defaults.activation),
+    **(ffn or {}),
+  )
+  layer = LayerConfig(mixer=attention, ffn=feed_forward, **traits)
   return (layer,) * fields.size(hf, 'num_hidden_layers', defaults.layers)
 
 
 def windowed(layers: tuple[LayerConfig, ...], windows: list[int | None]) -> tuple[LayerConfig, ...]:
-  return tuple(dataclasses.replace(layer, window=window) for layer, window in zip(layers, windows))
+  return tuple(layer.with_mixer(window=window) for layer, window in zip(layers, windows))
 
 
 def decoder_to_hf(config: ModelConfig, activation_key: str = 'hidden_act') -> dict:
@@ -96,12 +112,12 @@ def decoder_to_hf(config: ModelConfig, activation_key: str = 'hidden_act') -> di
   return {
     'vocab_size': config.vocab_size,
     'hidden_size': config.width,
-    'intermediate_size': layer.ffn_width,
+    'intermediate_size': layer.ffn.width,
     'num_hidden_layers': len(config.layers),
-    'num_attention_heads': layer.query_heads,
-    'num_key_value_heads': layer.kv_heads,
-    'head_dim': layer.head_width,
-    activation_key: fields.activation_name(layer.activation),
+    'num_attention_heads': layer.mixer.query_heads,
+    'num_key_value_heads': layer.mixer.kv_heads,
+    'head_dim': layer.mixer.head_width,
+    activation_key: fields.activation_name(layer.ffn.activation),
     'max_position_embeddings': config.max_positions,
     'rms_norm_eps': config.norm_eps,
     'tie_word_embeddings': config.tied,
@@ -110,7 +126,7 @@ def decoder_to_hf(config: ModelConfig, activation_key: str = 'hidden_act') -> di
 
 def require_divisible(config: ModelConfig) -> None:
   """Raises ValueError if transformers refuses the number of heads, whatever their width."""
-  heads = config.layers[0].query_heads
+  heads = config.layers[0].mixer.query_heads
   if config.width % heads:
     raise ValueError(
       f'transformers reads a {config.family} only where hidden_size ({config.width}) is a multiple '
@@ -132,14 +148,15 @@ def _llama_from_hf(hf):
   only_whole_heads(hf)
   biased = fields.flag(hf, 'attention_bias', False)
   mlp_bias = fields.flag(hf, 'mlp_bias', False)
-  layers = blocks(hf, LLAMA_DEFAULTS, qkv_bias=biased, output_bias=biased, mlp_bias=mlp_bias)
+  mixer = {'qkv_bias': biased, 'output_bias': biased}
+  layers = blocks(hf, LLAMA_DEFAULTS, mixer=mixer, ffn={'bias': mlp_bias})
   return decoder(hf, 'llama', LLAMA_DEFAULTS, layers)
 
 
 def _llama_to_hf(config):
   require_divisible(config)
   layer = config.layers[0]
-  biases = {'attention_bias': layer.qkv_bias, 'mlp_bias': layer.mlp_bias}
+  biases = {'attention_bias': layer.mixer.qkv_bias, 'mlp_bias': layer.ffn.bias}
   return {**decoder_to_hf(config), **rope.to_hf(config.rope), **biases}
 
 
@@ -157,7 +174,7 @@ def _mistral_from_hf(hf):
 
 
 def _mistral_to_hf(config):
-  window = {'sliding_window': config.layers[0].window}
+  window = {'sliding_window': config.layers[0].mixer.window}
   return {**decoder_to_hf(config), **rope.to_hf(config.rope), **window}
 
 

@@ -3,8 +3,6 @@
 transformers: models/phi3 (5.23).
 """
 
-import dataclasses
-
 from model.hf_names import fields, llama, rope
 from model.hf_names.family import TRANSPOSE, Family, Row
 
@@ -25,29 +23,29 @@ def _from_hf(hf):
   fraction = fields.number(hf, 'partial_rotary_factor', 1.0)
   fraction = fields.number(scaling, 'partial_rotary_factor', fraction)
   layer, *_ = layers = llama.blocks(
-    hf, DEFAULTS, window=fields.size_or_null(hf, 'sliding_window', None)
+    hf, DEFAULTS, mixer={'window': fields.size_or_null(hf, 'sliding_window', None)}
   )
-  rotary = rope.rotary_width(layer.head_width, fraction)
+  rotary = rope.rotary_width(layer.mixer.head_width, fraction)
   max_positions = fields.size(hf, 'max_position_embeddings', DEFAULTS.max_positions)
   return llama.decoder(
     hf,
     'phi3',
     DEFAULTS,
-    tuple(dataclasses.replace(layer, rotary_width=rotary) for layer in layers),
+    tuple(layer.with_mixer(rotary_width=rotary) for layer in layers),
     # 'yarn' and 'su' are names of longrope in this family.
     rope=rope.from_hf(hf, max_positions, types=('default',)),
   )
 
 
 def _to_hf(config):
-  layer = config.layers[0]
-  fraction = rope.rotary_fraction(layer.head_width, layer.rotary_width)
+  heads = config.layers[0].mixer
+  fraction = rope.rotary_fraction(heads.head_width, heads.rotary_width)
   return {
     **llama.decoder_to_hf(config),
     **rope.to_hf(config.rope, partial_rotary_factor=fraction),
     'partial_rotary_factor': fraction,
     'original_max_position_embeddings': config.max_positions,
-    'sliding_window': layer.window,
+    'sliding_window': heads.window,
   }
 
 

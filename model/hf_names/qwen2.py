@@ -3,9 +3,9 @@
 transformers: models/qwen2 (5.23).
 """
 
-from model.config import LayerConfig
 from model.hf_names import fields, llama, rope
 from model.hf_names.family import Family
+from model.layers.block import LayerConfig
 
 DEFAULTS = llama.Defaults(
   vocab_size=151936, ffn_width=22016, kv_heads=32, max_positions=32768, bos=None, eos=None
@@ -24,7 +24,7 @@ def late_windows(hf: dict, layers: tuple[LayerConfig, ...]) -> tuple[LayerConfig
 def late_windows_to_hf(layers: tuple[LayerConfig, ...]) -> dict:
   window = fields.first_window(layers)
   # Older versions of transformers know only max_window_layers.
-  first = next((l for l, layer in enumerate(layers) if layer.window is not None), len(layers))
+  first = next((l for l, layer in enumerate(layers) if layer.mixer.window is not None), len(layers))
   return {
     'use_sliding_window': window is not None,
     'sliding_window': window,
@@ -35,7 +35,7 @@ def late_windows_to_hf(layers: tuple[LayerConfig, ...]) -> dict:
 
 def _from_hf(hf):
   llama.only_whole_heads(hf)
-  layers = late_windows(hf, llama.blocks(hf, DEFAULTS, qkv_bias=True))
+  layers = late_windows(hf, llama.blocks(hf, DEFAULTS, mixer={'qkv_bias': True}))
   return llama.decoder(hf, 'qwen2', DEFAULTS, layers)
 
 

@@ -19,7 +19,8 @@ ROWS = (
 def _from_hf(hf):
   llama.only_whole_heads(hf)
   biased = fields.flag(hf, 'attention_bias', False)
-  layers = llama.blocks(hf, DEFAULTS, qk_norm=True, qkv_bias=biased, output_bias=biased)
+  mixer = {'qk_norm': True, 'qkv_bias': biased, 'output_bias': biased}
+  layers = llama.blocks(hf, DEFAULTS, mixer=mixer)
   return llama.decoder(hf, 'qwen3', DEFAULTS, qwen2.late_windows(hf, layers))
 
 
@@ -28,7 +29,7 @@ def _to_hf(config):
     **llama.decoder_to_hf(config),
     **rope.to_hf(config.rope),
     **qwen2.late_windows_to_hf(config.layers),
-    'attention_bias': config.layers[0].qkv_bias,
+    'attention_bias': config.layers[0].mixer.qkv_bias,
   }
 
 

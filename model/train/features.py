@@ -25,7 +25,6 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from model.config import ModelConfig
-from model.layers import apply
 from model.train.data import Batch
 from model.train.objectives import Network
 from model.transformer import Context
@@ -160,13 +159,13 @@ class Relations(Feature):
       count = len(config.layers)
       if not -count <= index < count:
         raise ValueError(f'the {who} has the layers 0 to {count - 1}, and {index} is none of them')
-      layer = config.layers[index]
+      mixer = config.layers[index].mixer
       for what in ('query_heads', 'kv_heads'):
-        width = getattr(layer, what) * layer.head_width
+        width = getattr(mixer, what) * mixer.head_width
         if width % self.heads:
           raise ValueError(
             f'{self.heads} relation heads do not divide the {width} numbers of the {who}: '
-            f'{what} {getattr(layer, what)} of width {layer.head_width} in layer {index}'
+            f'{what} {getattr(mixer, what)} of width {mixer.head_width} in layer {index}'
           )
 
 
@@ -185,9 +184,7 @@ def projections(
   for block in layers[: index % len(layers)]:
     x_BTD, _ = context.run(block, x_BTD)
   block = layers[index]
-  attention = block.attention
-  normed_BTD = block.attention_norm(x_BTD)
-  return apply(normed_BTD, attention.query, attention.key, attention.value)
+  return block.attention.project(block.attention_norm(x_BTD))
 
 
 def _log_relations(q, k, seen_BTS):

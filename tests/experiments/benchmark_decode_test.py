@@ -89,7 +89,7 @@ def test_a_scaled_shape_has_the_same_depth_and_is_wider():
   small = presets.preset('smollm2-135m')
   wide = shapes.scaled(small, 2)
   count = lambda config: cost.parameters(config.replace(tied=True)).non_embedding
-  assert len(wide.layers) == len(small.layers) and wide.layers[0].head_width == 64
+  assert len(wide.layers) == len(small.layers) and wide.layers[0].mixer.head_width == 64
   matrices = 30 * (576 * 576 * 2 + 576 * 192 * 2 + 3 * 576 * 1536)
   assert count(wide) - count(small) == 3 * matrices + (2 * 30 + 1) * 576
 

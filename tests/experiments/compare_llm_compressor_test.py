@@ -4,12 +4,18 @@ import pytest
 from flax import nnx
 
 from experiments import compare_llm_compressor as compare
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.transformer import Transformer
 
 
 def _model(width):
-  layer = LayerConfig(query_heads=2, kv_heads=2, head_width=width // 2, ffn_width=256)
+  layer = LayerConfig(
+    mixer=AttentionConfig(query_heads=2, kv_heads=2, head_width=width // 2),
+    ffn=FeedForwardConfig(width=256),
+  )
   config = ModelConfig(family='llama', vocab_size=8, width=width, layers=(layer,), max_positions=16)
   return Transformer(config, rngs=nnx.Rngs(0))
 

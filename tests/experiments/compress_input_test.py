@@ -11,12 +11,13 @@ from flax import nnx
 from experiments import base as embedded
 from experiments import comparison, study
 from model import hf, manifest
-from model.config import LayerConfig
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
 ROOT = pathlib.Path(__file__).parents[2]
-BIASES = ('qkv_bias', 'output_bias', 'mlp_bias')
 
 
 @pytest.fixture(scope='module')
@@ -135,8 +136,12 @@ def test_a_recipe_that_does_not_fit_the_model_is_refused(refused, tmp_path):
 
 def test_windows_beyond_learned_positions_are_refused(refused, base, tmp_path):
   tokenizer = Tokenizer.load(base)
-  traits = {'gated': False, 'activation': 'gelu_tanh'} | dict.fromkeys(BIASES, True)
-  layer = LayerConfig(query_heads=2, kv_heads=2, head_width=16, ffn_width=64, **traits)
+  layer = LayerConfig(
+    mixer=AttentionConfig(
+      query_heads=2, kv_heads=2, head_width=16, qkv_bias=True, output_bias=True
+    ),
+    ffn=FeedForwardConfig(width=64, activation='gelu_tanh', gated=False, bias=True),
+  )
   config = hf.load_config(base).replace(
     family='gpt2', width=32, layers=(layer,), rope=None, norm='layer', max_positions=32, tied=True
   )

@@ -19,7 +19,6 @@ from ops.kernels import cpu
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECIPES = ('int8', 'wanda_2of4_int8')
-BIASES = ('qkv_bias', 'output_bias', 'mlp_bias')
 
 
 def _evaluate(model, out, *arguments) -> dict:

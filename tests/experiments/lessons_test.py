@@ -62,7 +62,7 @@ def test_the_ledger_says_what_training_took(whole):
   for layer, w in matrices(model).items():
     if layer.startswith('layers.'):
       assert isinstance(w, quantized.QuantizedTensor) and w.format == 'int4'
-  assert model.config.layers[0].ffn_width < 384
+  assert model.config.layers[0].ffn.width < 384
 
 
 class Killed(Exception):

@@ -8,7 +8,10 @@ from flax import nnx
 
 from model import adapters
 from model.adapters import AdapterConfig
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.transformer import Transformer, linears, matrices
 from ops import quantized, sparse
 from ops.linear import dense
@@ -20,7 +23,9 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 8)))
 
 
 def _model(change=lambda w: w):
-  layer = LayerConfig(query_heads=2, kv_heads=1, head_width=8, ffn_width=32)
+  layer = LayerConfig(
+    mixer=AttentionConfig(query_heads=2, kv_heads=1, head_width=8), ffn=FeedForwardConfig(width=32)
+  )
   config = ModelConfig(
     family='llama', vocab_size=32, width=16, layers=(layer,) * 2, max_positions=64
   )

@@ -7,12 +7,18 @@ import pytest
 from flax import nnx
 
 from model import checkpoint, native, sharding, transformer
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.transformer import Transformer
 from ops import adapter_starts, quantized, sparse
 from ops.linear import map_values
 
-LAYER = LayerConfig(query_heads=2, kv_heads=2, head_width=16, ffn_width=64, qkv_bias=True)
+LAYER = LayerConfig(
+  mixer=AttentionConfig(query_heads=2, kv_heads=2, head_width=16, qkv_bias=True),
+  ffn=FeedForwardConfig(width=64),
+)
 CONFIG = ModelConfig(
   family='llama', vocab_size=40, width=32, layers=(LAYER,), max_positions=16, eos_ids=(2, 3)
 )

@@ -60,7 +60,9 @@ def test_presets_survive_config_json(name):
   config = presets.preset(name)
   again = hf_names.config_from_hf(hf_names.config_to_hf(config))
   assert hf_names.config_to_hf(again) == hf_names.config_to_hf(config)
-  assert again.layers[0].kv_heads == config.layers[0].kv_heads and again.rope == config.rope
+  assert (
+    again.layers[0].mixer.kv_heads == config.layers[0].mixer.kv_heads and again.rope == config.rope
+  )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_pythia_keys_of_older_versions():
   config = hf_names.config_from_hf(
     {**hf, 'hidden_size': 64, 'num_attention_heads': 4, 'num_hidden_layers': 1}
   )
-  assert config.rope.theta == 5000.0 and config.layers[0].rotary_width == 8
+  assert config.rope.theta == 5000.0 and config.layers[0].mixer.rotary_width == 8
 
 
 def test_yarn_without_an_original_length_uses_the_maximum():
@@ -148,23 +150,27 @@ def _config(family, **changes) -> ModelConfig:
   return hf_names.config_from_hf({'model_type': family, **sizes}).replace(**changes)
 
 
-def _with_layer(family, index, **changes) -> ModelConfig:
+def _with_layer(family, index, *, mixer=None, ffn=None, **changes) -> ModelConfig:
   config = _config(family)
   layers = list(config.layers)
-  layers[index] = dataclasses.replace(layers[index], **changes)
+  layer = dataclasses.replace(layers[index], **changes)
+  layers[index] = layer.with_mixer(**(mixer or {})).with_ffn(**(ffn or {}))
   return config.replace(layers=tuple(layers))
 
 
 @pytest.mark.parametrize(
   ('config', 'message'),
   [
-    (_with_layer('llama', 1, ffn_width=32), r'layers 1: ffn_width = 32 \(it would be 11008\)'),
-    (_with_layer('llama', 0, ffn_width=32), r'layers 1, 2: ffn_width = 11008'),
-    (_with_layer('llama', 2, window=5), 'layers 2: window = 5'),
-    (_with_layer('mistral', 2, window=None), 'layers 2: window = None'),
+    (
+      _with_layer('llama', 1, ffn={'width': 32}),
+      r'layers 1: ffn\.width = 32 \(it would be 11008\)',
+    ),
+    (_with_layer('llama', 0, ffn={'width': 32}), r'layers 1, 2: ffn\.width = 11008'),
+    (_with_layer('llama', 2, mixer={'window': 5}), r'layers 2: mixer\.window = 5'),
+    (_with_layer('mistral', 2, mixer={'window': None}), r'layers 2: mixer\.window = None'),
     (_with_layer('gpt_neox', 1, parallel=False), 'layers 1: parallel'),
-    (_with_layer('gpt2', 1, query_scale=0.3), 'layers 1: query_scale = 0.3'),
-    (_with_layer('gemma2', 0, query_scale=0.3), 'query_scale'),
+    (_with_layer('gpt2', 1, mixer={'query_scale': 0.3}), r'layers 1: mixer\.query_scale = 0\.3'),
+    (_with_layer('gemma2', 0, mixer={'query_scale': 0.3}), 'query_scale'),
     (_config('llama', norm='layer'), r"norm = 'layer' \(it would be 'rms'\)"),
     (_config('llama', logit_softcap=3.0), r'logit_softcap = 3.0'),
     (_config('llama', head_bias=True), 'head_bias'),
@@ -182,7 +188,7 @@ def test_what_config_json_cannot_say_is_named(config, message):
 
 def test_values_equal_to_their_defaults_are_no_difference():
   for changes in ({'query_scale': 128**-0.5}, {'rotary_width': 128}):
-    hf_names.config_to_hf(_with_layer('llama', 1, **changes))
+    hf_names.config_to_hf(_with_layer('llama', 1, mixer=changes))
 
 
 @pytest.mark.parametrize('head_width', [16, 24, 80, 96, 100, 128])

@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 
 from model import kv_cache, kv_quantized
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
 from model.kv_quantized import PAGE
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 
 B, K, H = 2, 2, 40  # 40 channels are 5 groups of 8
 CAPACITY = 3 * PAGE
 # A scale or minimum in float16 is off by at most this share of itself.
 HALF_ULP = 2.0**-11
-LAYER = LayerConfig(query_heads=K, kv_heads=K, head_width=H, ffn_width=8)
+LAYER = LayerConfig(
+  mixer=AttentionConfig(query_heads=K, kv_heads=K, head_width=H), ffn=FeedForwardConfig(width=8)
+)
 CONFIG = ModelConfig(family='llama', vocab_size=5, width=8, layers=(LAYER,), max_positions=99)
 formats = pytest.mark.parametrize('format', ['int8', 'int4'])
 
@@ -223,7 +228,9 @@ def test_half_precision_keys_are_exact_until_they_are_encoded(rng, format):
   ],
 )
 def test_stored_bytes_match_a_count_by_hand(format, expected):
-  layer = LayerConfig(query_heads=1, kv_heads=1, head_width=64, ffn_width=8)
+  layer = LayerConfig(
+    mixer=AttentionConfig(query_heads=1, kv_heads=1, head_width=64), ffn=FeedForwardConfig(width=8)
+  )
   (cache,) = kv_cache.init(CONFIG.replace(layers=(layer,)), 1, 40, jnp.bfloat16, format)
   assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) == expected
   assert cache.capacity == (64 if format == 'int4' else 40)
@@ -254,7 +261,9 @@ def test_decoding_updates_the_donated_cache_in_place(rng, format):
 
 
 def test_int4_refuses_heads_of_an_odd_width():
-  layer = LayerConfig(query_heads=1, kv_heads=1, head_width=5, ffn_width=8)
+  layer = LayerConfig(
+    mixer=AttentionConfig(query_heads=1, kv_heads=1, head_width=5), ffn=FeedForwardConfig(width=8)
+  )
   with pytest.raises(ValueError, match='two channels a byte, but a head has 5'):
     kv_cache.init(CONFIG.replace(layers=(layer,), rope=None), 1, 40, format='int4')
 
@@ -272,7 +281,9 @@ SHAPE = jax.ShapeDtypeStruct
   ],
 )
 def test_sides_that_do_not_fit_are_refused_when_they_are_built(format, side, field, shape):
-  layer = LayerConfig(query_heads=2, kv_heads=2, head_width=16, ffn_width=16)
+  layer = LayerConfig(
+    mixer=AttentionConfig(query_heads=2, kv_heads=2, head_width=16), ffn=FeedForwardConfig(width=16)
+  )
   (cache,) = jax.eval_shape(
     lambda: kv_cache.init(CONFIG.replace(layers=(layer,)), 2, 40, jnp.float32, format)
   )

@@ -84,7 +84,7 @@ def test_an_empty_cache_has_each_layers_heads_and_no_nan():
   config = presets.preset('tiny-gemma2')
   layers = (
     config.layers[0],
-    config.layers[1].__class__(**{**vars(config.layers[1]), 'kv_heads': 1}),
+    config.layers[1].with_mixer(kv_heads=1),
   )
   caches = kv_cache.init(config.replace(layers=layers), 3, 10, jnp.bfloat16)
   assert [cache.k_BSKH.shape for cache in caches] == [(3, 10, 2, 16), (3, 10, 1, 16)]
@@ -106,7 +106,7 @@ def test_a_donated_cache_is_updated_in_place(rng):
 def test_more_tokens_than_slots_are_refused(rng, format, capacity):
   (cache, *_) = kv_cache.init(presets.preset('tiny-llama'), 1, 4, format=format)
   heads = presets.preset('tiny-llama').layers[0]
-  new = _filled(rng, 1, capacity + 1, heads.kv_heads, heads.head_width)
+  new = _filled(rng, 1, capacity + 1, heads.mixer.kv_heads, heads.mixer.head_width)
   with pytest.raises(ValueError, match=f'{capacity + 1} tokens do not fit into a cache of'):
     cache.update(new, new, _positions([0], capacity + 1))
 
@@ -119,7 +119,7 @@ def test_an_unknown_format_is_refused():
 def test_a_bf16_cache_is_bfloat16_for_a_model_of_any_dtype(rng):
   config = presets.preset('tiny-llama')
   (cache, *_) = kv_cache.init(config, 1, 4, jnp.float32, 'bf16')
-  new = _filled(rng, 1, 4, config.layers[0].kv_heads, config.layers[0].head_width)
+  new = _filled(rng, 1, 4, config.layers[0].mixer.kv_heads, config.layers[0].mixer.head_width)
   cache, k, _ = cache.update(new, new, _positions([0], 4))
   assert cache.k_BSKH.dtype == cache.v_BSKH.dtype == k.dtype == jnp.bfloat16
   np.testing.assert_array_equal(k, new.astype(jnp.bfloat16))

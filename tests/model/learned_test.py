@@ -8,7 +8,10 @@ import pytest
 from flax import nnx
 
 from model import checkpoint, hf, learned
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.learned import QatConfig
 from model.train import step as step_lib
 from model.train.data import PackedDataset
@@ -31,7 +34,9 @@ CONFIGS = {
 
 
 def _model():
-  layer = LayerConfig(query_heads=2, kv_heads=1, head_width=8, ffn_width=32)
+  layer = LayerConfig(
+    mixer=AttentionConfig(query_heads=2, kv_heads=1, head_width=8), ffn=FeedForwardConfig(width=32)
+  )
   config = ModelConfig(
     family='llama', vocab_size=32, width=16, layers=(layer,) * 2, max_positions=64
   )

@@ -11,14 +11,19 @@ import transformers
 from flax import nnx
 
 from model import hf, native, safetensors_io, transformer
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
 from model.infer.generate import generate
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.transformer import Transformer, parameters
 from ops import adapter_starts, quantized, sparse
 from ops.linear import map_values
 from ops.rope import RopeConfig
 
-LAYER = LayerConfig(query_heads=2, kv_heads=1, head_width=16, ffn_width=64)
+LAYER = LayerConfig(
+  mixer=AttentionConfig(query_heads=2, kv_heads=1, head_width=16), ffn=FeedForwardConfig(width=64)
+)
 CONFIG = ModelConfig(
   family='llama', vocab_size=40, width=32, layers=(LAYER,) * 2, max_positions=16, eos_ids=(2,)
 )
@@ -285,14 +290,19 @@ def _uneven(**changes):
   """A model whose layers differ in every width."""
   layers = (
     LAYER,
-    LayerConfig(query_heads=6, kv_heads=3, head_width=8, ffn_width=40),
-    LayerConfig(query_heads=1, kv_heads=1, head_width=4, ffn_width=3),
+    LayerConfig(
+      mixer=AttentionConfig(query_heads=6, kv_heads=3, head_width=8),
+      ffn=FeedForwardConfig(width=40),
+    ),
+    LayerConfig(
+      mixer=AttentionConfig(query_heads=1, kv_heads=1, head_width=4), ffn=FeedForwardConfig(width=3)
+    ),
   )
   return Transformer(CONFIG.replace(layers=layers, **changes), rngs=nnx.Rngs(0))
 
 
 UNSAID = {
-  'widths': (_uneven, r'layers 1: kv_heads = 3 \(it would be 1\)'),
+  'widths': (_uneven, r'layers 1: mixer\.kv_heads = 3 \(it would be 1\)'),
   'kind of rope': (
     lambda: _uneven(rope=RopeConfig(kind='ntk', factor=2.0)),
     "cannot describe the rope kind 'ntk'",

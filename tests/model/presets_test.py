@@ -26,20 +26,20 @@ def _hugging_face_shape(config):
       'n_positions': config.max_positions,
       'n_embd': config.width,
       'n_layer': len(config.layers),
-      'n_head': layer.query_heads,
-      'n_inner': layer.ffn_width,
+      'n_head': layer.mixer.query_heads,
+      'n_inner': layer.ffn.width,
     }
   shape = {
     'hidden_size': config.width,
     'num_hidden_layers': len(config.layers),
-    'num_attention_heads': layer.query_heads,
-    'intermediate_size': layer.ffn_width,
+    'num_attention_heads': layer.mixer.query_heads,
+    'intermediate_size': layer.ffn.width,
     'max_position_embeddings': config.max_positions,
   }
   if config.family != 'gpt_neox':
-    shape['num_key_value_heads'] = layer.kv_heads
+    shape['num_key_value_heads'] = layer.mixer.kv_heads
   if config.family not in ('gpt_neox', 'phi3'):
-    shape['head_dim'] = layer.head_width
+    shape['head_dim'] = layer.mixer.head_width
   return shape
 
 
@@ -80,9 +80,9 @@ def test_presets_survive_json(name):
 
 def test_traits_of_the_families():
   gemma, pythia = presets.preset('gemma-2-2b'), presets.preset('pythia-70m')
-  assert [layer.window for layer in gemma.layers[:4]] == [4096, None, 4096, None]
-  assert gemma.layers[0].query_scale == 1 / 16 and gemma.embedding_scale == 48.0
-  assert pythia.layers[0].rotary_width == 16 and pythia.layers[0].parallel
+  assert [layer.mixer.window for layer in gemma.layers[:4]] == [4096, None, 4096, None]
+  assert gemma.layers[0].mixer.query_scale == 1 / 16 and gemma.embedding_scale == 48.0
+  assert pythia.layers[0].mixer.rotary_width == 16 and pythia.layers[0].parallel
   assert presets.preset('llama-3.1-8b').rope.factor == 8.0
   assert presets.preset('gpt2').rope is None
 

@@ -11,7 +11,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from model import sharding, transformer
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.train import step as step_lib
 from model.train.data import Batch
 from model.transformer import Transformer
@@ -20,7 +23,10 @@ from ops.linear import map_values
 
 # Float32 sums in another order; logits are of order 1.
 TOLERANCE = 1e-5
-LAYER = LayerConfig(query_heads=4, kv_heads=2, head_width=8, ffn_width=64, mlp_bias=True)
+LAYER = LayerConfig(
+  mixer=AttentionConfig(query_heads=4, kv_heads=2, head_width=8),
+  ffn=FeedForwardConfig(width=64, bias=True),
+)
 CONFIG = ModelConfig(family='llama', vocab_size=48, width=32, layers=(LAYER,), max_positions=16)
 MESHES = {
   '8 data': {'data': 8},
@@ -165,11 +171,11 @@ def test_axes_that_do_not_divide_are_replicated():
 
 
 def test_a_mesh_needs_enough_devices():
-  with pytest.raises(ValueError, match='a 2 x 2 x 4 mesh needs 16 devices, not 8'):
+  with pytest.raises(ValueError, match='a 2 x 2 x 4 x 1 mesh needs 16 devices, not 8'):
     sharding.make_mesh(data=2, fsdp=2, model=4)
   with pytest.raises(ValueError, match='needs 2 devices, not 1'):
     sharding.make_mesh(data=2, devices=jax.devices()[:1])
-  assert sharding.make_mesh(data=2).devices.shape == (2, 1, 1)
+  assert sharding.make_mesh(data=2).devices.shape == (2, 1, 1, 1)
 
 
 def test_all_letters_are_in_the_alphabet():

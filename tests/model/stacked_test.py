@@ -1,6 +1,5 @@
 """Tests the stacked forward pass against the plain one, and how layers are divided into runs."""
 
-import dataclasses
 import itertools
 
 import jax
@@ -32,7 +31,7 @@ def _config(name, depth, **changes):
 
 def _uneven():
   config = _config('tiny-llama', 5)
-  narrow = dataclasses.replace(config.layers[2], ffn_width=40)
+  narrow = config.layers[2].with_ffn(width=40)
   return config.replace(layers=(*config.layers[:2], narrow, *config.layers[3:]))
 
 

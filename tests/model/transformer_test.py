@@ -10,8 +10,10 @@ import pytest
 from flax import nnx
 
 from model import kv_cache, presets, transformer
-from model.config import LayerConfig, ModelConfig
-from model.eval import cost
+from model.config import ModelConfig
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.transformer import Transformer
 from ops.linear import Weight
 from ops.quantized import quantize
@@ -22,35 +24,40 @@ SAME_SUMS = 1e-5
 BFLOAT16 = 0.1  # 8 bits of mantissa over two layers, of the largest logit
 VOCABULARY, LENGTH = 29, 9
 
-LAYER = LayerConfig(query_heads=2, kv_heads=2, head_width=8, ffn_width=24)
-BIASES = {'qkv_bias': True, 'output_bias': True, 'mlp_bias': True}
+LAYER = LayerConfig(
+  mixer=AttentionConfig(query_heads=2, kv_heads=2, head_width=8), ffn=FeedForwardConfig(width=24)
+)
+BIASED = LAYER.with_mixer(qkv_bias=True, output_bias=True).with_ffn(bias=True)
 CONFIG = ModelConfig(
   family='llama', vocab_size=VOCABULARY, width=16, layers=(LAYER,) * 2, max_positions=32
 )
 
 
-def _config(layer=None, second=None, **fields):
-  first = dataclasses.replace(LAYER, **(layer or {}))
-  return CONFIG.replace(layers=(first, dataclasses.replace(first, **(second or {}))), **fields)
+def _config(first=LAYER, second=None, **fields):
+  return CONFIG.replace(layers=(first, second or first), **fields)
 
 
 TRAITS = {
   'plain': CONFIG,
-  'grouped': _config({'query_heads': 4}),
-  'window': _config({'window': 3}, {'window': None}),
-  'learned positions': _config({'gated': False, **BIASES}, rope=None, norm='layer', tied=True),
+  'grouped': _config(LAYER.with_mixer(query_heads=4)),
+  'window': _config(LAYER.with_mixer(window=3), LAYER),
+  'learned positions': _config(BIASED.with_ffn(gated=False), rope=None, norm='layer', tied=True),
   'tied': _config(tied=True, embedding_scale=4.0),
-  'parallel': _config({'parallel': True, 'gated': False, 'activation': 'gelu'}, norm='layer'),
+  'parallel': _config(
+    dataclasses.replace(LAYER, parallel=True).with_ffn(gated=False, activation='gelu'),
+    norm='layer',
+  ),
   'post norms': _config(
-    {'post_norms': True, 'attention_softcap': 5.0, 'query_scale': 0.3},
+    dataclasses.replace(LAYER, post_norms=True).with_mixer(softcap=5.0, query_scale=0.3),
     logit_softcap=3.0,
     norm_offset=1.0,
   ),
-  'qk norm': _config({'qk_norm': True}),
-  'biases': _config(BIASES, head_bias=True),
-  'partial rotary': _config({'rotary_width': 4}, {'rotary_width': 6}),
+  'qk norm': _config(LAYER.with_mixer(qk_norm=True)),
+  'biases': _config(BIASED, head_bias=True),
+  'partial rotary': _config(LAYER.with_mixer(rotary_width=4), LAYER.with_mixer(rotary_width=6)),
   'widths': _config(
-    {'ffn_width': 10}, {'query_heads': 6, 'kv_heads': 3, 'head_width': 4, 'ffn_width': 32}
+    LAYER.with_ffn(width=10),
+    LAYER.with_ffn(width=32).with_mixer(query_heads=6, kv_heads=3, head_width=4),
   ),
 }
 traits = pytest.mark.parametrize('trait', TRAITS)
@@ -134,14 +141,14 @@ def test_no_token_reads_the_future(trait):
     return jax.grad(loss)(jnp.zeros((LENGTH, width)))
 
   seen_TS = np.stack([np.abs(influence(t)).max(-1) > 0 for t in range(LENGTH)])
-  windows = [layer.window or LENGTH for layer in TRAITS[trait].layers]
+  windows = [layer.mixer.window or LENGTH for layer in TRAITS[trait].layers]
   reach = sum(window - 1 for window in windows)
   distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)[None]
   np.testing.assert_array_equal(seen_TS, (distance >= 0) & (distance <= reach))
 
 
 def test_windows_limit_how_far_back_all_layers_see():
-  config = _config({'window': 3})
+  config = _config(LAYER.with_mixer(window=3))
   base, changed = _tokens(1), _tokens(1).at[0, 2].add(1) % VOCABULARY
   model = Transformer(config, rngs=nnx.Rngs(0))
   run = _jitted(model)
@@ -172,7 +179,7 @@ def test_the_split_and_jitted_model_equals_the_model(trait):
 
 
 @traits
-def test_paths_cover_every_parameter(trait):
+def test_paths_cover_every_parameter(trait, shapes_by_hand):
   model = make(trait)
   params, linears = transformer.parameters(model), transformer.linears(model)
   state = nnx.split(model)[1]
@@ -181,7 +188,7 @@ def test_paths_cover_every_parameter(trait):
     leaf.size for leaf in jax.tree.leaves(state)
   )
   shapes = {path: param.get_value().shape for path, param in params.items()}
-  assert shapes == cost.parameter_shapes(TRAITS[trait])
+  assert shapes == shapes_by_hand(TRAITS[trait])
   matrices = {path for path in params if path.endswith('.weight')}
   assert {f'{path}.weight' for path in linears} == matrices
   assert all(linears[path].weight is params[f'{path}.weight'] for path in linears)
@@ -189,13 +196,13 @@ def test_paths_cover_every_parameter(trait):
 
 
 @pytest.mark.parametrize('name', [n for n in presets.names() if n.startswith('tiny')])
-def test_shapes_match_the_cost_model(name):
+def test_an_abstract_model_has_shapes_alone(name, shapes_by_hand):
   config = presets.preset(name)
   model = transformer.abstract(config, jnp.bfloat16)
   params = {path: p.get_value() for path, p in transformer.parameters(model).items()}
   assert all(isinstance(p, jax.ShapeDtypeStruct) for p in params.values())
   assert {p.dtype for p in params.values()} == {jnp.dtype('bfloat16')}
-  assert {path: p.shape for path, p in params.items()} == cost.parameter_shapes(config)
+  assert {path: p.shape for path, p in params.items()} == shapes_by_hand(config)
 
 
 @pytest.mark.parametrize('trait', ['plain', 'learned positions', 'post norms'])

@@ -52,8 +52,8 @@ def _zero(model, path, index):
 @pytest.mark.parametrize('name', FAMILIES)
 def test_channels_and_heads_that_hand_on_nothing_can_go(name):
   model = _random(name)
-  queries = model.config.layers[0].query_heads // model.config.layers[0].kv_heads
-  run = queries * model.config.layers[0].head_width
+  queries = model.config.layers[0].mixer.query_heads // model.config.layers[0].mixer.kv_heads
+  run = queries * model.config.layers[0].mixer.head_width
   channels, heads = np.array([0, 3, 40, 41]), np.array([1])
   for l in range(2):
     _zero(model, f'layers.{l}.ffn.down.weight', channels + l)
@@ -61,13 +61,13 @@ def test_channels_and_heads_that_hand_on_nothing_can_go(name):
   stay = lambda size, gone: np.setdiff1d(np.arange(size), gone)
   layer = model.config.layers[0]
   kept = Kept(
-    channels={l: stay(layer.ffn_width, channels + l) for l in range(2)},
-    heads={l: stay(layer.kv_heads, heads) for l in range(2)},
+    channels={l: stay(layer.ffn.width, channels + l) for l in range(2)},
+    heads={l: stay(layer.mixer.kv_heads, heads) for l in range(2)},
   )
   smaller = _cut(model, kept)
   now = smaller.config.layers[1]
-  assert (now.ffn_width, now.kv_heads) == (layer.ffn_width - 4, layer.kv_heads - 1)
-  assert now.query_heads == queries * now.kv_heads
+  assert (now.ffn.width, now.mixer.kv_heads) == (layer.ffn.width - 4, layer.mixer.kv_heads - 1)
+  assert now.mixer.query_heads == queries * now.mixer.kv_heads
   _assert_near(_logits(smaller), _logits(model))
 
 
@@ -130,7 +130,7 @@ CUTS = {  # of a layer with 4 query heads on 2 key/value heads of width 16, with
 @pytest.mark.parametrize('unit', CUTS)
 def test_which_arrays_a_unit_is_cut_from(unit):
   model = abstract(presets.preset('tiny-qwen3'))
-  assert model.config.layers[1].head_width == 16
+  assert model.config.layers[1].mixer.head_width == 16
   found = {(c.path.split('.', 2)[2], c.axis, c.run) for c in units.cuts(model, unit, 1)}
   assert found == CUTS[unit]
 
@@ -149,7 +149,7 @@ def test_layers_may_keep_different_numbers():
   model = _random('llama')
   kept = Kept(channels={0: np.arange(10), 1: np.arange(5, 25)}, heads={1: np.array([1])})
   layers = _cut(model, kept).config.layers
-  assert [(layer.ffn_width, layer.kv_heads, layer.query_heads) for layer in layers] == [
+  assert [(layer.ffn.width, layer.mixer.kv_heads, layer.mixer.query_heads) for layer in layers] == [
     (10, 2, 4),
     (20, 1, 2),
   ]

@@ -14,6 +14,7 @@ from flax import nnx
 from model import native, sharding
 from ops import (
   activations,
+  experts,
   int8_training,
   linear,
   lora,
@@ -221,25 +222,100 @@ def test_new_values_do_not_compile_again(name):
   assert len(traces) == 1
 
 
+@functools.cache
+def _experts(name):
+  """Three experts of one example: made one by one, and together as one weight."""
+  w_EIO = _matrix(name, 3)
+  return [_make(name)(w_IO) for w_IO in w_EIO], jax.jit(jax.vmap(EXAMPLES[name]))(w_EIO)
+
+
 @examples
 def test_experts_are_a_leading_axis(name):
-  w_EIO, sizes_E = _matrix(name, 3), [2, 0, 3]
-  x_TI, x_ETI = _inputs(6), _inputs(3, 2)
+  alone, w = _experts(name)
+  x_ETI = _inputs(3, 2)
+  assert tuple(w.shape) == (3, INPUTS, OUTPUTS) and w.dtype == jnp.float32
+  assert experts.count(w) == 3 and experts.count(alone[0]) is None
+  dense_EIO = np.stack([np.asarray(to_dense(one), np.float64) for one in alone])
+  _assert_near(jax.jit(linear.dense)(w), dense_EIO)
+  _assert_near(jax.jit(jax.vmap(linear.matmul))(x_ETI, w), _seen(x_ETI, name) @ dense_EIO)
 
-  @jax.jit
-  def run(w_EIO):
-    w = jax.vmap(EXAMPLES[name])(w_EIO)
-    assert tuple(w.shape) == (3, INPUTS, OUTPUTS)
-    grouped = linear.grouped_matmul(x_TI, w, jnp.asarray(sizes_E))
-    return linear.dense(w), grouped, jax.vmap(linear.matmul)(x_ETI, w)
 
-  dense_EIO, y_TO, y_ETO = run(w_EIO)
-  experts = [np.asarray(to_dense(_make(name)(w_IO)), np.float64) for w_IO in w_EIO]
-  _assert_near(dense_EIO, np.stack(experts))
-  expert_of_row = np.repeat(np.arange(3), sizes_E)
-  rows = [np.asarray(x, np.float64) @ experts[e] for x, e in zip(x_TI, expert_of_row)]
-  _assert_near(y_TO, np.stack([*rows, np.zeros(OUTPUTS)]))
-  _assert_near(y_ETO, _seen(x_ETI, name) @ np.stack(experts))
+@examples
+def test_experts_are_stacked_and_taken_bit_by_bit(name):
+  alone, w = _experts(name)
+  stacked = experts.stack(alone)
+  assert jax.tree.structure(stacked) == jax.tree.structure(w)
+  assert [a.shape for a in jax.tree.leaves(stacked)] == [a.shape for a in jax.tree.leaves(w)]
+  assert stacked.nbytes == sum(one.nbytes for one in alone) > 0
+  stacked.check()
+  for e, one in enumerate(alone):
+    _assert_same(experts.take(stacked, e), one)
+
+
+@examples
+def test_each_group_of_rows_meets_its_own_expert(name):
+  alone, w = _experts(name)
+  x_TI, sizes_E = _inputs(6), [2, 0, 3]
+  y_TO = jax.jit(linear.grouped_matmul)(x_TI, w, jnp.asarray(sizes_E))
+  owners = [alone[e] for e in np.repeat(np.arange(3), sizes_E)]
+  rows = [
+    np.asarray(one.round_inputs(x_I[None]), np.float64)[0] @ np.asarray(to_dense(one), np.float64)
+    for x_I, one in zip(x_TI, owners)
+  ]
+  _assert_near(y_TO, np.stack([*rows, np.zeros(OUTPUTS)]))  # no expert has the last row
+
+
+@examples
+def test_the_gradient_of_a_grouped_product_is_that_of_each_group(name):
+  if name in ONLY_TRAINED:
+    return
+  alone, w = _experts(name)
+  x_TI, y_bar = _inputs(5), np.random.default_rng(2).normal(size=(5, OUTPUTS))
+  product = lambda x: linear.grouped_matmul(x, w, jnp.array([2, 0, 3]))
+  slope_TI = jax.jit(jax.grad(lambda x: jnp.sum(product(x) * jnp.float32(y_bar))))(x_TI)
+  dense_ = lambda e: np.asarray(to_dense(alone[e]), np.float64)
+  _assert_near(slope_TI, np.concatenate([y_bar[:2] @ dense_(0).T, y_bar[2:] @ dense_(2).T]))
+
+
+@examples
+def test_values_of_experts_are_mapped_as_those_of_each(name):
+  alone, w = _experts(name)
+  double = lambda one: one.map_values(lambda values: 2 * values)
+  try:
+    expected = [np.asarray(to_dense(jax.jit(double)(one)), np.float64) for one in alone]
+  except ValueError:
+    return  # test_values_are_mapped_or_the_refusal_says_why has the message
+  mapped = jax.jit(lambda w: experts.each(double, w))(w)
+  assert type(mapped) is type(w) and mapped.shape == w.shape
+  _assert_near(jax.jit(linear.dense)(mapped), np.stack(expected))
+
+
+@pytest.mark.parametrize('mesh_shape', [{'expert': 3}, {'expert': 3, 'model': 2}])
+@examples
+def test_sharded_experts_multiply_the_same(name, mesh_shape):
+  _, w = _experts(name)
+  mesh = sharding.make_mesh(**mesh_shape)
+  places = sharding.weight_shardings(mesh, w, ('E', 'D', 'F'))
+  placed = jax.device_put(w, places)
+  assert all(a.sharding.spec[0] == 'expert' for a in jax.tree.leaves(placed))
+  x_TI, sizes_E = jax.device_put(_inputs(6), sharding.batch_sharding(mesh)), jnp.array([2, 1, 3])
+  expected = linear.grouped_matmul(_inputs(6), w, sizes_E)
+  _assert_near(jax.jit(linear.grouped_matmul)(x_TI, placed, sizes_E), np.asarray(expected))
+
+
+def test_experts_that_are_stored_differently_are_not_stacked():
+  for other in ('int4', 'int8 asymmetric groups'):
+    with pytest.raises(ValueError, match='expert 1 is not stored as expert 0 is'):
+      experts.stack([weight('int8'), weight(other)])
+
+
+def test_group_sizes_that_do_not_fit_are_refused():
+  _, w = _experts('int8')
+  for sizes in ([1, 2], [[1, 2, 3]]):
+    with pytest.raises(ValueError, match='do not fit experts of shape'):
+      linear.grouped_matmul(_inputs(6), w, jnp.array(sizes))
+  with pytest.raises(ValueError, match='do not fit experts of shape'):
+    linear.grouped_matmul(_inputs(6), weight('int8'), jnp.array([6]))
 
 
 @examples

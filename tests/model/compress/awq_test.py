@@ -263,7 +263,7 @@ def test_a_recipe_stores_saves_and_compiles_once_for_all_blocks(tiny, tokens_BT,
 
 
 def test_what_could_not_be_scaled_is_in_the_ledger(tiny, tokens_BT):
-  layer = dataclasses.replace(tiny().config.layers[0], gated=False, activation='gelu')
+  layer = tiny().config.layers[0].with_ffn(gated=False, activation='gelu')
   config = tiny().config.replace(norm='layer', layers=(layer,))
   model = Transformer(config, rngs=nnx.Rngs(0))
   step = {'round_to_nearest': {'format': 'int8'}, 'only': ['*.value']}

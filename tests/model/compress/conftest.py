@@ -12,7 +12,10 @@ from flax import nnx
 from model import hf, presets
 from model.compress import calibrate
 from model.compress.registry import Site
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.transformer import Transformer, linears, parameters
 from ops.linear import dense
 
@@ -30,7 +33,9 @@ TORCH_NAMES = {
 
 def _tiny(layers=2, seed=0, **changes):
   # Every matrix has two different sides, and none is square.
-  layer = LayerConfig(query_heads=4, kv_heads=2, head_width=16, ffn_width=80)
+  layer = LayerConfig(
+    mixer=AttentionConfig(query_heads=4, kv_heads=2, head_width=16), ffn=FeedForwardConfig(width=80)
+  )
   config = ModelConfig(
     family='llama', vocab_size=VOCABULARY, width=WIDTH, layers=(layer,) * layers, max_positions=64
   )

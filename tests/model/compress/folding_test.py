@@ -10,7 +10,10 @@ from flax import nnx
 
 from model import presets
 from model.compress import folding
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.transformer import Transformer, parameters
 from ops.quantized import quantize
 
@@ -22,17 +25,18 @@ TINY['llama'] = presets.preset('tiny-llama')
 TINY['qwen3'] = presets.preset('tiny-qwen3')
 
 
-def _with(config: ModelConfig, **traits) -> ModelConfig:
-  layers = tuple(dataclasses.replace(layer, **traits) for layer in config.layers)
-  return config.replace(layers=layers)
+def _with(config: ModelConfig, *, mixer=None, ffn=None, **traits) -> ModelConfig:
+  layers = (dataclasses.replace(layer, **traits) for layer in config.layers)
+  layers = (layer.with_mixer(**(mixer or {})).with_ffn(**(ffn or {})) for layer in layers)
+  return config.replace(layers=tuple(layers))
 
 
 FAMILIES = {
   **TINY,
-  'qwen2': _with(TINY['llama'], qkv_bias=True),
-  'biases': _with(TINY['llama'], qkv_bias=True, mlp_bias=True, output_bias=True),
-  'relu': _with(TINY['gpt2'], activation='relu'),
-  'relu, one key head': _with(TINY['gpt2'], activation='relu', kv_heads=1),
+  'qwen2': _with(TINY['llama'], mixer={'qkv_bias': True}),
+  'biases': _with(TINY['llama'], mixer={'qkv_bias': True, 'output_bias': True}, ffn={'bias': True}),
+  'relu': _with(TINY['gpt2'], ffn={'activation': 'relu'}),
+  'relu, one key head': _with(TINY['gpt2'], ffn={'activation': 'relu'}, mixer={'kv_heads': 1}),
   'parallel llama': _with(TINY['llama'], parallel=True),
 }
 families = pytest.mark.parametrize('family', FAMILIES)
@@ -89,7 +93,7 @@ def _assert_folded(layer, before, after):
   """Checks that the parameters of the groups have changed, and no others."""
   left = ('post_norm', 'query_norm', 'key_norm', 'output.bias', 'down.bias')
   left += tuple(f'{name}.weight' for name in folding.unscaled(layer))
-  left += () if layer.gated or layer.activation == 'relu' else ('up.bias',)
+  left += () if layer.ffn.gated or layer.ffn.activation == 'relu' else ('up.bias',)
   left += ('query.bias', 'key.bias', 'gate.bias')
   for path in before:
     expected = path.startswith('layers.') and not any(part in path for part in left)
@@ -141,7 +145,9 @@ def test_every_linear_layer_is_in_one_group_or_has_a_reason(family):
 
 
 def test_heads_that_share_values_share_scales():
-  layer = LayerConfig(query_heads=6, kv_heads=2, head_width=4, ffn_width=8)
+  layer = LayerConfig(
+    mixer=AttentionConfig(query_heads=6, kv_heads=2, head_width=4), ffn=FeedForwardConfig(width=8)
+  )
   config = ModelConfig(family='llama', vocab_size=3, width=5, layers=(layer,), max_positions=4)
   group = folding.groups(config, layer)[1]
   scales_O, expected = np.arange(1.0, 9), np.zeros(24)

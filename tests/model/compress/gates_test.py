@@ -58,7 +58,7 @@ def test_a_slope_is_the_sum_of_weights_times_gradients(case):
     paths = f'layers.{l}.ffn.down.weight', f'layers.{l}.attention.output.weight'
     products = [np.asarray(case.values[p] * case.by_weights[p], np.float64) for p in paths]
     np.testing.assert_allclose(case.slopes['F'][l], products[0].sum(1), atol=1e-5)
-    expected_K = products[1].reshape(layer.kv_heads, -1).sum(1)
+    expected_K = products[1].reshape(layer.mixer.kv_heads, -1).sum(1)
     np.testing.assert_allclose(case.slopes['K'][l], expected_K, atol=1e-5)
 
 

@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 
 from model.compress import calibrate, pipeline, recipe, registry
-from model.config import LayerConfig
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.transformer import Transformer, linears, matrices, parameters
 from ops import quantized, sparse
 from ops.linear import dense
@@ -247,7 +249,10 @@ def test_calibration_text_that_is_not_the_models_is_refused(tiny, tokens, messag
 
 
 def test_calibration_text_beyond_learned_positions_is_refused(tiny):
-  layer = LayerConfig(query_heads=2, kv_heads=2, head_width=8, ffn_width=32, gated=False)
+  layer = LayerConfig(
+    mixer=AttentionConfig(query_heads=2, kv_heads=2, head_width=8),
+    ffn=FeedForwardConfig(width=32, gated=False),
+  )
   config = tiny().config.replace(family='gpt2', layers=(layer,), rope=None, max_positions=8)
   model = Transformer(config, rngs=nnx.Rngs(0))
   pipeline.check(model, _recipe(WANDA), np.zeros((2, 8), np.int32))

@@ -85,12 +85,12 @@ def test_what_a_step_derives_is_shared_by_layers_with_the_same_statistics():
     for one in ({'gptq': {'damping': 0.5}}, {'wanda': {}})
   )
   same, other = ({'input_covariance': jnp.diag(jnp.arange(a, a + 4.0))} for a in (1, 2))
-  prepared = programs.Prepared(step)
-  first, second, third = (prepared.join(measured) for measured in (same, same, other))
+  prepared, w_IO = programs.Prepared(step), jnp.ones((4, 2))
+  first, second, third = (prepared.join(measured, w_IO) for measured in (same, same, other))
   assert first['prepared'] is second['prepared'] and set(first) == {'input_covariance', 'prepared'}
   for found, measured in ((first, same), (third, other)):
     expected = obs.prepare(measured['input_covariance'], act_order=True, damping=0.5)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
     jax.tree.map(close, found['prepared'], expected)
-  unchanged = programs.Prepared(plain).join(same)
+  unchanged = programs.Prepared(plain).join(same, w_IO)
   assert unchanged == same and unchanged is not same

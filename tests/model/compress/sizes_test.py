@@ -151,6 +151,6 @@ def test_targets_that_leave_nothing_are_refused():
     sizes.uniform(_model('llama'), SizeSpec(parameters=0.05), 'F')
   first, second = presets.preset('tiny-llama').layers
   uneven = units.resized(_model('llama').config, units.Kept(channels={0: np.arange(64)}))
-  assert uneven.layers[1] == second and first.ffn_width == 152
+  assert uneven.layers[1] == second and first.ffn.width == 152
   with pytest.raises(ValueError, match=r'different numbers of feed-forward channels: \[64, 152\]'):
     sizes.uniform(abstract(uneven), SizeSpec(), 'F')

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from model import hf
-from model.compress import calibrate, contracts, folding, pipeline, recipe, smoothquant
+from model.compress import contracts, folding, pipeline, recipe, smoothquant
 from model.compress.smoothquant import ActivationSpec, SmoothQuantSpec, Stored
 from model.transformer import matrices
 from ops.activations import ActivationQuantized
@@ -79,7 +79,10 @@ def test_stored_weights_are_smoothed_and_rounded(tiny, tokens_BT, site_of, activ
   site = site_of(_with_outliers(tiny()), tokens_BT, STATISTICS)
   changes = smoothquant.smoothquant(site, SmoothQuantSpec(activations=activations)).parameters
   values = {path: np.asarray(v, np.float64) for path, v in site.parameters.items()}
-  stages = (('attention_norm', calibrate.STAGES[0]), ('ffn_norm', calibrate.STAGES[2]))
+  stages = (
+    ('attention_norm', ('attention.query', 'attention.key', 'attention.value')),
+    ('ffn_norm', ('ffn.gate', 'ffn.up')),
+  )
   absmax = {k: np.asarray(s['input_absmax'], np.float64) for k, s in site.statistics.items()}
   for norm, layers in stages:
     s = _numpy_scales(absmax[layers[0]], [values[f'{layer}.weight'] for layer in layers], 0.5)

@@ -35,7 +35,10 @@ def _near(found, expected, tolerance=EXACT):
 
 
 def _widths(model):
-  return [(layer.ffn_width, layer.kv_heads, layer.query_heads) for layer in model.config.layers]
+  return [
+    (layer.ffn.width, layer.mixer.kv_heads, layer.mixer.query_heads)
+    for layer in model.config.layers
+  ]
 
 
 @pytest.mark.parametrize('name', ['gemma2', 'gpt2'])
@@ -162,9 +165,11 @@ def _cut(model, **kept):
 def test_transformers_loads_what_is_pruned_evenly(tiny_of, logits_of, tmp_path, name):
   model = tiny_of(name)
   layer = model.config.layers[0]
-  kept = {'channels': {1: np.arange(3, layer.ffn_width - 7)}, 'layers': [1]}
-  if layer.kv_heads < layer.query_heads or name == 'phi3':  # others derive the width of a head
-    kept['heads'] = {1: np.arange(1, layer.kv_heads, 2)}
+  kept = {'channels': {1: np.arange(3, layer.ffn.width - 7)}, 'layers': [1]}
+  if (
+    layer.mixer.kv_heads < layer.mixer.query_heads or name == 'phi3'
+  ):  # others derive the width of a head
+    kept['heads'] = {1: np.arange(1, layer.mixer.kv_heads, 2)}
   smaller = _cut(model, **kept)
   hf.save_pretrained(smaller, None, tmp_path / 'm')
   loaded, info = transformers.AutoModelForCausalLM.from_pretrained(

@@ -1,6 +1,5 @@
 """Windows through the cache: against one pass, token by token, and what each format costs."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,8 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
 from model.eval import cached, perplexity
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.transformer import Transformer, linears
 
 # States of order 1 in float32, summed in another order.
@@ -21,11 +23,13 @@ SAME_CODES = 5e-3
 # by twice that, where states have a root mean square of 1. A quarter more for sharp attention.
 INT4 = 0.2
 LENGTH = 70  # two pages and a part
-LAYER = LayerConfig(query_heads=4, kv_heads=2, head_width=16, ffn_width=48)
+LAYER = LayerConfig(
+  mixer=AttentionConfig(query_heads=4, kv_heads=2, head_width=16), ffn=FeedForwardConfig(width=48)
+)
 CONFIG = ModelConfig(
   family='llama', vocab_size=61, width=32, layers=(LAYER,) * 2, max_positions=LENGTH
 )
-WINDOWED = (dataclasses.replace(LAYER, window=37), LAYER)
+WINDOWED = (LAYER.with_mixer(window=37), LAYER)
 MODELS = {
   'rotary': CONFIG,
   'windowed': CONFIG.replace(layers=WINDOWED),

@@ -5,13 +5,18 @@ import pytest
 from flax import nnx
 from scipy.special import log_softmax, rel_entr
 
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
 from model.eval import closeness
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.transformer import Transformer, linears
 
 
 def _model(seed, layers=1):
-  layer = LayerConfig(query_heads=2, kv_heads=1, head_width=8, ffn_width=16)
+  layer = LayerConfig(
+    mixer=AttentionConfig(query_heads=2, kv_heads=1, head_width=8), ffn=FeedForwardConfig(width=16)
+  )
   config = ModelConfig(
     family='llama', vocab_size=20, width=16, layers=(layer,) * layers, max_positions=64
   )

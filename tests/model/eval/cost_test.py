@@ -1,6 +1,5 @@
 """Costs against counts by hand and by brute force."""
 
-import dataclasses
 import math
 
 import jax
@@ -10,15 +9,20 @@ from flax import nnx
 
 from model import adapters, kv_cache
 from model.adapters import AdapterConfig
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
 from model.eval import cost
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.presets import names, preset
 from model.train.partition import Selection, partition
 from model.transformer import Transformer
 from ops.losses import label_nll
 from ops.quantized import quantize
 
-LAYER = LayerConfig(query_heads=4, kv_heads=2, head_width=8, ffn_width=24)
+LAYER = LayerConfig(
+  mixer=AttentionConfig(query_heads=4, kv_heads=2, head_width=8), ffn=FeedForwardConfig(width=24)
+)
 CONFIG = ModelConfig(family='llama', vocab_size=50, width=16, layers=(LAYER,) * 3, max_positions=64)
 # query 16x32, key and value 16x16, output 32x16, gate and up 16x24, down 24x16
 LINEAR = 16 * 32 + 2 * 16 * 16 + 32 * 16 + 3 * 16 * 24
@@ -37,8 +41,8 @@ def test_parameters_by_hand():
 
 
 def test_every_bias_and_norm_is_counted():
-  layer = dataclasses.replace(
-    LAYER, qkv_bias=True, output_bias=True, mlp_bias=True, gated=False, qk_norm=True
+  layer = LAYER.with_mixer(qkv_bias=True, output_bias=True, qk_norm=True).with_ffn(
+    bias=True, gated=False
   )
   config = CONFIG.replace(layers=(layer,), norm='layer', head_bias=True)
   shapes = cost.parameter_shapes(config)
@@ -50,7 +54,7 @@ def test_every_bias_and_norm_is_counted():
 
 
 def test_layers_of_different_widths():
-  thin = dataclasses.replace(LAYER, ffn_width=10)
+  thin = LAYER.with_ffn(width=10)
   config = CONFIG.replace(layers=(LAYER, thin, LAYER))
   saved = cost.parameters(CONFIG).total - cost.parameters(config).total
   assert saved == 3 * 16 * (24 - 10)
@@ -60,7 +64,7 @@ def test_layers_of_different_widths():
 def test_prefill_flops_by_brute_force(window):
   """Every query-key pair that the mask lets through costs 2 products of 2 H FLOPs a head."""
   length = 12
-  layers = (LAYER, dataclasses.replace(LAYER, window=window), LAYER)
+  layers = (LAYER, LAYER.with_mixer(window=window), LAYER)
   pairs = lambda w: sum(0 <= t - s < (w or length) for t in range(length) for s in range(length))
   flops = cost.prefill_flops_per_token(CONFIG.replace(layers=layers), length)
   expected = 4 * 4 * 8 * (2 * pairs(None) + pairs(window)) / length
@@ -77,7 +81,7 @@ def test_causal_prefill_is_half_of_the_square():
 
 def test_decode_flops():
   assert cost.decode_flops_per_token(CONFIG, 10).attention == 4 * 3 * 4 * 8 * 10
-  windowed = CONFIG.replace(layers=(dataclasses.replace(LAYER, window=4),) * 3)
+  windowed = CONFIG.replace(layers=(LAYER.with_mixer(window=4),) * 3)
   assert cost.decode_flops_per_token(windowed, 10).attention == 4 * 3 * 4 * 8 * 4
 
 
@@ -90,14 +94,14 @@ def test_two_flops_a_parameter_dominate_a_real_model():
 def test_cache_bytes():
   assert cost.kv_bytes_per_token(preset('llama-3.1-8b')) == 131_072  # 128 KiB, as is well known
   assert cost.kv_bytes_per_token(CONFIG, jnp.float32) == 3 * 2 * 2 * 8 * 4
-  windowed = CONFIG.replace(layers=(LAYER, LAYER, dataclasses.replace(LAYER, window=4)))
+  windowed = CONFIG.replace(layers=(LAYER, LAYER, LAYER.with_mixer(window=4)))
   assert cost.kv_cache_bytes(windowed, 10) == 2 * 2 * 8 * 2 * (10 + 10 + 4)
 
 
 @pytest.mark.parametrize('format', kv_cache.FORMATS)
 @pytest.mark.parametrize('context', [1, 40, 64])
 def test_cache_bytes_are_those_of_the_arrays(format, context):
-  other = dataclasses.replace(LAYER, kv_heads=1, head_width=48)
+  other = LAYER.with_mixer(kv_heads=1, head_width=48)
   config = CONFIG.replace(layers=(LAYER, other))
   for dtype in (jnp.bfloat16, jnp.float32):
     cache = kv_cache.init(config, 1, context, dtype, format)
@@ -161,6 +165,12 @@ def test_bad_lengths_and_nothing():
     cost.kv_cache_bytes(CONFIG, -1)
   with pytest.raises(ValueError, match='no weights'):
     cost.storage({})
+
+
+@pytest.mark.parametrize('name', names())
+def test_the_shapes_of_a_real_model_are_those_by_hand(name, shapes_by_hand):
+  config = preset(name)
+  assert cost.parameter_shapes(config) == shapes_by_hand(config)
 
 
 @pytest.mark.parametrize('name', [name for name in names() if name.startswith('tiny-')])

@@ -258,7 +258,7 @@ def test_what_is_not_computed_is_refused(metadata, match, write_gguf, tmp_path):
 def test_layers_that_differ_are_refused_and_equal_ones_are_not(write_gguf, tmp_path):
   model, key = _build('llama'), 'attention__head_count_kv'
   path = write_gguf(model, tmp_path / 'equal.gguf', **{key: [2, 2, 2]})
-  assert hf.load_pretrained(path)[0].config.layers[2].kv_heads == 2
+  assert hf.load_pretrained(path)[0].config.layers[2].mixer.kv_heads == 2
   path = write_gguf(model, tmp_path / 'other.gguf', **{key: [2, 2, 1]})
   with pytest.raises(
     ValueError, match=r'llama\.attention\.head_count_kv differs from layer to layer'
@@ -269,4 +269,4 @@ def test_layers_that_differ_are_refused_and_equal_ones_are_not(write_gguf, tmp_p
 def test_the_queries_of_the_largest_gemma2_are_scaled_by_width_over_heads(write_gguf, tmp_path):
   model = _build('gemma2', num_hidden_layers=46, hidden_size=32, intermediate_size=8)
   config = hf.load_pretrained(write_gguf(model, tmp_path / 'model.gguf'))[0].config
-  assert {layer.query_scale for layer in config.layers} == {(32 / 4) ** -0.5}
+  assert {layer.mixer.query_scale for layer in config.layers} == {(32 / 4) ** -0.5}

@@ -1,6 +1,5 @@
 """Generation: batches against rows, transformers as the oracle, ends, seeds, compilations."""
 
-import dataclasses
 import functools
 
 import jax
@@ -12,17 +11,22 @@ import transformers
 from flax import nnx
 
 from model import hf
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
 from model.eval import cached
 from model.infer import generate as generation
 from model.infer.generate import generate, pad
 from model.infer.prepare import prepare
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.transformer import Transformer, linears
 from ops import quantized
 from ops.rope import RopeConfig
 from ops.sampling import SamplingConfig
 
-LAYER = LayerConfig(query_heads=4, kv_heads=2, head_width=16, ffn_width=96)
+LAYER = LayerConfig(
+  mixer=AttentionConfig(query_heads=4, kv_heads=2, head_width=16), ffn=FeedForwardConfig(width=96)
+)
 CONFIG = ModelConfig(
   family='llama', vocab_size=89, width=64, layers=(LAYER,) * 2, max_positions=64, bos_id=1
 )
@@ -50,9 +54,9 @@ def _int8():
 MODELS = {
   'plain': _model,
   'int8': _int8,
-  'windowed': lambda: _model(dataclasses.replace(LAYER, window=6)),
+  'windowed': lambda: _model(LAYER.with_mixer(window=6)),
   'learned positions': lambda: _model(
-    dataclasses.replace(LAYER, kv_heads=4, gated=False), family='gpt2', rope=None
+    LAYER.with_mixer(kv_heads=4).with_ffn(gated=False), family='gpt2', rope=None
   ),
 }
 

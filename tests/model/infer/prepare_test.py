@@ -6,15 +6,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
 from model.infer.prepare import prepare
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.transformer import Transformer, linears, matrices
 from ops import quantized
 from ops.kernels import cpu
 from ops.kernels.cpu.packed import PackedTensor
 from ops.kernels.fused import FusedTensor
 
-LAYER = LayerConfig(query_heads=2, kv_heads=1, head_width=16, ffn_width=64)
+LAYER = LayerConfig(
+  mixer=AttentionConfig(query_heads=2, kv_heads=1, head_width=16), ffn=FeedForwardConfig(width=64)
+)
 CONFIG = ModelConfig(family='llama', vocab_size=71, width=32, layers=(LAYER,) * 2, max_positions=64)
 FLOAT32 = 1e-5
 # Activations are rounded to 2^-14 of the largest of a block, in seven products a layer.

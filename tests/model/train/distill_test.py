@@ -12,7 +12,10 @@ from einops import rearrange
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.train import step as step_lib
 from model.train.data import PackedDataset
 from model.train.distill import Distillation
@@ -35,7 +38,10 @@ ALL = Distillation(
 
 def _model(seed=0, *, width=16, layers=1, vocab_size=V, kv_heads=1, spread=8.0):
   """A model whose predictions differ from those of another seed, unlike those of fresh ones."""
-  layer = LayerConfig(query_heads=2, kv_heads=kv_heads, head_width=8, ffn_width=24)
+  layer = LayerConfig(
+    mixer=AttentionConfig(query_heads=2, kv_heads=kv_heads, head_width=8),
+    ffn=FeedForwardConfig(width=24),
+  )
   config = ModelConfig(
     family='llama', vocab_size=vocab_size, width=width, layers=(layer,) * layers, max_positions=64
   )

@@ -14,7 +14,10 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.train import loop
 from model.train import optimizer as optimizer_lib
 from model.train import step as step_lib
@@ -30,7 +33,9 @@ STEPS, CHECKPOINT_EVERY, KILLED_AT = 8, 3, 5
 
 
 def _model(seed=0):
-  layer = LayerConfig(query_heads=2, kv_heads=2, head_width=8, ffn_width=32)
+  layer = LayerConfig(
+    mixer=AttentionConfig(query_heads=2, kv_heads=2, head_width=8), ffn=FeedForwardConfig(width=32)
+  )
   config = ModelConfig(
     family='llama', vocab_size=VOCABULARY, width=16, layers=(layer,), max_positions=64
   )

@@ -78,8 +78,9 @@ def test_adapters_take_the_bytes_of_the_formula():
     trained=state.trained, frozen=frozen, opt_state=state.opt_state, batch=_batch()
   )
   layer, width = model.config.layers[0], model.config.width
-  heads, keys = layer.query_heads * layer.head_width, layer.kv_heads * layer.head_width
-  sides = 2 * (width + heads) + 2 * (width + keys) + 3 * (width + layer.ffn_width)
+  mixer = layer.mixer
+  heads, keys = mixer.query_heads * mixer.head_width, mixer.kv_heads * mixer.head_width
+  sides = 2 * (width + heads) + 2 * (width + keys) + 3 * (width + layer.ffn.width)
   numbers = RANK * sides * len(model.config.layers)
   assert found.trained == 4 * numbers
   assert found.optimizer == 8 * numbers + 2 * 4  # and the counts of Adam and of the schedule

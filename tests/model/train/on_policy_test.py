@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
 from model.infer.generate import generate
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.train import data, loop
 from model.train.data import PackedDataset
 from model.train.distill import Distillation
@@ -23,7 +26,9 @@ EOS, V, SEQ_LEN = 9, 20, 8
 
 
 def _model(seed, layers=1):
-  layer = LayerConfig(query_heads=2, kv_heads=1, head_width=8, ffn_width=16)
+  layer = LayerConfig(
+    mixer=AttentionConfig(query_heads=2, kv_heads=1, head_width=8), ffn=FeedForwardConfig(width=16)
+  )
   config = ModelConfig(
     family='llama',
     vocab_size=V,

@@ -10,7 +10,10 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.train import step as step_lib
 from model.train.data import PackedDataset
 from model.train.step import StepConfig
@@ -23,7 +26,9 @@ BFLOAT16_LOSS = 2e-2  # 8 bits of mantissa over two layers, in nats
 
 
 def _model(vocab_size=32, tied=False):
-  layer = LayerConfig(query_heads=2, kv_heads=1, head_width=8, ffn_width=24)
+  layer = LayerConfig(
+    mixer=AttentionConfig(query_heads=2, kv_heads=1, head_width=8), ffn=FeedForwardConfig(width=24)
+  )
   config = ModelConfig(
     family='llama',
     vocab_size=vocab_size,

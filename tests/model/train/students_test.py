@@ -5,17 +5,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.train import students
 from model.transformer import Context, Transformer, parameters
 from ops import quantized
 
 
 def _teacher(depth=4, **settings):
-  layer = LayerConfig(query_heads=2, kv_heads=1, head_width=8, ffn_width=24)
-  layers = tuple(
-    LayerConfig(**{**vars(layer), 'ffn_width': 8 * (l + 1)}) for l in range(depth)
-  )  # each of its own width, so that a wrong one shows
+  layer = LayerConfig(
+    mixer=AttentionConfig(query_heads=2, kv_heads=1, head_width=8), ffn=FeedForwardConfig(width=24)
+  )
+  layers = tuple(layer.with_ffn(width=8 * (l + 1)) for l in range(depth))
+  # each of its own width, so that a wrong one shows
   config = ModelConfig(
     family='llama', vocab_size=32, width=16, layers=layers, max_positions=64, **settings
   )
@@ -57,7 +61,7 @@ def test_a_list_gives_the_order_and_a_layer_may_come_twice(rng):
   up = teacher.layers[1].ffn.up.weight
   up.set_value(quantized.quantize(up.get_value(), 'int8'))
   student = students.from_layers(teacher, [2, 1, 1])
-  assert [layer.ffn_width for layer in student.config.layers] == [24, 16, 16]
+  assert [layer.ffn.width for layer in student.config.layers] == [24, 16, 16]
   names = parameters(student)
   assert names['layers.1.ffn.up.weight'] is not names['layers.2.ffn.up.weight']
   for at, index in enumerate([2, 1, 1]):

@@ -12,7 +12,10 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy.special import log_softmax
 
-from model.config import LayerConfig, ModelConfig
+from model.config import ModelConfig
+from model.layers.attention import AttentionConfig
+from model.layers.block import LayerConfig
+from model.layers.feed_forward import FeedForwardConfig
 from model.tokenizer import Tokenizer
 from model.train import loop, stored, targets
 from model.train import step as step_lib
@@ -119,7 +122,9 @@ def test_the_ends_of_the_random_numbers_draw_tokens_that_have_mass():
 
 
 def _model(seed, layers=1, vocab_size=V):
-  layer = LayerConfig(query_heads=2, kv_heads=1, head_width=8, ffn_width=24)
+  layer = LayerConfig(
+    mixer=AttentionConfig(query_heads=2, kv_heads=1, head_width=8), ffn=FeedForwardConfig(width=24)
+  )
   config = ModelConfig(
     family='llama', vocab_size=vocab_size, width=16, layers=(layer,) * layers, max_positions=64
   )

@@ -1,0 +1,168 @@
+"""Multi-head attention with grouped key/value heads: the mixer of kind 'attention'."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+from einops import rearrange
+from flax import nnx
+
+from model.layers.basic import Linear, Norm, StreamConfig, apply
+from model.layers.checks import check_count, check_positive
+from model.layers.sublayer import MixerConfig, Units
+from model.layers.wiring import Attended, Edge, Normed
+from ops import rope
+from ops.attention import attention
+from ops.masks import AttentionMask
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig(MixerConfig):
+  """The heads of a layer, and the traits in which model families differ.
+
+  Every width is at least 1; the query heads are a multiple of the key/value heads.
+  """
+
+  query_heads: int
+  kv_heads: int
+  head_width: int
+  window: int | None = None  # keys that a query sees, itself included; None: all before it
+  rotary_width: int | None = None  # leading part of a head that rotates; None: the whole head
+  query_scale: float | None = None  # None: head_width ** -0.5
+  softcap: float | None = None  # of the scores
+  qkv_bias: bool = False
+  output_bias: bool = False
+  qk_norm: bool = False  # RMS norm over the head width of queries and keys (Qwen3)
+
+  def __post_init__(self):
+    for name in ('query_heads', 'kv_heads', 'head_width'):
+      check_count(name, getattr(self, name))
+    if self.query_heads % self.kv_heads:
+      raise ValueError(
+        f'{self.query_heads} query heads do not divide into {self.kv_heads} key/value heads; '
+        'query_heads must be a multiple of kv_heads'
+      )
+    if self.window is not None and self.window < 1:
+      raise ValueError(f'a window holds at least one key, not {self.window}; None: all keys')
+    if self.rotary_width is not None and not 0 < self.rotary_width <= self.head_width:
+      raise ValueError(
+        f'rotary_width must be within 1 and the head width {self.head_width}, not '
+        f'{self.rotary_width}; None rotates the whole head'
+      )
+    for name in ('query_scale', 'softcap'):
+      check_positive(name, getattr(self, name))
+
+  def build(self, stream, *, rngs, dtype):
+    return Attention(self, stream, rngs=rngs, dtype=dtype)
+
+  def edges(self, name):
+    query, key, value, output = (f'{name}.{one}' for one in ('query', 'key', 'value', 'output'))
+    heads = Attended(head_width=self.head_width, copies=self.copies, scores=(query, key))
+    return (
+      Edge(producer=f'{name}_norm', through=Normed(), consumers=(query, key, value)),
+      Edge(producer=value, through=heads, consumers=(output,)),
+    )
+
+  def writers(self, name):
+    return (f'{name}.output',)
+
+  @property
+  def copies(self) -> int:
+    """How many query heads read each key/value head."""
+    return self.query_heads // self.kv_heads
+
+  @property
+  def units(self):
+    """Key/value heads, each with the query heads that read it.
+
+    Elements within a head are no units: a rope rotates them in pairs at frequencies that depend on
+    their place.
+    """
+    runs = {'K': self.head_width, 'N': self.copies * self.head_width}
+    return Units(letter='K', count=self.kv_heads, runs=runs)
+
+  def resized(self, count):
+    return dataclasses.replace(self, kv_heads=count, query_heads=count * self.copies)
+
+  def biased(self):
+    return dataclasses.replace(self, qkv_bias=True)
+
+  @property
+  def rotated(self):
+    return self.rotary_width or self.head_width
+
+  @property
+  def cached(self):
+    return 2 * self.kv_heads * self.head_width
+
+  def seen(self, context):
+    return min(context, self.window or context)
+
+  def decode_flops(self, context):
+    return self._flops(self.seen(context))
+
+  def prefill_flops(self, length):
+    # The mean over t = 1..length of min(t, window).
+    w = self.seen(length)
+    return self._flops((w * (w + 1) / 2 + (length - w) * w) / length)
+
+  def _flops(self, keys: float) -> float:
+    return 4 * self.query_heads * self.head_width * keys  # two products
+
+
+class KVCache(Protocol):
+  """The keys and values of one layer; a pytree, so that a jitted program can take and donate it."""
+
+  @property
+  def capacity(self) -> int:
+    """The number of tokens that a row can hold."""
+
+  def update(
+    self, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array
+  ) -> tuple['KVCache', jax.Array, jax.Array]:
+    """Stores T new tokens per row; returns the cache, and all keys and values that they may see.
+
+    Row b is written from slot positions_BT[b, 0] on, which is at most its previous length; the
+    caller ensures that the tokens fit. Padding comes after the tokens of a row and repeats their
+    last position. The returned keys and values are [B, S, K, H], where S is the capacity. A
+    floating-point cache returns its own dtype, which attention widens as it reads; others return
+    the dtype of the new keys and values.
+    """
+
+
+class Attention(nnx.Module):
+  """Multi-head attention with an optional key/value cache."""
+
+  def __init__(self, config: AttentionConfig, stream: StreamConfig, *, rngs, dtype):
+    self.config = config
+    width, queries = stream.width, config.query_heads * config.head_width
+    keys = config.kv_heads * config.head_width
+    make = lambda shape, axes, bias, **kw: Linear(
+      shape, axes=axes, bias=bias, rngs=rngs, dtype=dtype, **kw
+    )
+    self.query = make((width, queries), ('D', 'N'), config.qkv_bias)
+    self.key = make((width, keys), ('D', 'K'), config.qkv_bias)
+    self.value = make((width, keys), ('D', 'K'), config.qkv_bias)
+    self.output = make((queries, width), ('N', 'D'), config.output_bias, stddev=stream.write_stddev)
+    norm = lambda: Norm(config.head_width, stream, dtype=dtype, kind='rms', axes=('H',))
+    self.query_norm = norm() if config.qk_norm else None
+    self.key_norm = norm() if config.qk_norm else None
+
+  def __call__(self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None):
+    """Returns (y_BTD, cache). `angles` is (cos, sin) or None."""
+    heads = lambda x: rearrange(x, 'B T (heads H) -> B T heads H', H=self.config.head_width)
+    q_BTNH, k_BTKH, v_BTKH = map(heads, self.project(x_BTD))
+    if self.query_norm is not None:
+      q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+    if angles is not None:
+      q_BTNH, k_BTKH = rope.rotate(q_BTNH, *angles), rope.rotate(k_BTKH, *angles)
+    if cache is not None:
+      cache, k_BTKH, v_BTKH = cache.update(k_BTKH, v_BTKH, mask.q_positions_BT)
+    scale = self.config.query_scale or self.config.head_width**-0.5
+    softcap = self.config.softcap
+    y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, scale=scale, softcap=softcap)
+    return self.output(rearrange(y_BTNH, 'B T N H -> B T (N H)')), cache
+
+  def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The queries, keys and values of all heads as the matrices give them: each [B, T, O]."""
+    return apply(x_BTD, self.query, self.key, self.value)

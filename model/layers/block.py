@@ -1,0 +1,93 @@
+"""A decoder block: a mixer and a feed-forward network with residual connections."""
+
+import dataclasses
+
+from flax import nnx
+
+from model.layers.attention import KVCache
+from model.layers.basic import Norm, StreamConfig
+from model.layers.sublayer import FfnConfig, MixerConfig, SubLayerConfig, Units
+from model.layers.wiring import Wiring, Write
+from ops.masks import AttentionMask
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+  """The two sub-layers of a block, and how it joins them."""
+
+  mixer: MixerConfig
+  ffn: FfnConfig
+  post_norms: bool = False  # a second norm after each sub-layer (Gemma 2)
+  parallel: bool = False  # both sub-layers read the same input (GPT-NeoX)
+
+  def __post_init__(self):
+    for name, base in (('mixer', MixerConfig), ('ffn', FfnConfig)):
+      part = getattr(self, name)
+      if not isinstance(part, base):
+        raise ValueError(f'{name} must be a {base.__name__}, not {type(part).__name__}')
+
+  @property
+  def sublayers(self) -> dict[str, SubLayerConfig]:
+    """Both, by the names of their modules, which stand in the paths of parameters.
+
+    That of the mixer is 'attention' whatever its kind, because files and recipes have that name.
+    """
+    return {'attention': self.mixer, 'ffn': self.ffn}
+
+  @property
+  def wiring(self) -> Wiring:
+    """How the linear layers of the block are connected."""
+    parts = self.sublayers.items()
+    return Wiring(
+      edges=tuple(edge for name, part in parts for edge in part.edges(name)),
+      writes=tuple(
+        Write(layer=layer, norm=f'{name}_post_norm' if self.post_norms else None)
+        for name, part in parts
+        for layer in part.writers(name)
+      ),
+    )
+
+  @property
+  def units(self) -> tuple[Units, ...]:
+    """What can be removed from each sub-layer."""
+    return tuple(part.units for part in self.sublayers.values())
+
+  def resized(self, letter: str, count: int) -> 'LayerConfig':
+    """The config with so many units of this letter."""
+    resize = lambda part: part.resized(count) if part.units.letter == letter else part
+    return dataclasses.replace(self, mixer=resize(self.mixer), ffn=resize(self.ffn))
+
+  def biased(self) -> 'LayerConfig':
+    """The config in which every linear layer that reads the residual stream has a bias."""
+    return dataclasses.replace(self, mixer=self.mixer.biased(), ffn=self.ffn.biased())
+
+  def with_mixer(self, **changes) -> 'LayerConfig':
+    """The config with other fields of the mixer."""
+    return dataclasses.replace(self, mixer=dataclasses.replace(self.mixer, **changes))
+
+  def with_ffn(self, **changes) -> 'LayerConfig':
+    """The config with other fields of the feed-forward network."""
+    return dataclasses.replace(self, ffn=dataclasses.replace(self.ffn, **changes))
+
+
+class Block(nnx.Module):
+  """One decoder layer: a mixer and a feed-forward network, each after a norm."""
+
+  def __init__(self, stream: StreamConfig, layer: LayerConfig, *, rngs, dtype):
+    self.layer = layer
+    norm = lambda: Norm(stream.width, stream, dtype=dtype)
+    self.attention_norm = norm()
+    self.attention = layer.mixer.build(stream, rngs=rngs, dtype=dtype)
+    self.attention_post_norm = norm() if layer.post_norms else None
+    self.ffn_norm = norm()
+    self.ffn = layer.ffn.build(stream, rngs=rngs, dtype=dtype)
+    self.ffn_post_norm = norm() if layer.post_norms else None
+
+  def __call__(self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None):
+    """Returns (x_BTD, cache)."""
+    post = lambda norm, y: y if norm is None else norm(y)
+    y_BTD, cache = self.attention(self.attention_norm(x_BTD), angles, mask, cache)
+    attended_BTD = x_BTD + post(self.attention_post_norm, y_BTD)
+    source_BTD = x_BTD if self.layer.parallel else attended_BTD
+    z_BTD = self.ffn(self.ffn_norm(source_BTD))
+    return attended_BTD + post(self.ffn_post_norm, z_BTD), cache

@@ -1,0 +1,33 @@
+"""The kinds of sub-layers by the names that they have in files; a new kind is a row here."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from model.layers.attention import AttentionConfig
+from model.layers.feed_forward import FeedForwardConfig
+from model.layers.sublayer import FfnConfig, MixerConfig, SubLayerConfig
+
+MIXERS: dict[str, type[MixerConfig]] = {'attention': AttentionConfig}
+FFNS: dict[str, type[FfnConfig]] = {'dense': FeedForwardConfig}
+
+
+def to_json(config: SubLayerConfig) -> dict[str, Any]:
+  """The fields of a config and the name of its kind, as plain JSON values.
+
+  Raises ValueError for a config that is no row here.
+  """
+  names = {cls: name for name, cls in (MIXERS | FFNS).items()}
+  if type(config) not in names:
+    raise ValueError(f'{type(config).__name__} has no name in model/layers/kinds.py; add its row')
+  kind = names[type(config)]
+  return {'kind': kind, **dataclasses.asdict(config)}
+
+
+def from_json(data: Mapping[str, Any], kinds: Mapping[str, type[SubLayerConfig]]) -> SubLayerConfig:
+  """Reads what `to_json` wrote. Raises ValueError for a kind that is not one of `kinds`."""
+  fields = dict(data)
+  kind = fields.pop('kind', None)
+  if kind not in kinds:
+    raise ValueError(f'this version knows no {kind!r}; the kinds are {", ".join(kinds)}')
+  return kinds[kind](**fields)

@@ -1,0 +1,92 @@
+"""What the config of a sub-layer says of it: its module, its wiring, its units and its cost.
+
+The config is a frozen dataclass beside its module. All code that must know the inside of a block
+asks these questions, so it needs no change for a new kind of sub-layer.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Self
+
+from flax import nnx
+
+from model.layers.basic import StreamConfig
+from model.layers.wiring import Edge
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Units:
+  """The parts of a sub-layer that can be removed one by one, such as channels or heads.
+
+  letter: names the units in `ops.axes`.  count: how many there are.
+  runs: how many consecutive elements a unit has along each axis that is cut, by the axis' letter.
+  """
+
+  letter: str
+  count: int
+  runs: Mapping[str, int]
+
+
+class SubLayerConfig(abc.ABC):
+  """The config of a mixer or a feed-forward network."""
+
+  @abc.abstractmethod
+  def build(self, stream: StreamConfig, *, rngs: nnx.Rngs, dtype) -> nnx.Module:
+    """Makes the module, whose matrices are all `basic.Linear`."""
+
+  @abc.abstractmethod
+  def edges(self, name: str) -> tuple[Edge, ...]:
+    """The wiring in running order; `name` is that of the module in its block.
+
+    The norm before the sub-layer is `{name}_norm`, the linear layers are `{name}.*`.
+    """
+
+  @abc.abstractmethod
+  def writers(self, name: str) -> tuple[str, ...]:
+    """The linear layers whose outputs are added up to the output of the sub-layer."""
+
+  @property
+  @abc.abstractmethod
+  def units(self) -> Units:
+    """What can be removed from it."""
+
+  @abc.abstractmethod
+  def resized(self, count: int) -> Self:
+    """The config with so many units."""
+
+  @abc.abstractmethod
+  def biased(self) -> Self:
+    """The config in which every linear layer that reads the residual stream has a bias."""
+
+
+class MixerConfig(SubLayerConfig):
+  """The config of a mixer, which is called with (x_BTD, angles, mask, cache) -> (y_BTD, cache)."""
+
+  window: int | None  # how many keys a query sees, itself included; None: all before it
+
+  @property
+  @abc.abstractmethod
+  def rotated(self) -> int | None:
+    """How many elements of a head a rope rotates; None if it rotates none."""
+
+  @property
+  @abc.abstractmethod
+  def cached(self) -> int:
+    """How many numbers a cache holds of a token."""
+
+  @abc.abstractmethod
+  def seen(self, context: int) -> int:
+    """How many tokens the last of `context` tokens reads from a cache, itself included."""
+
+  @abc.abstractmethod
+  def decode_flops(self, context: int) -> float:
+    """FLOPs of the last of `context` tokens, without those of linear layers."""
+
+  @abc.abstractmethod
+  def prefill_flops(self, length: int) -> float:
+    """The mean of `decode_flops` over the tokens of a prefill."""
+
+
+class FfnConfig(SubLayerConfig):
+  """The config of a feed-forward network, which is called with (x_BTD) -> y_BTD."""

@@ -1,0 +1,110 @@
+"""How the linear layers of a block are connected, as values that compression reads.
+
+An `Edge` has the linear layers that share one input, the producer of that input, and what happens
+to the producer's output before they read it. The block of a Llama has four:
+
+  producer          through    consumers
+  attention_norm    Normed     attention.query, attention.key, attention.value
+  attention.value   Attended   attention.output
+  ffn_norm          Normed     ffn.gate, ffn.up
+  ffn.up            Gated      ffn.down
+
+The configs of the sub-layers say so, and no other code. Calibration measures the consumers of an
+edge together, folding moves scales along edges, rotation and slicing follow the residual stream
+from writer to reader, and AWQ takes the layers whose outputs meet in a softmax from `Attended`.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Normed:
+  """The producer is a norm of the residual stream, and the consumers read its output."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attended:
+  """Tokens are mixed, head by head; channels are not.
+
+  The inputs of the consumers are the producer's channels in runs of `head_width`, each run repeated
+  `copies` times, once per query head of a key/value head. `scores` are the linear layers whose
+  outputs are multiplied with each other and go through a softmax.
+  """
+
+  head_width: int
+  copies: int
+  scores: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gated:
+  """Each channel is multiplied by the activation of the same channel of the layer `gate`."""
+
+  gate: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Activated:
+  """A function is applied to each channel."""
+
+  function: str
+
+
+Through = Normed | Attended | Gated | Activated
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Edge:
+  """The linear layers that read one input, and the norm or linear layer that it comes from.
+
+  All names are paths within the block.
+  """
+
+  producer: str
+  through: Through
+  consumers: tuple[str, ...]
+
+  @property
+  def obstacle(self) -> str | None:
+    """Why a positive scale of the producer's channels does not reach the consumers, if so.
+
+    relu(x / s) = relu(x) / s, and no other activation commutes with scales.
+    """
+    if isinstance(self.through, Activated) and self.through.function != 'relu':
+      return f'{self.through.function} does not commute with scales'
+    return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Write:
+  """A linear layer whose output is added to the residual stream, by a norm of its own if any."""
+
+  layer: str
+  norm: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wiring:
+  """All edges of a block in running order, and what is written to the residual stream.
+
+  Every linear layer is a consumer of exactly one edge.
+  """
+
+  edges: tuple[Edge, ...]
+  writes: tuple[Write, ...]
+
+  @property
+  def stages(self) -> tuple[tuple[str, ...], ...]:
+    """The linear layers in running order; those of a stage share their input."""
+    return tuple(edge.consumers for edge in self.edges)
+
+  @property
+  def norms(self) -> dict[str, tuple[str, ...]]:
+    """The norms that read the residual stream, with the linear layers that read each."""
+    return {e.producer: e.consumers for e in self.edges if isinstance(e.through, Normed)}
+
+  @property
+  def scores(self) -> tuple[str, ...]:
+    """The linear layers whose outputs meet in a softmax."""
+    throughs = [edge.through for edge in self.edges]
+    return tuple(name for one in throughs if isinstance(one, Attended) for name in one.scores)

@@ -1,0 +1,54 @@
+"""An oracle that knows what a decoder block is made of without building one."""
+
+import pytest
+
+
+@pytest.fixture(scope='session')
+def shapes_by_hand():
+  """A function (config) -> {path: shape} of every parameter, by arithmetic on the config."""
+  return _shapes
+
+
+def _shapes(config):
+  vocabulary, width = config.vocab_size, config.width
+  shapes = {'embedding.table': (vocabulary, width)}
+  if config.rope is None:
+    shapes['positions.table'] = (config.max_positions, width)
+  for l, layer in enumerate(config.layers):
+    own = _attention(config, layer) | _feed_forward(config, layer)
+    shapes |= {f'layers.{l}.{path}': shape for path, shape in own.items()}
+  shapes |= _norm('final_norm', config)
+  if not config.tied:
+    shapes |= _linear('head', width, vocabulary, config.head_bias)
+  return shapes
+
+
+def _attention(config, layer):
+  mixer, width = layer.mixer, config.width
+  queries, keys = mixer.query_heads * mixer.head_width, mixer.kv_heads * mixer.head_width
+  shapes = _norm('attention_norm', config)
+  shapes |= _linear('attention.query', width, queries, mixer.qkv_bias)
+  shapes |= _linear('attention.key', width, keys, mixer.qkv_bias)
+  shapes |= _linear('attention.value', width, keys, mixer.qkv_bias)
+  shapes |= _linear('attention.output', queries, width, mixer.output_bias)
+  if mixer.qk_norm:
+    shapes |= {f'attention.{side}_norm.scale': (mixer.head_width,) for side in ('query', 'key')}
+  return shapes | (_norm('attention_post_norm', config) if layer.post_norms else {})
+
+
+def _feed_forward(config, layer):
+  ffn, width = layer.ffn, config.width
+  shapes = _norm('ffn_norm', config)
+  for name in ('gate', 'up') if ffn.gated else ('up',):
+    shapes |= _linear(f'ffn.{name}', width, ffn.width, ffn.bias)
+  shapes |= _linear('ffn.down', ffn.width, width, ffn.bias)
+  return shapes | (_norm('ffn_post_norm', config) if layer.post_norms else {})
+
+
+def _norm(path, config):
+  fields = ('scale', 'bias') if config.norm == 'layer' else ('scale',)
+  return {f'{path}.{field}': (config.width,) for field in fields}
+
+
+def _linear(path, inputs, outputs, bias):
+  return {f'{path}.weight': (inputs, outputs)} | ({f'{path}.bias': (outputs,)} if bias else {})
