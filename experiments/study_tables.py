@@ -104,6 +104,76 @@ def essay(path: pathlib.Path, speed: pathlib.Path) -> str:
   return '\n'.join(lines)
 
 
+def training(path: pathlib.Path) -> str:
+  """The speed and the memory of training by each method, beside torch's."""
+  rows = records.read(path)
+  lines = [
+    '| model | method | tokens/s | of the peak | vs torch, eager | vs torch, compiled | peak, GB '
+    '| torch, eager | torch, compiled |',
+    f'| --- | --- |{" ---: |" * 7}',
+  ]
+  peers = {(r.config['preset'], r.recipe): r for r in rows if r.experiment.endswith('peer')}
+  for row in rows:
+    if row.experiment.endswith('peer'):
+      continue
+    preset, held = row.config['preset'], 'device_peak_bytes'
+    of_torch = [peers.get((preset, f'torch {m}, {row.recipe}')) for m in ('eager', 'compiled')]
+    cells = [
+      f'{preset}, {row.config["batch_size"]} x {row.config["seq_len"]}',
+      f'`{row.recipe}`',
+      f'{row.value("tokens_per_s"):,.0f}',
+      f'{row.value("model_flops_utilization"):.1%}',
+      *(_ratio(row, f'tokens_per_s / torch {mode}') for mode in ('eager', 'compiled')),
+      *('' if one is None else f'{one.value(held) / 1e9:.1f}' for one in (row, *of_torch)),
+    ]
+    lines.append(f'| {" | ".join(cells)} |')
+  about = rows[0]
+  commands = ', '.join(f'`{command}`' for command in dict.fromkeys(row.command for row in rows))
+  lines.append(
+    f'\nUseful FLOPs of the peak of dense bfloat16 products by the data sheet; medians of '
+    f'{about.config["rounds"]} interleaved rounds, ratios ± half an interquartile range. '
+    f'{commands} on {about.environment["device"]}, jax {about.environment["versions"]["jax"]}.'
+  )
+  return '\n'.join(lines)
+
+
+def _ratio(row: Record, name: str) -> str:
+  metric = row.metrics.get(name)
+  return '' if metric is None else f'{metric.value:.2f} ± {metric.spread / 2:.2f}'
+
+
+def fine_tuning(path: pathlib.Path) -> str:
+  """The held-out loss of fine-tuning by each method, before, on the way and at the end."""
+  rows = records.read(path)
+  name = 'held_out_loss_{}'.format
+  steps = rows[0].config['steps']
+  shown = [steps // 3, 2 * steps // 3, steps]
+  lines = [
+    f'| method | rank | trained, M | before | {" | ".join(f"after {s}" for s in shown)} | merged |',
+    f'| --- |{" ---: |" * (4 + len(shown))}',
+  ]
+  for row in rows:
+    adapter = row.config['adapter'] or {}
+    where = ', '.join(f'`{target}`' for target in adapter.get('targets', ()))
+    losses = [
+      row.metrics.get(name(k)) for k in ('before', *(f'after_{s}' for s in shown), 'merged')
+    ]
+    cells = [
+      f'`{row.recipe}`' + (f', {where}' if where else ''),
+      f'{adapter.get("rank", "")}',
+      f'{row.value("trained_parameters") / 1e6:.2f}',
+      *('' if loss is None else f'{loss.value:.4f}' for loss in losses),
+    ]
+    lines.append(f'| {" | ".join(cells)} |')
+  about = rows[0]
+  lines.append(
+    f'\nNats per token of held-out text before and after so many updates of '
+    f'{about.config["batch_size"]} rows of {about.config["seq_len"]} tokens, in '
+    f'{about.config["dtype"]}; `{about.command}` on {about.environment["device"]}.'
+  )
+  return '\n'.join(lines)
+
+
 def _speed(shape: Record) -> str:
   speedup = shape.metrics['decode_speedup']
   return '' if shape.recipe == 'teacher' else f'{speedup.value:.2f} ± {speedup.spread / 2:.2f}'

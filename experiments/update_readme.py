@@ -348,6 +348,18 @@ PARTS = (
     generate=study_tables.essay,
     results=('study_distillation.jsonl', 'study_speed.jsonl'),
   ),
+  Part(
+    file=TRAINING,
+    name='training_gpu',
+    generate=study_tables.training,
+    results=('training_gpu.jsonl',),
+  ),
+  Part(
+    file=TRAINING,
+    name='finetune_smollm2_gpu',
+    generate=study_tables.fine_tuning,
+    results=('finetune_smollm2_gpu.jsonl',),
+  ),
   Part(file='docs/techniques.md', name='techniques', generate=techniques),
   Part(file='docs/tree.md', name='tree', generate=tree),
 )

@@ -72,3 +72,48 @@ def test_students_are_set_beside_their_teacher(write):
     in lines
   )
   assert any("the teacher's own, distilled | 1.600 | 93.8% | 1.20" in line for line in lines)
+
+
+def _write(path, experiment, recipe, config, metrics):
+  row = Record(
+    experiment=experiment,
+    recipe=recipe,
+    command='python -m experiments.SCRIPT',
+    config=config,
+    environment=ENVIRONMENT,
+    seed=0,
+    metrics={name: v if isinstance(v, Metric) else Metric(v, '1') for name, v in metrics.items()},
+  )
+  records.append(path, row)
+
+
+def test_training_is_set_beside_torch(tmp_path):
+  path = tmp_path / 'training.jsonl'
+  config = {'preset': 'tiny-llama', 'batch_size': 4, 'seq_len': 32, 'rounds': 5}
+  both = {'tokens_per_s': 2000.0, 'device_peak_bytes': 3e9, 'model_flops_utilization': 0.375}
+  ratio = {'tokens_per_s / torch eager': Metric(1.25, '1', 5, 0.02)}
+  _write(path, 'benchmark_training', 'full', config, both | ratio)
+  peer = both | {'device_peak_bytes': 4e9}
+  _write(path, 'benchmark_training peer', 'torch eager, full', config, peer)
+  lines = study_tables.training(path).splitlines()
+  row = '| tiny-llama, 4 x 32 | `full` | 2,000 | 37.5% | 1.25 ± 0.01 |  | 3.0 | 4.0 |  |'
+  assert lines[2] == row and len(lines) == 5
+
+
+def test_losses_of_fine_tuning_are_shown_along_the_way(tmp_path):
+  path = tmp_path / 'finetune.jsonl'
+  config = {'steps': 6, 'batch_size': 2, 'seq_len': 8, 'dtype': 'float32'}
+  losses = {f'held_out_loss_after_{step}': 3 - step / 10 for step in (2, 4, 6)}
+  metrics = {'held_out_loss_before': 3.0, 'trained_parameters': 2e6, **losses}
+  adapter = {'rank': 8, 'targets': ['layers.*']}
+  _write(path, 'finetune', 'full', config | {'adapter': None}, metrics)
+  merged = {'held_out_loss_merged': 2.5}
+  _write(path, 'finetune', 'lora', config | {'adapter': adapter}, metrics | merged)
+  lines = study_tables.fine_tuning(path).splitlines()
+  assert lines[0].startswith(
+    '| method | rank | trained, M | before | after 2 | after 4 | after 6 |'
+  )
+  assert lines[2] == '| `full` |  | 2.00 | 3.0000 | 2.8000 | 2.6000 | 2.4000 |  |'
+  assert (
+    lines[3] == '| `lora`, `layers.*` | 8 | 2.00 | 3.0000 | 2.8000 | 2.6000 | 2.4000 | 2.5000 |'
+  )

@@ -110,3 +110,19 @@ def test_what_is_stored_is_the_values(rng):
     Int8Products(values, 'some')
   with pytest.raises(ValueError, match='floating, not int8'):
     Int8Products(values.astype(jnp.int8))
+
+
+@pytest.mark.accelerator
+@pytest.mark.skipif(jax.default_backend() == 'cpu', reason='needs a GPU or a TPU')
+@pytest.mark.parametrize('shape', [(1024, 128, 256), (1024, 256, 128), (8, 64, 192), (37, 70, 50)])
+def test_sums_are_exact_on_the_device_itself(rng, shape):
+  rows, inputs, outputs = shape
+  a_TI = rng.normal(size=(rows, inputs)).astype(np.float32)
+  b_IO = rng.normal(size=(inputs, outputs)).astype(np.float32)
+  (a_codes, a_scale), (b_codes, b_scale) = (
+    [np.asarray(part) for part in int8_training.to_codes(jnp.asarray(x), axis)]
+    for x, axis in ((a_TI, 1), (b_IO, 0))
+  )
+  expected_TO = (a_codes.astype(np.int64) @ b_codes.astype(np.int64)) * a_scale * b_scale
+  y_TO = jax.jit(int8_training.int8_matmul)(a_TI, b_IO)
+  np.testing.assert_allclose(y_TO, expected_TO, rtol=1e-5, atol=1e-6)
