@@ -104,7 +104,7 @@ def test_a_pruned_model_is_healed_and_says_how_much_came_back(smoke):
   rows = smoke(study_pruning)
   assert set(rows) == {'layers_quarter', 'channels_quarter', *study_pruning.STUDY.smoke}
   for shape in ('layers_quarter', 'channels_quarter'):
-    before, healed = rows[shape], rows[f'{shape}_kd_5']
+    before, healed = rows[shape], rows[f'{shape}_kd_16']
     assert healed.value('parameters') == before.value('parameters')
     lost, left = (
       r.value('cross_entropy') - r.value('base_cross_entropy') for r in (before, healed)
