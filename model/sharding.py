@@ -27,6 +27,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'S': None,
   'D': 'fsdp',
   'F': 'model',
+  'U': 'model',
   'N': 'model',
   'K': 'model',
   'V': 'model',

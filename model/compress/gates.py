@@ -52,14 +52,17 @@ class GatedLoss:
   @classmethod
   def of(cls, model: Transformer) -> 'GatedLoss':
     found = {f'{path}.weight': linear.axes[-2] for path, linear in linears(model).items()}
-    found = {path: letter for path, letter in found.items() if units.layer_of(path) is not None}
+    found = {
+      path: letter for path, letter in found.items() if _is_gated(model.config, path, letter)
+    }
     return cls(nnx.split(model)[0], model.config, tuple(found.items()))
 
   def __call__(self, values: Mapping[str, Matrix], gates: Gates, tokens_BT) -> jax.Array:
     gated = dict(values)
     for path, letter in self.readers:
       gate_I, w_IO = self._gate(gates, path, letter), values[path]
-      gated[path] = (w_IO.astype(jnp.float32) * gate_I[:, None]).astype(w_IO.dtype)
+      gate = jnp.broadcast_to(gate_I[:, None], w_IO.shape)  # the same one for every expert
+      gated[path] = (w_IO.astype(jnp.float32) * gate).astype(w_IO.dtype)
     model = nnx.merge(self.graphdef, nnx.from_flat_state(_flat(gated)))
     x_BTD, _ = model.hidden(tokens_BT)
     x_BTD = x_BTD * gates['D'][0].astype(x_BTD.dtype)[None, None]  # what the head reads
@@ -71,6 +74,12 @@ class GatedLoss:
     unit = units.unit_of(self.config.layers[l], letter)
     gate = gates[unit][0 if unit == 'D' else l]
     return jnp.repeat(gate, units.run(self.config.layers[l], letter))
+
+
+def _is_gated(config: ModelConfig, path: str, letter: str) -> bool:
+  """Whether the inputs of a matrix are units: those of the head, or of shared experts, are not."""
+  l = units.layer_of(path)
+  return l is not None and units.unit_of(config.layers[l], letter) in ('D', 'F', 'K')
 
 
 def _flat(values):

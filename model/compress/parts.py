@@ -61,7 +61,8 @@ def targets(part: Part, step: Step, recipe: Recipe) -> list[str]:
   if scope in WHOLE:
     return []
   if scope != 'parameters':
-    found = [f'{path}.weight'.strip('.') for path in linears(part.module)]
+    layers = linears(part.module).items()
+    found = [f'{path}.weight'.strip('.') for path, linear in layers if not linear.decides]
     calibrated = step.row.statistics or scope == 'block'
     if not part.is_block and not (recipe.head and not calibrated):
       found = []

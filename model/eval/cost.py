@@ -1,6 +1,7 @@
 """The analytic cost of a model: parameters, FLOPs per token, bytes stored and bytes read.
 
 A product of x[I] with w[I, O] counts 2 I O FLOPs in every weight format, multiplied zeros included.
+Of experts those count that a token chooses.
 Attention counts its two products over the keys that a query may see: (T + 1) / 2 keys per query in
 a causal prefill of T tokens, about half of the dense square, and only the keys inside a window.
 Norms, rotations, softmax and activations are left out; they are below 1 % in a model of any size.
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from model import kv_cache, transformer
+from model import kv_cache, transformer, units
 from model.config import ModelConfig
 from model.eval.records import Metric
 from model.kv_cache import CacheFormat
@@ -34,6 +35,7 @@ class Parameters:
 
   total: int
   non_embedding: int  # without embedding, learned positions and head
+  active: int  # of the total, those that one token meets: of the experts only the chosen ones
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,12 +74,29 @@ def parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
   return {path: tuple(param.get_value().shape) for path, param in params.items()}
 
 
+@functools.lru_cache(maxsize=16)
+def axis_letters(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
+  """Path -> letters of the axes of every parameter of the dense model."""
+  return units.letters(transformer.abstract(config))
+
+
 def parameters(config: ModelConfig) -> Parameters:
   """Counts the parameters of the dense model."""
   sizes = {path: math.prod(shape) for path, shape in parameter_shapes(config).items()}
   vocabulary = sum(sizes.get(path, 0) for path in VOCABULARY)
   total = sum(sizes.values())
-  return Parameters(total=total, non_embedding=total - vocabulary)
+  active = sum(round(share(config, path) * size) for path, size in sizes.items())
+  return Parameters(total=total, non_embedding=total - vocabulary, active=active)
+
+
+def share(config: ModelConfig, path: str) -> float:
+  """The part of a parameter that one token meets: below 1 for the weights of experts."""
+  letters = axis_letters(config)[path]
+  if (
+    letters[0] != 'E' or len(letters) == 1
+  ):  # one axis: the bias of a router, which all tokens meet
+    return 1.0
+  return config.layers[units.layer_of(path)].ffn.active_share
 
 
 def prefill_flops_per_token(config: ModelConfig, length: int) -> Flops:
@@ -137,15 +156,15 @@ def decode_bytes_per_token(
   cache_dtype=jnp.bfloat16,
   cache_format: CacheFormat = 'float',
 ) -> int:
-  """Bytes that one decode step of one sequence must read: every weight as stored, and the cache.
+  """Bytes that one decode step of one sequence must read: weights as stored, and the cache.
 
   `weights` has every parameter of the model under its path. One row of a lookup table is read; a
-  tied embedding is read whole, because it is also the head.
+  tied embedding is read whole, because it is also the head, and so are the experts of one token.
   """
   read = kv_cache_bytes(config, context, cache_dtype, cache_format)
   for path, w in weights.items():
     lookup = path in LOOKED_UP and not (path == EMBEDDING and config.tied)
-    read += w.nbytes // w.shape[0] if lookup else w.nbytes
+    read += w.nbytes // w.shape[0] if lookup else round(share(config, path) * w.nbytes)
   return read
 
 
@@ -174,7 +193,7 @@ def storage_metrics(
 
 def _flops(config: ModelConfig, attention: float) -> Flops:
   matrices = sum(
-    math.prod(shape)
+    share(config, path) * math.prod(shape)
     for path, shape in parameter_shapes(config).items()
     if path.startswith('layers.') and path.endswith('.weight')
   )

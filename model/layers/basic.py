@@ -57,6 +57,14 @@ class Linear(nnx.Module):
     bias_O = self.bias.get_value().astype(y.dtype)
     return y + jnp.broadcast_to(bias_O, y.shape)
 
+  @property
+  def decides(self) -> bool:
+    """Whether its outputs are no channels but decisions: scores of experts, or a gate of a token.
+
+    It is small, and compression leaves it as it is, because an error changes which experts run.
+    """
+    return self.axes[-1] in ('E', '_')
+
   def grouped(self, x_TI: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """Multiplies consecutive groups of rows, each by its own expert, and adds its bias: [T, O].
 

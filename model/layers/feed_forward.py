@@ -49,6 +49,10 @@ class FeedForwardConfig(FfnConfig):
     return (f'{name}.down',)
 
   @property
+  def active_share(self):
+    return 1.0
+
+  @property
   def units(self):
     """Channels."""
     return Units(letter='F', count=self.width, runs={'F': 1})
@@ -61,21 +65,27 @@ class FeedForwardConfig(FfnConfig):
 
 
 class FeedForward(nnx.Module):
-  """down(act(gate(x)) * up(x)), or down(act(up(x))) in families without a gate."""
+  """down(act(gate(x)) * up(x)), or down(act(up(x))) in families without a gate.
 
-  def __init__(self, config: FeedForwardConfig, stream: StreamConfig, *, rngs, dtype):
+  `letter` is that of its channels; those of shared experts are not removed with those of experts.
+  """
+
+  def __init__(
+    self, config: FeedForwardConfig, stream: StreamConfig, *, rngs, dtype, letter: str = 'F'
+  ):
     self.activation = config.activation
     make = lambda shape, axes, **kw: Linear(
       shape, axes=axes, bias=config.bias, rngs=rngs, dtype=dtype, **kw
     )
     wide = (stream.width, config.width)
-    self.gate = make(wide, ('D', 'F')) if config.gated else None
-    self.up = make(wide, ('D', 'F'))
-    self.down = make(wide[::-1], ('F', 'D'), stddev=stream.write_stddev)
+    self.gate = make(wide, ('D', letter)) if config.gated else None
+    self.up = make(wide, ('D', letter))
+    self.down = make(wide[::-1], (letter, 'D'), stddev=stream.write_stddev)
 
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps x[..., D] to y[..., D]."""
     act = ACTIVATIONS[self.activation]
     if self.gate is None:
-      return self.down(act(self.up(x_BTD)))
-    gate_BTF, up_BTF = apply(x_BTD, self.gate, self.up)
-    return self.down(act(gate_BTF) * up_BTF)
+      return self.down(act(self.up(x)))
+    gate, up = apply(x, self.gate, self.up)
+    return self.down(act(gate) * up)

@@ -1,15 +1,17 @@
 """The kinds of sub-layers by the names that they have in files; a new kind is a row here."""
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any
 
 from model.layers.attention import AttentionConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.routed import RoutedConfig
 from model.layers.sublayer import FfnConfig, MixerConfig, SubLayerConfig
 
 MIXERS: dict[str, type[MixerConfig]] = {'attention': AttentionConfig}
-FFNS: dict[str, type[FfnConfig]] = {'dense': FeedForwardConfig}
+FFNS: dict[str, type[FfnConfig]] = {'dense': FeedForwardConfig, 'routed': RoutedConfig}
 
 
 def to_json(config: SubLayerConfig) -> dict[str, Any]:
@@ -30,4 +32,6 @@ def from_json(data: Mapping[str, Any], kinds: Mapping[str, type[SubLayerConfig]]
   kind = fields.pop('kind', None)
   if kind not in kinds:
     raise ValueError(f'this version knows no {kind!r}; the kinds are {", ".join(kinds)}')
-  return kinds[kind](**fields)
+  types = typing.get_type_hints(kinds[kind])
+  read = lambda name, value: types[name](**value) if isinstance(value, Mapping) else value
+  return kinds[kind](**{name: read(name, value) for name, value in fields.items()})

@@ -90,3 +90,8 @@ class MixerConfig(SubLayerConfig):
 
 class FfnConfig(SubLayerConfig):
   """The config of a feed-forward network, which is called with (x_BTD) -> y_BTD."""
+
+  @property
+  @abc.abstractmethod
+  def active_share(self) -> float:
+    """The part of the experts that multiplies a token; 1 if there are no experts."""

@@ -51,6 +51,10 @@ class TurnsConfig(FfnConfig):
     return (f'{name}.down',)
 
   @property
+  def active_share(self):
+    return 1 / self.experts
+
+  @property
   def units(self):
     return Units(letter='F', count=self.width, runs={'F': 1})
 
