@@ -150,12 +150,17 @@ def load_tensors(
   kept, dropped = hf_names.select_tensors(family, config, stored)
   _check_tensors(entries, kept)
   _say(kept, dropped)
-  bad = []
+  bad, experts = [], {}  # path -> the matrices of its experts so far, in order
   for entry in entries:
     values = _read(kept[entry.theirs])
     if not np.isfinite(values).all():
       bad.append(f'{entry.theirs} {values.shape}')
     for path, part in zip(entry.ours, entry.split(values)):
+      if entry.expert is not None:
+        experts.setdefault(path, []).append(part)
+        if len(experts[path]) < shapes[path][0]:
+          continue
+        part = np.stack(experts.pop(path))
       # A copy: an array that shares the mapped file would change or die with it.
       parameters[path].set_value(jnp.array(part, dtype, copy=True))
   _raise_listed('the checkpoint has NaN or infinity in', bad)
@@ -274,7 +279,8 @@ def _joined(entry: Entry, arrays: Mapping[str, jax.Array]) -> Tensor:
   dtype = np.dtype(jnp.result_type(*parts))
 
   def read():
-    return entry.join([np.asarray(part).astype(dtype, copy=False) for part in parts])
+    own = parts if entry.expert is None else [part[entry.expert] for part in parts]
+    return entry.join([np.asarray(part).astype(dtype, copy=False) for part in own])
 
   return Tensor(entry.shape, dtype, read)
 

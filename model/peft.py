@@ -116,9 +116,10 @@ def save(
 
 
 def _entries(model) -> list[Entry]:
-  """The tensors of the base, with the parameters of ours that each consists of."""
+  """The tensors of the base, with the parameters of ours that each consists of, without experts."""
   shapes = {path: tuple(p.get_value().shape) for path, p in parameters(model).items()}
-  return hf_names.entries(hf_names.find(model.config.family), model.config, shapes)
+  entries = hf_names.entries(hf_names.find(model.config.family), model.config, shapes)
+  return [entry for entry in entries if entry.expert is None]
 
 
 def _modules(stored: Mapping[str, Tensor], suffix: str) -> list[str]:

@@ -11,6 +11,7 @@ from model.hf_names.gemma2 import GEMMA2
 from model.hf_names.gpt2 import GPT2
 from model.hf_names.gpt_neox import GPT_NEOX
 from model.hf_names.llama import LLAMA, MISTRAL
+from model.hf_names.mixtral import MIXTRAL
 from model.hf_names.phi3 import PHI3
 from model.hf_names.qwen2 import QWEN2
 from model.hf_names.qwen3 import QWEN3
@@ -32,7 +33,7 @@ __all__ = [
 
 FAMILIES = {
   family.model_type: family
-  for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, PHI3, GPT2, GPT_NEOX)
+  for family in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, GEMMA2, PHI3, GPT2, GPT_NEOX)
 }
 
 

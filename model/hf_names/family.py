@@ -94,7 +94,11 @@ PAIRED = Codec(transpose=True, paired=True)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One module of theirs and the modules of ours in it; `{l}` stands for the layer's number."""
+  """One module of theirs and the modules of ours in it.
+
+  `{l}` stands for the number of the layer, and `{e}` for that of an expert, where theirs has the
+  matrices of each expert by themselves.
+  """
 
   theirs: str
   ours: tuple[str, ...]
@@ -123,7 +127,10 @@ class Family:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One tensor of theirs, and the parameters of ours that it consists of."""
+  """One tensor of theirs, and the parameters of ours that it consists of.
+
+  expert: which expert of these parameters it is; None: they have no experts, or it has them all.
+  """
 
   theirs: str
   ours: tuple[str, ...]
@@ -131,6 +138,7 @@ class Entry:
   head_width: int
   shape: tuple[int, ...]
   shapes: tuple[tuple[int, ...], ...]
+  expert: int | None = None
 
   def split(self, array: np.ndarray) -> list[np.ndarray]:
     return self.codec.split(array, self.shapes, self.head_width)
@@ -154,12 +162,22 @@ def entries(
         paths = tuple(f'{module.format(l=l)}.{leaf}' for module in row.ours)
         if all(path in left for path in paths):
           own = tuple(left.pop(path) for path in paths)
-          name = f'{row.theirs.format(l=l)}.{their_leaf}'
-          width = config.layers[l].mixer.head_width
-          result.append(Entry(name, paths, row.codec, width, row.codec.shape(own), own))
+          result += _of_module(row, f'.{their_leaf}', l, paths, own, config)
   if left:
     raise ValueError(
       f'a {family.model_type} checkpoint has no names for {len(left)} parameters of this model: '
       f'{", ".join(list(left)[:20])}'
     )
   return result
+
+
+def _of_module(row, leaf, l, paths, shapes, config) -> list[Entry]:
+  """The tensors of theirs for parameters of ours: one, or one for each expert."""
+  width, numbers = config.layers[l].mixer.head_width, [None]
+  if '{e}' in row.theirs:
+    numbers, shapes = range(shapes[0][0]), tuple(shape[1:] for shape in shapes)
+  shape = row.codec.shape(list(shapes))
+  return [
+    Entry(row.theirs.format(l=l, e=e) + leaf, paths, row.codec, width, shape, shapes, e)
+    for e in numbers
+  ]

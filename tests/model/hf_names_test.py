@@ -15,6 +15,7 @@ from ops.rope import RopeConfig
 CONFIG_CLASSES = {
   'llama': transformers.LlamaConfig,
   'mistral': transformers.MistralConfig,
+  'mixtral': transformers.MixtralConfig,
   'qwen2': transformers.Qwen2Config,
   'qwen3': transformers.Qwen3Config,
   'gemma2': transformers.Gemma2Config,
@@ -132,7 +133,9 @@ def test_yarn_without_an_original_length_uses_the_maximum():
     ('gpt2', {'add_cross_attention': True}, 'add_cross_attention = True'),
     ('gpt2', {'n_head': 11}, 'n_embd 768 .* no multiple of n_head 11'),
     ('lama', {}, r"'lama' is not supported; supported: gemma2, .*did you mean llama"),
-    ('mixtral', {}, 'did you mean mistral'),
+    ('ministral', {}, 'did you mean mistral'),
+    ('mixtral', {'num_experts_per_tok': 9}, 'cannot choose 9 experts of 8'),
+    ('mixtral', {'num_local_experts': 0}, 'num_local_experts .* at least 1'),
   ],
 )
 def test_what_cannot_be_computed_is_named(family, keys, message):
