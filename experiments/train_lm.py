@@ -11,10 +11,15 @@ On a text of yours (a file, or a folder of .txt, .md, .py and .jsonl files), a l
       --query_heads=12 --kv_heads=4 --ffn_width=2048 --batch_size=64 --seq_len=1024 \
       --steps=20000 --learning_rate=6e-4 --dtype=bfloat16 --accumulation=4 --out=out/lm
 
-OUT/model is a Hugging Face folder of the Llama family, which `experiments.compress --model` and
-transformers load. OUT/run holds checkpoints and the loss of every update (loss.jsonl). A killed run
-that is started again with the same flags resumes and ends with the same bits. OUT/records.jsonl
-gets one line per run.
+With experts in every layer, of which each token goes through two and through a shared one:
+
+  python -m experiments.train_lm --experts=8 --experts_per_token=2 --shared_experts=1
+
+OUT/model is a Hugging Face folder of the Llama family, with experts of the Mixtral family, which
+`experiments.compress --model` and transformers load; with shared experts, or with one expert per
+token, it is in the format of Lissom. OUT/run holds checkpoints and the loss of every update
+(loss.jsonl). A killed run that is started again with the same flags resumes and ends with the same
+bits. OUT/records.jsonl gets one line per run.
 
 Device: any. Minutes: 2 with the defaults on two CPU cores. Expect about 2 bits per byte of held-out
 text with the defaults.
@@ -30,15 +35,18 @@ from experiments import base as embedded
 from experiments import common, training
 from model import corpus, hf
 from model import tokenizer as tokenizer_lib
-from model.eval import perplexity, records
+from model.eval import cost, perplexity, records
 from model.files import check_replaceable
+from model.layers.routed import RoutedConfig
 from model.tokenizer import Tokenizer
 from model.train import run_folder
 from model.train.data import PackedDataset, excerpts
 from model.train.loop import FitConfig
 from model.train.optimizer import OptimizerConfig
+from model.train.routing import Balanced
 from model.train.step import DTYPES, StepConfig, Task
 from model.transformer import Transformer, parameters
+from ops.moe import Router
 
 DEFAULT = embedded.Plan()
 
@@ -61,6 +69,15 @@ ACCUMULATION = flags.DEFINE_integer(
 )
 CHECKPOINT_EVERY = flags.DEFINE_integer(
   'checkpoint_every', 100, 'Updates between checkpoints.', lower_bound=1
+)
+EXPERTS = flags.DEFINE_integer(
+  'experts', 0, 'Experts per layer, each of --ffn_width; 0: dense layers.', lower_bound=0
+)
+EXPERTS_PER_TOKEN = flags.DEFINE_integer(
+  'experts_per_token', 2, 'Experts that each token goes through.', lower_bound=1
+)
+SHARED_EXPERTS = flags.DEFINE_integer(
+  'shared_experts', 0, 'Experts of --ffn_width that all tokens go through.', lower_bound=0
 )
 MESH = common.define_mesh()
 SEED = flags.DEFINE_integer('seed', 0, 'Seed of the initial weights, the order and the passages.')
@@ -103,7 +120,8 @@ def main() -> None:
   data = _data(plan, texts, tokenizer)
   windows = _windows(plan, texts, tokenizer)
   start = time.perf_counter()
-  result = training.fit(model, data, fit_config, Task(), folder=out / 'run', mesh=common.mesh(MESH))
+  task = Task(objective=Balanced()) if EXPERTS.value else Task()
+  result = training.fit(model, data, fit_config, task, folder=out / 'run', mesh=common.mesh(MESH))
   train_s = time.perf_counter() - start
   hf.save_pretrained(result.model, tokenizer, out / 'model')
   quality = perplexity.evaluate(result.model, windows, progress=common.labelled('held-out text'))
@@ -145,9 +163,23 @@ def _tokenizer(plan, texts) -> Tokenizer:
 
 def _model_config(plan, tokenizer):
   config = embedded.config(plan, tokenizer)
-  return config.replace(
+  config = config.replace(
     vocab_size=tokenizer.vocab_size, max_positions=max(config.max_positions, plan.seq_len)
   )
+  return _routed(config) if EXPERTS.value else config
+
+
+def _routed(config):
+  """The same model with experts; what a single choice is multiplied by trains its router."""
+  choices, width = EXPERTS_PER_TOKEN.value, config.layers[0].ffn.width
+  ffn = RoutedConfig(
+    experts=EXPERTS.value,
+    width=width,
+    router=Router(choices=choices, renormalize=choices > 1),
+    shared_width=SHARED_EXPERTS.value * width,
+  )
+  layers = tuple(dataclasses.replace(layer, ffn=ffn) for layer in config.layers)
+  return config.replace(family='mixtral', layers=layers)
 
 
 def _data(plan, texts, tokenizer) -> PackedDataset:
@@ -176,6 +208,9 @@ def _record(plan, texts, result, quality, train_s) -> records.Record:
       **dataclasses.asdict(plan),
       'dtype': DTYPE.value,
       'accumulation': ACCUMULATION.value,
+      'experts': EXPERTS.value,
+      'experts_per_token': EXPERTS_PER_TOKEN.value if EXPERTS.value else None,
+      'shared_experts': SHARED_EXPERTS.value if EXPERTS.value else None,
       'text': texts.source,
       'text_fingerprint': texts.fingerprint,
     },
@@ -186,9 +221,13 @@ def _record(plan, texts, result, quality, train_s) -> records.Record:
       'bits_per_byte': records.Metric(quality.bits_per_byte, 'bits', quality.tokens),
       'train_loss': records.Metric(last['loss'], 'nats', last['tokens']),
       'parameters': records.Metric(sum(sizes), '1'),
+      'active_parameters': records.Metric(cost.parameters(result.model.config).active, '1'),
       'train_time': records.Metric(train_s, 's'),
     },
-    notes=['train_time counts from the last resumption'],
+    notes=[
+      'train_time counts from the last resumption',
+      *(['train_loss contains the balance losses'] if EXPERTS.value else []),
+    ],
   )
 
 

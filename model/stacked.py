@@ -31,7 +31,7 @@ backward pass computes again what the forward pass did not keep:
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ from model.transformer import Context, Transformer
 
 Remat = Literal['none', 'block', 'dots']
 REMATS = get_args(Remat)
+Read = Callable[[Block, jax.Array], Any]
 
 
 class Stack(nnx.Module):
@@ -111,17 +112,33 @@ def hidden(
   `remat` says what the forward pass keeps for the backward pass. Raises ValueError if it is none of
   `REMATS`.
   """
+  context = Context.of(model.config, tokens_BT, positions_BT, segments_BT)
+  x_BTD = model.embed(tokens_BT, positions_BT)
+  nothing = lambda block, z_BTD: None
+  return hidden_and_read(stack(model), x_BTD, context, nothing, remat)[0]
+
+
+def hidden_and_read(
+  model: Transformer, x_BTD, context: Context, read: Read, remat: Remat = 'none'
+) -> tuple[jax.Array, list[Any]]:
+  """Runs the layers of a model, stacked or not, as they are, on embedded tokens.
+
+  Returns the normalized last hidden states, and what `read(block, z_BTD)` returns of each layer,
+  where z_BTD is what the block's feed-forward network has read. Layers of a stack have one entry
+  for each block of the period, whose arrays have a leading axis of the repetitions.
+  """
   if remat not in REMATS:
     raise ValueError(f'remat {remat!r} is not one of {", ".join(REMATS)}')
-  x_BTD = model.embed(tokens_BT, positions_BT)
-  context = Context.of(model.config, tokens_BT, positions_BT, segments_BT)
-  for layer in stack(model).layers:
+  found = []
+  for layer in model.layers:
     if isinstance(layer, Stack):
-      x_BTD = _loop(layer, context, x_BTD, remat)
+      x_BTD, own = _loop(layer, context, x_BTD, read, remat)
+      found += own
     else:
       graphdef, state = nnx.split(layer)
-      x_BTD = _body(graphdef, context, remat, in_loop=False)(state, x_BTD)
-  return model.final_norm(x_BTD)
+      x_BTD, one = _body(graphdef, context, read, remat, in_loop=False)(state, x_BTD)
+      found.append(one)
+  return model.final_norm(x_BTD), found
 
 
 def kind(block: Block) -> Hashable:
@@ -163,16 +180,18 @@ def _repeats(ids, start, period):
   return (at - start) // period
 
 
-def _loop(layer: Stack, context: Context, x_BTD, remat: Remat):
+def _loop(layer: Stack, context: Context, x_BTD, read: Read, remat: Remat):
   graphdefs, states = zip(*map(nnx.split, layer.blocks))
-  bodies = [_body(graphdef, context, remat, in_loop=True) for graphdef in graphdefs]
+  bodies = [_body(graphdef, context, read, remat, in_loop=True) for graphdef in graphdefs]
 
   def period(x_BTD, states):
+    found = []
     for body, state in zip(bodies, states):
-      x_BTD = body(state, x_BTD)
-    return x_BTD, None
+      x_BTD, one = body(state, x_BTD)
+      found.append(one)
+    return x_BTD, found
 
-  return jax.lax.scan(period, x_BTD, states)[0]
+  return jax.lax.scan(period, x_BTD, states)
 
 
 def _joined(blocks: Sequence[Block], consume: bool) -> Block:
@@ -199,8 +218,14 @@ def _with_layers(model: Transformer, layers: Sequence[nnx.Module]) -> Transforme
   return model
 
 
-def _body(graphdef: nnx.GraphDef, context: Context, remat: Remat, in_loop: bool) -> Callable:
-  apply = lambda state, x_BTD: context.run(nnx.merge(graphdef, state), x_BTD)[0]
+def _body(
+  graphdef: nnx.GraphDef, context: Context, read: Read, remat: Remat, in_loop: bool
+) -> Callable:
+  def apply(state, x_BTD):
+    block = nnx.merge(graphdef, state)
+    x_BTD, z_BTD = context.run_and_read(block, x_BTD)
+    return x_BTD, read(block, z_BTD)
+
   if remat == 'none':
     return apply
   policies = jax.checkpoint_policies

@@ -134,9 +134,16 @@ class Context:
 
   def run(self, block: Block, x_BTD, cache: KVCache | None = None):
     """Applies one block and returns (x_BTD, cache)."""
+    return block(x_BTD, *self._own(block), cache)
+
+  def run_and_read(self, block: Block, x_BTD):
+    """Applies one block and returns (x_BTD, z_BTD), with what its feed-forward network has read."""
+    x_BTD, _, z_BTD = block.run(x_BTD, *self._own(block))
+    return x_BTD, z_BTD
+
+  def _own(self, block):
     mixer = block.layer.mixer
-    mask = dataclasses.replace(self.mask, window=mixer.window)
-    return block(x_BTD, self.angles.get(mixer.rotated), mask, cache)
+    return self.angles.get(mixer.rotated), dataclasses.replace(self.mask, window=mixer.window)
 
 
 def _arange(batch: int, length: int) -> jax.Array:

@@ -85,9 +85,13 @@ class Block(nnx.Module):
 
   def __call__(self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None):
     """Returns (x_BTD, cache)."""
+    return self.run(x_BTD, angles, mask, cache)[:2]
+
+  def run(self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None):
+    """Returns (x_BTD, cache, z_BTD), where z_BTD is what the feed-forward network has read."""
     post = lambda norm, y: y if norm is None else norm(y)
     y_BTD, cache = self.attention(self.attention_norm(x_BTD), angles, mask, cache)
     attended_BTD = x_BTD + post(self.attention_post_norm, y_BTD)
     source_BTD = x_BTD if self.layer.parallel else attended_BTD
-    z_BTD = self.ffn(self.ffn_norm(source_BTD))
-    return attended_BTD + post(self.ffn_post_norm, z_BTD), cache
+    z_BTD = self.ffn_norm(source_BTD)
+    return attended_BTD + post(self.ffn_post_norm, self.ffn(z_BTD)), cache, z_BTD

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from model import stacked
 from model.config import ModelConfig
 from model.train.data import Batch
-from model.transformer import Transformer
+from model.transformer import Context, Transformer
 from ops import losses
 
 Sums = dict[str, jax.Array]
@@ -39,6 +39,13 @@ class Network:
     if self.remat is None:
       return self.model.hidden(batch.tokens_BT, **places)[0]
     return stacked.hidden(self.model, batch.tokens_BT, **places, remat=self.remat)
+
+  def hidden_and_read(self, batch: Batch, read: stacked.Read) -> tuple[jax.Array, list[Any]]:
+    """The same hidden states, and what is read of the layers; see `stacked.hidden_and_read`."""
+    context = Context.of(self.model.config, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+    x_BTD = self.model.embed(batch.tokens_BT, batch.positions_BT)
+    model = self.model if self.remat is None else stacked.stack(self.model)
+    return stacked.hidden_and_read(model, x_BTD, context, read, self.remat or 'none')
 
   def logits(self, x: jax.Array) -> jax.Array:
     """Maps normalized hidden states [..., D] to float32 logits [..., V]."""

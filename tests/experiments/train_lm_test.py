@@ -28,9 +28,26 @@ def test_smoke(script, tmp_path, capsys):
   assert perplexity.evaluate(model, windows).ppl == pytest.approx(record.value('ppl'), rel=1e-6)
 
 
+def test_experts_are_trained_saved_and_counted(script, tmp_path):
+  out = tmp_path / 'lm'
+  flags = ('--experts=4', '--experts_per_token=2', '--shared_experts=1', '--layers=1')
+  script('--smoke', f'--out={out}', '--steps=12', '--ffn_width=32', *flags)
+  model, _ = hf.load_pretrained(out / 'model')
+  ffn = model.config.layers[0].ffn
+  assert (ffn.experts, ffn.router.choices, ffn.shared_width) == (4, 2, 32)
+  (record,) = records.read(out / 'records.jsonl')
+  assert record.value('parameters') - record.value('active_parameters') == 2 * 3 * 128 * 32
+  lines = [json.loads(line) for line in (out / 'run' / 'loss.jsonl').read_text().splitlines()]
+  assert lines[-1]['cross_entropy'] < lines[0]['cross_entropy'] - 0.3
+  assert lines[0]['cross_entropy'] == pytest.approx(math.log(512), abs=0.2)
+  extra = 0.01 * lines[0]['balance_loss'] + 0.001 * lines[0]['z_loss']  # of the one layer
+  assert lines[0]['loss'] - lines[0]['cross_entropy'] == pytest.approx(extra, rel=1e-3)
+
+
 @pytest.mark.parametrize(
   'arguments, message',
   [
+    (['--experts=2', '--experts_per_token=3'], 'cannot choose 3 experts of 2'),
     (['--text=none'], 'no such file'),
     (['--query_heads=3', '--kv_heads=2'], '3 query heads do not divide'),
     (['--steps=0'], '--steps must be above 0'),
