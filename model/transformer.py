@@ -177,9 +177,10 @@ def linears(model: nnx.Module) -> dict[str, Linear]:
 def matching_layers(model: nnx.Module, patterns: Sequence[str]) -> list[str]:
   """The paths of the linear layers that match any of some patterns, such as 'layers.*.ffn.*'.
 
-  Raises ValueError if a pattern matches none.
+  Layers that decide (routers, gates of tokens) are left out. Raises ValueError if a pattern matches
+  none.
   """
-  layers = list(linears(model))
+  layers = [path for path, linear in linears(model).items() if not linear.decides]
   for pattern in patterns:
     if not fnmatch.filter(layers, pattern):
       raise ValueError(f'no layer matches {pattern!r}; there are {", ".join(layers[:8])}, ...')

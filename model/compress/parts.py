@@ -135,7 +135,7 @@ def _learned(model, step) -> Transformer:
   graphdef, state = nnx.split(model)
   model = nnx.merge(graphdef, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state))
   for path, linear in linears(model).items() if step.row.becomes else ():
-    if path.startswith('layers.'):
+    if path.startswith('layers.') and not linear.decides:
       becomes = functools.partial(step.row.becomes, spec=step.spec)
       linear.weight.set_value(jax.eval_shape(becomes, linear.weight.get_value()))
   return model

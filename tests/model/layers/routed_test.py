@@ -244,8 +244,10 @@ def test_a_recipe_compresses_experts_and_leaves_decisions_exact(tokens_BT):
   parsed = recipe.parse({'name': 'x', 'steps': steps})
   compressed, ledger = pipeline.compress(model, parsed, tokens_BT)
   before, after = transformer.matrices(model), transformer.matrices(compressed)
+  decide = {'layers.0.ffn.router', 'layers.0.ffn.shared_gate'}
+  assert set(transformer.matching_layers(model, ['layers.*'])) == set(before) - decide - {'head'}
   exact = {path for path, w in after.items() if isinstance(w, jax.Array)}
-  assert exact == {'layers.0.ffn.router', 'layers.0.ffn.shared_gate', 'head'}
+  assert exact == decide | {'head'}
   for path in exact:
     np.testing.assert_array_equal(after[path], before[path])
   assert {row.layer for row in ledger.layers} >= {'layers.0.ffn.up', 'layers.0.ffn.shared.up'}
