@@ -17,6 +17,7 @@ from ops import quantized
 from ops.linear import dense
 
 ADAPTERS = ['lora', 'dora', 'pissa', 'qlora']
+SLOW = ('dora', 'pissa')  # a script's run each; tests/model/adapters_test.py is about them
 MORE = {
   'qat': ['--group_size=16'],
   'lora': ['--b_rate=4', '--optimizer=adam8bit', '--evaluate_every=3'],
@@ -31,7 +32,14 @@ def _run(script, out, method, *more):
   return record
 
 
-@pytest.mark.parametrize('method', [*ADAPTERS, 'full', 'qat'])
+@pytest.mark.parametrize(
+  'method',
+  [
+    *(pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m for m in ADAPTERS),
+    'full',
+    'qat',
+  ],
+)
 def test_each_method_learns_and_leaves_its_folders(script, tmp_path, capsys, method):
   record = _run(script, tmp_path, method, *MORE.get(method, []))
   assert record.recipe == method
