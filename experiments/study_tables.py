@@ -75,7 +75,7 @@ def _arms(names: Sequence[str], seeds: Sequence[Runs]) -> list[str]:
 
 def essay(path: pathlib.Path, speed: pathlib.Path) -> str:
   """A teacher and students of half its layers: quality kept, parameters, speed."""
-  rows = records.read(path)
+  rows = [row for row in records.read(path) if row.recipe in STUDENTS]
   seeds = list(arms.by_seed(rows))
   shapes = {row.recipe: row for row in records.read(speed)}
   bits = lambda runs, name: arms.at_best(runs, name)['bits_per_byte']
