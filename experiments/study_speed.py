@@ -7,7 +7,7 @@ base's layers, or as many parameters of width. Speed does not depend on the valu
 are random here; so each shape is measured once, in interleaved rounds with the base, at batch 1.
 The base is small: --width_factor=4 has the same shapes with all widths four times as large.
 
-Device: any. Minutes: not measured yet, below 2.
+Device: any. Minutes: below 1 on two CPU cores.
 """
 
 import dataclasses

@@ -92,9 +92,8 @@ def parameters(config: ModelConfig) -> Parameters:
 def share(config: ModelConfig, path: str) -> float:
   """The part of a parameter that one token meets: below 1 for the weights of experts."""
   letters = axis_letters(config)[path]
-  if (
-    letters[0] != 'E' or len(letters) == 1
-  ):  # one axis: the bias of a router, which all tokens meet
+  # Of one axis is the bias of a router, which all tokens meet.
+  if letters[0] != 'E' or len(letters) == 1:
     return 1.0
   return config.layers[units.layer_of(path)].ffn.active_share
 

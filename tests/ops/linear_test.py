@@ -111,3 +111,11 @@ def test_products_of_one_input_are_those_of_each(rng):
       np.testing.assert_allclose(y, _exact(x, linear.dense(w)), atol=FLOAT32)
   with pytest.raises(ValueError, match='x has 16 inputs, but the weight takes 4'):
     linear.matmuls(x, [codes[0], quantized.quantize(jnp.ones((4, 3)), 'int8')])
+
+
+@pytest.mark.parametrize('platform, rows', [('cuda', 8), ('tpu', 8), ('cpu', 3)])
+def test_few_rows_are_filled_up_to_eight_on_an_accelerator(platform, rows):
+  traced = jax.jit(linear.matmul).trace(jnp.ones((3, 16)), jnp.ones((16, 5)))
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  (product,) = [line for line in text.splitlines() if 'dot_general' in line]
+  assert f'(tensor<{rows}x16xf32>' in product

@@ -16,7 +16,6 @@ The kernel uses Pallas for Triton, which JAX plans to remove; only this file dep
 H200 its products of one matrix were right (experiments/LOG.md); it has not been tuned there.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -132,7 +131,7 @@ def _block(program, x_ref, packed_ref, scales_ref, *refs, size, count, pieces, c
     at = x_ref.at[jnp.int32(odd), rows, pl.ds(step * size, size)]
     x = triton.load(at, mask=spread(has_row, 1, (block_rows, size)), other=0)
     precision = 'highest' if x.dtype == jnp.float32 else None
-    values = decode(codes).astype(x.dtype)
+    values = decode.levels(codes).astype(x.dtype)
     y = jnp.dot(x, values, preferred_element_type=jnp.float32, precision=precision)
     return y, x.astype(jnp.float32).sum(1)
 
@@ -140,7 +139,7 @@ def _block(program, x_ref, packed_ref, scales_ref, *refs, size, count, pieces, c
     step = split * count + i
     at = packed_ref.at[pl.ds(step * size, size), columns]
     packed = triton.load(at, mask=spread(has_column, 0, (size, BLOCK_OUTPUTS)), other=0)
-    packed, group = packed.astype(decode.codes), step // pieces
+    packed, group = packed.astype(decode.dtype), step // pieces
     y_low, sum_low = half(0, step, packed & 15)
     y_high, sum_high = half(1, step, packed >> 4)
     y = y_low + y_high
@@ -157,16 +156,12 @@ def _block(program, x_ref, packed_ref, scales_ref, *refs, size, count, pieces, c
   triton.store(y_ref.at[split, rows, columns], sums, mask=exists)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Decoder:
-  """What codes of this dtype in [0, 16) stand for before scaling, with an offset added to it."""
+class _Decoder(NamedTuple):
+  """Codes of this dtype in [0, 16) -> what they stand for before scaling, with an offset added."""
 
-  codes: jnp.dtype
+  dtype: jnp.dtype
   offset: float
-  decode: Callable[[jax.Array], jax.Array]
-
-  def __call__(self, codes):
-    return self.decode(codes)
+  levels: Callable[[jax.Array], jax.Array]
 
 
 def _decoder(codebook, dtype, has_zeros) -> _Decoder:

@@ -87,6 +87,16 @@ def test_splits_and_blocks_past_the_end_on_a_gpu(monkeypatch):
   _check(fused.KERNELS['gpu'].product(x, w, interpret=True), x, w)
 
 
+@pytest.mark.parametrize('name', ['int4', 'int4 asymmetric'])
+def test_a_gpu_decodes_integers_in_bfloat16(name):
+  w, x = _weight(name), _rows(3, dtype=jnp.bfloat16)
+  x64, w64 = _float64(x), _float64(w.dense())
+  y = fused.KERNELS['gpu'].product(x, w, interpret=True)
+  # An offset is subtracted, as with zero points.
+  bound = FLOAT32[False] * np.abs(x64) @ np.abs(w64) + BFLOAT16 * np.abs(x64 @ w64)
+  assert y.dtype == jnp.bfloat16 and (np.abs(_float64(y) - x64 @ w64) <= bound).all()
+
+
 @examples
 def test_a_gpu_multiplies_by_several_weights_in_one_kernel(name):
   weights = [_weight(name, outputs=outputs) for outputs in (70, 140, 10)]
