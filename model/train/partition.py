@@ -12,13 +12,14 @@ the first alone; the second keeps its dtypes and shardings.
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from model import stacked
 from model.transformer import Transformer
 from ops import sparse
 from ops.linear import Matrix, Role, Weight, innermost, roles
@@ -93,6 +94,28 @@ def partition(model: Transformer, selection: Selection) -> tuple[Structure, Arra
     raise ValueError(f'{selection} leaves nothing to train')
   tree = jax.tree.structure(state)
   return Structure(graphdef, tree, tuple(leaf.name for leaf in found)), trained, frozen
+
+
+def stack(model: Transformer, trained: Collection[str]) -> tuple[Structure, Arrays, Arrays]:
+  """What `partition` returns, with the model's layers stacked where they are alike.
+
+  `trained` has the names of the trained arrays in the model as it is. Layers are alike only if the
+  same arrays of them are trained.
+  """
+  taken = [set() for _ in model.layers]
+  for name in trained:
+    if name.startswith('layers.'):
+      _, layer, inner = name.split('.', 2)
+      taken[int(layer)].add(inner)
+  packed = stacked.stack(model, traits=list(map(frozenset, taken)))
+  graphdef, state = nnx.split(packed)
+  found = list(leaves(state))
+  parts = {}, {}
+  for leaf in found:
+    is_frozen = stacked.ordinary_path(packed, leaf.name) not in trained
+    parts[is_frozen][leaf.name] = leaf.array
+  structure = Structure(graphdef, jax.tree.structure(state), tuple(leaf.name for leaf in found))
+  return structure, *parts
 
 
 def leaves(state: nnx.State) -> Iterator[Leaf]:

@@ -19,10 +19,11 @@ import optax
 from flax import nnx
 
 from model import stacked
+from model.train import partition
 from model.train.data import Batch
 from model.train.objectives import CrossEntropy, Models, Network, Objective, Sums
 from model.train.on_policy import OnPolicy
-from model.train.partition import Arrays, Selection, Structure, partition
+from model.train.partition import Arrays, Selection, Structure
 from model.transformer import Transformer
 
 DTYPES = ('float32', 'bfloat16')
@@ -41,7 +42,7 @@ class StepConfig:
   accumulation: int = 1  # micro-batches per batch
   loss_chunk: int = 1024  # tokens whose logits are stored at a time
   remat: stacked.Remat = 'none'  # what the backward pass computes again; see model/stacked.py
-  scan: bool = False  # run layers that are alike in one loop
+  scan: bool = False  # stack layers that are alike, and run them in one loop
   seed: int = 0
 
   def __post_init__(self):
@@ -54,6 +55,11 @@ class StepConfig:
         f'accumulation and loss_chunk must be at least 1, not {self.accumulation}, '
         f'{self.loss_chunk}'
       )
+
+  @property
+  def looped(self) -> bool:
+    """Whether layers that are alike are stacked and run in a loop."""
+    return self.scan or self.remat != 'none'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,7 +109,7 @@ class Setup:
   config: StepConfig
 
   def model(self, trained: Arrays, frozen: Frozen) -> Transformer:
-    """The student with these trained arrays."""
+    """The student with these trained arrays; its layers are stacked if updates run in loops."""
     return self.structure.model({**frozen.arrays, **trained})
 
   def sums(self, trained: Arrays, frozen: Frozen, batch: Batch, key: jax.Array) -> Sums:
@@ -124,8 +130,7 @@ class Setup:
 def network(model: Transformer, config: StepConfig) -> Network:
   """The model as objectives see it. Its compute dtype changes."""
   model.dtype = jnp.dtype(config.compute_dtype)
-  looped = config.scan or config.remat != 'none'
-  return Network(model, config.loss_chunk, config.remat if looped else None)
+  return Network(model, config.loss_chunk, config.remat if config.looped else None)
 
 
 def init(
@@ -136,6 +141,8 @@ def init(
 ) -> tuple[Setup, TrainState, Frozen]:
   """Divides a model into a training state with float32 copies, and what stays as it is.
 
+  Where updates run in loops, the layers of all models are stacked, in arrays of their own.
+
   Raises:
     ValueError: the selection does not fit the model (see `partition`), or the objective does not
       suit the models.
@@ -143,12 +150,17 @@ def init(
   task, config = task or Task(), config or StepConfig()
   configs = {name: reference.config for name, reference in task.references.items()}
   task.objective.check(model.config, configs)
-  structure, trained, frozen = partition(model, task.selection)
+  structure, trained, frozen = partition.partition(model, task.selection)
+  references = dict(task.references)
+  if config.looped and not stacked.has_stacks(model):
+    structure, trained, frozen = partition.stack(model, trained)
+  if config.looped:
+    references = {name: stacked.stack(reference) for name, reference in references.items()}
   own = task.objective.parameters(model.config, configs, key=jax.random.key(config.seed))
   trained = trained | {OWN + name: array for name, array in own.items()}
   # Copies, because updates donate the state and the caller keeps the model.
   trained = {name: jnp.array(a, jnp.float32, copy=True) for name, a in trained.items()}
-  split = {name: nnx.split(reference) for name, reference in task.references.items()}
+  split = {name: nnx.split(reference) for name, reference in references.items()}
   graphs = {name: graphdef for name, (graphdef, _) in split.items()}
   setup = Setup(structure, graphs, task.objective, optimizer, config)
   state = TrainState(trained, optimizer.init(trained), jnp.zeros((), jnp.int32))
