@@ -19,6 +19,7 @@ ACTIVATIONS = {
   'gelu_fast': 'gelu_tanh',
   'gelu_accurate': 'gelu_tanh',
   'gelu_python_tanh': 'gelu_tanh',
+  'quick_gelu': 'quick_gelu',
   'relu': 'relu',
 }
 

@@ -22,6 +22,9 @@ CONFIG_CLASSES = {
   'phi3': transformers.Phi3Config,
   'gpt2': transformers.GPT2Config,
   'gpt_neox': transformers.GPTNeoXConfig,
+  'qwen2_moe': transformers.Qwen2MoeConfig,
+  'qwen3_moe': transformers.Qwen3MoeConfig,
+  'olmoe': transformers.OlmoeConfig,
 }
 LLAMA3 = {
   'factor': 8.0,
