@@ -11,6 +11,8 @@ from model.hf_names.family import Entry, Family, Layout, entries
 from model.hf_names.gemma2 import GEMMA2
 from model.hf_names.gpt2 import GPT2
 from model.hf_names.gpt_neox import GPT_NEOX
+from model.hf_names.gpt_oss import GPT_OSS
+from model.hf_names.granitemoe import GRANITE_MOE, GRANITE_MOE_SHARED
 from model.hf_names.llama import LLAMA, MISTRAL
 from model.hf_names.mixtral import MIXTRAL
 from model.hf_names.olmoe import OLMOE
@@ -41,7 +43,7 @@ FAMILIES = {
   family.model_type: family
   for family in (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, PHI3, GPT2, GPT_NEOX),
-    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITE_MOE, GRANITE_MOE_SHARED, GPT_OSS),
   )
 }
 

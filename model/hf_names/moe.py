@@ -71,8 +71,7 @@ def routed(
   return RoutedConfig(
     experts=count,
     router=Router(choices=choices, **router),
-    activation=fields.activation(hf, 'hidden_act', 'silu'),
-    **traits,
+    **{'activation': fields.activation(hf, 'hidden_act', 'silu'), **traits},
   )
 
 

@@ -35,6 +35,21 @@ TINY = {
 }
 QWEN = {**TINY, 'num_experts': 5, 'moe_intermediate_size': 24}
 SLIDING = {'use_sliding_window': True, 'sliding_window': 6}
+MULTIPLIERS = {
+  'embedding_multiplier': 12.0,
+  'attention_multiplier': 0.1,
+  'residual_multiplier': 0.22,
+  'logits_scaling': 6.0,
+}
+YARN = {
+  'rope_type': 'yarn',
+  'rope_theta': 20.0,
+  'factor': 4.0,
+  'original_max_position_embeddings': 16,
+  'beta_fast': 2.0,
+  'beta_slow': 0.5,
+  'truncate': False,
+}
 CASES = {
   'mixtral': ('Mixtral', {**TINY, 'num_local_experts': 4, 'sliding_window': 6}),
   'qwen3_moe': ('Qwen3Moe', {**QWEN, **SLIDING, 'head_dim': 24, 'norm_topk_prob': True}),
@@ -63,6 +78,34 @@ CASES = {
       'mlp_only_layers': [1],
       'qkv_bias': False,
       'norm_topk_prob': True,
+      'tie_word_embeddings': True,
+    },
+  ),
+  'granitemoe': ('GraniteMoe', {**TINY, **MULTIPLIERS, 'num_local_experts': 5}),
+  'granitemoeshared': (
+    'GraniteMoeShared',
+    {
+      **TINY,
+      **MULTIPLIERS,
+      'num_local_experts': 4,
+      'shared_intermediate_size': 40,
+      'attention_bias': True,
+      'tie_word_embeddings': True,
+    },
+  ),
+  'gpt_oss': (
+    'GptOss',
+    {**TINY, 'num_local_experts': 5, 'head_dim': 24, 'sliding_window': 6, 'rope_parameters': YARN},
+  ),
+  'gpt_oss-tied': (
+    'GptOss',
+    {
+      **TINY,
+      'num_local_experts': 4,
+      'head_dim': 16,
+      'attention_bias': False,
+      'swiglu_limit': 0.5,
+      'layer_types': ['full_attention'] * 2,
       'tie_word_embeddings': True,
     },
   ),
@@ -162,3 +205,77 @@ def test_both_layouts_are_read_and_that_of_the_hub_is_written(case, checkpoint, 
   with torch.no_grad():
     logits = loaded.eval()(torch.tensor(_tokens())).logits.numpy()
   np.testing.assert_allclose(logits, expected, atol=LOGIT_TOLERANCE, rtol=0)
+
+
+W3 = 'model.layers.1.block_sparse_moe.experts.2.w3.weight'
+
+
+@pytest.mark.parametrize(
+  ('layout', 'name', 'change', 'message'),
+  [
+    (0, W3, None, f'missing: {W3}'),
+    (0, W3, lambda a: a[1:], f'misshapen: {W3} is .47, 64., not .48, 64.'),
+    (1, 'model.layers.0.mlp.experts.down_proj', lambda a: a[:3], 'misshapen: .* not .4, 64, 48.'),
+    (1, 'model.layers.0.mlp.experts.gate_up_proj', None, 'missing: .*0.mlp.experts.gate_up_proj'),
+  ],
+)
+def test_experts_that_are_missing_or_misshapen_are_named(
+  checkpoint, tmp_path, layout, name, change, message
+):
+  folder = shutil.copytree(checkpoint('mixtral')[layout], tmp_path / 'damaged')
+  tensors = load_file(folder / 'model.safetensors')
+  array = tensors.pop(name)
+  if change is not None:
+    tensors[name] = np.ascontiguousarray(change(array))
+  save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
+  with pytest.raises(ValueError, match=rf'\(1\):\n  {message}'):
+    hf.load_pretrained(folder)
+
+
+# The sizes in config.json on the hub that are not the defaults of transformers, and the published
+# parameters, in total and met by a token, the embedding included.
+PUBLISHED = {
+  'Mixtral-8x7B': ('mixtral', {}, 46_702_792_704, 12_879_925_248),
+  'Qwen1.5-MoE-A2.7B': ('qwen2_moe', {}, 14_315_784_192, 2_689_173_504),
+  'Qwen3-30B-A3B': (
+    'qwen3_moe',
+    {'num_hidden_layers': 48, 'head_dim': 128, 'norm_topk_prob': True},
+    30_532_122_624,
+    3_353_032_704,
+  ),
+  'OLMoE-1B-7B': ('olmoe', {'intermediate_size': 1024}, 6_919_161_856, 1_282_017_280),
+  'gpt-oss-20b': (
+    'gpt_oss',
+    {'num_hidden_layers': 24, 'num_local_experts': 32},
+    20_914_757_184,
+    4_187_440_704,
+  ),
+  'gpt-oss-120b': ('gpt_oss', {}, 116_829_156_672, 5_711_982_912),
+  'granite-3.1-1b-a400m': (
+    'granitemoe',
+    {
+      'vocab_size': 49155,
+      'hidden_size': 1024,
+      'intermediate_size': 512,
+      'num_hidden_layers': 24,
+      'num_attention_heads': 16,
+      'num_key_value_heads': 8,
+      'num_local_experts': 32,
+      'num_experts_per_tok': 8,
+      'tie_word_embeddings': True,
+    },
+    1_334_628_352,
+    428_658_688,
+  ),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_parameters_to_the_unit(name):
+  family, sizes, total, active = PUBLISHED[name]
+  config = hf_names.config_from_hf({'model_type': family, **sizes})
+  alike = len(set(config.layers))  # 2: windows on every other layer
+  few, more = (cost.parameters(config.replace(layers=config.layers[: n * alike])) for n in (1, 2))
+  steps = len(config.layers) // alike - 1
+  assert few.total + steps * (more.total - few.total) == total
+  assert few.active + steps * (more.active - few.active) == active

@@ -189,30 +189,6 @@ def test_parameters_flops_and_bytes_by_hand():
   assert idle == 2 * (2 * 32 * 16 + 16 + 32)
 
 
-def _published(width, heads, kv_heads, ffn, vocab, *, layers, **traits):
-  """Total and active parameters of a model, from those of one and two of its equal layers."""
-  mixer = AttentionConfig(query_heads=heads, kv_heads=kv_heads, head_width=128, **traits)
-  config = dataclasses.replace(
-    _config(ffn), width=width, vocab_size=vocab, layers=(LayerConfig(mixer=mixer, ffn=ffn),)
-  )
-  one, two = (cost.parameters(config.replace(layers=config.layers * n)) for n in (1, 2))
-  grown = lambda a, b: a + (layers - 1) * (b - a)
-  return grown(one.total, two.total), grown(one.active, two.active)
-
-
-def test_published_totals_to_the_unit():
-  mixtral = dataclasses.replace(MIXTRAL, experts=8, width=14336)
-  found = _published(4096, 32, 8, mixtral, 32000, layers=32)
-  assert found == (46_702_792_704, 12_879_925_248)
-  router = Router(choices=4)
-  qwen = dataclasses.replace(QWEN, experts=60, width=1408, router=router, shared_width=5632)
-  found = _published(2048, 16, 16, qwen, 151936, layers=24, qkv_bias=True)
-  assert found == (14_315_784_192, 2_689_173_504)
-  qwen3 = RoutedConfig(experts=128, width=768, router=Router(choices=8, renormalize=True))
-  found = _published(2048, 32, 4, qwen3, 151936, layers=48, qk_norm=True)
-  assert found == (30_532_122_624, 3_353_032_704)
-
-
 def test_channels_are_removed_from_experts_and_not_from_shared_ones(tokens_BT):
   config = _config(QWEN, QWEN)
   model, kept = _model(config), np.array([0, 3, 4, 7, 8, 9, 12, 15])
