@@ -40,6 +40,14 @@ def number(hf: dict, key: str, default: float) -> float:
   return float(_read(hf, key, default, (int, float), 'a number'))
 
 
+def positive(hf: dict, key: str, default: float) -> float:
+  """A number above 0."""
+  value = number(hf, key, default)
+  if not value > 0:
+    raise ValueError(f'{key} in config.json must be above 0, not {value}')
+  return value
+
+
 def flag(hf: dict, key: str, default: bool) -> bool:
   return _read(hf, key, default, bool, 'true or false')
 

@@ -94,7 +94,7 @@ def _from_hf(hf):
     activation='quick_gelu',
     bias=True,
     router_bias=True,
-    limit=fields.number(hf, 'swiglu_limit', 7.0),
+    limit=fields.positive(hf, 'swiglu_limit', 7.0),
     up_offset=1.0,
   )
   window = fields.size_or_null(hf, 'sliding_window', WINDOW)

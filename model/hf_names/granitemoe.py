@@ -36,9 +36,9 @@ def _from_hf(hf, family, **shared):
   mixer = {
     'qkv_bias': biased,
     'output_bias': biased,
-    'query_scale': fields.number(hf, 'attention_multiplier', 1.0),
+    'query_scale': fields.positive(hf, 'attention_multiplier', 1.0),
   }
-  added = fields.number(hf, 'residual_multiplier', 1.0)
+  added = fields.positive(hf, 'residual_multiplier', 1.0)
   layers = llama.blocks(hf, DEFAULTS, mixer=mixer, residual_scale=added)
   router = {'score': 'softmax_of_chosen'}
   width = layers[0].ffn.width
@@ -48,8 +48,8 @@ def _from_hf(hf, family, **shared):
     family,
     DEFAULTS,
     moe.everywhere(layers, experts),
-    embedding_scale=fields.number(hf, 'embedding_multiplier', 1.0),
-    logit_divisor=fields.number(hf, 'logits_scaling', 1.0),
+    embedding_scale=fields.positive(hf, 'embedding_multiplier', 1.0),
+    logit_divisor=fields.positive(hf, 'logits_scaling', 1.0),
   )
 
 

@@ -12,13 +12,13 @@ from model.layers.checks import check_choice, check_count, check_positive
 from model.layers.sublayer import FfnConfig, Units
 from model.layers.wiring import Activated, Edge, Gated, Normed
 
-Activation = Literal['silu', 'gelu', 'gelu_tanh', 'quick_gelu', 'relu']
+Activation = Literal['silu', 'gelu', 'gelu_tanh', 'relu', 'quick_gelu']
 ACTIVATIONS = {
   'silu': jax.nn.silu,
   'gelu': lambda x: jax.nn.gelu(x, approximate=False),
   'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
-  'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
   'relu': jax.nn.relu,
+  'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
 

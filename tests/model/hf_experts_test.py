@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from model import hf, kv_cache, transformer
+from model import hf, hf_names, kv_cache, transformer
+from model.eval import cost
 
 # Both compute in float32 and add in different orders; logits are of order 1.
 LOGIT_TOLERANCE = 1e-4
