@@ -47,7 +47,24 @@ BIASED = RoutedConfig(
   shared_width=8,
   shared_gate=True,
 )
-KINDS = {'mixtral': MIXTRAL, 'qwen': QWEN, 'deepseek': DEEPSEEK, 'biased': BIASED}
+GPT_OSS = RoutedConfig(
+  experts=4,
+  width=16,
+  router=Router(choices=2, score='softmax_of_chosen'),
+  activation='quick_gelu',
+  bias=True,
+  router_bias=True,
+  limit=0.5,
+  up_offset=1.0,
+  shared_width=8,
+)
+KINDS = {
+  'mixtral': MIXTRAL,
+  'qwen': QWEN,
+  'deepseek': DEEPSEEK,
+  'biased': BIASED,
+  'gpt_oss': GPT_OSS,
+}
 MIXER = AttentionConfig(query_heads=2, kv_heads=1, head_width=16)
 
 
@@ -80,7 +97,8 @@ def _logits(model, tokens_BT):
 
 
 def _act(name, x):
-  return np.maximum(x, 0) if name == 'relu' else x / (1 + np.exp(-x))
+  steep = {'quick_gelu': 1.702, 'silu': 1.0}
+  return np.maximum(x, 0) if name == 'relu' else x / (1 + np.exp(-steep[name] * x))
 
 
 def _network(config, values, prefix, x_D, e=None):
@@ -89,8 +107,12 @@ def _network(config, values, prefix, x_D, e=None):
   apply = lambda layer, x: (
     x @ take(f'{prefix}{layer}.weight') + (take(f'{prefix}{layer}.bias') if config.bias else 0)
   )
-  inner = _act(config.activation, apply('gate' if config.gated else 'up', x_D))
-  return apply('down', inner * apply('up', x_D) if config.gated else inner)
+  up = apply('up', x_D)
+  if not config.gated:
+    return apply('down', _act(config.activation, up))
+  gate, limit = apply('gate', x_D), config.limit or np.inf
+  up = np.clip(up, -limit, limit) + config.up_offset
+  return apply('down', _act(config.activation, np.minimum(gate, limit)) * up)
 
 
 def _by_hand(config, values, x_D):
@@ -105,7 +127,7 @@ def _by_hand(config, values, x_D):
     open_E = np.repeat(parts.max(1) == parts.max(), parts.shape[1])
   chosen = np.argsort(-np.where(open_E, score_E, -1))[: config.router.choices]
   weights = score_E[chosen] * config.router.scale
-  if config.router.renormalize:
+  if config.router.renormalize or config.router.score == 'softmax_of_chosen':
     weights = weights / score_E[chosen].sum()
   y_D = sum(w * _network(config, values, '', x_D, e) for w, e in zip(weights, chosen, strict=True))
   if config.shared_width:
@@ -160,6 +182,7 @@ def test_the_wiring_of_experts_and_shared_experts():
   through = Gated(gate='ffn.shared.gate')
   assert shared == Edge(producer='ffn.shared.up', through=through, consumers=('ffn.shared.down',))
   assert BIASED.edges('ffn')[1].through == Activated(function='relu')
+  assert 'a limit or an offset' in GPT_OSS.edges('ffn')[1].obstacle
   for name, ffn in KINDS.items():
     block = transformer.abstract(_config(ffn)).layers[0]
     wiring, layers = block.layer.wiring, transformer.linears(block)
