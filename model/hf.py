@@ -153,25 +153,34 @@ def load_tensors(
   entries = hf_names.entries(family, config, shapes, layout)
   _check_tensors(entries, kept)
   _say(kept, dropped)
-  bad, arrays, experts = [], {}, {}  # path -> the matrices of its experts so far, in order
-  for entry in entries:
-    finite = True
-    for path, part in zip(entry.ours, entry.split(_read(kept[entry.theirs]))):
-      part = part.view(forms[path].dtype) if entry.codec.raw else part
-      finite &= bool(np.isfinite(part).all())
-      if entry.expert is not None:
-        experts.setdefault(path, []).append(part)
-        if len(experts[path]) < shapes[path][0]:
-          continue
-        part = np.stack(experts.pop(path))
-      # A copy: an array that shares the mapped file would change or die with it.
-      arrays[path] = jnp.array(part, None if entry.codec.raw else dtype, copy=True)
-    if not finite:
-      bad.append(f'{entry.theirs} {entry.shape}')
-  _raise_listed('the checkpoint has NaN or infinity in', bad)
+  arrays = _read_arrays(entries, kept, forms, dtype)
   for path, param in transformer.parameters(model).items():
     param.set_value(native.build(fields[path], path, arrays.pop))
   return model
+
+
+def _read_arrays(entries, stored, forms, dtype) -> dict[str, jax.Array]:
+  """The arrays of a model by path; `forms` has their shapes, and the dtypes of what is raw.
+
+  Raises ValueError, naming the tensors, where numbers are not finite.
+  """
+  bad, arrays, experts = [], {}, {}  # path -> the matrices of its experts so far, in order
+  for entry in entries:
+    finite, raw = True, entry.codec.raw
+    for path, part in zip(entry.ours, entry.split(_read(stored[entry.theirs]))):
+      part = part.view(forms[path].dtype) if raw else part
+      finite &= bool(np.isfinite(part).all())
+      if entry.expert is not None:
+        experts.setdefault(path, []).append(part)
+        if len(experts[path]) < forms[path].shape[0]:
+          continue
+        part = np.stack(experts.pop(path))
+      # A copy: an array that shares the mapped file would change or die with it.
+      arrays[path] = jnp.array(part, None if raw else dtype, copy=True)
+    if not finite:
+      bad.append(f'{entry.theirs} {entry.shape}')
+  _raise_listed('the checkpoint has NaN or infinity in', bad)
+  return arrays
 
 
 def _read(tensor: Tensor) -> np.ndarray:

@@ -11,7 +11,8 @@ from model import transformer
 from model.hf_names.family import Layout
 from model.transformer import Transformer
 from ops import quantized
-from ops.linear import Weight
+from ops.formats import FormatName
+from ops.linear import Matrix, Weight
 from ops.quantized import QuantizedTensor
 
 
@@ -45,11 +46,8 @@ def _coded(layout: Layout, layers: int) -> set[str]:
   return {f'{module.format(l=l)}.weight' for module in modules for l in range(layers)}
 
 
-def _is_of(w, format: str) -> bool:
-  usual = quantized.scale_dtype(format, 2)
-  return isinstance(w, QuantizedTensor) and (w.format, w.packed, len(w.shape), w.scales.dtype) == (
-    format,
-    True,
-    3,
-    usual,
-  )
+def _is_of(w: Matrix, format: FormatName) -> bool:
+  """Whether these are packed codes of experts, with scales as the format defines them."""
+  if not isinstance(w, QuantizedTensor) or w.format != format:
+    return False
+  return w.packed and len(w.shape) == 3 and w.scales.dtype == quantized.scale_dtype(format, 2)
