@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from model.layers import feed_forward
 from model.layers.basic import Linear, StreamConfig
 from model.layers.checks import check_choice, check_count
-from model.layers.feed_forward import ACTIVATIONS, Activation, FeedForward, FeedForwardConfig
+from model.layers.feed_forward import Activation, FeedForward, FeedForwardConfig
 from model.layers.sublayer import FfnConfig, Units
-from model.layers.wiring import Activated, Edge, Gated, Normed
+from model.layers.wiring import Edge, Normed
 from ops import moe
 from ops.moe import Router
 
@@ -36,6 +37,8 @@ class RoutedConfig(FfnConfig):
   router_bias: bool = False  # of the router and the gate of shared experts
   shared_width: int = 0  # 0: no shared experts
   shared_gate: bool = False  # shared experts are multiplied by the sigmoid of a gate
+  limit: float | None = None  # gate is at most this, up within it on both sides (gpt-oss)
+  up_offset: float = 0.0  # added to up before the product (gpt-oss: 1)
 
   def __post_init__(self):
     check_count('the number of experts', self.experts)
@@ -45,6 +48,7 @@ class RoutedConfig(FfnConfig):
     elif self.shared_gate:
       raise ValueError('shared_gate is set, but shared_width is 0: there is nothing to gate')
     check_choice('activation', self.activation, get_args(Activation))
+    feed_forward.check_gate(self)
     self.router.check(self.experts)
 
   @property
@@ -52,8 +56,9 @@ class RoutedConfig(FfnConfig):
     """The config of the shared experts."""
     if not self.shared_width:
       return None
+    names = ('activation', 'gated', 'bias', 'limit', 'up_offset')
     return FeedForwardConfig(
-      width=self.shared_width, activation=self.activation, gated=self.gated, bias=self.bias
+      width=self.shared_width, **{name: getattr(self, name) for name in names}
     )
 
   def build(self, stream, *, rngs, dtype):
@@ -64,9 +69,7 @@ class RoutedConfig(FfnConfig):
     inner = ('gate', 'up') if self.gated else ('up',)
     scores = (f'{name}.router', *([f'{name}.shared_gate'] if self.shared_gate else []))
     readers = tuple(f'{network}.{layer}' for network in networks for layer in inner)
-    through = lambda network: (
-      Gated(gate=f'{network}.gate') if self.gated else Activated(function=self.activation)
-    )
+    through = lambda network: feed_forward.through(self, f'{network}.gate')
     return (
       Edge(producer=f'{name}_norm', through=Normed(), consumers=scores + readers),
       *(
@@ -127,8 +130,9 @@ class Routed(nnx.Module):
     return self.router(x_TD.astype(jnp.float32))
 
   def _experts(self, x_MD, sizes_E):
-    act, up_MF = ACTIVATIONS[self.config.activation], self.up.grouped(x_MD, sizes_E)
-    inner_MF = act(up_MF) if self.gate is None else act(self.gate.grouped(x_MD, sizes_E)) * up_MF
+    up_MF = self.up.grouped(x_MD, sizes_E)
+    gate_MF = None if self.gate is None else self.gate.grouped(x_MD, sizes_E)
+    inner_MF = feed_forward.inner(self.config, up_MF, gate_MF)
     return self.down.grouped(inner_MF, sizes_E)
 
   def _shared(self, x_TD):
