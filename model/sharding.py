@@ -96,13 +96,15 @@ def shardings_of(model: nnx.Module, mesh: Mesh) -> Iterator[tuple[nnx.Param, Any
         yield value, _param_shardings(mesh, module, value)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of token batches [B, T]."""
-  return NamedSharding(mesh, PartitionSpec(RULES['B']))
+def batch_sharding(mesh: Mesh, axes: tuple[str, ...] = RULES['B']) -> NamedSharding:
+  """Returns the sharding of token batches [B, T], whose rows these mesh axes divide."""
+  return NamedSharding(mesh, PartitionSpec(axes))
 
 
 def _param_shardings(mesh, module, param):
   w = param.get_value()
+  if isinstance(module, Linear) and module.decides:  # small, and all devices need all the scores
+    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), w)
   if isinstance(module, Linear | Table) and len(w.shape) == len(module.axes):
     return weight_shardings(mesh, w, module.axes)
   if isinstance(module, Linear):

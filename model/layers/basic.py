@@ -40,6 +40,10 @@ class StreamConfig:
     return INIT_STDDEV / (2 * self.depth) ** 0.5
 
 
+class Buffer(nnx.Param):
+  """A parameter that has no gradient; training changes it by a rule of its own."""
+
+
 class Linear(nnx.Module):
   """x[..., I] @ weight[I, O] (+ bias[O]), or E experts of that kind, which `grouped` multiplies."""
 
