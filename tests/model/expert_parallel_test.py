@@ -265,6 +265,11 @@ def test_what_does_not_fit_a_mesh_is_refused_before_any_work(config, mesh, why):
     expert_parallel.make(config, model, sharding.make_mesh(**mesh))
 
 
+def test_experts_are_never_replicated_silently():
+  with pytest.raises(ValueError, match='8 experts do not divide among 3 devices'):
+    sharding.shard(_ffn(), sharding.make_mesh(expert=3))
+
+
 def test_options_that_make_no_sense_are_refused():
   with pytest.raises(ValueError, match="strategy 'ring' is not one of"):
     DispatchConfig(strategy='ring')
