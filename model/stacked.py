@@ -168,6 +168,28 @@ def hidden_and_read(
   return model.final_norm(x_BTD), found
 
 
+def block_paths(model: Transformer) -> list[str]:
+  """The paths of the blocks of a model, stacked or not, in the order of `hidden_and_read`."""
+  paths = []
+  for i, layer in enumerate(model.layers):
+    inner = range(len(layer.blocks)) if isinstance(layer, Stack) else None
+    paths += [f'layers.{i}'] if inner is None else [f'layers.{i}.blocks.{j}' for j in inner]
+  return paths
+
+
+def by_layer(model: Transformer, found: Sequence[Any]) -> list[Any]:
+  """What `hidden_and_read` read of a stacked model, one entry for each layer in running order."""
+  entries, rest = [], iter(found)
+  for layer in model.layers:
+    if isinstance(layer, Stack):
+      own = [next(rest) for _ in layer.blocks]
+      take = lambda r, tree: jax.tree.map(lambda array: array[r], tree)
+      entries += [take(r, one) for r in range(layer.repeats) for one in own]
+    else:
+      entries.append(next(rest))
+  return entries
+
+
 def kind(block: Block) -> Hashable:
   """What two blocks must have in common to share one compiled body."""
   graphdef, state = nnx.split(block)

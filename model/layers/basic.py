@@ -40,6 +40,10 @@ class StreamConfig:
     return INIT_STDDEV / (2 * self.depth) ** 0.5
 
 
+class Buffer(nnx.Param):
+  """A parameter that has no gradient; training changes it by a rule of its own."""
+
+
 class Linear(nnx.Module):
   """x[..., I] @ weight[I, O] (+ bias[O]), or E experts of that kind, which `grouped` multiplies."""
 
@@ -68,7 +72,7 @@ class Linear(nnx.Module):
   def grouped(self, x_TI: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """Multiplies consecutive groups of rows, each by its own expert, and adds its bias: [T, O].
 
-    The group sizes add up to the number of rows.
+    The group sizes add up to at most the number of rows. What follows them is not to be read.
     """
     y_TO = grouped_matmul(x_TI, self.weight.get_value(), group_sizes_E)
     if self.bias is None:

@@ -5,8 +5,12 @@
 `ops.moe` has the routing and its literature. Shared experts, which all tokens go through, are one
 dense network, as n networks of width w are one of width n w; after Dai et al. (2024), DeepSeekMoE,
 https://arxiv.org/abs/2401.06066. Qwen2-MoE multiplies them by the sigmoid of a gate.
+
+`Routed.dispatcher` says how rows get to their experts and back. By default no choice is dropped;
+training on several devices sets another (`model.expert_parallel`).
 """
 
+import abc
 import dataclasses
 from typing import get_args
 
@@ -15,13 +19,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.layers import feed_forward
-from model.layers.basic import Linear, StreamConfig
+from model.layers.basic import Buffer, Linear, StreamConfig
 from model.layers.checks import check_choice, check_count
 from model.layers.feed_forward import Activation, FeedForward, FeedForwardConfig
 from model.layers.sublayer import FfnConfig, Units
 from model.layers.wiring import Edge, Normed
 from ops import moe
-from ops.moe import Router
+from ops.moe import Router, Routing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,7 @@ class RoutedConfig(FfnConfig):
   shared_gate: bool = False  # shared experts are multiplied by the sigmoid of a gate
   limit: float | None = None  # gate is at most this, up within it on both sides (gpt-oss)
   up_offset: float = 0.0  # added to up before the product (gpt-oss: 1)
+  choice_bias: bool = False  # a buffer is added to the scores for the choice alone (DeepSeek-V3)
 
   def __post_init__(self):
     check_count('the number of experts', self.experts)
@@ -50,6 +55,11 @@ class RoutedConfig(FfnConfig):
     check_choice('activation', self.activation, get_args(Activation))
     feed_forward.check_gate(self)
     self.router.check(self.experts)
+    if self.router.chooser == 'expert':
+      raise ValueError(
+        "chooser 'expert' takes a token by what comes after it, which a decoder must not see; "
+        "leave it at 'token'"
+      )
 
   @property
   def shared(self) -> FeedForwardConfig | None:
@@ -97,15 +107,45 @@ class RoutedConfig(FfnConfig):
     return dataclasses.replace(self, bias=True, router_bias=True)
 
 
+class Dispatcher(abc.ABC):
+  """A way of the rows of tokens to their experts and back. Subclasses are frozen dataclasses."""
+
+  @abc.abstractmethod
+  def __call__(self, ffn: 'Routed', x_TD: jax.Array, routing: Routing) -> jax.Array:
+    """Adds up the outputs of each token's experts by their weights: [T, D]."""
+
+  def route(self, logits_TE: jax.Array, router: Router, bias_E: jax.Array | None) -> Routing:
+    """Chooses the experts of each token as `moe.route` does."""
+    return moe.route(logits_TE, router, bias_E)
+
+  def kept(self, experts_TX: jax.Array, count: int) -> jax.Array:
+    """Which choices find room at their experts, of which there are `count`: bool [T, X]."""
+    del count
+    return jnp.ones(experts_TX.shape, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropless(Dispatcher):
+  """All rows, sorted by expert, on the devices where they are."""
+
+  def __call__(self, ffn, x_TD, routing):
+    return moe.mix(x_TD, routing, ffn.config.experts, ffn.experts)
+
+
 class Routed(nnx.Module):
   """Experts, their router, and shared experts if there are any."""
 
+  axes = ('E',)  # of its own parameter, the bias of the choice
+
   def __init__(self, config: RoutedConfig, stream: StreamConfig, *, rngs, dtype):
-    self.config = config
+    self.config, self.dispatcher = config, Dropless()
     make = {'rngs': rngs, 'dtype': dtype}
     # The scores are float32, and so are the few weights that they come from.
     scores = {'bias': config.router_bias, 'rngs': rngs, 'dtype': jnp.float32}
     self.router = Linear((stream.width, config.experts), axes=('D', 'E'), **scores)
+    self.choice_bias = (
+      Buffer(jnp.zeros(config.experts, jnp.float32)) if config.choice_bias else None
+    )
     wide = (config.experts, stream.width, config.width)
     narrow, own = (wide[0], wide[2], wide[1]), {'bias': config.bias, **make}
     self.gate = Linear(wide, axes=('E', 'D', 'F'), **own) if config.gated else None
@@ -119,8 +159,7 @@ class Routed(nnx.Module):
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    routing = moe.route(self.scores(x_TD), self.config.router)
-    y_TD = moe.mix(x_TD, routing, self.config.experts, self._experts)
+    y_TD = self.dispatcher(self, x_TD, self.route(x_TD))
     if self.shared is not None:
       y_TD = y_TD + self._shared(x_TD)
     return y_TD.reshape(x_BTD.shape)
@@ -129,7 +168,13 @@ class Routed(nnx.Module):
     """The router's logits of all experts, float32 [T, E]."""
     return self.router(x_TD.astype(jnp.float32))
 
-  def _experts(self, x_MD, sizes_E):
+  def route(self, x_TD: jax.Array) -> Routing:
+    """The experts of each token and the weights of their outputs."""
+    bias_E = None if self.choice_bias is None else self.choice_bias.get_value()
+    return self.dispatcher.route(self.scores(x_TD), self.config.router, bias_E)
+
+  def experts(self, x_MD: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Runs consecutive groups of rows, each through its own expert: [M, D]."""
     up_MF = self.up.grouped(x_MD, sizes_E)
     gate_MF = None if self.gate is None else self.gate.grouped(x_MD, sizes_E)
     inner_MF = feed_forward.inner(self.config, up_MF, gate_MF)

@@ -117,16 +117,16 @@ def fit(
     for n in range(int(state.step), config.optimizer.steps):
       batch = dataset.batch(n)
       if task.on_policy is not None:
-        batch = task.on_policy(batch, n, stacked.unstack(setup.model(state.trained, frozen)))
+        batch = task.on_policy(batch, n, stacked.unstack(setup.model(state.arrays, frozen)))
       batch = jax.device_put(batch, batch_sharding)
       compiled = compiled or update.lower(state, frozen, batch).compile()
       state, metrics = compiled(state, frozen, batch)
       if held_out is not None and (n + 1) % held_out.every == 0:
-        now = setup.model(state.trained, frozen)
+        now = setup.model(state.arrays, frozen)
         metrics['held_out_loss'] = np.float64(mean_nll(now, held_out.dataset, config.step))
       loop.after_update(n + 1, state, metrics)
   return FitResult(
-    model=stacked.unstack(setup.model(state.trained, frozen)),
+    model=stacked.unstack(setup.model(state.arrays, frozen)),
     records=tuple(loop.records),
     program_bytes=0 if compiled is None else program_bytes(compiled),
     update_s=loop.update_s(),
@@ -183,7 +183,7 @@ class _Loop:
       return
     step, metrics = self._pending
     self._pending = None
-    values = {name: value.item() for name, value in metrics.items()}
+    values = jax.tree.map(lambda value: value.tolist(), metrics)
     record = {'step': step, **values, 'learning_rate': float(self._rate(step - 1))}
     if not (math.isfinite(record['loss']) and math.isfinite(record['grad_norm'])):
       raise FloatingPointError(

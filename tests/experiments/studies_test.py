@@ -12,6 +12,7 @@ from experiments import (
   small_models,
   study_adapters,
   study_distillation,
+  study_experts,
   study_int8,
   study_pruning,
   study_qat,
@@ -22,7 +23,14 @@ from model import adapters, corpus
 from model.eval import records
 from model.transformer import Transformer
 
-STUDIES = (study_adapters, study_distillation, study_int8, study_pruning, study_qat)
+STUDIES = (
+  study_adapters,
+  study_distillation,
+  study_experts,
+  study_int8,
+  study_pruning,
+  study_qat,
+)
 
 
 @pytest.fixture
@@ -153,6 +161,35 @@ def test_int8_products_and_float_ones_train_the_same_model(smoke):
   assert rows['float'].value('train_tokens') == rows['int8_inputs'].value('train_tokens')
   losses = [rows[name].value('cross_entropy') for name in study_int8.STUDY.smoke]
   assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+def test_experts_on_invented_runs():
+  values = lambda loss, violation, dead: {
+    1e-3: {'cross_entropy': loss, 'max_violation': violation, 'dead_experts': dead}
+  }
+  runs = {
+    'dense': values(3.0, 0, 0),
+    'routed1_loss': values(2.9, 0.5, 0),
+    'routed1_bias': values(3.1, 0.7, 0),
+    'routed1_none': values(3.0, 3.0, 1),
+  }
+  assert _counts(study_experts, runs) == {
+    'cross_entropy, routed1_loss < dense': 1,
+    'cross_entropy, routed1_bias < dense': 0,
+    'dead_experts of routed1_none >= 1': 1,
+    'max_violation, routed1_loss < 0.2 x routed1_none': 1,
+    'max_violation, routed1_bias < 0.2 x routed1_none': 0,
+  }
+
+
+def test_a_token_costs_no_more_with_experts_than_without(smoke):
+  rows = smoke(study_experts, 'dense', 'routed2_bias')
+  dense, routed = rows['dense'], rows['routed2_bias']
+  flops = [row.value('training_flops_per_token') for row in (routed, dense)]
+  assert 0.99 * flops[1] < flops[0] <= flops[1]
+  assert routed.value('parameters') > 1.5 * routed.value('active_parameters')
+  assert dense.value('train_tokens') == routed.value('train_tokens')
+  assert 0 <= routed.value('max_violation') <= study_experts.EXPERTS / 2 - 1
 
 
 def test_each_distilled_student_has_a_record(smoke, capsys):

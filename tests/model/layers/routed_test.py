@@ -273,6 +273,7 @@ def test_experts_are_divided_among_devices(tokens_BT):
     ({'shared_gate': True}, 'there is nothing to gate'),
     ({'activation': 'swish'}, "activation 'swish' is not one of"),
     ({'experts': 1}, 'cannot choose 2 experts of 1'),
+    ({'router': Router(choices=1, chooser='expert')}, 'which a decoder must not see'),
   ],
 )
 def test_bad_configs_are_refused(fields, why):
