@@ -116,8 +116,7 @@ class Routed(nnx.Module):
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    routing = moe.route(self.scores(x_TD), self.config.router)
-    y_TD = moe.mix(x_TD, routing, self.config.experts, self._experts)
+    y_TD = moe.mix(x_TD, self.route(x_TD), self.config.experts, self.experts)
     if self.shared is not None:
       y_TD = y_TD + self._shared(x_TD)
     return y_TD.reshape(x_BTD.shape)
@@ -126,14 +125,24 @@ class Routed(nnx.Module):
     """The router's logits of all experts, float32 [T, E]."""
     return self.router(x_TD.astype(jnp.float32))
 
-  def _experts(self, x_MD, sizes_E):
+  def route(self, x_TD: jax.Array) -> moe.Routing:
+    """The experts of each token and the weights of their outputs."""
+    return moe.route(self.scores(x_TD), self.config.router)
+
+  def experts(self, x_MD: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Runs consecutive groups of rows, each through its own expert: [M, D]."""
     act, up_MF = ACTIVATIONS[self.config.activation], self.up.grouped(x_MD, sizes_E)
     inner_MF = act(up_MF) if self.gate is None else act(self.gate.grouped(x_MD, sizes_E)) * up_MF
     return self.down.grouped(inner_MF, sizes_E)
+
+  def opened(self, x_TD: jax.Array) -> jax.Array:
+    """What the shared experts are multiplied by, float32 [T, 1]; 1 without a gate."""
+    if self.shared_gate is None:
+      return jnp.ones((len(x_TD), 1), jnp.float32)
+    return jax.nn.sigmoid(self.shared_gate(x_TD.astype(jnp.float32)))
 
   def _shared(self, x_TD):
     y_TD = self.shared(x_TD)
     if self.shared_gate is None:
       return y_TD
-    open_T1 = jax.nn.sigmoid(self.shared_gate(x_TD.astype(jnp.float32)))
-    return (open_T1 * y_TD.astype(jnp.float32)).astype(y_TD.dtype)
+    return (self.opened(x_TD) * y_TD.astype(jnp.float32)).astype(y_TD.dtype)
