@@ -13,6 +13,7 @@ from model.compress import statistics
 from model.compress.programs import execute, has_experts, prepare
 from model.compress.recipe import Recipe, Step
 from model.compress.registry import PLAN, PREPARED
+from model.layers.basic import decides
 from model.transformer import Transformer, abstract, linears, parameters
 from ops import experts
 from ops.linear import Matrix, core, on_one_device
@@ -58,7 +59,8 @@ def weights(part: Part) -> dict[str, Matrix]:
 
 def targets(part: Part, step: Step, recipe: Recipe) -> list[str]:
   """The parameters of a part that a step compresses, by their paths in it."""
-  scope, found = step.row.scope, list(parameters(part.module))
+  scope, names = step.row.scope, units.letters(part.module)
+  found = [path for path in parameters(part.module) if not decides(names[path])]
   if scope in WHOLE:
     return []
   if scope != 'parameters':
