@@ -67,7 +67,7 @@ class Linear(nnx.Module):
 
     It is small, and compression leaves it as it is, because an error changes which experts run.
     """
-    return self.axes[-1] in ('E', '_')
+    return decides(self.axes)
 
   def grouped(self, x_TI: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """Multiplies consecutive groups of rows, each by its own expert, and adds its bias: [T, O].
@@ -79,6 +79,11 @@ class Linear(nnx.Module):
       return y_TO
     bias_EO = self.bias.get_value().astype(y_TO.dtype)
     return y_TO + jnp.repeat(bias_EO, group_sizes_E, axis=0, total_repeat_length=len(y_TO))
+
+
+def decides(axes: tuple[str, ...]) -> bool:
+  """Whether a parameter with these letters takes part in a decision, by its last axis."""
+  return axes[-1] in ('E', '_')
 
 
 def letters(module: nnx.Module, rank: int) -> tuple[str, ...]:

@@ -180,9 +180,14 @@ class Routed(nnx.Module):
     inner_MF = feed_forward.inner(self.config, up_MF, gate_MF)
     return self.down.grouped(inner_MF, sizes_E)
 
+  def opened(self, x_TD: jax.Array) -> jax.Array:
+    """What the shared experts are multiplied by, float32 [T, 1]; 1 without a gate."""
+    if self.shared_gate is None:
+      return jnp.ones((len(x_TD), 1), jnp.float32)
+    return jax.nn.sigmoid(self.shared_gate(x_TD.astype(jnp.float32)))
+
   def _shared(self, x_TD):
     y_TD = self.shared(x_TD)
     if self.shared_gate is None:
       return y_TD
-    open_T1 = jax.nn.sigmoid(self.shared_gate(x_TD.astype(jnp.float32)))
-    return (open_T1 * y_TD.astype(jnp.float32)).astype(y_TD.dtype)
+    return (self.opened(x_TD) * y_TD.astype(jnp.float32)).astype(y_TD.dtype)
