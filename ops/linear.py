@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from ops import axes
+from ops import axes, grouped
 
 ROWS = 8  # the least that XLA gives to a matrix unit as one product
 WEIGHT_TYPES: dict[str, type['Weight']] = {}
@@ -119,20 +119,10 @@ class Weight(abc.ABC):
   def grouped_matmul(self, x_TI: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """Multiplies consecutive groups of rows, each by its own expert, as `linear.grouped_matmul`.
 
-    The experts take turns, and each multiplies all rows, which is E times the work that is needed.
-    Only one expert at a time is decoded.
+    Blocks of rows take turns, each with the expert that they belong to (ops/grouped.py). Only one
+    expert at a time is decoded.
     """
-    sizes_E = group_sizes_E.astype(jnp.int32)
-    ends_E = jnp.cumsum(sizes_E)
-
-    def turn(y_TO, own):
-      w, start, end = own
-      mine_T = (row_T >= start) & (row_T < end)
-      return jnp.where(mine_T[:, None], matmul(x_TI, w), y_TO), None
-
-    row_T = jnp.arange(x_TI.shape[0], dtype=jnp.int32)
-    nothing_TO = jnp.zeros((x_TI.shape[0], self.shape[-1]), x_TI.dtype)
-    return jax.lax.scan(turn, nothing_TO, (self, ends_E - sizes_E, ends_E))[0]
+    return grouped.product(matmul, x_TI, self, group_sizes_E)
 
   @classmethod
   def matmuls(cls, x: jax.Array, weights: Sequence['Weight']) -> tuple[jax.Array, ...]:
@@ -269,7 +259,12 @@ def grouped_matmul(x_TI: jax.Array, w: Matrix, group_sizes_E: jax.Array) -> jax.
     raise ValueError(f'{group_sizes_E.shape} group sizes do not fit experts of shape {w.shape}')
   if isinstance(w, Weight):
     return w.grouped_matmul(x_TI, group_sizes_E)
-  return jax.lax.ragged_dot(x_TI, w.astype(x_TI.dtype), group_sizes_E.astype(jnp.int32))
+  # XLA expands ragged_dot to the product of all rows with all experts on CPUs, and on GPUs too: the
+  # program that it compiles for an H200 (jax 0.10) holds the rows once for each expert.
+  in_blocks = functools.partial(grouped.product, matmul)
+  ragged = lambda x, w, sizes: jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)
+  operands = x_TI, w, group_sizes_E.astype(jnp.int32)
+  return jax.lax.platform_dependent(*operands, tpu=ragged, default=in_blocks)
 
 
 def dense(w: Matrix) -> jax.Array:

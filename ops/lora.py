@@ -26,6 +26,7 @@ from ops.linear import (
   Weight,
   array,
   dense,
+  grouped_matmul,
   map_values,
   matmul,
   matmuls,
@@ -86,6 +87,10 @@ class LoraTensor(Weight):
     lows = matmuls(x, [w.a_IR for w in weights])
     products = matmuls(x, [w.base for w in weights])
     return tuple(y + w.scale * matmul(low, w.b_RO) for y, low, w in zip(products, lows, weights))
+
+  def grouped_matmul(self, x_TI, group_sizes_E):
+    times = lambda x, w: grouped_matmul(x, w, group_sizes_E)
+    return times(x_TI, self.base) + self.scale * times(times(x_TI, self.a_IR), self.b_RO)
 
   def map_values(self, fn):
     return dataclasses.replace(self, base=map_values(fn, self.base))
