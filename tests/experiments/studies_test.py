@@ -1,6 +1,7 @@
 """The studies on a tiny base: what their records say, and their claims on invented runs."""
 
 import itertools
+import math
 import types
 
 import jax
@@ -11,11 +12,13 @@ from experiments import (
   arms,
   small_models,
   study_adapters,
+  study_compressed_experts,
   study_distillation,
   study_experts,
   study_int8,
   study_pruning,
   study_qat,
+  study_upcycling,
 )
 from experiments import base as embedded
 from experiments.arms import Options
@@ -25,11 +28,13 @@ from model.transformer import Transformer
 
 STUDIES = (
   study_adapters,
+  study_compressed_experts,
   study_distillation,
   study_experts,
   study_int8,
   study_pruning,
   study_qat,
+  study_upcycling,
 )
 
 
@@ -122,6 +127,28 @@ def test_a_pruned_model_is_healed_and_says_how_much_came_back(smoke):
     rows[f'{kind}_quarter'].value('parameters_kept') for kind in ('channels', 'layers')
   )
   assert 0.75 < width <= depth < 0.9  # of four layers one goes; the embeddings stay
+
+
+@pytest.mark.slow
+def test_experts_made_of_the_base_start_as_it_did(smoke):
+  rows = smoke(study_upcycling)
+  assert set(rows) == {'copy_start', 'copy'}
+  start = rows['copy_start']
+  assert start.value('logit_difference') <= study_upcycling.EXACT
+  assert start.value('cross_entropy') == pytest.approx(start.value('base_cross_entropy'), abs=1e-4)
+  assert rows['copy'].value('cross_entropy') != start.value('cross_entropy')
+
+
+@pytest.mark.slow
+def test_compressed_experts_say_how_many_tokens_went_elsewhere(smoke):
+  rows = smoke(study_compressed_experts)
+  assert set(rows) == {'base', 'gptq_int3', 'reap50'}
+  for name, row in rows.items():
+    assert row.value('ppl') == pytest.approx(math.exp(row.value('cross_entropy')))
+    changed = row.value('experts_changed')
+    assert changed is None if name == 'base' else 0 < changed < 1
+  # A pair of eight experts stays whole if both are among the four that are left.
+  assert rows['reap50'].value('experts_changed') > 0.2
 
 
 def test_the_losses_of_qat_are_set_beside_those_of_rounding(smoke):
