@@ -181,6 +181,7 @@ def define_mesh() -> dict[str, flags.FlagHolder]:
     'data': 'split the batch',
     'fsdp': 'split the batch and the parameters',
     'model': 'split heads, feed-forward layers and vocabulary',
+    'expert': 'split the experts of routed layers',
   }
   return {
     axis: flags.DEFINE_integer(f'mesh_{axis}', 1, f'Devices that {text}.', lower_bound=1)

@@ -26,13 +26,14 @@ import pathlib
 
 from absl import flags
 
-from experiments import common, comparison, search, terminal
+from experiments import common, comparison, search, study, terminal
 from experiments import inputs as inputs_lib
 from experiments.comparison import Comparison
 from model import files
 from model.compress import recipe
 from model.compress.recipe import Recipe
 from model.eval import select
+from model.layers.routed import RoutedConfig
 
 DEFAULT_RECIPES = (
   'bf16',
@@ -133,7 +134,9 @@ def main() -> None:
 
 
 def _run(work: Comparison, budget: select.Budget, folder: pathlib.Path, out: pathlib.Path):
-  table = terminal.Table([one.name for one in work.recipes])
+  experts = any(isinstance(layer.ffn, RoutedConfig) for layer in work.work.base.config.layers)
+  measured = [study.EXPERTS_CHANGED] if experts else []
+  table = terminal.Table([one.name for one in work.recipes], measured)
   table.header()
   rows = comparison.run(work, folder, on_start=table.start, on_row=table.row)
   choice = select.choose(rows, budget)

@@ -30,7 +30,7 @@ from absl import flags
 from experiments import base as embedded
 from experiments import common
 from model import corpus, hf, kv_cache, sharding
-from model.eval import cost, perplexity
+from model.eval import cost, perplexity, routing
 from model.infer.prepare import prepare
 from model.tokenizer import window_bos
 from model.transformer import parameters
@@ -86,7 +86,15 @@ def main() -> None:
     cache_format=KV_CACHE.value,
     progress=common.labelled('evaluate'),
   )
-  print(json.dumps(_result(model, quality)) if JSON.value else _words(quality))
+  changed = None if base is None else _changed(model, base, windows)
+  print(json.dumps(_result(model, quality, changed)) if JSON.value else _words(quality, changed))
+
+
+def _changed(model, base, windows) -> float | None:
+  """The share of tokens whose experts are not those of the base, if both have experts."""
+  ready = _ready(model), _ready(base)
+  own, others = (routing.chosen(one, windows) for one in ready)
+  return routing.changed_share(ready[0], own, ready[1], others)
 
 
 def _ready(model):
@@ -108,7 +116,7 @@ def _inputs():
   return model, tokenizer, text
 
 
-def _result(model, quality) -> dict:
+def _result(model, quality, changed: float | None) -> dict:
   result = {
     'model': MODEL.value,
     'text': TEXT.value,
@@ -131,10 +139,10 @@ def _result(model, quality) -> dict:
     }
   if quality.kl_to_base is not None:
     result |= {'kl_to_base': quality.kl_to_base, 'flip_rate': quality.flip_rate}
-  return result
+  return result if changed is None else {**result, 'experts_changed': changed}
 
 
-def _words(quality) -> str:
+def _words(quality, changed: float | None) -> str:
   lines = [
     f'perplexity    {quality.ppl:.4f}',
     f'bits per byte {quality.bits_per_byte:.4f}',
@@ -144,6 +152,8 @@ def _words(quality) -> str:
   if quality.kl_to_base is not None:
     lines.append(f'KL to base    {quality.kl_to_base:.6f} nats per token')
     lines.append(f'flip rate     {quality.flip_rate:.2%}')
+  if changed is not None:
+    lines.append(f'other experts {changed:.2%} of the tokens')
   return '\n'.join(lines)
 
 

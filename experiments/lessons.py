@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from experiments import training
 from model import fingerprint, learned
 from model.compress.registry import Learned, technique
+from model.layers.routed import RoutedConfig
 from model.learned import QatConfig
 from model.tokenizer import Tokenizer
 from model.train import loop
@@ -35,6 +36,7 @@ from model.train.distill import TEACHER, Distillation
 from model.train.loop import FitConfig
 from model.train.objectives import CrossEntropy, Objective
 from model.train.optimizer import OptimizerConfig
+from model.train.routing import Balanced
 from model.train.step import StepConfig, Task
 from model.transformer import Transformer, parameters
 from ops import qat as qat_ops
@@ -145,7 +147,7 @@ class QatSpec(LessonSpec):
 )
 def finetune(model, school, spec, folder):
   """Train all parameters on text, as healing after pruning."""
-  return _taught(model, school, spec, folder, CrossEntropy())
+  return _taught(model, school, spec, folder, _of_text(model))
 
 
 @technique(
@@ -180,10 +182,16 @@ def _becomes(w: Matrix, spec: QatSpec) -> Matrix:
 )
 def qat(model, school, spec, folder):
   """Train with rounded weights, and store what they were rounded to."""
-  objective = Distillation() if spec.teacher else CrossEntropy()
+  objective = Distillation() if spec.teacher else _of_text(model)
   learning = learned.attach(model, spec.learner())
   result = _taught(learning, school, spec, folder, objective)
   return dataclasses.replace(result, model=learned.finish(result.model))
+
+
+def _of_text(model: Transformer) -> Objective:
+  """What is learned from text: with experts, to use them evenly as well."""
+  routed = any(isinstance(layer.ffn, RoutedConfig) for layer in model.config.layers)
+  return Balanced() if routed else CrossEntropy()
 
 
 def _taught(

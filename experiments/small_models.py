@@ -16,9 +16,11 @@ from experiments import common, training
 from experiments.arms import TEACHER, Options
 from model import fingerprint
 from model.compress import pipeline, recipe
+from model.config import ModelConfig
 from model.corpus import Corpus
 from model.eval import perplexity
 from model.eval.records import Metric
+from model.layers.routed import RoutedConfig
 from model.tokenizer import Tokenizer
 from model.train import loop
 from model.train.data import PackedDataset, excerpts
@@ -26,6 +28,7 @@ from model.train.loop import FitConfig
 from model.train.optimizer import OptimizerConfig
 from model.train.step import StepConfig, Task
 from model.transformer import Transformer
+from ops.moe import Router
 
 PLAN = embedded.Plan(layers=4, steps=1200)
 SMOKE_PLAN = dataclasses.replace(embedded.SMOKE, layers=4)
@@ -112,6 +115,17 @@ def prepare(
     steps=SMOKE_STEPS if options.smoke else options.steps or steps,
     more=more,
   )
+
+
+def routed(config: ModelConfig, experts: int = 8, choices: int = 2) -> ModelConfig:
+  """The same model with experts of the width of its feed-forward networks."""
+
+  def ffn(dense):
+    router = Router(choices=choices, renormalize=True)
+    return RoutedConfig(experts=experts, width=dense.width, router=router)
+
+  layers = tuple(dataclasses.replace(layer, ffn=ffn(layer.ffn)) for layer in config.layers)
+  return config.replace(family='mixtral', layers=layers)
 
 
 def _passages(texts: Sequence[str], characters: int, seed: int) -> list[str]:

@@ -8,6 +8,9 @@ perplexity of the same weights widened to floating point is measured beside it, 
 
 Quality may be measured on several texts. The metrics of the first have plain names; those of
 another text end in its name, as in `ppl:python-source`.
+
+Of a model with experts, `experts_changed` is the share of tokens that go to other experts than in
+the base (model/eval/routing.py).
 """
 
 import collections
@@ -24,7 +27,7 @@ from experiments.lessons import School
 from model.compress import pipeline
 from model.compress.ledger import Ledger
 from model.compress.recipe import Recipe
-from model.eval import cost, perplexity, records, timing
+from model.eval import cost, perplexity, records, routing, timing
 from model.eval.records import Metric, Record
 from model.infer import bench
 from model.infer.prepare import prepare
@@ -34,6 +37,7 @@ from ops import linear
 BATCH = 1
 DECODE_STEPS = 16
 MOST_HELD = 10**9  # bytes of the base's hidden states that are kept between recipes
+EXPERTS_CHANGED = 'experts_changed'
 ZEROS = 0.2  # a share of zeros above this is pruning, not chance
 
 
@@ -64,6 +68,7 @@ class Baseline:
   ready: Transformer
   hidden: Mapping[str, list[np.ndarray] | None]  # by the name of the text; None: not kept
   qualities: Mapping[str, perplexity.Quality]  # likewise
+  chosen: Mapping[str, routing.Chosen]  # likewise: the experts of each token
   bench: bench.Bench
   bandwidth: Metric
 
@@ -78,6 +83,7 @@ def baseline(study: Study) -> Baseline:
     ready=ready,
     hidden=hidden,
     qualities=_evaluate_all(study, ready, None, 'base'),
+    chosen={name: routing.chosen(ready, text) for name, text in study.texts.items()},
     bench=_bench(study, ready),
     bandwidth=timing.copy_bandwidth(),
   )
@@ -111,6 +117,7 @@ def run(
   ready = prepare(model)
   qualities = _evaluate_all(study, ready, base, recipe.name)
   metrics = {**_quality_metrics(qualities, base), **_bytes(model)}
+  metrics |= _experts_changed(study, ready, base)
   metrics |= _widened(study, model, ready, qualities, base, recipe.name)
   metrics |= _speed(study, model, _bench(study, ready), base)
   metrics['compress_s'] = Metric(compress_s, 's')
@@ -189,11 +196,27 @@ def _widened(study, model, ready, qualities, base: Baseline, name=records.BASE):
 
 
 def _quality_metrics(qualities, base: Baseline) -> dict[str, Metric]:
-  metrics = {}
-  for i, (text, quality) in enumerate(qualities.items()):
-    for name, metric in _metrics_of_text(quality, base.qualities[text]).items():
-      metrics[f'{name}:{text}' if i else name] = metric
-  return metrics
+  return _by_text({t: _metrics_of_text(q, base.qualities[t]) for t, q in qualities.items()})
+
+
+def _by_text(found: Mapping[str, dict[str, Metric]]) -> dict[str, Metric]:
+  """The metrics of several texts; those of the first have plain names."""
+  return {
+    f'{name}:{text}' if i else name: metric
+    for i, (text, metrics) in enumerate(found.items())
+    for name, metric in metrics.items()
+  }
+
+
+def _experts_changed(study, ready, base: Baseline) -> dict[str, Metric]:
+  """The share of tokens with other experts than in the base, where that can be said."""
+  found = {}
+  for name, text in study.texts.items():
+    own = routing.chosen(ready, text)
+    share = routing.changed_share(ready, own, base.ready, base.chosen[name])
+    tokens = text.tokens_BT.size
+    found[name] = {} if share is None else {EXPERTS_CHANGED: Metric(share, '1', tokens)}
+  return _by_text(found)
 
 
 def _metrics_of_text(quality, base) -> dict[str, Metric]:

@@ -12,6 +12,7 @@ from experiments import (
   arms,
   study_adapters,
   study_distillation,
+  study_experts,
   study_int8,
   study_pruning,
   study_qat,
@@ -22,13 +23,22 @@ from model.eval.records import Record
 
 STUDIES = {
   module.STUDY.name: module.STUDY
-  for module in (study_adapters, study_distillation, study_int8, study_pruning, study_qat)
+  for module in (
+    study_adapters,
+    study_distillation,
+    study_experts,
+    study_int8,
+    study_pruning,
+    study_qat,
+  )
 }
 COLUMNS = {  # metric -> its heading and format
   'cross_entropy': ('loss, nats per token', '.4f'),
   'train_loss': ('training loss', '.4f'),
   'recovered': ('came back', '.0%'),
   'parameters_kept': ('parameters', '.1%'),
+  'max_violation': ('MaxVio', '.3f'),
+  'dead_experts': ('dead experts', '.1f'),
   'entropy': ('entropy', '.3f'),
   'forward_kl': ('KL(teacher, student)', '.4f'),
   'reverse_kl': ('KL(student, teacher)', '.4f'),

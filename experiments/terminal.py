@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from experiments import common
 from experiments.comparison import LAYERS, MODELS, RECORDS
@@ -11,7 +11,6 @@ from experiments.inputs import HELD_OUT
 from model.compress import recipe, registry
 from model.compress.recipe import Recipe
 from model.eval import columns, report, select
-from model.eval.columns import TERMINAL_COLUMNS as COLUMNS
 from model.eval.records import BASE, Record
 
 MIN_WIDTH = 7  # of a column: all that `columns` shows of usual models fits in
@@ -21,19 +20,22 @@ CLEAR_LINE = '\r\x1b[K'
 class Table:
   """A table whose rows appear one by one, in columns of a width that is known before.
 
+  `measured` names optional metrics that have a column.
+
   Rows go to stdout. The recipe at work goes to stderr: on a terminal as a line that the next row
   replaces.
   """
 
-  def __init__(self, names: Sequence[str]):
+  def __init__(self, names: Sequence[str], measured: Collection[str] = ()):
+    self._columns = columns.of_terminal(measured)
     self._name_width = max(map(len, ['recipe', BASE, *names]))
-    self._widths = [max(MIN_WIDTH, *map(len, column.short)) for column in COLUMNS]
+    self._widths = [max(MIN_WIDTH, *map(len, column.short)) for column in self._columns]
     self._count, self._rows = len(names), []
 
   def header(self) -> None:
     """Prints the two lines of headings."""
-    self._print('', [column.short[0] for column in COLUMNS])
-    self._print('recipe', [column.short[1] for column in COLUMNS])
+    self._print('', [column.short[0] for column in self._columns])
+    self._print('recipe', [column.short[1] for column in self._columns])
     print('-' * (self._name_width + sum(self._widths) + len(self._widths)), flush=True)
 
   def start(self, i: int, one: Recipe) -> None:
@@ -47,7 +49,8 @@ class Table:
     self._rows.append(record)
     if sys.stderr.isatty():
       print(CLEAR_LINE, end='', file=sys.stderr, flush=True)
-    cells = [columns.text(columns.value(record, c, self._rows), c) for c in COLUMNS]
+    values = [(c, columns.value(record, c, self._rows)) for c in self._columns]
+    cells = [columns.text(value, c) for c, value in values]
     self._print(record.recipe, cells, report.NO_KERNEL if record.without_kernel else '')
 
   def _print(self, name: str, cells: Sequence[str], mark: str = '') -> None:

@@ -15,11 +15,19 @@ With experts in every layer, of which each token goes through two and through a 
 
   python -m experiments.train_lm --experts=8 --experts_per_token=2 --shared_experts=1
 
+The experts are kept in use by balance losses; with --balancing=bias by a bias of the choice that
+each update moves, with --balancing=none by nothing. On several devices, the experts can be divided
+among those of a mesh axis:
+
+  python -m experiments.train_lm --experts=8 --mesh_data=2 --mesh_expert=4 \
+      --expert_dispatch=all_to_all --capacity_factor=1.25
+
 OUT/model is a Hugging Face folder of the Llama family, with experts of the Mixtral family, which
 `experiments.compress --model` and transformers load; with shared experts, or with one expert per
-token, it is in the format of Lissom. OUT/run holds checkpoints and the loss of every update
-(loss.jsonl). A killed run that is started again with the same flags resumes and ends with the same
-bits. OUT/records.jsonl gets one line per run.
+token, or with biases of the choice, it is in the format of Lissom. OUT/run holds checkpoints, and
+the loss and the use of experts of every update (loss.jsonl), which OUT/loss.png and OUT/experts.png
+show. A killed run that is started again with the same flags resumes and ends with the same bits.
+OUT/records.jsonl gets one line per run.
 
 Device: any. Minutes: 2 with the defaults on two CPU cores. Expect about 2 bits per byte of held-out
 text with the defaults.
@@ -27,15 +35,17 @@ text with the defaults.
 
 import dataclasses
 import time
+from typing import get_args
 
 from absl import flags
 from flax import nnx
 
 from experiments import base as embedded
 from experiments import common, training
-from model import corpus, hf
+from model import corpus, expert_parallel, hf
 from model import tokenizer as tokenizer_lib
-from model.eval import cost, perplexity, records
+from model.eval import cost, experts_figure, loss_figure, perplexity, records
+from model.expert_parallel import DispatchConfig
 from model.files import check_replaceable
 from model.layers.routed import RoutedConfig
 from model.tokenizer import Tokenizer
@@ -46,7 +56,7 @@ from model.train.optimizer import OptimizerConfig
 from model.train.routing import Balanced
 from model.train.step import DTYPES, StepConfig, Task
 from model.transformer import Transformer, parameters
-from ops.moe import Router
+from ops.moe import DropOrder, Router
 
 DEFAULT = embedded.Plan()
 
@@ -79,6 +89,32 @@ EXPERTS_PER_TOKEN = flags.DEFINE_integer(
 SHARED_EXPERTS = flags.DEFINE_integer(
   'shared_experts', 0, 'Experts of --ffn_width that all tokens go through.', lower_bound=0
 )
+BALANCING = flags.DEFINE_enum(
+  'balancing', 'loss', ['loss', 'bias', 'none'], 'What keeps the experts in use.'
+)
+BALANCING_RATE = flags.DEFINE_float(
+  'balancing_rate',
+  None,
+  'Weight of the balance losses, or how far an update moves the biases. Default: 0.01 and 0.001.',
+  lower_bound=0.0,
+)
+EXPERT_DISPATCH = flags.DEFINE_enum(
+  'expert_dispatch',
+  'psum',
+  get_args(expert_parallel.Strategy),
+  'How rows get to experts on several devices; see model/expert_parallel.py.',
+)
+CAPACITY_FACTOR = flags.DEFINE_float(
+  'capacity_factor',
+  None,
+  'An expert takes so many times an even share, and the rest is dropped. Default: all is taken.',
+)
+DROP_ORDER = flags.DEFINE_enum(
+  'drop_order',
+  'token',
+  get_args(DropOrder),
+  'What finds room first: earlier tokens, or first choices, which then depend on later tokens.',
+)
 MESH = common.define_mesh()
 SEED = flags.DEFINE_integer('seed', 0, 'Seed of the initial weights, the order and the passages.')
 
@@ -110,7 +146,8 @@ PLAN_FLAGS = {
 def main() -> None:
   plan = _plan()
   common.check_positive(**{name: getattr(plan, name) for name in PLAN_FLAGS if 'warm' not in name})
-  fit_config = _fit_config(plan)
+  fit_config, mesh = _fit_config(plan), common.mesh(MESH)
+  expert_parallel.make(fit_config.step.dispatch, _with_experts(embedded.config(plan)), mesh)
   texts = corpus.load(TEXT.value)
   out = common.out(OUT.value)
   check_replaceable(out / 'model')
@@ -120,11 +157,12 @@ def main() -> None:
   data = _data(plan, texts, tokenizer)
   windows = _windows(plan, texts, tokenizer)
   start = time.perf_counter()
-  task = Task(objective=Balanced()) if EXPERTS.value else Task()
-  result = training.fit(model, data, fit_config, task, folder=out / 'run', mesh=common.mesh(MESH))
+  task = Task(objective=_balanced()) if EXPERTS.value else Task()
+  result = training.fit(model, data, fit_config, task, folder=out / 'run', mesh=mesh)
   train_s = time.perf_counter() - start
   hf.save_pretrained(result.model, tokenizer, out / 'model')
   quality = perplexity.evaluate(result.model, windows, progress=common.labelled('held-out text'))
+  _draw(result, out)
   record = _record(plan, texts, result, quality, train_s)
   records.append(out / 'records.jsonl', record)
   print(
@@ -133,13 +171,42 @@ def main() -> None:
   )
 
 
+def _draw(result, out) -> None:
+  name = 'cross_entropy' if EXPERTS.value else 'loss'
+  loss_figure.write([record[name] for record in result.records], out / 'loss.png')
+  if EXPERTS.value:
+    experts_figure.write(result.records, out / 'experts.png')
+
+
+def _balanced() -> Balanced:
+  """The objective by the flags."""
+  rate = BALANCING_RATE.value
+  if BALANCING.value == 'loss':
+    return Balanced(balance=0.01 if rate is None else rate)
+  if BALANCING.value == 'bias':
+    return Balanced(balance=0.0, bias_rate=0.001 if rate is None else rate)
+  return Balanced(balance=0.0)
+
+
 def _fit_config(plan) -> FitConfig:
   return FitConfig(
     optimizer=OptimizerConfig(
       steps=plan.steps, learning_rate=plan.learning_rate, warmup_steps=plan.warmup_steps
     ),
-    step=StepConfig(compute_dtype=DTYPE.value, accumulation=ACCUMULATION.value),
+    step=StepConfig(
+      compute_dtype=DTYPE.value,
+      accumulation=ACCUMULATION.value,
+      dispatch=_dispatch(),
+    ),
     checkpoint_every=CHECKPOINT_EVERY.value,
+  )
+
+
+def _dispatch() -> DispatchConfig:
+  return DispatchConfig(
+    strategy=EXPERT_DISPATCH.value,
+    capacity_factor=CAPACITY_FACTOR.value,
+    drop_order=DROP_ORDER.value,
   )
 
 
@@ -166,17 +233,23 @@ def _model_config(plan, tokenizer):
   config = config.replace(
     vocab_size=tokenizer.vocab_size, max_positions=max(config.max_positions, plan.seq_len)
   )
-  return _routed(config) if EXPERTS.value else config
+  return _with_experts(config)
 
 
-def _routed(config):
-  """The same model with experts; what a single choice is multiplied by trains its router."""
+def _with_experts(config):
+  """The same model with the experts of the flags, if they ask for any.
+
+  What a single choice is multiplied by trains its router.
+  """
+  if not EXPERTS.value:
+    return config
   choices, width = EXPERTS_PER_TOKEN.value, config.layers[0].ffn.width
   ffn = RoutedConfig(
     experts=EXPERTS.value,
     width=width,
     router=Router(choices=choices, renormalize=choices > 1),
     shared_width=SHARED_EXPERTS.value * width,
+    choice_bias=BALANCING.value == 'bias',
   )
   layers = tuple(dataclasses.replace(layer, ffn=ffn) for layer in config.layers)
   return config.replace(family='mixtral', layers=layers)
@@ -211,6 +284,8 @@ def _record(plan, texts, result, quality, train_s) -> records.Record:
       'experts': EXPERTS.value,
       'experts_per_token': EXPERTS_PER_TOKEN.value if EXPERTS.value else None,
       'shared_experts': SHARED_EXPERTS.value if EXPERTS.value else None,
+      'balancing': dataclasses.asdict(_balanced()) if EXPERTS.value else None,
+      'dispatch': dataclasses.asdict(_dispatch()) if EXPERTS.value else None,
       'text': texts.source,
       'text_fingerprint': texts.fingerprint,
     },
@@ -223,12 +298,19 @@ def _record(plan, texts, result, quality, train_s) -> records.Record:
       'parameters': records.Metric(sum(sizes), '1'),
       'active_parameters': records.Metric(cost.parameters(result.model.config).active, '1'),
       'train_time': records.Metric(train_s, 's'),
+      **(_use_of_experts(last) if EXPERTS.value else {}),
     },
     notes=[
       'train_time counts from the last resumption',
       *(['train_loss contains the balance losses'] if EXPERTS.value else []),
     ],
   )
+
+
+def _use_of_experts(last) -> dict[str, records.Metric]:
+  """Means over the layers, of the last update."""
+  names = ('max_violation', 'dead', 'dropped')
+  return {name: records.Metric(last[name], '1', last['tokens']) for name in names}
 
 
 if __name__ == '__main__':

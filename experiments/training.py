@@ -1,6 +1,7 @@
 """What the training scripts share: their flags, their text, and the run itself."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import get_args
@@ -10,7 +11,7 @@ from absl import flags
 
 from experiments import base as embedded
 from experiments import common
-from model import corpus, hf, sharding, stacked
+from model import corpus, expert_parallel, hf, sharding, stacked
 from model.eval.records import Metric
 from model.tokenizer import Tokenizer
 from model.train import chats, loop, split
@@ -191,10 +192,22 @@ def fit(
   mesh: jax.sharding.Mesh,
   held_out: HeldOut | None = None,
 ) -> FitResult:
-  """Places the models on the mesh and trains. Raises ValueError if the loss is not finite."""
+  """Places the models on the mesh and trains.
+
+  Raises ValueError, before any work, if the mesh does not divide the experts or the batch; and if
+  the loss is not finite.
+  """
+  expert_parallel.make(config.step.dispatch, model.config, mesh)
+  axes = expert_parallel.batch_axes(config.step.dispatch)
+  devices = math.prod(mesh.shape[axis] for axis in axes)
+  if data.batch_size % devices:
+    raise ValueError(
+      f'a batch of {data.batch_size} rows does not divide among the {devices} devices of the mesh '
+      f'axes {", ".join(axes)}'
+    )
   for each in (model, *task.references.values()):
     sharding.shard(each, mesh)
-  batches = sharding.batch_sharding(mesh)
+  batches = sharding.batch_sharding(mesh, axes)
   try:
     return loop.fit(
       model,

@@ -34,6 +34,7 @@ class ModelConfig:
   rope: RopeConfig | None = RopeConfig()  # None: learned positions (GPT-2)
   tied: bool = False  # the head is the embedding
   embedding_scale: float = 1.0
+  logit_divisor: float = 1.0  # logits are divided by it (Granite)
   logit_softcap: float | None = None
   head_bias: bool = False
   bos_id: int | None = None
@@ -48,7 +49,7 @@ class ModelConfig:
     check_choice('norm', self.norm, get_args(NormKind))
     if not (self.norm_eps >= 0 and math.isfinite(self.norm_eps)):
       raise ValueError(f'norm_eps must be a number of at least 0, not {self.norm_eps}')
-    for name in ('embedding_scale', 'logit_softcap'):
+    for name in ('embedding_scale', 'logit_divisor', 'logit_softcap'):
       check_positive(name, getattr(self, name))
     for l, layer in enumerate(self.layers):
       rotated = layer.mixer.rotated

@@ -27,7 +27,7 @@ import numpy as np
 from model import gguf, hf_names, native, safetensors_io, transformer
 from model.config import ModelConfig
 from model.files import atomic_folder, check_replaceable, read_json
-from model.hf_names import Entry, Family
+from model.hf_names import Entry, Family, Layout, coded
 from model.safetensors_io import Tensor
 from model.tokenizer import Tokenizer
 from model.tokenizer import check as check_tokenizer
@@ -37,6 +37,7 @@ from ops.linear import Weight
 CONFIG = 'config.json'
 GENERATION = 'generation_config.json'
 MAX_LISTED = 20
+BYTES = (np.dtype(np.uint8),)
 LOG = logging.getLogger(__name__)
 # What is downloaded: weights, configs and tokenizer files of the top folder. Some repositories keep
 # a second copy of their weights in consolidated*.safetensors.
@@ -143,28 +144,43 @@ def load_tensors(
   `names` has the names of the tensors; by default they are those of the config's family.
   """
   family = names or hf_names.find(config.family)
-  model = transformer.abstract(config, jnp.float32 if dtype is None else dtype)
-  parameters = transformer.parameters(model)
-  shapes = {path: tuple(param.get_value().shape) for path, param in parameters.items()}
-  entries = hf_names.entries(family, config, shapes)
   kept, dropped = hf_names.select_tensors(family, config, stored)
+  layout = hf_names.layout_of(family, kept)
+  model = transformer.abstract(config, jnp.float32 if dtype is None else dtype)
+  coded.give_formats(model, layout)
+  forms, fields = native.flatten(model)
+  shapes = {path: tuple(form.shape) for path, form in forms.items()}
+  entries = hf_names.entries(family, config, shapes, layout)
   _check_tensors(entries, kept)
   _say(kept, dropped)
-  bad, experts = [], {}  # path -> the matrices of its experts so far, in order
+  arrays = _read_arrays(entries, kept, forms, dtype)
+  for path, param in transformer.parameters(model).items():
+    param.set_value(native.build(fields[path], path, arrays.pop))
+  return model
+
+
+def _read_arrays(entries, stored, forms, dtype) -> dict[str, jax.Array]:
+  """The arrays of a model by path; `forms` has their shapes, and the dtypes of what is raw.
+
+  Raises ValueError, naming the tensors, where numbers are not finite.
+  """
+  bad, arrays, experts = [], {}, {}  # path -> the matrices of its experts so far, in order
   for entry in entries:
-    values = _read(kept[entry.theirs])
-    if not np.isfinite(values).all():
-      bad.append(f'{entry.theirs} {values.shape}')
-    for path, part in zip(entry.ours, entry.split(values)):
+    finite, raw = True, entry.codec.raw
+    for path, part in zip(entry.ours, entry.split(_read(stored[entry.theirs]))):
+      part = part.view(forms[path].dtype) if raw else part
+      finite &= bool(np.isfinite(part).all())
       if entry.expert is not None:
         experts.setdefault(path, []).append(part)
-        if len(experts[path]) < shapes[path][0]:
+        if len(experts[path]) < forms[path].shape[0]:
           continue
         part = np.stack(experts.pop(path))
       # A copy: an array that shares the mapped file would change or die with it.
-      parameters[path].set_value(jnp.array(part, dtype, copy=True))
+      arrays[path] = jnp.array(part, None if raw else dtype, copy=True)
+    if not finite:
+      bad.append(f'{entry.theirs} {entry.shape}')
   _raise_listed('the checkpoint has NaN or infinity in', bad)
-  return model
+  return arrays
 
 
 def _read(tensor: Tensor) -> np.ndarray:
@@ -193,13 +209,14 @@ def _patterns(names: list[str]) -> str:
 
 def _check_tensors(entries: list[Entry], stored: Mapping[str, Tensor]) -> None:
   expected = {entry.theirs: entry.shape for entry in entries}
+  dtypes = {e.theirs: BYTES if e.codec.raw else hf_names.FLOATS for e in entries}
   problems = [f'missing: {name} {shape}' for name, shape in expected.items() if name not in stored]
   for name, tensor in stored.items():
     if name not in expected:
       problems.append(f'unexpected: {name} {tensor.shape}')
     elif tensor.shape != expected[name]:
       problems.append(f'misshapen: {name} is {tensor.shape}, not {expected[name]}')
-    elif tensor.dtype not in hf_names.FLOATS:
+    elif tensor.dtype not in dtypes[name]:
       problems.append(f'unsupported dtype: {name} is {tensor.dtype}')
   _raise_listed('the tensors are not those that the config describes', problems)
 
@@ -233,13 +250,13 @@ def save_pretrained(
   check_replaceable(path)
   if tokenizer is not None:
     check_tokenizer(tokenizer, model.config.vocab_size)
-  config, whole = _describe(model)
-  tensors = to_tensors(model) if whole else native.tensors(model)
+  config, layout = _describe(model)
+  tensors = native.tensors(model) if layout is None else _in_layout(model, layout)
   tokens = {key: config[key] for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
   generation = {key: value for key, value in tokens.items() if value is not None}
   with atomic_folder(path) as folder:
     safetensors_io.write_folder(folder, tensors, max_shard_bytes=max_shard_bytes)
-    if not whole:
+    if layout is None:
       _write_json(folder / native.MANIFEST, native.manifest(model, recipe))
     _write_json(folder / CONFIG, config)
     _write_json(folder / GENERATION, {'_from_model_config': True, **generation})
@@ -247,30 +264,49 @@ def save_pretrained(
       tokenizer.save(folder)
 
 
-def _describe(model) -> tuple[dict, bool]:
-  """The contents of config.json, and whether they and plain arrays are the whole model."""
-  whole = not native.is_compressed(model)
+def _describe(model) -> tuple[dict, Layout | None]:
+  """The contents of config.json, and the layout in which they and the tensors are the whole model.
+
+  None: there is none.
+  """
+  layout = _layout(model)
   config = hf_names.shared_to_hf(model.config)
   try:
     config = hf_names.config_to_hf(model.config)
   except ValueError as error:
-    if whole:
+    if layout is not None:
       LOG.warning('saved in the format of Lissom, which transformers does not read: %s', error)
-    whole = False
+    layout = None
   dtype = str(model.embedding.table.get_value().dtype)
   dtypes = {'dtype': dtype, 'torch_dtype': dtype}  # both spellings: transformers 4 and 5
-  return {**config, **dtypes, **({} if whole else native.HF_MARK)}, whole
+  return {**config, **dtypes, **(native.HF_MARK if layout is None else layout.keys)}, layout
+
+
+def _layout(model: Transformer) -> Layout | None:
+  """The first layout of the family that stores each weight in the type that it has, or None."""
+  layouts = hf_names.find(model.config.family).layouts
+  return next((layout for layout in layouts if coded.holds(layout, model)), None)
 
 
 def to_tensors(model: Transformer) -> dict[str, Tensor]:
-  """The model under the names of its family, each tensor made when it is read."""
-  parameters = transformer.parameters(model)
-  arrays = {path: param.get_value() for path, param in parameters.items()}
-  packed = [f'{p}: {type(a).__name__}' for p, a in arrays.items() if isinstance(a, Weight)]
-  _raise_listed('config.json has no way to describe these compressed weights', packed)
+  """The model under the names of its family, each tensor made when it is read.
+
+  Raises ValueError if the family stores a weight in another type than the model has.
+  """
+  layout = _layout(model)
+  if layout is None:
+    parameters = transformer.parameters(model).items()
+    weights = {path: type(param.get_value()) for path, param in parameters}
+    packed = [f'{p}: {kind.__name__}' for p, kind in weights.items() if issubclass(kind, Weight)]
+    _raise_listed('config.json has no way to describe these compressed weights', packed)
+  return _in_layout(model, layout)
+
+
+def _in_layout(model: Transformer, layout: Layout) -> dict[str, Tensor]:
+  arrays, _ = native.flatten(model)
   shapes = {path: array.shape for path, array in arrays.items()}
   family = hf_names.find(model.config.family)
-  entries = hf_names.entries(family, model.config, shapes)
+  entries = hf_names.entries(family, model.config, shapes, layout)
   return {entry.theirs: _joined(entry, arrays) for entry in entries}
 
 
@@ -282,7 +318,7 @@ def _joined(entry: Entry, arrays: Mapping[str, jax.Array]) -> Tensor:
     own = parts if entry.expert is None else [part[entry.expert] for part in parts]
     return entry.join([np.asarray(part).astype(dtype, copy=False) for part in own])
 
-  return Tensor(entry.shape, dtype, read)
+  return Tensor(entry.shape, BYTES[0] if entry.codec.raw else dtype, read)
 
 
 def _write_json(path, data):

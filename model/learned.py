@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.transformer import Transformer, linears, matching_layers, parameters
-from ops import activations, masked, qat, quantized, sparse
+from ops import activations, experts, masked, qat, quantized, sparse
 from ops.formats import FormatName
 from ops.int8_training import Backward, Engine, Int8Products
 from ops.linear import Matrix, Weight, map_values, stored
@@ -83,12 +83,22 @@ def finish(model: Transformer) -> Transformer:
   """Returns a copy of a model whose weights are stored as what they learned."""
   model = nnx.clone(model)
   for param in parameters(model).values():
-    param.set_value(jax.jit(stored)(param.get_value()))
+    param.set_value(_finished(param.get_value()))
   return model
 
 
+@jax.jit
+def _finished(w: Matrix) -> Matrix:
+  return experts.mapped(stored, w) if isinstance(w, Weight) else w
+
+
 def _learning(w: Matrix, config: QatConfig) -> Matrix:
-  if not isinstance(w, Weight) and sparse.looks_pruned(w):
+  pruned = not isinstance(w, Weight) and sparse.looks_pruned(w)
+  return experts.mapped(lambda one: _learning_one(one, config, pruned), w)
+
+
+def _learning_one(w: Matrix, config: QatConfig, pruned: bool) -> Matrix:
+  if pruned:
     w = masked.masked(w)
 
   def learn(values: jax.Array) -> qat.QatTensor:

@@ -119,7 +119,7 @@ def _entries(model) -> list[Entry]:
   """The tensors of the base, with the parameters of ours that each consists of, without experts."""
   shapes = {path: tuple(p.get_value().shape) for path, p in parameters(model).items()}
   entries = hf_names.entries(hf_names.find(model.config.family), model.config, shapes)
-  return [entry for entry in entries if entry.expert is None]
+  return [entry for entry in entries if not entry.of_experts]
 
 
 def _modules(stored: Mapping[str, Tensor], suffix: str) -> list[str]:

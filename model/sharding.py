@@ -3,7 +3,8 @@
 Models never name mesh axes. A matrix names its axes by letters (`Linear.axes`), and a weight
 type names the axes of its arrays in terms of the I and O of the matrix. The table gives the mesh
 axes of the parameters, and GSPMD propagates them through the program, so the same jitted functions
-run on one device or on many. An axis whose size is not a multiple of its mesh axes is replicated.
+run on one device or on many. An axis whose size is not a multiple of its mesh axes is replicated;
+experts must be a multiple, because whoever divides them counts on it.
 
 Mesh axes: `data` splits the batch; `fsdp` the batch and the parameters; `model` heads, feed-forward
 and vocabulary; `expert` the experts.
@@ -52,7 +53,10 @@ def make_mesh(
 
 
 def sharding(mesh: Mesh, letters: str | tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
-  """Returns the sharding of one array whose axes have these letters."""
+  """Returns the sharding of one array whose axes have these letters.
+
+  Raises ValueError if the mesh does not divide its experts.
+  """
   spec = []
   for letter, size in zip(letters, shape, strict=True):
     axis = RULES[letter]
@@ -60,6 +64,8 @@ def sharding(mesh: Mesh, letters: str | tuple[str, ...], shape: tuple[int, ...])
     ways = 1
     for name in names:
       ways *= mesh.shape[name]
+    if letter == 'E' and size % ways:
+      raise ValueError(f'{size} experts do not divide among {ways} devices; choose another mesh')
     spec.append(axis if ways > 1 and size % ways == 0 else None)
   return NamedSharding(mesh, PartitionSpec(*spec))
 
@@ -96,13 +102,15 @@ def shardings_of(model: nnx.Module, mesh: Mesh) -> Iterator[tuple[nnx.Param, Any
         yield value, _param_shardings(mesh, module, value)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of token batches [B, T]."""
-  return NamedSharding(mesh, PartitionSpec(RULES['B']))
+def batch_sharding(mesh: Mesh, axes: tuple[str, ...] = RULES['B']) -> NamedSharding:
+  """Returns the sharding of token batches [B, T], whose rows these mesh axes divide."""
+  return NamedSharding(mesh, PartitionSpec(axes))
 
 
 def _param_shardings(mesh, module, param):
   w = param.get_value()
+  if isinstance(module, Linear) and module.decides:  # small, and all devices need all the scores
+    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), w)
   if isinstance(module, Linear | Table) and len(w.shape) == len(module.axes):
     return weight_shardings(mesh, w, module.axes)
   if isinstance(module, Linear):

@@ -6,10 +6,11 @@ of several different ones (Gemma 2 alternates two), is repeated, the parameters 
 are stacked and `jax.lax.scan` runs them with one compiled body. A block that is like no neighbour
 runs by itself. Decoding, which reads each weight once, stays with `Transformer.hidden`.
 
-A model may be stacked once, by `stack`, and trained in that form: then the program is the same for
-30 layers as for 300, the optimizer's part included, and nothing is copied. `hidden` also takes an
-ordinary model and stacks it on the way. That costs a second copy of the parameters and of their
-gradients while the two passes run, and XLA:CPU compiles each layer's slices of them.
+A model may be stacked once, by `stack`, and trained in that form, as `model.train` does: then the
+program is the same for 30 layers as for 300, the optimizer's part included, and nothing is copied.
+`hidden` also takes an ordinary model and stacks it on the way. That costs a second copy of the
+parameters and of their gradients while the two passes run, and XLA:CPU compiles each layer's slices
+of them.
 
 An update of SmolLM2-135M (30 layers) with AdamW, 2 x 512 tokens, float32, on XLA:CPU:
 
@@ -36,6 +37,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from model.layers.block import Block
 from model.transformer import Context, Transformer
@@ -71,8 +73,12 @@ class Run:
   repeats: int
 
 
-def stack(model: Transformer, *, consume: bool = False) -> Transformer:
+def stack(
+  model: Transformer, *, consume: bool = False, traits: Sequence[Hashable] | None = None
+) -> Transformer:
   """Returns a model whose `layers` are stacks where blocks are alike.
+
+  `traits` has a value for each layer: blocks that differ in it are not alike.
 
   Its parameters have paths such as 'layers.0.blocks.0.ffn.up.weight', with a leading axis. Of the
   model's own methods it has `embed` and `logits`; `hidden` below runs its blocks. A model that is
@@ -81,26 +87,47 @@ def stack(model: Transformer, *, consume: bool = False) -> Transformer:
   The model does not change, unless `consume` frees the arrays that were stacked, one kind after
   another. The two models are then never held together, and the old one cannot be used any more.
   """
-  if any(isinstance(layer, Stack) for layer in model.layers):
+  if has_stacks(model):
     return model
   blocks, parts = list(model.layers), []
-  for run in runs([kind(block) for block in blocks]):
+  traits = [None] * len(blocks) if traits is None else traits
+  kinds = [(kind(block), trait) for block, trait in zip(blocks, traits, strict=True)]
+  for run in runs(kinds):
     own = blocks[run.start : run.start + run.period * run.repeats]
     parts += own if run.repeats == 1 else [Stack.of(own, run.period, consume=consume)]
   return _with_layers(model, parts)
 
 
 def unstack(model: Transformer) -> Transformer:
-  """Returns the ordinary model of a stacked one; the reverse of `stack`."""
+  """Returns the ordinary model of a stacked one, which may be ordinary; the reverse of `stack`."""
+  if not has_stacks(model):
+    return model
   found = []
   for layer in model.layers:
     found += layer.unstacked() if isinstance(layer, Stack) else [layer]
   return _with_layers(model, found)
 
 
+def has_stacks(model: Transformer) -> bool:
+  """Whether `stack` has made it."""
+  return any(isinstance(layer, Stack) for layer in model.layers)
+
+
 def is_stacked(path: str) -> bool:
   """Whether the array of this path has a leading axis of repetitions."""
   return '.blocks.' in path
+
+
+def ordinary_path(model: Transformer, path: str) -> str:
+  """The path in the ordinary model of the first array that is stacked under `path`."""
+  names = path.split('.')
+  if names[0] != 'layers':
+    return path
+  place = int(names[1])
+  layer, rest = sum(map(_depth, list(model.layers)[:place])), names[2:]
+  if rest[0] == 'blocks':
+    layer, rest = layer + int(rest[1]), rest[2:]
+  return '.'.join(['layers', str(layer), *rest])
 
 
 def hidden(
@@ -139,6 +166,28 @@ def hidden_and_read(
       x_BTD, one = _body(graphdef, context, read, remat, in_loop=False)(state, x_BTD)
       found.append(one)
   return model.final_norm(x_BTD), found
+
+
+def block_paths(model: Transformer) -> list[str]:
+  """The paths of the blocks of a model, stacked or not, in the order of `hidden_and_read`."""
+  paths = []
+  for i, layer in enumerate(model.layers):
+    inner = range(len(layer.blocks)) if isinstance(layer, Stack) else None
+    paths += [f'layers.{i}'] if inner is None else [f'layers.{i}.blocks.{j}' for j in inner]
+  return paths
+
+
+def by_layer(model: Transformer, found: Sequence[Any]) -> list[Any]:
+  """What `hidden_and_read` read of a stacked model, one entry for each layer in running order."""
+  entries, rest = [], iter(found)
+  for layer in model.layers:
+    if isinstance(layer, Stack):
+      own = [next(rest) for _ in layer.blocks]
+      take = lambda r, tree: jax.tree.map(lambda array: array[r], tree)
+      entries += [take(r, one) for r in range(layer.repeats) for one in own]
+    else:
+      entries.append(next(rest))
+  return entries
 
 
 def kind(block: Block) -> Hashable:
@@ -194,11 +243,19 @@ def _loop(layer: Stack, context: Context, x_BTD, read: Read, remat: Remat):
   return jax.lax.scan(period, x_BTD, states)
 
 
+def _depth(layer: nnx.Module) -> int:
+  """How many blocks an entry of `layers` stands for."""
+  return len(layer.blocks) * layer.repeats if isinstance(layer, Stack) else 1
+
+
 def _joined(blocks: Sequence[Block], consume: bool) -> Block:
   """One block with the arrays of several alike ones, stacked."""
 
   def join(*leaves):
     joined = jnp.stack(leaves)
+    places = getattr(leaves[0], 'sharding', None)
+    if isinstance(places, NamedSharding) and not isinstance(joined, jax.core.Tracer):
+      joined = jax.device_put(joined, NamedSharding(places.mesh, PartitionSpec(None, *places.spec)))
     for leaf in leaves if consume else ():
       leaf.delete()
     return joined

@@ -90,6 +90,8 @@ class Transformer(nnx.Module):
     else:
       y = self.head(x)
     y = y.astype(jnp.float32)
+    if self.config.logit_divisor != 1.0:
+      y = y / self.config.logit_divisor
     cap = self.config.logit_softcap
     return y if cap is None else cap * jnp.tanh(y / cap)
 

@@ -17,6 +17,7 @@ ALPHABET = {
   'F': 'feed-forward width',
   'U': 'width of shared experts',
   'N': 'query heads',
+  'Q': 'sinks, one of each query head',
   'K': 'key/value heads',
   'G': 'query heads per key/value head',
   'H': 'head width',

@@ -12,8 +12,11 @@ that, so its coefficients are divided by X.
 The counts are an argument of the loss, so that they can be those of the whole batch where tokens
 come in micro-batches or on several devices: balance within a small part of a batch is a stronger
 demand, and keeps experts from specializing (Qiu et al. 2025, https://arxiv.org/abs/2501.11873).
-Tokens outside `mask_T` (padding) do not count.
+Tokens outside `mask_T` (padding) do not count. `usage` has what of a part of a batch adds up, and
+from the sum over the parts follow the losses and the statistics of the batch.
 """
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,7 @@ from ops import axes
 from ops.moe import Routing, Score
 
 FEW = 0.1  # an expert with less than this part of its even share is called dead
+TINY = 1e-20  # keeps means of nothing at zero
 
 
 def load(experts_TX: jax.Array, count: int, mask_T: jax.Array | None = None) -> jax.Array:
@@ -49,9 +53,19 @@ def balance_loss(
   The choices have no gradient; the probabilities have. Means over parts of a batch with as many
   tokens each average to the loss of the batch, if all get its load.
   """
-  sizes = axes.check('TE,E,T', probabilities_TE, load_E, mask_T)
-  part_E = jax.lax.stop_gradient(load_E / jnp.maximum(jnp.sum(load_E), 1))
-  return sizes['E'] * jnp.dot(part_E, _mean(probabilities_TE, mask_T))
+  axes.check('TE,E,T', probabilities_TE, load_E, mask_T)
+  return unevenness(_mean(probabilities_TE, mask_T), load_E)
+
+
+def unevenness(mean_E: jax.Array, load_E: jax.Array) -> jax.Array:
+  """The balance loss by the mean probabilities of the experts; leading axes are kept."""
+  sizes = axes.check('...E,...E', mean_E, load_E)
+  return sizes['E'] * jnp.sum(jax.lax.stop_gradient(parts(load_E)) * mean_E, axis=-1)
+
+
+def parts(load_E: jax.Array) -> jax.Array:
+  """The load of each expert as a part of all choices; leading axes are kept."""
+  return load_E / jnp.maximum(jnp.sum(load_E, axis=-1, keepdims=True), TINY)
 
 
 def z_loss(logits_TE: jax.Array, mask_T: jax.Array | None = None) -> jax.Array:
@@ -67,36 +81,81 @@ def updated_bias(bias_E: jax.Array, load_E: jax.Array, rate: float) -> jax.Array
   It moves by `rate` (DeepSeek-V3: 0.001) whatever the distance from the mean. The paper lets the
   mean of the biases drift; here it is kept at zero, which changes no choice.
   """
-  axes.check('E,E', bias_E, load_E)
-  moved_E = bias_E + rate * jnp.sign(jnp.mean(load_E) - load_E)
-  return moved_E - jnp.mean(moved_E)
+  sizes = axes.check('...E,...E', bias_E, load_E)
+  # Loads are whole numbers, of which no rounding makes an even one uneven.
+  below_E = jnp.sign(jnp.sum(load_E, axis=-1, keepdims=True) - sizes['E'] * load_E)
+  moved_E = bias_E + rate * below_E
+  return moved_E - jnp.mean(moved_E, axis=-1, keepdims=True)
 
 
 def max_violation(load_E: jax.Array) -> jax.Array:
-  """How far the fullest expert is above the mean load, as a part of it; 0 if all are even."""
-  return jnp.max(load_E) / jnp.maximum(jnp.mean(load_E), jnp.finfo(load_E.dtype).tiny) - 1
+  """How far the fullest expert is above the mean load, as a part of it; 0 if all are even.
+
+  Leading axes are kept.
+  """
+  return jnp.max(load_E, axis=-1) / jnp.maximum(jnp.mean(load_E, axis=-1), TINY) - 1
 
 
-def statistics(
-  logits_TE: jax.Array, routing: Routing, score: Score, mask_T: jax.Array | None = None
+def usage(
+  logits_TE: jax.Array,
+  routing: Routing,
+  score: Score,
+  mask_T: jax.Array | None = None,
+  kept_TX: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-  """What shows how a router works, as float32 scalars by name.
+  """How experts are used, as float32 sums over tokens, of which those of parts add up.
+
+  tokens: how many there are.  load: choices per expert, [E].  probability: of each expert, [E].
+  token_entropy, top_weight, square_z: see `statistics`.  dropped: choices outside `kept_TX`.
+  """
+  sizes = axes.check('TE,TX,T,TX', logits_TE, routing.experts_TX, mask_T, kept_TX)
+  ones_T, p_TE = _mask(mask_T, sizes['T']), probabilities(logits_TE, score)
+  total = lambda values: jnp.tensordot(ones_T, values.astype(jnp.float32), 1)
+  z_T = jax.nn.logsumexp(logits_TE.astype(jnp.float32), axis=-1)
+  gone_TX = jnp.zeros(routing.experts_TX.shape) if kept_TX is None else ~kept_TX
+  return {
+    'tokens': jnp.sum(ones_T),
+    'load': load(routing.experts_TX, sizes['E'], mask_T),
+    'probability': total(p_TE),
+    'token_entropy': total(_entropy(p_TE)),
+    'top_weight': total(routing.weights_TX[:, 0]),
+    'square_z': total(jnp.square(z_T)),
+    'dropped': jnp.sum(total(gone_TX)),
+  }
+
+
+def losses(used: Mapping[str, jax.Array], load_E: jax.Array | None = None) -> dict[str, jax.Array]:
+  """The balance loss and the z-loss by the `usage` of tokens; leading axes of it are kept.
+
+  `load_E` is the load of the whole batch, where the tokens are a part of it.
+  """
+  tokens = jnp.maximum(used['tokens'], TINY)
+  own_E = used['load'] if load_E is None else load_E
+  return {
+    'balance_loss': unevenness(used['probability'] / tokens[..., None], own_E),
+    'z_loss': used['square_z'] / tokens,
+  }
+
+
+def statistics(used: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """What shows how a router works, by name, from the `usage` of tokens; leading axes are kept.
 
   max_violation: see there.  dead: experts with less than a tenth of an even share.
   token_entropy: of the probabilities of a token, in nats, the mean over tokens.
   mean_entropy: of the mean probabilities; above the former by what experts specialize.
   top_weight: the mean weight of the first choice.  z: the root of the z-loss.
+  dropped: the part of all choices that found no room.
   """
-  count = logits_TE.shape[-1]
-  load_E = load(routing.experts_TX, count, mask_T)
-  p_TE = probabilities(logits_TE, score)
+  tokens, load_E = jnp.maximum(used['tokens'], TINY), used['load']
+  few_E = load_E < FEW * jnp.mean(load_E, axis=-1, keepdims=True)
   return {
     'max_violation': max_violation(load_E),
-    'dead': jnp.sum(load_E < FEW * jnp.mean(load_E)).astype(jnp.float32),
-    'token_entropy': _mean(_entropy(p_TE), mask_T),
-    'mean_entropy': _entropy(_mean(p_TE, mask_T)),
-    'top_weight': _mean(routing.weights_TX[:, 0], mask_T),
-    'z': jnp.sqrt(z_loss(logits_TE, mask_T)),
+    'dead': jnp.sum(few_E, axis=-1).astype(jnp.float32),
+    'token_entropy': used['token_entropy'] / tokens,
+    'mean_entropy': _entropy(used['probability'] / tokens[..., None]),
+    'top_weight': used['top_weight'] / tokens,
+    'z': jnp.sqrt(used['square_z'] / tokens),
+    'dropped': used['dropped'] / jnp.maximum(jnp.sum(load_E, axis=-1), TINY),
   }
 
 

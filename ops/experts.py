@@ -36,6 +36,11 @@ def stack(weights: Sequence[Matrix]) -> Matrix:
   return jax.tree.map(lambda *arrays: jnp.stack(arrays), *weights)
 
 
+def mapped(fn: Callable[..., Any], w: Matrix, *shared: Any) -> Any:
+  """fn(w, *shared) of a matrix; of experts, of each by itself with the same `shared`."""
+  return fn(w, *shared) if count(w) is None else each(lambda one: fn(one, *shared), w)
+
+
 def each(fn: Callable[[Any], Any], arrays: Any) -> Any:
   """Maps `fn` over the leading axis of a pytree, one expert after the other.
 

@@ -32,7 +32,8 @@ WEIGHT_TYPES: dict[str, type['Weight']] = {}
 #   scale    scales and zero points of codes; trained only where that is asked for
 #   code     numbers of few bits, which gradients do not reach
 #   mask     which values are kept, or where they belong
-Role = Literal['value', 'adapter', 'scale', 'code', 'mask']
+# A parameter that training changes by a rule of its own, without gradients, is a buffer.
+Role = Literal['value', 'adapter', 'scale', 'code', 'mask', 'buffer']
 
 
 class Weight(abc.ABC):

@@ -16,11 +16,16 @@ float32 whatever the logits are, because bfloat16 changes the chosen experts of 
 experts with equal scores the first is chosen. A token's experts depend on no other token.
 
 No token is dropped: the rows are sorted by expert, and `ops.linear.grouped_matmul` multiplies each
-group. Sorting and gathering cost no multiplications. `within_capacity` says which choices a limit
-on the rows of an expert would drop, for models that were trained with one.
+group. Sorting and gathering cost no multiplications. `mix_in_buffers` gives each expert a buffer of
+so many rows instead, and drops what finds no room; `within_capacity` says which choices do.
+
+`choose_tokens` and `mix_chosen` are expert choice (Zhou et al., 2022,
+https://arxiv.org/abs/2202.09368): each expert takes the tokens that score highest with it, so all
+have the same load. Whether a token is taken depends on later ones: it is not for language models.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -32,6 +37,7 @@ from ops import axes
 Score = Literal['softmax', 'sigmoid', 'softmax_of_chosen']
 GroupScore = Literal['max', 'sum_of_two']
 DropOrder = Literal['token', 'choice']
+Chooser = Literal['token', 'expert']
 TINY = 1e-20  # keeps a sum of scores that are all rounded to zero from dividing by it
 
 
@@ -39,7 +45,8 @@ TINY = 1e-20  # keeps a sum of scores that are all rounded to zero from dividing
 class Router:
   """How experts are chosen by their logits, and what their outputs are multiplied by.
 
-  choices: experts per token.
+  choices: experts per token; their mean, where experts choose.
+  chooser: whether tokens choose experts or experts choose tokens, which no decoder may do.
   score: of the logits; 'softmax_of_chosen' takes the softmax over the chosen experts alone.
   groups, group_limit: experts are in equal groups of consecutive ones, and only the `group_limit`
     best groups of a token are open to it (None: all).
@@ -50,6 +57,7 @@ class Router:
   """
 
   choices: int
+  chooser: Chooser = 'token'
   score: Score = 'softmax'
   groups: int = 1
   group_limit: int | None = None
@@ -58,6 +66,8 @@ class Router:
   scale: float = 1.0
 
   def __post_init__(self):
+    if self.chooser not in get_args(Chooser):
+      raise ValueError(f'chooser {self.chooser!r} is not one of {", ".join(get_args(Chooser))}')
     if self.score not in get_args(Score):
       raise ValueError(f'score {self.score!r} is not one of {", ".join(get_args(Score))}')
     if self.group_score not in get_args(GroupScore):
@@ -101,8 +111,10 @@ def route(logits_TE: jax.Array, router: Router, bias_E: jax.Array | None = None)
   """Chooses the experts of each token.
 
   `bias_E` is added to the scores for the choice alone; the weights do not contain it, so it gets no
-  gradient. Raises ValueError if the router cannot choose among so many experts.
+  gradient. Raises ValueError if the router cannot choose among so many experts, or it has experts
+  choose.
   """
+  _check_chooser(router, 'token')
   sizes = axes.check('TE,E', logits_TE, bias_E)
   router.check(sizes['E'])
   scores_TE = _scores(logits_TE.astype(jnp.float32), router.score)
@@ -116,6 +128,12 @@ def route(logits_TE: jax.Array, router: Router, bias_E: jax.Array | None = None)
   if router.renormalize:
     weights_TX = weights_TX / (jnp.sum(weights_TX, axis=-1, keepdims=True) + TINY)
   return Routing(experts_TX=experts_TX, weights_TX=router.scale * weights_TX)
+
+
+def _check_chooser(router: Router, chooser: Chooser) -> None:
+  if router.chooser != chooser:
+    function = {'token': 'route', 'expert': 'choose_tokens'}[router.chooser]
+    raise ValueError(f'chooser is {router.chooser!r}; call ops.moe.{function}')
 
 
 def _scores(logits_TE, score: Score):
@@ -179,8 +197,13 @@ def from_experts(y_MD: jax.Array, plan: Dispatch, weights_TX: jax.Array) -> jax.
 
   The sum is float32, and its order does not depend on the device.
   """
-  y_TXD = _permuted(y_MD, plan.row_M, plan.pair_M).reshape(*weights_TX.shape, -1)
-  return jnp.einsum('TX,TXD->TD', weights_TX, y_TXD.astype(jnp.float32)).astype(y_MD.dtype)
+  return _weighted(_permuted(y_MD, plan.row_M, plan.pair_M), weights_TX)
+
+
+def _weighted(y_MD, weights_TX):
+  """Adds up the rows of each token, which follow one another."""
+  y_TXD = y_MD.reshape(*weights_TX.shape, -1).astype(jnp.float32)
+  return jnp.einsum('TX,TXD->TD', weights_TX, y_TXD).astype(y_MD.dtype)
 
 
 def mix(
@@ -221,10 +244,99 @@ def within_capacity(
   GShard); with two or more choices a token's experts then depend on later tokens, which a language
   model must not. A dropped choice has no output: set its weight to zero.
   """
+  return _slots(experts_TX, count, capacity, order) < count * capacity
+
+
+def capacity(tokens: int, choices: int, count: int, factor: float | None) -> int:
+  """How many rows each of `count` experts takes: `factor` times an even share, rounded up.
+
+  No more than all tokens, which is the capacity without a factor: then nothing is dropped.
+  """
+  return tokens if factor is None else min(tokens, math.ceil(factor * tokens * choices / count))
+
+
+def mix_in_buffers(
+  x_TD: jax.Array,
+  routing: Routing,
+  shape: tuple[int, int],
+  network: Callable[[jax.Array], jax.Array],
+  order: DropOrder = 'token',
+) -> jax.Array:
+  """Runs `network(x_ECD) -> y_ECD` on buffers of the shape (E, C), one for each expert: [T, D].
+
+  The choices that find room are those of `within_capacity`. Empty rows are zero, and what comes of
+  them is not read.
+  """
+  count, size = shape
+  slot_M = _slots(routing.experts_TX, count, size, order).reshape(-1)
+  pairs = len(slot_M)
+  pair_S = jnp.full(count * size, pairs, jnp.int32)
+  pair_S = pair_S.at[slot_M].set(jnp.arange(pairs, dtype=jnp.int32), mode='drop')
+  x_TXD = jnp.broadcast_to(x_TD[:, None], (*routing.experts_TX.shape, x_TD.shape[-1]))
+  x_SD = _placed(x_TXD.reshape(pairs, -1), pair_S, slot_M)
+  y_SD = network(x_SD.reshape(count, size, -1)).reshape(count * size, -1)
+  return _weighted(_placed(y_SD, slot_M, pair_S), routing.weights_TX)
+
+
+def _slots(experts_TX, count, size, order: DropOrder):
+  """The place of each choice in buffers of `size` rows per expert; past them if it is dropped."""
   if order not in get_args(DropOrder):
     raise ValueError(f'drop order {order!r} is not one of {", ".join(get_args(DropOrder))}')
   ids = experts_TX if order == 'token' else experts_TX.T
-  plan = dispatch(ids, count)
+  plan, ids_M = dispatch(ids, count), ids.reshape(-1)
   starts_E = jnp.cumsum(plan.sizes_E) - plan.sizes_E
-  kept = (plan.row_M - starts_E[ids.reshape(-1)] < capacity).reshape(ids.shape)
-  return kept if order == 'token' else kept.T
+  place_M = plan.row_M - starts_E[ids_M]
+  slots = jnp.where(place_M < size, ids_M * size + place_M, count * size).reshape(ids.shape)
+  return slots if order == 'token' else slots.T
+
+
+@jax.custom_vjp
+def _placed(x, order, inverse):
+  """x[order], zero where the index is past the end; `inverse` says where each row of x went."""
+  del inverse
+  return x.at[order].get(mode='fill', fill_value=0)
+
+
+_placed.defvjp(
+  lambda x, order, inverse: (_placed(x, order, inverse), inverse),
+  lambda inverse, dy: (dy.at[inverse].get(mode='fill', fill_value=0), None, None),
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenChoice:
+  """The tokens that each expert chose, best first, int32, and the weights of its outputs."""
+
+  tokens_EC: jax.Array
+  weights_EC: jax.Array
+
+
+def choose_tokens(logits_TE: jax.Array, router: Router) -> TokenChoice:
+  """Has each expert choose as many tokens as an even share is, rounded up.
+
+  Raises ValueError if the router has tokens choose, or asks for what experts that choose lack:
+  groups, or weights that depend on the other experts of a token.
+  """
+  _check_chooser(router, 'expert')
+  if router.groups > 1 or router.renormalize or router.score == 'softmax_of_chosen':
+    raise ValueError('experts that choose have no groups, and weights that are their own scores')
+  sizes = axes.check('TE', logits_TE)
+  scores_TE = _scores(logits_TE.astype(jnp.float32), router.score)
+  rows = capacity(sizes['T'], router.choices, sizes['E'], 1.0)
+  weights_EC, tokens_EC = jax.lax.top_k(scores_TE.T, rows)
+  return TokenChoice(tokens_EC=tokens_EC, weights_EC=router.scale * weights_EC)
+
+
+def mix_chosen(
+  x_TD: jax.Array, chosen: TokenChoice, network: Callable[[jax.Array, jax.Array], jax.Array]
+) -> jax.Array:
+  """Runs `network(x_MD, sizes_E) -> y_MD` on the tokens that experts chose: [T, D].
+
+  A token that no expert chose gets zero.
+  """
+  count, size = chosen.tokens_EC.shape
+  tokens_M = chosen.tokens_EC.reshape(-1)
+  y_MD = network(x_TD[tokens_M], jnp.full(count, size, jnp.int32))
+  y_MD = chosen.weights_EC.reshape(-1, 1) * y_MD.astype(jnp.float32)
+  return jnp.zeros(x_TD.shape, jnp.float32).at[tokens_M].add(y_MD).astype(x_TD.dtype)

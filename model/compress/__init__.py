@@ -2,6 +2,9 @@
 
 from model.compress import autoround as autoround
 from model.compress import awq as awq
+from model.compress import densifying as densifying
+from model.compress import expert_merging as expert_merging
+from model.compress import expert_pruning as expert_pruning
 from model.compress import hqq as hqq
 from model.compress import obs as obs
 from model.compress import owl as owl
@@ -10,3 +13,4 @@ from model.compress import slicing as slicing
 from model.compress import smoothquant as smoothquant
 from model.compress import structured as structured
 from model.compress import techniques as techniques
+from model.compress import upcycling as upcycling

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from model.compress.calibrate import Descent
 from model.compress.registry import Changes, technique
 from model.compress.techniques import QuantizeSpec, other_group, round_to_nearest
-from ops import formats, quantized
+from ops import experts, formats, quantized
 from ops.formats import FORMATS
 from ops.linear import Matrix, Weight, core, with_core
 from ops.quantized import QuantizedTensor
@@ -102,12 +102,18 @@ class Rounding:
     del k
     learned, grids = arrays
     return {
-      path: with_core(w := parameters[path], self.store(core(w), one, grids[path]))
+      path: with_core(w := parameters[path], self.stored(core(w), one, grids[path]))
       for path, one in learned.items()
     }
 
-  def store(self, w_IO: jax.Array, learned: Learned, grid: Grid) -> jax.Array:
-    return rounded(w_IO, learned, grid, self.format)[0].astype(w_IO.dtype)
+  def stored(self, w: jax.Array, learned: Learned, grid: Grid) -> jax.Array:
+    one = lambda own: rounded(*own, self.format)[0].astype(w.dtype)
+    return _each(one, (w, learned, grid))
+
+
+def _each(fn, own: tuple):
+  """fn(own) of a matrix and what belongs to it; of experts, of each by itself."""
+  return fn(own) if experts.count(own[0]) is None else experts.each(fn, own)
 
 
 def becomes(w: Matrix, spec: AutoRoundSpec) -> Matrix:
@@ -149,7 +155,8 @@ def autoround(site, spec):
 def _grids(plain, spec) -> dict[str, Grid]:
   options = dataclasses.asdict(spec.rounding)
   del options['double']
-  return {path: quantized.fit(w_IO, **options) for path, w_IO in plain.items()}
+  fit = lambda w_IO: quantized.fit(w_IO, **options)
+  return {path: experts.mapped(fit, w) for path, w in plain.items()}
 
 
 def _start(w_IO, grid) -> Learned:
@@ -222,19 +229,19 @@ def _limited(codes, low, high):
 
 @functools.partial(jax.jit, static_argnums=3)
 def _stored(plain, learned, grids, spec) -> dict[str, QuantizedTensor]:
-  found = {}
-  for path, w_IO in plain.items():
-    values_IO, scales_JO, zeros_JO = rounded(w_IO, learned[path], grids[path], spec.format)
+  def codes(own) -> QuantizedTensor:
+    w_IO, learned, grid = own
+    values_IO, scales_JO, zeros_JO = rounded(w_IO, learned, grid, spec.format)
     if zeros_JO is not None:
       zeros_JO = zeros_JO.astype(jnp.uint8)
-    scales_JO = scales_JO.astype(grids[path][0].dtype)
-    codes = quantized.encode(values_IO, scales_JO, zeros_JO, spec.format)
-    found[path] = dataclasses.replace(codes, dtype=w_IO.dtype)
-  return found
+    found = quantized.encode(values_IO, scales_JO.astype(grid[0].dtype), zeros_JO, spec.format)
+    return dataclasses.replace(found, dtype=w_IO.dtype)
+
+  return {path: _each(codes, (w, learned[path], grids[path])) for path, w in plain.items()}
 
 
 def _events(site, layer, spec, better) -> dict[str, int]:
-  inputs = core(site.parameters[f'{layer}.weight']).shape[0]
+  inputs = core(site.parameters[f'{layer}.weight']).shape[-2]
   usual, size = FORMATS[spec.format].default_group, spec.group_size
   events = {} if better else {NOT_BETTER: 1}
   if size is None:

@@ -25,7 +25,7 @@ import numpy as np
 import scipy.optimize
 from flax import nnx
 
-from model.compress import calibrate, pipeline, programs, threads
+from model.compress import calibrate, pipeline, programs, starvation, threads
 from model.compress.parts import Part, parts, targets, weights
 from model.compress.recipe import Recipe, Step
 from model.transformer import Transformer, matrices, parameters
@@ -105,8 +105,11 @@ def _measure_all(model, choices, calibration_BT, progress) -> list[Option]:
 def _treated(part: Part, choices, stream):
   """For each matrix of a block: its path, and an iterator of (treatment, weight)."""
   names = tuple(sorted({n for c in choices for step in c.steps for n in step.row.statistics}))
-  found = stream.observe(part.module, names, part.prefix) if names else {}
-  values = weights(part)
+  values, found = weights(part), {}
+  if names:
+    found = stream.observe(part.module, (*names, starvation.ROWS), part.prefix)
+    inputs = {layer: w.shape[-2] for layer, w in matrices(part.module).items()}
+    found, _ = starvation.feed(found, inputs, 'budget')
   for path in targets(part, _EVERYTHING, Recipe(name='all', steps=())):
     measured = found.get(path.removesuffix('.weight'), {})
     yield path, ((choice, _treat(choice, values[path], measured)) for choice in choices)

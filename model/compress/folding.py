@@ -8,6 +8,9 @@ A group is an edge of the block's wiring (model/layers/wiring.py) along which sc
   up -> down         if a gate multiplies it, or if the activation is relu, because
                      relu(x / s) = relu(x) / s
 
+Experts that read a norm share its scales, which the router's columns are multiplied by as well.
+Between two matrices with experts, each expert has scales of its own.
+
 Dividing the producer's output by s > 0 and multiplying the rows of its consumers by s is exact up
 to rounding. AWQ (Lin et al. 2023, https://arxiv.org/abs/2306.00978) and SmoothQuant (Xiao et al.
 2022, https://arxiv.org/abs/2211.10438) do this to make the matrices or their inputs easier to
@@ -31,6 +34,7 @@ import jax.numpy as jnp
 from model.config import ModelConfig
 from model.layers.block import LayerConfig
 from model.layers.wiring import Attended, Edge, Normed
+from ops import experts
 from ops.linear import Matrix, Weight
 
 Parameters = Mapping[str, Matrix]
@@ -52,14 +56,27 @@ class Group:
   run: int = 1
 
   def spread(self, scales_O: jax.Array) -> jax.Array:
-    """Returns the scale of each input of the consumers, [I]."""
+    """Returns the scale of each input of the consumers, [I], or [E, I] of [E, O]."""
     if self.copies == 1:
       return scales_O
     return jnp.repeat(scales_O.reshape(-1, self.run), self.copies, axis=0).reshape(-1)
 
   def tie(self, values_I: jax.Array, fn: Callable) -> jax.Array:
     """Reduces the values of the inputs that read the same channel by fn(array, axis): [O]."""
+    if self.copies == 1:
+      return values_I
     return fn(values_I.reshape(-1, self.copies, self.run), axis=1).reshape(-1)
+
+  def read(self, measured: Mapping[str, Mapping[str, jax.Array]], name: str, fn: Callable):
+    """A statistic of the channels as the consumers read them: [I], or [E, I] of experts.
+
+    `measured` has statistics by layer. All readers of a norm see all tokens; only experts do not,
+    and without a router beside them what they see is put together by fn(array, axis).
+    """
+    values = measured[self.consumers[0]][name]
+    if self.norm_offset is not None and values.ndim > 1:
+      return fn(values, axis=0)
+    return values
 
   @property
   def parameters(self) -> tuple[str, ...]:
@@ -101,7 +118,7 @@ def obstacle(parameters: Parameters, group: Group) -> str | None:
 
 
 def realised(parameters: Parameters, group: Group, scales_O: jax.Array) -> jax.Array:
-  """Returns the nearest scales by which the stored producer can be divided, float32 [O]."""
+  """Returns the nearest scales by which the stored producer can be divided, float32 (..., O)."""
   scales_O = scales_O.astype(jnp.float32)
   if group.norm_offset is None:
     return scales_O
@@ -121,10 +138,11 @@ def fold(parameters: Parameters, group: Group, scales_O: jax.Array) -> dict[str,
   """
   scales_O = realised(parameters, group, scales_O)
   changed = _divided(parameters, group, scales_O)
-  rows_I1 = group.spread(scales_O)[:, None]
+  rows_I1 = group.spread(scales_O)[..., None]
   for layer in group.consumers:
     w_IO = parameters[f'{layer}.weight']
-    changed[f'{layer}.weight'] = (w_IO.astype(jnp.float32) * rows_I1).astype(w_IO.dtype)
+    rows = jnp.broadcast_to(rows_I1, w_IO.shape)
+    changed[f'{layer}.weight'] = (w_IO.astype(jnp.float32) * rows).astype(w_IO.dtype)
   return changed
 
 
@@ -134,7 +152,7 @@ def _divided(parameters, group, scales_O):
     before = parameters.get(path)
     if before is not None:
       offset = group.norm_offset or 0.0 if path.endswith('.scale') else 0.0
-      scales = scales_O if before.ndim == 1 else scales_O[None]
+      scales = scales_O[..., None, :] if path.endswith('.weight') else scales_O
       after = (before.astype(jnp.float32) + offset) / scales - offset
       changed[path] = after.astype(before.dtype)
   return changed
@@ -145,7 +163,7 @@ class Trial:
   """A candidate for `Site.errors`: folds scales into a group, then quantizes its targets.
 
   store: a hashable function (w_IO, measured_I) -> Matrix that quantizes a target, given the
-    statistic of its inputs after scaling.
+    statistic of its inputs after scaling; of experts, each by itself.
   """
 
   group: Group
@@ -158,8 +176,17 @@ class Trial:
     changed = fold(parameters, self.group, scales_O)
     scaled_I = measured_I / self.group.spread(scales_O)
     for layer in self.targets:
-      changed[f'{layer}.weight'] = self.store(changed[f'{layer}.weight'], scaled_I)
+      path = f'{layer}.weight'
+      changed[path] = stored(self.store, changed[path], scaled_I)
     return changed
+
+
+def stored(store: Callable, w: jax.Array, measured_I: jax.Array) -> Matrix:
+  """store(w_IO, measured_I) of a matrix or of each expert, which may share what was measured."""
+  if experts.count(w) is None:
+    return store(w, measured_I)
+  measured_EI = jnp.broadcast_to(measured_I, (w.shape[0], w.shape[1]))
+  return experts.each(lambda own: store(*own), (w, measured_EI))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ different layers, only those of 'taylor' share a unit of measure.
 import functools
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,7 +28,7 @@ from model.compress.measurements import Measurements
 from model.compress.programs import compiled
 from model.transformer import Transformer, linears, parameters
 from model.units import Unit
-from ops import structure
+from ops import experts, structure
 
 Importance = Literal['weights', 'activations', 'output', 'taylor']
 
@@ -75,12 +76,21 @@ def _of_layers(model, measurements, unit, importance) -> list:
   return found
 
 
-def _of_inputs(statistics, w_IO, run, importance):
+def _of_inputs(statistics, w, run, importance):
   if 'input_covariance' in statistics:
-    error = _removal_error(statistics['input_covariance'], w_IO, run)
+    error = _removal_error(statistics['input_covariance'], w, run)
     return jnp.sqrt(jnp.maximum(error, 0))  # rounding may leave it below
-  energy = structure.energy(statistics['input_norm'], 0, run)
-  return jnp.sqrt(energy * structure.energy(w_IO, 0) if importance == 'output' else energy)
+  if experts.count(w) is None:
+    energy = _energy(statistics['input_norm'], w, run, importance)
+  else:  # a channel goes from all of them
+    of_expert = jax.vmap(lambda norm_I, w_IO: _energy(norm_I, w_IO, run, importance))
+    energy = of_expert(statistics['input_norm'], w).sum(0)
+  return jnp.sqrt(energy)
+
+
+def _energy(norm_I, w_IO, run, importance):
+  energy = structure.energy(norm_I, 0, run)
+  return energy * structure.energy(w_IO, 0) if importance == 'output' else energy
 
 
 def _of_stream(model, measurements, importance):
@@ -89,13 +99,13 @@ def _of_stream(model, measurements, importance):
   for path, statistics in measurements.normed(('input_norm',)).items():
     energy_D = jnp.square(statistics['input_norm'])
     if importance == 'output':
-      energy_D = energy_D * sum(structure.energy(w, 0) for w in _readers(model, path))
+      energy_D = energy_D * sum(structure.energy(w, w.ndim - 2) for w in _readers(model, path))
     total = total + energy_D
   return jnp.sqrt(total)
 
 
 def _readers(model, norm: str) -> list:
-  """The matrices [D, O] that read what a norm puts out."""
+  """The matrices [D, O] or [E, D, O] that read what a norm puts out."""
   l = units.layer_of(norm)
   if l is None:
     return [model.embedding.table.get_value().T if model.head is None else _weight(model.head)]

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from model.compress import calibrate, gates, statistics
+from model.compress import calibrate, expert_use, gates, statistics
+from model.compress.expert_use import ExpertUse
 from model.compress.programs import compiled
 from model.compress.registry import Statistics
 from model.layers.block import Block
@@ -69,6 +70,17 @@ class Measurements:
   def slopes(self) -> gates.Gates:
     """Returns the mean over calibration rows of |d loss / d gate|; see `gates`."""
     return gates.slopes(self._model, self.tokens_BT)
+
+  def experts(self, outputs: bool = False) -> dict[int, ExpertUse]:
+    """Returns what the experts of each routed layer do, by the number of the layer.
+
+    `outputs` also compares the outputs of all experts.
+    """
+    stream, found = self._stream(), {}
+    for l, block in enumerate(self._model.layers):
+      found[l] = expert_use.measure(stream, block, outputs)
+      stream.advance(block)
+    return {l: use for l, use in found.items() if use is not None}
 
   def _stream(self) -> calibrate.Stream:
     batches = calibrate.batches(self.tokens_BT, calibrate.CALIBRATION_BATCH)

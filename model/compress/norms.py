@@ -78,6 +78,8 @@ def _of_post_norms(model, measurements) -> dict[str, np.ndarray]:
   for l, measured in enumerate(measurements.inputs(lambda block: tuple(written(block)), names)):
     for layer, norm in written(model.layers[l]).items():
       value = lambda name, layer=layer, l=l: params.get(f'layers.{l}.{layer}.{name}')
+      if value('weight').get_value().ndim > 2:
+        raise ValueError(f'{norm} follows experts, whose outputs it sees mixed; keep the width')
       w_ID, bias = np.asarray(value('weight').get_value(), np.float64), value('bias')
       bias_D = 0.0 if bias is None else np.asarray(bias.get_value(), np.float64)
       covariance_II = np.asarray(measured[layer]['input_covariance'], np.float64)

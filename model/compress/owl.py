@@ -20,7 +20,7 @@ import numpy as np
 
 from model.compress import obs
 from model.compress.registry import PLAN, PREPARED, technique
-from ops import sparse
+from ops import experts, sparse
 from ops.linear import Weight
 
 
@@ -67,10 +67,15 @@ def _block(layer: str) -> str:
 @jax.jit
 def _outliers(weights, norms, threshold) -> jax.Array:
   """Returns the fraction of a block's scores that exceed `threshold` times their mean."""
-  scores = [sparse.wanda_score(w_IO, norm_I) for w_IO, norm_I in zip(weights, norms, strict=True)]
+  scores = [_score(w, norm) for w, norm in zip(weights, norms, strict=True)]
   count = sum(score_IO.size for score_IO in scores)
   limit = threshold * sum(score_IO.sum() for score_IO in scores) / count
   return sum((score_IO > limit).sum() for score_IO in scores) / count
+
+
+def _score(w, norm) -> jax.Array:
+  score = sparse.wanda_score if experts.count(w) is None else jax.vmap(sparse.wanda_score)
+  return score(w, norm)
 
 
 @technique(

@@ -13,7 +13,9 @@ from model.compress import statistics
 from model.compress.programs import execute, has_experts, prepare
 from model.compress.recipe import Recipe, Step
 from model.compress.registry import PLAN, PREPARED
+from model.layers.basic import decides
 from model.transformer import Transformer, abstract, linears, parameters
+from ops import experts
 from ops.linear import Matrix, core, on_one_device
 from ops.quantized import QuantizedTensor
 from ops.sparse import SparseTensor, looks_pruned
@@ -57,7 +59,8 @@ def weights(part: Part) -> dict[str, Matrix]:
 
 def targets(part: Part, step: Step, recipe: Recipe) -> list[str]:
   """The parameters of a part that a step compresses, by their paths in it."""
-  scope, found = step.row.scope, list(parameters(part.module))
+  scope, names = step.row.scope, units.letters(part.module)
+  found = [path for path in parameters(part.module) if not decides(names[path])]
   if scope in WHOLE:
     return []
   if scope != 'parameters':
@@ -137,7 +140,9 @@ def _learned(model, step) -> Transformer:
   for path, linear in linears(model).items() if step.row.becomes else ():
     if path.startswith('layers.') and not linear.decides:
       becomes = functools.partial(step.row.becomes, spec=step.spec)
-      linear.weight.set_value(jax.eval_shape(becomes, linear.weight.get_value()))
+      linear.weight.set_value(
+        jax.eval_shape(functools.partial(experts.mapped, becomes), linear.weight.get_value())
+      )
   return model
 
 
@@ -221,9 +226,8 @@ def _becomes(step, w):
 def _shapes_after(row, spec, structure, leaves):
   w = jax.tree.unflatten(structure, leaves)
   if row.scope == 'block':
-    if has_experts(w):
-      raise ValueError('it treats the matrices of a block together, and experts are not among them')
-    return jax.eval_shape(functools.partial(row.becomes, spec=spec), w)
+    becomes = functools.partial(row.becomes, spec=spec)
+    return jax.eval_shape(functools.partial(experts.mapped, becomes), w)
   return execute.eval_shape(row, spec, w, _shapes_of_statistics(row, spec, w)).weight
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from model import units
-from model.compress import calibrate, statistics, threads
+from model.compress import calibrate, starvation, statistics, threads
 from model.compress.calibrate import CALIBRATION_BATCH
 from model.compress.ledger import LayerResult, Ledger
 from model.compress.measurements import Measurements
@@ -159,8 +159,8 @@ def _survey(model, step, recipe, calibration_BT):
   for part in parts(model):
     if not part.is_block:
       continue
-    found = stream.observe(part.module, step.row.statistics, part.prefix)
     values = weights(part)
+    found, _ = _observed(stream, part, part.module, step)
     for path in targets(part, step, recipe):
       yield part.layer(path), values[path], found[path.removesuffix('.weight')]
     stream.advance(part.module)
@@ -231,7 +231,8 @@ def _apply(part, step, stage, run, observed: nnx.Module, plan):
   found = {}
   if paths and step.row.statistics:
     layers = [path.removesuffix('.weight') for path in paths]
-    found = run.stream.observe(observed, step.row.statistics, part.prefix, layers)
+    found, starved = _observed(run.stream, part, observed, step, layers)
+    run.ledger.events += starved
   params, prepared = parameters(part.module), Prepared(step)
   for path in _by_input(paths, found):
     layer = part.layer(path)
@@ -242,6 +243,20 @@ def _apply(part, step, stage, run, observed: nnx.Module, plan):
     outcome = execute(step.row, step.spec, w, measured)
     params[path].set_value(outcome.weight)
     run.ledger.add(layer, step.technique, outcome.events)
+
+
+def _observed(stream, part, module, step, layers=None):
+  """The statistics of the inputs of layers, and ledger rows of experts that saw too little."""
+  names = (*step.row.statistics, starvation.ROWS)
+  found = stream.observe(module, names, part.prefix, layers)
+  own = {layer: w.shape[-2] for layer, w in matrices(part.module).items()}
+  fed, events = starvation.feed(found, own, step.technique)
+  return fed, [dataclasses.replace(e, layer=part.layer(e.layer)) for e in events]
+
+
+def _of_target(layer: str, part, paths) -> bool:
+  """Whether an expert, by its name in the ledger, is one of a matrix that a step compresses."""
+  return layer.rpartition('.')[0] in {part.layer(path) for path in paths}
 
 
 def _by_input(paths, found) -> list[str]:
@@ -256,7 +271,8 @@ def _apply_to_block(part, step, run):
   if not paths:
     return
   if step.row.statistics:
-    found = run.stream.observe(part.module, step.row.statistics, part.prefix)
+    found, starved = _observed(run.stream, part, part.module, step)
+    run.ledger.events += [event for event in starved if _of_target(event.layer, part, paths)]
   site = Site(
     config=run.stream.config,
     layer=part.module.layer,

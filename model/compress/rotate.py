@@ -8,6 +8,8 @@ value projection and back in the output projection. Other inputs must be rotated
 runs (`online`): that of the down projection, which comes after a nonlinearity, and the heads before
 the output projection.
 
+Experts are matrices like others; the router reads the rotated stream, and chooses as before.
+
 Weights are rotated in float64 and rounded once. The authors' code also subtracts the mean of the
 embedding; this is not done here, because it is meant for layer norms and would change a model with
 RMS norms.
@@ -23,7 +25,7 @@ from model.compress.registry import technique
 from model.layers.basic import Linear
 from model.layers.wiring import Attended, Normed
 from model.transformer import linears, matrices
-from ops import experts, rotated
+from ops import rotated
 from ops.linear import Weight
 from ops.sparse import looks_pruned
 
@@ -68,8 +70,6 @@ def _check_plain(model):
   for path, w in matrices(model).items():
     if isinstance(w, Weight):
       raise ValueError(f'{path} is compressed already; rotation comes before everything else')
-    if experts.count(w) is not None:
-      raise ValueError(f'{path} has experts, and only matrices are rotated')
     if looks_pruned(w):
       raise ValueError(
         f'{path} is pruned, and a rotation would fill its zeros; rotate the model as it was before '
@@ -121,7 +121,7 @@ def _rotate_inputs(consumers, through):
   inner = through.head_width if isinstance(through, Attended) else 1
   for linear in consumers:
     w_IO = linear.weight.get_value()
-    if w_IO.shape[0] > inner:
+    if w_IO.shape[-2] > inner:
       linear.weight.set_value(rotated.rotated(w_IO, inner=inner))
 
 
@@ -129,7 +129,10 @@ def _read(norm, consumers, signs_D):
   """Merges a norm's scale into the matrices after it, and makes them read the rotated stream."""
   scale_D = np.asarray(norm.scale.get_value(), np.float64) + norm.offset
   for linear in consumers:
-    _edit(linear.weight, lambda w_IO: _turn((scale_D[:, None] * w_IO).T, signs_D).T)
+    _edit(
+      linear.weight,
+      lambda w_IO: _turn((scale_D[:, None] * w_IO).swapaxes(-1, -2), signs_D).swapaxes(-1, -2),
+    )
   _edit(norm.scale, lambda scale_D: np.full_like(scale_D, 1 - norm.offset))
 
 
@@ -138,6 +141,10 @@ def _write(linear, signs_D):
   _edit(linear.weight, lambda w_IO: _turn(w_IO, signs_D))
   if linear.bias is not None:
     _edit(linear.bias, lambda bias_O: _turn(bias_O, signs_D))
+
+
+def _turn_inputs(w_DO, signs_D):
+  return np.swapaxes(_turn(np.swapaxes(w_DO, -1, -2), signs_D), -1, -2)
 
 
 def _turn(x_D, signs_D):

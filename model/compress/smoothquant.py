@@ -9,7 +9,8 @@ one scale per token or one for all tokens.
 
 Differs from the paper: alpha can be searched per group, by the error of the block's output with the
 quantized group; one candidate is no smoothing. Channels that are zero in all calibration tokens or
-in all weights are not scaled.
+in all weights are not scaled. Experts
+share the scales of a norm; between their own matrices each has scales by what it sees.
 """
 
 import dataclasses
@@ -141,11 +142,11 @@ def smoothquant(site, spec):
     for layer in site.targets:
       path = f'{layer}.weight'
       absmax_I = absmax.get(layer, site.statistics[layer]['input_absmax'])
-      values[path] = _store(values.get(path, site.parameters[path]), absmax_I, Stored.of(spec))
+      values[path] = _store(Stored.of(spec), values.get(path, site.parameters[path]), absmax_I)
   return Changes(parameters=values, events=events)
 
 
-_store = jax.jit(lambda w_IO, absmax_I, stored: stored(w_IO, absmax_I), static_argnums=2)
+_store = jax.jit(folding.stored, static_argnums=0)
 
 
 def _smoothed(site, spec):
@@ -161,18 +162,20 @@ def _smoothed(site, spec):
     if why is not None:
       events |= {layer: {why: 1} for layer in targets}
       continue
-    absmax_I = site.statistics[targets[0]]['input_absmax']
+    absmax_I = group.read(site.statistics, 'input_absmax', jnp.max)
     scales_O = _scales(site, group, targets, absmax_I, spec)
     merged = {**site.parameters, **values}
     own = {path: merged[path] for path in group.parameters if path in merged}
     changed, rows_I = folding.apply(own, group, scales_O)
     values |= changed
-    absmax |= dict.fromkeys(group.consumers, absmax_I / rows_I)
+    for layer in targets:
+      own = site.statistics[layer]['input_absmax']
+      absmax[layer] = own / jnp.broadcast_to(rows_I, own.shape)
   return values, absmax, events
 
 
 def _scales(site, group, targets, absmax_I, spec):
-  weights = [site.parameters[f'{layer}.weight'] for layer in group.consumers]
+  weights = [site.parameters[f'{layer}.weight'] for layer in targets]
   scales_AO = _candidates(absmax_I, weights, group, spec)
   if spec.alpha is not None:
     return scales_AO[0]
@@ -183,16 +186,18 @@ def _scales(site, group, targets, absmax_I, spec):
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _candidates(absmax_I, weights, group, spec) -> jax.Array:
-  """Returns the scales [A, O] of the given alpha, or of no smoothing and of each alpha searched."""
+  """The scales of the given alpha, or of no smoothing and of each alpha: [A, O] or [A, E, O]."""
   x_O = group.tie(absmax_I, jnp.max)
-  sizes_I = jnp.stack([jnp.abs(w.astype(jnp.float32)).max(1) for w in weights]).max(0)
-  w_O = group.tie(sizes_I, jnp.max)
+  sizes = [jnp.abs(w.astype(jnp.float32)).max(-1) for w in weights]
+  sizes = [size if size.ndim == x_O.ndim else size.max(0) for size in sizes]  # of all experts
+  w_O = group.tie(jnp.stack(sizes).max(0), jnp.max)
   dead_O = (x_O == 0) | (w_O == 0)
   x_O, w_O = jnp.where(dead_O, 1, x_O), jnp.where(dead_O, 1, w_O)
   if spec.alpha is not None:
-    alphas_A1 = jnp.full((1, 1), spec.alpha, jnp.float32)
+    alphas_A = jnp.full(1, spec.alpha, jnp.float32)
   else:
-    alphas_A1 = jnp.linspace(0, 1, spec.grid + 1, dtype=jnp.float32)[:, None]
+    alphas_A = jnp.linspace(0, 1, spec.grid + 1, dtype=jnp.float32)
+  alphas_A1 = alphas_A.reshape(-1, *[1] * x_O.ndim)
   scales_AO = x_O[None] ** alphas_A1 / w_O[None] ** (1 - alphas_A1)
   scales_AO = jnp.maximum(scales_AO, SMALLEST_SCALE)
   if spec.alpha is None:

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import units
-from model.compress import norms, sizes
+from model.compress import norms, sizes, starvation
 from model.compress.importance import Importance, score
 from model.compress.programs import compiled
 from model.compress.registry import Reshaped, technique
 from model.compress.sizes import SizeSpec
 from model.transformer import linears, parameters
-from ops import structure
+from ops import experts, structure
 
 MINITRON = 'Muralidharan et al. 2024, https://arxiv.org/abs/2407.14679'
 DAMPING = 0.01
@@ -161,8 +161,11 @@ def _refitted(model, measurements, unit, kept) -> dict:
   """The matrices that read the units, with their rows adjusted, by path."""
   params, layers, found = parameters(model), linears(model), {}
   readers = functools.partial(units.readers, unit=unit)
-  for l, measured in enumerate(measurements.inputs(readers, ('input_covariance',))):
-    for layer, statistics in measured.items():
+  names = ('input_covariance', starvation.ROWS)
+  for l, measured in enumerate(measurements.inputs(readers, names)):
+    inputs = {one: layers[f'layers.{l}.{one}'].weight.shape[-2] for one in measured}
+    fed, _ = starvation.feed(measured, inputs, 'refit')
+    for layer, statistics in fed.items():
       run = units.run(model.config.layers[l], layers[f'layers.{l}.{layer}'].axes[-2])
       rows = jnp.asarray(units.elements(kept[l], run))
       path = f'layers.{l}.{layer}.weight'
@@ -171,7 +174,12 @@ def _refitted(model, measurements, unit, kept) -> dict:
   return found
 
 
-_refit = compiled(structure.refit)
+@compiled
+def _refit(covariance, w, rows, damping):
+  """The rows of a matrix or, by what each sees, of experts."""
+  if experts.count(w) is None:
+    return structure.refit(covariance, w, rows, damping)
+  return experts.each(lambda own: structure.refit(*own, rows, damping), (covariance, w))
 
 
 @technique(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from model.eval import select
 from model.eval.records import Record
@@ -79,6 +79,14 @@ COLUMNS = (
     meaning='Flip rate: the share of tokens whose most likely prediction is not that of the base.',
   ),
   Column(
+    metric='experts_changed',
+    title='tokens with other experts, %',
+    short=('experts', '%'),
+    show=lambda v: f'{100 * v:.2f}',
+    meaning='The share of tokens whose set of experts is not that of the base, over all layers.',
+    optional=True,
+  ),
+  Column(
     metric='linear_bytes',
     title='size of linear layers, MB',
     short=('linear', 'MB'),
@@ -133,7 +141,10 @@ COLUMNS = (
 )
 
 
-TERMINAL_COLUMNS = tuple(column for column in COLUMNS if column.short is not None)
+def of_terminal(measured: Collection[str] = ()) -> tuple[Column, ...]:
+  """The columns of a terminal; optional ones only if they are among the metrics `measured`."""
+  shown = [c for c in COLUMNS if c.short is not None]
+  return tuple(c for c in shown if not c.optional or c.metric in measured)
 
 
 def of_page(records: Sequence[Record]) -> tuple[Column, ...]:

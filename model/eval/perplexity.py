@@ -169,14 +169,14 @@ def evaluate(
   for one in (model, base):
     if one is not None:
       check(one, text)
-  batches, totals, nll_B = _batches(text), np.zeros(3), []
-  for i in progress(list(range(len(batches)))):
+  parts, totals, nll_B = batches(text), np.zeros(3), []
+  for i in progress(list(range(len(parts)))):
     with jax.default_matmul_precision('highest'):
       hidden = None if base_hidden is None else base_hidden[i]
-      sums = _window_sums(model, base, batches[i], cache_format, hidden)
+      sums = _window_sums(model, base, parts[i], cache_format, hidden)
     sums = np.asarray(jax.device_get(sums), np.float64)
     totals += sums.sum((1, 2))
-    nll_B += _of_windows(sums[0], batches[i])
+    nll_B += _of_windows(sums[0], parts[i])
   return Quality(
     nll_sum=float(totals[0]),
     tokens=text.predicted,
@@ -193,7 +193,7 @@ def hidden_states(model: Transformer, text: Windows) -> list[np.ndarray]:
   """The last hidden states [B, T, D] of each batch of windows, for `evaluate`'s `base_hidden`."""
   graphdef, state = nnx.split(model)
   with jax.default_matmul_precision('highest'):
-    return [np.asarray(_hidden(graphdef, state, tokens_BT)) for tokens_BT in _batches(text)]
+    return [np.asarray(_hidden(graphdef, state, tokens_BT)) for tokens_BT in batches(text)]
 
 
 def _of_windows(chunks, tokens_BT) -> list[float]:
@@ -202,7 +202,8 @@ def _of_windows(chunks, tokens_BT) -> list[float]:
   return chunks.reshape(-1)[: rows * predicted].reshape(rows, predicted).sum(1).tolist()
 
 
-def _batches(text: Windows) -> list[np.ndarray]:
+def batches(text: Windows) -> list[np.ndarray]:
+  """The windows that are read at once, [windows, seq_len] each."""
   size = max(1, TOKENS_A_BATCH // text.seq_len)
   return [text.tokens_BT[i : i + size] for i in range(0, len(text.tokens_BT), size)]
 

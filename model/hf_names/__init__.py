@@ -2,19 +2,25 @@
 
 import dataclasses
 import difflib
+from collections.abc import Collection
 from typing import Any
 
 from model.config import ModelConfig
 from model.hf_names import fields
-from model.hf_names.family import Entry, Family, entries
+from model.hf_names.family import Entry, Family, Layout, entries
 from model.hf_names.gemma2 import GEMMA2
 from model.hf_names.gpt2 import GPT2
 from model.hf_names.gpt_neox import GPT_NEOX
+from model.hf_names.gpt_oss import GPT_OSS
+from model.hf_names.granitemoe import GRANITE_MOE, GRANITE_MOE_SHARED
 from model.hf_names.llama import LLAMA, MISTRAL
 from model.hf_names.mixtral import MIXTRAL
+from model.hf_names.olmoe import OLMOE
 from model.hf_names.phi3 import PHI3
 from model.hf_names.qwen2 import QWEN2
+from model.hf_names.qwen2_moe import QWEN2_MOE
 from model.hf_names.qwen3 import QWEN3
+from model.hf_names.qwen3_moe import QWEN3_MOE
 from model.hf_names.stored import FLOATS, select_tensors
 from model.layers.block import LayerConfig
 
@@ -23,17 +29,22 @@ __all__ = [
   'FLOATS',
   'Entry',
   'Family',
+  'Layout',
   'config_from_hf',
   'config_to_hf',
   'entries',
   'find',
+  'layout_of',
   'shared_to_hf',
   'select_tensors',
 ]
 
 FAMILIES = {
   family.model_type: family
-  for family in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, GEMMA2, PHI3, GPT2, GPT_NEOX)
+  for family in (
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, PHI3, GPT2, GPT_NEOX),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITE_MOE, GRANITE_MOE_SHARED, GPT_OSS),
+  )
 }
 
 
@@ -48,6 +59,11 @@ def find(model_type: str) -> Family:
   )
 
 
+def layout_of(family: Family, stored: Collection[str]) -> Layout:
+  """The layout that most of the names of a checkpoint belong to."""
+  return max(family.layouts, key=lambda layout: layout.count(stored))
+
+
 def config_from_hf(hf: dict) -> ModelConfig:
   """Reads the contents of a config.json.
 
@@ -56,8 +72,8 @@ def config_from_hf(hf: dict) -> ModelConfig:
   if 'model_type' not in hf:
     raise ValueError(f'config.json has no model_type; supported: {", ".join(sorted(FAMILIES))}')
   family = find(hf['model_type'])
-  if hf.get('quantization_config'):
-    method = hf['quantization_config'].get('quant_method', 'unknown')
+  method = (hf.get('quantization_config') or {'quant_method': None}).get('quant_method', 'unknown')
+  if method not in [layout.format for layout in family.layouts]:
     raise ValueError(
       f'quantization_config ({method}) in config.json: the checkpoint is already quantized; '
       'load the original, or dequantize it first'

@@ -1,11 +1,17 @@
-"""The format of a model family on disk: one table of names and one mapping of configs.
+"""The format of a model family on disk: tables of names and one mapping of configs.
 
-A row of the table maps modules, not tensors. The parameters of a module follow from the model
-itself, so biases, gates and tied heads need no conditions here.
+A row of a table maps modules, not tensors. The parameters of a module follow from the model itself,
+so biases, gates and tied heads need no conditions here.
+
+A family may have several layouts: its experts lie in a file one by one, or all in one tensor, or as
+codes of few bits. Each layout is a table of its own; the first one is written where it can hold the
+model, and the one that fits a checkpoint is read.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +19,15 @@ from model.config import ModelConfig
 from model.layers.attention import AttentionConfig
 from model.layers.feed_forward import FeedForwardConfig
 from model.layers.sublayer import SubLayerConfig
+from ops.formats import FormatName
 
-# The names of a module's parameters, ours and those of PyTorch.
-LEAVES = {'table': 'weight', 'scale': 'weight', 'weight': 'weight', 'bias': 'bias'}
+# The arrays of a module, and what their names end in on disk: as in modules of PyTorch, or in
+# parameters that belong to the module above. Codes and their scales are arrays of one weight.
+LEAVES = {'table': '.weight', 'scale': '.weight', 'weight': '.weight', 'bias': '.bias'}
+BARE = {'weight': '', 'bias': '_bias', 'logits': ''}
+# How many axes each has; those of experts have one more in front.
+RANKS = {'table': 2, 'scale': 1, 'weight': 2, 'bias': 1, 'logits': 1}
+RANKS |= {'weight.values': 2, 'weight.scales': 2}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,42 +36,68 @@ class Codec:
 
   transpose: theirs are (O, I), as in torch.nn.Linear; otherwise (I, O) like ours.
   interleaved: the parts alternate head by head (GPT-NeoX); otherwise they follow each other.
+  alternating: the parts alternate element by element (gpt-oss).
   paired: the two elements of a head that rotate together are neighbours (2i, 2i + 1), where ours
     are half a head apart (GGUF's llama).
   offset: a constant that theirs contain and ours do not (GGUF's Gemma: the 1 of the norm scales).
+  block: theirs have the inputs in blocks of so many, (O, I / block, block).
+  raw: theirs are bytes, the bits of what ours are.
   """
 
   transpose: bool = False
   interleaved: bool = False
+  alternating: bool = False
   paired: bool = False
   offset: float = 0.0
+  block: int | None = None
+  raw: bool = False
 
   def shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
     """The shape of theirs, from the shapes of ours."""
     *inputs, _ = shapes[0]
     outputs = sum(shape[-1] for shape in shapes)
+    if self.block is not None:
+      inputs = [inputs[0] // self.block, self.block]
     return (outputs, *inputs) if self.transpose else (*inputs, outputs)
 
   def join(self, arrays: list[np.ndarray], head_width: int) -> np.ndarray:
     """Makes theirs from ours."""
     parts = [self._shifted(self._paired(self._turn(a), head_width), self.offset) for a in arrays]
     if len(parts) == 1:
-      return parts[0]
-    if not self.interleaved:
-      return np.concatenate(parts, self._axis)
-    rows = parts[0].shape[1:]
-    return np.stack([p.reshape(-1, head_width, *rows) for p in parts], 1).reshape(-1, *rows)
+      joined = parts[0]
+    elif run := self._run(head_width):
+      joined = self._alternate(parts, run)
+    else:
+      joined = np.concatenate(parts, self._axis)
+    joined = joined.view(np.uint8) if self.raw else joined
+    return joined.reshape(self.shape([a.shape for a in arrays]))
 
   def split(self, array: np.ndarray, shapes: list[tuple[int, ...]], head_width: int):
     """Makes ours from theirs, as views if possible; `shapes` are those of ours."""
-    if self.interleaved:
-      rows = array.shape[1:]
-      heads = array.reshape(-1, len(shapes), head_width, *rows)
-      parts = [heads[:, i].reshape(-1, *rows) for i in range(len(shapes))]
+    if self.block is not None:
+      array = array.reshape(len(array), -1)
+    if run := self._run(head_width):
+      parts = self._taken_apart(array, len(shapes), run)
     else:
       ends = np.cumsum([shape[-1] for shape in shapes])[:-1]
       parts = np.split(array, ends, self._axis)
     return [self._shifted(self._turn(self._halved(p, head_width)), -self.offset) for p in parts]
+
+  def _run(self, head_width) -> int | None:
+    """How many elements of a part follow each other, if the parts alternate."""
+    return 1 if self.alternating else head_width if self.interleaved else None
+
+  def _alternate(self, parts, run):
+    parts = [np.moveaxis(part, self._axis, 0) for part in parts]
+    rows = parts[0].shape[1:]
+    joined = np.stack([p.reshape(-1, run, *rows) for p in parts], 1).reshape(-1, *rows)
+    return np.moveaxis(joined, 0, self._axis)
+
+  def _taken_apart(self, array, count, run):
+    array = np.moveaxis(array, self._axis, 0)
+    runs = array.reshape(-1, count, run, *array.shape[1:])
+    parts = [runs[:, i].reshape(-1, *array.shape[1:]) for i in range(count)]
+    return [np.moveaxis(part, 0, self._axis) for part in parts]
 
   @property
   def _axis(self):
@@ -97,12 +135,42 @@ class Row:
   """One module of theirs and the modules of ours in it.
 
   `{l}` stands for the number of the layer, and `{e}` for that of an expert, where theirs has the
-  matrices of each expert by themselves.
+  matrices of each expert by themselves. `stacked`: ours have experts, and theirs has all of them
+  along a leading axis. Other rows are of modules without experts.
   """
 
   theirs: str
   ours: tuple[str, ...]
   codec: Codec = PLAIN
+  leaves: Mapping[str, str] = dataclasses.field(default_factory=lambda: LEAVES)
+  stacked: bool = False
+
+  @property
+  def of_experts(self) -> bool:
+    return self.stacked or '{e}' in self.theirs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+  """One form of the tensors of a family.
+
+  format: that of the weights whose codes and scales are tensors of their own; None: all weights are
+    plain arrays.  keys: what config.json says of it.
+  """
+
+  rows: tuple[Row, ...]
+  format: FormatName | None = None
+  keys: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def count(self, stored: Collection[str]) -> int:
+    """How many of the names on disk may be names of this layout."""
+    patterns = (
+      re.escape(row.theirs + leaf).replace(r'\{l\}', r'\d+').replace(r'\{e\}', r'\d+')
+      for row in self.rows
+      for leaf in row.leaves.values()
+    )
+    name = re.compile('|'.join(dict.fromkeys(patterns)))
+    return sum(name.fullmatch(one) is not None for one in stored)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,13 +180,18 @@ class Family:
   model_type: str
   architecture: str
   prefix: str  # of all names except the head's; bare checkpoints lack it
-  rows: tuple[Row, ...]
+  rows: tuple[Row, ...]  # of the first layout
   config_from_hf: Callable[[dict], ModelConfig]
   config_to_hf: Callable[[ModelConfig], dict]  # without the keys that all families share
   ignored: tuple[str, ...] = ()  # regular expressions: buffers of this family alone
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> name in `rows`
   bos_in_windows: bool = False  # the model predicts badly where no BOS stands before the text
   kinds: tuple[type[SubLayerConfig], ...] = (AttentionConfig, FeedForwardConfig)  # of sub-layers
+  others: tuple[Layout, ...] = ()  # further layouts
+
+  @property
+  def layouts(self) -> tuple[Layout, ...]:
+    return (Layout(rows=self.rows), *self.others)
 
   def weight_of(self, module: str) -> str:
     """The name on disk of the weight of one of our modules outside the layers, such as 'head'."""
@@ -130,6 +203,7 @@ class Entry:
   """One tensor of theirs, and the parameters of ours that it consists of.
 
   expert: which expert of these parameters it is; None: they have no experts, or it has them all.
+  stacked: it has them all; `shapes` are those of one.
   """
 
   theirs: str
@@ -139,30 +213,45 @@ class Entry:
   shape: tuple[int, ...]
   shapes: tuple[tuple[int, ...], ...]
   expert: int | None = None
+  stacked: bool = False
+
+  @property
+  def of_experts(self) -> bool:
+    return self.stacked or self.expert is not None
 
   def split(self, array: np.ndarray) -> list[np.ndarray]:
-    return self.codec.split(array, self.shapes, self.head_width)
+    if not self.stacked:
+      return self.codec.split(array, self.shapes, self.head_width)
+    parts = zip(*(self.codec.split(one, self.shapes, self.head_width) for one in array))
+    return [np.stack(part) for part in parts]
 
   def join(self, arrays: list[np.ndarray]) -> np.ndarray:
-    return self.codec.join(arrays, self.head_width)
+    if not self.stacked:
+      return self.codec.join(arrays, self.head_width)
+    return np.stack([self.codec.join(list(own), self.head_width) for own in zip(*arrays)])
 
 
 def entries(
-  family: Family, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+  family: Family,
+  config: ModelConfig,
+  shapes: Mapping[str, tuple[int, ...]],
+  layout: Layout | None = None,
 ) -> list[Entry]:
-  """Pairs the parameters of a model, given as path -> shape, with the tensors of a checkpoint.
+  """Pairs the arrays of a model, given as path -> shape, with the tensors of a checkpoint.
 
-  Raises ValueError if the family has no name for a parameter.
+  `layout` is one of the family's, by default the first. Raises ValueError if it has no name for an
+  array.
   """
   result, left = [], dict(shapes)
-  for row in family.rows:
+  for row in family.rows if layout is None else layout.rows:
     in_layers = '{l}' in row.theirs
     for l in range(len(config.layers) if in_layers else 1):
-      for leaf, their_leaf in LEAVES.items():
+      for leaf, their_leaf in row.leaves.items():
+        rank = RANKS[leaf] + row.of_experts
         paths = tuple(f'{module.format(l=l)}.{leaf}' for module in row.ours)
-        if all(path in left for path in paths):
+        if all(path in left and len(left[path]) == rank for path in paths):
           own = tuple(left.pop(path) for path in paths)
-          result += _of_module(row, f'.{their_leaf}', l, paths, own, config)
+          result += _of_module(row, their_leaf, l, paths, own, config)
   if left:
     raise ValueError(
       f'a {family.model_type} checkpoint has no names for {len(left)} parameters of this model: '
@@ -172,12 +261,14 @@ def entries(
 
 
 def _of_module(row, leaf, l, paths, shapes, config) -> list[Entry]:
-  """The tensors of theirs for parameters of ours: one, or one for each expert."""
-  width, numbers = config.layers[l].mixer.head_width, [None]
-  if '{e}' in row.theirs:
-    numbers, shapes = range(shapes[0][0]), tuple(shape[1:] for shape in shapes)
+  """The tensors of theirs for arrays of ours: one, or one for each expert."""
+  width, count = config.layers[l].mixer.head_width, shapes[0][0]
+  if row.of_experts:
+    shapes = tuple(shape[1:] for shape in shapes)
   shape = row.codec.shape(list(shapes))
-  return [
-    Entry(row.theirs.format(l=l, e=e) + leaf, paths, row.codec, width, shape, shapes, e)
-    for e in numbers
-  ]
+  common = {'ours': paths, 'codec': row.codec, 'head_width': width, 'shapes': shapes}
+  name = lambda **numbers: row.theirs.format(l=l, **numbers) + leaf
+  if row.stacked:
+    return [Entry(theirs=name(), shape=(count, *shape), stacked=True, **common)]
+  numbers = range(count) if row.of_experts else [None]
+  return [Entry(theirs=name(e=e), shape=shape, expert=e, **common) for e in numbers]

@@ -19,6 +19,7 @@ ACTIVATIONS = {
   'gelu_fast': 'gelu_tanh',
   'gelu_accurate': 'gelu_tanh',
   'gelu_python_tanh': 'gelu_tanh',
+  'quick_gelu': 'quick_gelu',
   'relu': 'relu',
 }
 
@@ -37,6 +38,14 @@ def integer(hf: dict, key: str, default: int) -> int:
 
 def number(hf: dict, key: str, default: float) -> float:
   return float(_read(hf, key, default, (int, float), 'a number'))
+
+
+def positive(hf: dict, key: str, default: float) -> float:
+  """A number above 0."""
+  value = number(hf, key, default)
+  if not value > 0:
+    raise ValueError(f'{key} in config.json must be above 0, not {value}')
+  return value
 
 
 def flag(hf: dict, key: str, default: bool) -> bool:

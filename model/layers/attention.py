@@ -1,19 +1,22 @@
 """Multi-head attention with grouped key/value heads: the mixer of kind 'attention'."""
 
 import dataclasses
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import jax
+import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
 from model.layers.basic import Linear, Norm, StreamConfig, apply
-from model.layers.checks import check_count, check_positive
+from model.layers.checks import check_choice, check_count, check_positive
 from model.layers.sublayer import MixerConfig, Units
 from model.layers.wiring import Attended, Edge, Normed
 from ops import rope
 from ops.attention import attention
 from ops.masks import AttentionMask
+
+NormSpan = Literal['head', 'all']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,9 @@ class AttentionConfig(MixerConfig):
   softcap: float | None = None  # of the scores
   qkv_bias: bool = False
   output_bias: bool = False
-  qk_norm: bool = False  # RMS norm over the head width of queries and keys (Qwen3)
+  qk_norm: bool = False  # RMS norm of queries and keys (Qwen3)
+  qk_norm_over: NormSpan = 'head'  # each head by itself, or all heads together (OLMoE)
+  sinks: bool = False  # a logit of each query head that has no value (gpt-oss)
 
   def __post_init__(self):
     for name in ('query_heads', 'kv_heads', 'head_width'):
@@ -51,6 +56,7 @@ class AttentionConfig(MixerConfig):
       )
     for name in ('query_scale', 'softcap'):
       check_positive(name, getattr(self, name))
+    check_choice('qk_norm_over', self.qk_norm_over, get_args(NormSpan))
 
   def build(self, stream, *, rngs, dtype):
     return Attention(self, stream, rngs=rngs, dtype=dtype)
@@ -76,9 +82,9 @@ class AttentionConfig(MixerConfig):
     """Key/value heads, each with the query heads that read it.
 
     Elements within a head are no units: a rope rotates them in pairs at frequencies that depend on
-    their place.
+    their place. Where one norm spans all heads, those that stay are normed without the others.
     """
-    runs = {'K': self.head_width, 'N': self.copies * self.head_width}
+    runs = {'K': self.head_width, 'N': self.copies * self.head_width, 'Q': self.copies}
     return Units(letter='K', count=self.kv_heads, runs=runs)
 
   def resized(self, count):
@@ -130,6 +136,14 @@ class KVCache(Protocol):
     """
 
 
+class Sinks(nnx.Module):
+  """A logit of each query head that counts in the softmax and has no value."""
+
+  def __init__(self, config: AttentionConfig, *, dtype):
+    self.logits = nnx.Param(jnp.zeros(config.query_heads, dtype))
+    self.axes = ('Q',)
+
+
 class Attention(nnx.Module):
   """Multi-head attention with an optional key/value cache."""
 
@@ -144,25 +158,36 @@ class Attention(nnx.Module):
     self.key = make((width, keys), ('D', 'K'), config.qkv_bias)
     self.value = make((width, keys), ('D', 'K'), config.qkv_bias)
     self.output = make((queries, width), ('N', 'D'), config.output_bias, stddev=stream.write_stddev)
-    norm = lambda: Norm(config.head_width, stream, dtype=dtype, kind='rms', axes=('H',))
-    self.query_norm = norm() if config.qk_norm else None
-    self.key_norm = norm() if config.qk_norm else None
+    spans = {'head': [('H', config.head_width)] * 2, 'all': [('N', queries), ('K', keys)]}
+    self.query_norm, self.key_norm = (
+      Norm(span, stream, dtype=dtype, kind='rms', axes=(letter,)) if config.qk_norm else None
+      for letter, span in spans[config.qk_norm_over]
+    )
+    self.sinks = Sinks(config, dtype=dtype) if config.sinks else None
 
   def __call__(self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None):
     """Returns (y_BTD, cache). `angles` is (cos, sin) or None."""
     heads = lambda x: rearrange(x, 'B T (heads H) -> B T heads H', H=self.config.head_width)
-    q_BTNH, k_BTKH, v_BTKH = map(heads, self.project(x_BTD))
-    if self.query_norm is not None:
-      q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+    q_BTN, k_BTK, v_BTK = self.project(x_BTD)
+    if self.config.qk_norm:
+      q_BTN, k_BTK = _normed(self.query_norm, q_BTN), _normed(self.key_norm, k_BTK)
+    q_BTNH, k_BTKH, v_BTKH = map(heads, (q_BTN, k_BTK, v_BTK))
     if angles is not None:
       q_BTNH, k_BTKH = rope.rotate(q_BTNH, *angles), rope.rotate(k_BTKH, *angles)
     if cache is not None:
       cache, k_BTKH, v_BTKH = cache.update(k_BTKH, v_BTKH, mask.q_positions_BT)
     scale = self.config.query_scale or self.config.head_width**-0.5
-    softcap = self.config.softcap
-    y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, scale=scale, softcap=softcap)
+    traits = {'scale': scale, 'softcap': self.config.softcap}
+    sinks_N = None if self.sinks is None else self.sinks.logits.get_value()
+    y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, sinks_N=sinks_N, **traits)
     return self.output(rearrange(y_BTNH, 'B T N H -> B T (N H)')), cache
 
   def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The queries, keys and values of all heads as the matrices give them: each [B, T, O]."""
     return apply(x_BTD, self.query, self.key, self.value)
+
+
+def _normed(norm: Norm, x_BTO: jax.Array) -> jax.Array:
+  """Norms each run of elements that the norm spans: a head, or all of them."""
+  span = norm.scale.get_value().shape[-1]
+  return norm(x_BTO.reshape(*x_BTO.shape[:-1], -1, span)).reshape(x_BTO.shape)

@@ -40,6 +40,10 @@ class StreamConfig:
     return INIT_STDDEV / (2 * self.depth) ** 0.5
 
 
+class Buffer(nnx.Param):
+  """A parameter that has no gradient; training changes it by a rule of its own."""
+
+
 class Linear(nnx.Module):
   """x[..., I] @ weight[I, O] (+ bias[O]), or E experts of that kind, which `grouped` multiplies."""
 
@@ -63,18 +67,23 @@ class Linear(nnx.Module):
 
     It is small, and compression leaves it as it is, because an error changes which experts run.
     """
-    return self.axes[-1] in ('E', '_')
+    return decides(self.axes)
 
   def grouped(self, x_TI: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """Multiplies consecutive groups of rows, each by its own expert, and adds its bias: [T, O].
 
-    The group sizes add up to the number of rows.
+    The group sizes add up to at most the number of rows. What follows them is not to be read.
     """
     y_TO = grouped_matmul(x_TI, self.weight.get_value(), group_sizes_E)
     if self.bias is None:
       return y_TO
     bias_EO = self.bias.get_value().astype(y_TO.dtype)
     return y_TO + jnp.repeat(bias_EO, group_sizes_E, axis=0, total_repeat_length=len(y_TO))
+
+
+def decides(axes: tuple[str, ...]) -> bool:
+  """Whether a parameter with these letters takes part in a decision, by its last axis."""
+  return axes[-1] in ('E', '_')
 
 
 def letters(module: nnx.Module, rank: int) -> tuple[str, ...]:

@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 from flax import nnx
 
 from model.layers.attention import KVCache
 from model.layers.basic import Norm, StreamConfig
+from model.layers.checks import check_positive
 from model.layers.sublayer import FfnConfig, MixerConfig, SubLayerConfig, Units
 from model.layers.wiring import Wiring, Write
 from ops.masks import AttentionMask
@@ -19,12 +21,14 @@ class LayerConfig:
   ffn: FfnConfig
   post_norms: bool = False  # a second norm after each sub-layer (Gemma 2)
   parallel: bool = False  # both sub-layers read the same input (GPT-NeoX)
+  residual_scale: float = 1.0  # of what each sub-layer adds to the stream (Granite)
 
   def __post_init__(self):
     for name, base in (('mixer', MixerConfig), ('ffn', FfnConfig)):
       part = getattr(self, name)
       if not isinstance(part, base):
         raise ValueError(f'{name} must be a {base.__name__}, not {type(part).__name__}')
+    check_positive('residual_scale', self.residual_scale)
 
   @property
   def sublayers(self) -> dict[str, SubLayerConfig]:
@@ -89,9 +93,14 @@ class Block(nnx.Module):
 
   def run(self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None):
     """Returns (x_BTD, cache, z_BTD), where z_BTD is what the feed-forward network has read."""
-    post = lambda norm, y: y if norm is None else norm(y)
     y_BTD, cache = self.attention(self.attention_norm(x_BTD), angles, mask, cache)
-    attended_BTD = x_BTD + post(self.attention_post_norm, y_BTD)
+    attended_BTD = x_BTD + self._written(self.attention_post_norm, y_BTD)
     source_BTD = x_BTD if self.layer.parallel else attended_BTD
     z_BTD = self.ffn_norm(source_BTD)
-    return attended_BTD + post(self.ffn_post_norm, self.ffn(z_BTD)), cache, z_BTD
+    return attended_BTD + self._written(self.ffn_post_norm, self.ffn(z_BTD)), cache, z_BTD
+
+  def _written(self, norm: Norm | None, y_BTD):
+    """What the output of a sub-layer adds to the stream."""
+    y_BTD = y_BTD if norm is None else norm(y_BTD)
+    scale = self.layer.residual_scale
+    return y_BTD if scale == 1.0 else y_BTD * jnp.asarray(scale, y_BTD.dtype)

@@ -38,9 +38,13 @@ class Attended:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gated:
-  """Each channel is multiplied by the activation of the same channel of the layer `gate`."""
+  """Each channel is multiplied by the activation of the same channel of the layer `gate`.
+
+  `linear`: nothing else happens to it, as a limit or an offset would.
+  """
 
   gate: str
+  linear: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,8 @@ class Edge:
     """
     if isinstance(self.through, Activated) and self.through.function != 'relu':
       return f'{self.through.function} does not commute with scales'
+    if isinstance(self.through, Gated) and not self.through.linear:
+      return 'a limit or an offset before the product does not commute with scales'
     return None
 
 

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from model import stacked
 from model.config import ModelConfig
 from model.train.data import Batch
 from model.train.objectives import Network
@@ -180,7 +181,7 @@ def projections(
   model = network.model
   context = Context.of(model.config, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
   x_BTD = model.embed(batch.tokens_BT, batch.positions_BT)
-  layers = list(model.layers)
+  layers = list(stacked.unstack(model).layers)
   for block in layers[: index % len(layers)]:
     x_BTD, _ = context.run(block, x_BTD)
   block = layers[index]

@@ -22,7 +22,7 @@ import tqdm
 from flax import nnx
 
 from model import config as model_config
-from model import fingerprint
+from model import fingerprint, stacked
 from model.train import optimizer as optimizer_lib
 from model.train import step as step_lib
 from model.train.data import PackedDataset
@@ -33,7 +33,7 @@ from model.train.step import StepConfig, Task
 from model.transformer import Transformer
 
 Record = dict[str, Any]
-VERSION = 2  # raised when the same settings give another result
+VERSION = 3  # raised when the same settings give another result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,16 +117,16 @@ def fit(
     for n in range(int(state.step), config.optimizer.steps):
       batch = dataset.batch(n)
       if task.on_policy is not None:
-        batch = task.on_policy(batch, n, setup.model(state.trained, frozen))
+        batch = task.on_policy(batch, n, stacked.unstack(setup.model(state.arrays, frozen)))
       batch = jax.device_put(batch, batch_sharding)
       compiled = compiled or update.lower(state, frozen, batch).compile()
       state, metrics = compiled(state, frozen, batch)
       if held_out is not None and (n + 1) % held_out.every == 0:
-        now = setup.model(state.trained, frozen)
+        now = setup.model(state.arrays, frozen)
         metrics['held_out_loss'] = np.float64(mean_nll(now, held_out.dataset, config.step))
       loop.after_update(n + 1, state, metrics)
   return FitResult(
-    model=setup.model(state.trained, frozen),
+    model=stacked.unstack(setup.model(state.arrays, frozen)),
     records=tuple(loop.records),
     program_bytes=0 if compiled is None else program_bytes(compiled),
     update_s=loop.update_s(),
@@ -183,7 +183,7 @@ class _Loop:
       return
     step, metrics = self._pending
     self._pending = None
-    values = {name: value.item() for name, value in metrics.items()}
+    values = jax.tree.map(lambda value: value.tolist(), metrics)
     record = {'step': step, **values, 'learning_rate': float(self._rate(step - 1))}
     if not (math.isfinite(record['loss']) and math.isfinite(record['grad_norm'])):
       raise FloatingPointError(

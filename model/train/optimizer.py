@@ -13,9 +13,9 @@
   sgd        momentum `b1`, or none if it is 0
 
 An update is -rate * multiplier * (direction + weight_decay * parameter), where weight decay applies
-only to arrays of rank 2 and more, not to norms and biases. The axis along which `model.stacked` has
-stacked layers is none of an array's own. A row of `OPTIMIZERS` gives the direction; everything else
-is common to all.
+only to matrices and tables, not to norms and biases. The axes along which layers are stacked
+(`model.stacked`), or experts, are none of an array's own: each expert is a matrix by itself. A row
+of `OPTIMIZERS` gives the direction; everything else is common to all.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ Decay = Literal['cosine', 'constant']
 MUON_MOMENTUM = 0.95
 NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 5
 MUON_RMS = 0.2  # of an update's elements, as AdamW's typically have
+VECTORS = ('bias', 'magnitude_O')  # names of arrays that have one axis of their own
 NOT_HIDDEN = ('embedding.*', 'positions.*', 'head.*')  # matrices that Muon leaves to AdamW
 
 
@@ -133,8 +134,32 @@ def paths(tree: Any) -> Any:
 
 
 def _rank(path: str, array: jax.Array) -> int:
-  """The number of an array's own axes."""
-  return array.ndim - is_stacked(path)
+  """The number of an array's own axes, without those of stacked layers and experts."""
+  most = 1 if path.rpartition('.')[2] in VECTORS else 2
+  return min(array.ndim - is_stacked(path), most)
+
+
+def _over_own(fn: Callable, path: str, array: jax.Array) -> Callable:
+  """Maps a function of matrices or vectors over the other axes of an array of this path."""
+  for _ in range(array.ndim - _rank(path, array)):
+    fn = jax.vmap(fn)
+  return fn
+
+
+def _each(one: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Applies a transformation to each matrix and vector by itself."""
+
+  def init(params):
+    state = lambda path, p: _over_own(one.init, path, p)(p)
+    return jax.tree.map(state, paths(params), params)
+
+  def update(updates, state, params=None):
+    flat, structure = jax.tree.flatten(updates)
+    rest = map(structure.flatten_up_to, (state, params, paths(updates)))
+    new = [_over_own(one.update, path, u)(u, s, p) for u, s, p, path in zip(flat, *rest)]
+    return tuple(structure.unflatten(column) for column in zip(*new))
+
+  return optax.GradientTransformation(init, update)
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -143,8 +168,10 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
   del config  # it has no first moment, and the decay of the second follows the step
-  return optax.chain(
-    optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+  return _each(
+    optax.chain(
+      optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+    )
   )
 
 
@@ -155,12 +182,12 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     )
     return 'adam' if outside else 'muon'
 
-  def orthogonal(update):
-    return _orthogonal(update) if update.ndim == 2 else jax.vmap(_orthogonal)(update)
+  def orthogonal(path, update):
+    return _over_own(_orthogonal, path, update)(update)
 
   muon = optax.chain(
     optax.trace(decay=MUON_MOMENTUM, nesterov=True),
-    optax.stateless(lambda updates, _: jax.tree.map(orthogonal, updates)),
+    optax.stateless(lambda updates, _: jax.tree.map(orthogonal, paths(updates), updates)),
   )
   labels = lambda params: jax.tree.map(label, paths(params), params)
   return optax.multi_transform({'muon': muon, 'adam': _adam(config)}, labels)

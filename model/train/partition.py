@@ -1,7 +1,7 @@
 """Divides the arrays of a model into those that are trained and those that stay as they are.
 
-Each array has a role: a value, an adapter, a scale, a code or a mask (`ops.linear.Role`). A
-`Selection` says, for each role that can be trained, which parameters it means. `partition` then
+Each array has a role: a value, an adapter, a scale, a code, a mask or a buffer (`ops.linear.Role`).
+A `Selection` says, for each role that can be trained, which parameters it means. `partition` then
 gives two flat dictionaries of arrays by name. Training differentiates, optimizes, donates and saves
 the first alone; the second keeps its dtypes and shardings.
 
@@ -12,13 +12,15 @@ the first alone; the second keeps its dtypes and shardings.
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from model import stacked
+from model.layers.basic import Buffer
 from model.transformer import Transformer
 from ops import sparse
 from ops.linear import Matrix, Role, Weight, innermost, roles
@@ -51,6 +53,7 @@ class Structure:
   graphdef: nnx.GraphDef
   tree: Any
   names: tuple[str, ...]
+  buffers: tuple[str, ...] = ()  # of the names, those of arrays that have a rule of their own
 
   def model(self, arrays: Mapping[str, jax.Array]) -> Transformer:
     """Builds the model of these arrays, which may be traced."""
@@ -91,15 +94,42 @@ def partition(model: Transformer, selection: Selection) -> tuple[Structure, Arra
     (trained if selection.takes(leaf.path, leaf.role) else frozen)[leaf.name] = leaf.array
   if not trained:
     raise ValueError(f'{selection} leaves nothing to train')
-  tree = jax.tree.structure(state)
-  return Structure(graphdef, tree, tuple(leaf.name for leaf in found)), trained, frozen
+  return _structure(graphdef, state, found), trained, frozen
+
+
+def stack(model: Transformer, trained: Collection[str]) -> tuple[Structure, Arrays, Arrays]:
+  """What `partition` returns, with the model's layers stacked where they are alike.
+
+  `trained` has the names of the trained arrays in the model as it is. Layers are alike only if the
+  same arrays of them are trained.
+  """
+  taken = [set() for _ in model.layers]
+  for name in trained:
+    if name.startswith('layers.'):
+      _, layer, inner = name.split('.', 2)
+      taken[int(layer)].add(inner)
+  packed = stacked.stack(model, traits=list(map(frozenset, taken)))
+  graphdef, state = nnx.split(packed)
+  found = list(leaves(state))
+  parts = {}, {}
+  for leaf in found:
+    is_frozen = stacked.ordinary_path(packed, leaf.name) not in trained
+    parts[is_frozen][leaf.name] = leaf.array
+  return _structure(graphdef, state, found), *parts
+
+
+def _structure(graphdef, state, found: list[Leaf]) -> Structure:
+  names = lambda leaves: tuple(leaf.name for leaf in leaves)
+  buffers = names(leaf for leaf in found if leaf.role == 'buffer')
+  return Structure(graphdef, jax.tree.structure(state), names(found), buffers)
 
 
 def leaves(state: nnx.State) -> Iterator[Leaf]:
   """The arrays of a model's state, in the order of `jax.tree.leaves`."""
   for keys, param in nnx.to_flat_state(state):
     path, w = '.'.join(map(str, keys)), param.get_value()
-    for (inner, array), role in zip(jax.tree.leaves_with_path(w), roles(w), strict=True):
+    own = roles(w, 'buffer' if isinstance(param, Buffer) else 'value')
+    for (inner, array), role in zip(jax.tree.leaves_with_path(w), own, strict=True):
       fields = ''.join(f'.{key.name}' for key in inner)
       yield Leaf(path, path + fields, role, array)
 

@@ -18,11 +18,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from model import stacked
+from model import expert_parallel, stacked
+from model.expert_parallel import DispatchConfig
+from model.layers.routed import Dispatcher, Dropless
+from model.train import partition
 from model.train.data import Batch
 from model.train.objectives import CrossEntropy, Models, Network, Objective, Sums
 from model.train.on_policy import OnPolicy
-from model.train.partition import Arrays, Selection, Structure, partition
+from model.train.partition import Arrays, Selection, Structure
 from model.transformer import Transformer
 
 DTYPES = ('float32', 'bfloat16')
@@ -34,14 +37,16 @@ Metrics = dict[str, jax.Array]
 class StepConfig:
   """How an update is computed; apart from rounding, the result does not depend on it.
 
-  The exception is `seed`, on which the random numbers of an objective depend.
+  The exceptions are `seed`, on which the random numbers of an objective depend, and a capacity of
+  experts in `dispatch`.
   """
 
   compute_dtype: str = 'float32'
   accumulation: int = 1  # micro-batches per batch
   loss_chunk: int = 1024  # tokens whose logits are stored at a time
   remat: stacked.Remat = 'none'  # what the backward pass computes again; see model/stacked.py
-  scan: bool = False  # run layers that are alike in one loop
+  scan: bool = False  # stack layers that are alike, and run them in one loop
+  dispatch: DispatchConfig = DispatchConfig()  # how tokens get to their experts, if there are any
   seed: int = 0
 
   def __post_init__(self):
@@ -54,6 +59,11 @@ class StepConfig:
         f'accumulation and loss_chunk must be at least 1, not {self.accumulation}, '
         f'{self.loss_chunk}'
       )
+
+  @property
+  def looped(self) -> bool:
+    """Whether layers that are alike are stacked and run in a loop."""
+    return self.scan or self.remat != 'none'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,15 +80,26 @@ class Task:
 
 
 @functools.partial(
-  jax.tree_util.register_dataclass, data_fields=['trained', 'opt_state', 'step'], meta_fields=[]
+  jax.tree_util.register_dataclass,
+  data_fields=['trained', 'opt_state', 'step', 'buffers'],
+  meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Everything that an update changes. `step` counts the completed updates, int32."""
+  """Everything that an update changes. `step` counts the completed updates, int32.
+
+  `buffers` are arrays of the model that have no gradient and that the objective changes.
+  """
 
   trained: Arrays
   opt_state: optax.OptState
   step: jax.Array
+  buffers: Arrays = dataclasses.field(default_factory=dict)
+
+  @property
+  def arrays(self) -> Arrays:
+    """The arrays of the model that an update changes, and the objective's own."""
+    return self.trained | self.buffers
 
 
 @functools.partial(
@@ -101,31 +122,35 @@ class Setup:
   objective: Objective
   optimizer: optax.GradientTransformation
   config: StepConfig
+  dispatcher: Dispatcher = Dropless()
 
   def model(self, trained: Arrays, frozen: Frozen) -> Transformer:
-    """The student with these trained arrays."""
+    """The student with these trained arrays; its layers are stacked if updates run in loops."""
     return self.structure.model({**frozen.arrays, **trained})
 
-  def sums(self, trained: Arrays, frozen: Frozen, batch: Batch, key: jax.Array) -> Sums:
-    """The sums of the objective over the labelled tokens of a batch."""
+  def models(
+    self, trained: Arrays, frozen: Frozen, key: jax.Array, whole: Sums | None = None
+  ) -> Models:
+    """What the objective compares; `whole` is what it knows of the whole batch."""
     references = {
       name: nnx.merge(self.references[name], state) for name, state in frozen.references.items()
     }
     own = {n.removeprefix(OWN): a for n, a in trained.items() if n.startswith(OWN)}
-    models = Models(
-      network(self.model(trained, frozen), self.config),
+    student = self.model(trained, frozen)
+    expert_parallel.use(student, self.dispatcher)
+    return Models(
+      network(student, self.config),
       {name: network(model, self.config) for name, model in references.items()},
       own,
       key,
+      whole or {},
     )
-    return self.objective(models, batch)
 
 
 def network(model: Transformer, config: StepConfig) -> Network:
   """The model as objectives see it. Its compute dtype changes."""
   model.dtype = jnp.dtype(config.compute_dtype)
-  looped = config.scan or config.remat != 'none'
-  return Network(model, config.loss_chunk, config.remat if looped else None)
+  return Network(model, config.loss_chunk, config.remat if config.looped else None)
 
 
 def init(
@@ -136,22 +161,31 @@ def init(
 ) -> tuple[Setup, TrainState, Frozen]:
   """Divides a model into a training state with float32 copies, and what stays as it is.
 
+  Where updates run in loops, the layers of all models are stacked, in arrays of their own.
+
   Raises:
-    ValueError: the selection does not fit the model (see `partition`), or the objective does not
-      suit the models.
+    ValueError: the selection does not fit the model (see `partition`), the objective does not suit
+      the models, or the experts do not fit the mesh (see `expert_parallel.make`).
   """
   task, config = task or Task(), config or StepConfig()
   configs = {name: reference.config for name, reference in task.references.items()}
   task.objective.check(model.config, configs)
-  structure, trained, frozen = partition(model, task.selection)
+  structure, trained, frozen = partition.partition(model, task.selection)
+  references = dict(task.references)
+  if config.looped and not stacked.has_stacks(model):
+    structure, trained, frozen = partition.stack(model, trained)
+  if config.looped:
+    references = {name: stacked.stack(reference) for name, reference in references.items()}
   own = task.objective.parameters(model.config, configs, key=jax.random.key(config.seed))
   trained = trained | {OWN + name: array for name, array in own.items()}
   # Copies, because updates donate the state and the caller keeps the model.
   trained = {name: jnp.array(a, jnp.float32, copy=True) for name, a in trained.items()}
-  split = {name: nnx.split(reference) for name, reference in task.references.items()}
+  split = {name: nnx.split(reference) for name, reference in references.items()}
   graphs = {name: graphdef for name, (graphdef, _) in split.items()}
-  setup = Setup(structure, graphs, task.objective, optimizer, config)
-  state = TrainState(trained, optimizer.init(trained), jnp.zeros((), jnp.int32))
+  dispatcher = expert_parallel.make(config.dispatch, model.config, _mesh(nnx.state(model)))
+  setup = Setup(structure, graphs, task.objective, optimizer, config, dispatcher)
+  buffers = {n: jnp.array(frozen.pop(n), jnp.float32, copy=True) for n in structure.buffers}
+  state = TrainState(trained, optimizer.init(trained), jnp.zeros((), jnp.int32), buffers)
   read = Frozen(frozen, {name: state for name, (_, state) in split.items()})
   return setup, _replicate(state, _mesh(read) or _mesh(state)), read
 
@@ -161,17 +195,24 @@ def make_step(
 ) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]:
   """Builds the compiled update, which donates its state and keeps the shardings of `like`.
 
-  The metrics are the means per label of the objective's sums (`loss` among them), `tokens` (number
-  of labels) and `grad_norm` (before clipping).
+  The metrics are what the objective reports of the means per label of its sums (`loss` among them),
+  `tokens` (number of labels) and `grad_norm` (before clipping).
   """
 
   def step(state: TrainState, frozen: Frozen, batch: Batch):
     key = jax.random.fold_in(jax.random.key(setup.config.seed), state.step)
-    means, tokens, gradients = _gradients(setup, state.trained, frozen, batch, key)
+    read = dataclasses.replace(frozen, arrays=frozen.arrays | state.buffers)
+    sums, tokens, gradients = _gradients(setup, state.trained, read, batch, key)
     updates, opt_state = setup.optimizer.update(gradients, state.opt_state, state.trained)
     trained = optax.apply_updates(state.trained, updates)
-    metrics = {**means, 'tokens': tokens, 'grad_norm': optax.tree.norm(gradients)}
-    return TrainState(trained, opt_state, state.step + 1), metrics
+    buffers = setup.objective.updated(state.buffers, sums)
+    means = jax.tree.map(lambda a: a * _part(tokens), sums)
+    metrics = {
+      **setup.objective.report(means),
+      'tokens': tokens,
+      'grad_norm': optax.tree.norm(gradients),
+    }
+    return TrainState(trained, opt_state, state.step + 1, buffers), metrics
 
   shardings = None
   if _mesh(like) is not None:
@@ -180,28 +221,34 @@ def make_step(
 
 
 def _gradients(setup, trained, frozen, batch, key):
-  """Returns the mean sums of a batch, its number of labels, and the gradient of the mean loss."""
+  """Returns the sums of a batch, its number of labels, and the gradient of the mean loss."""
   n = setup.config.accumulation
+  parts = jax.tree.map(functools.partial(_split, n=n), batch), jax.random.split(key, n)
+  before = lambda micro, key: setup.objective.before(setup.models(trained, frozen, key), micro)
+  first = jax.tree.map(lambda a: a[0], parts)
+  whole = _total(before, parts, jax.eval_shape(before, *first)) if n > 1 else {}
 
   def loss(trained, micro, key):
-    sums = setup.sums(trained, frozen, micro, key)
+    sums = setup.objective(setup.models(trained, frozen, key, whole), micro)
     return sums['loss'], sums
 
   gradient_fn = jax.grad(loss, has_aux=True)
 
-  def add(total, part):
-    gradients, sums = gradient_fn(trained, *part)
-    return jax.tree.map(jnp.add, total, (sums, gradients)), None
-
-  parts = jax.tree.map(functools.partial(_split, n=n), batch), jax.random.split(key, n)
-  first = jax.tree.map(lambda a: a[0], parts)
-  sums = jax.eval_shape(lambda part: setup.sums(trained, frozen, *part), first)
-  zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (sums, trained))
-  (sums, gradients), _ = jax.lax.scan(add, zero, parts)
+  shapes = trained, jax.eval_shape(functools.partial(loss, trained), *first)[1]
+  gradients, sums = _total(functools.partial(gradient_fn, trained), parts, shapes)
   tokens = jnp.sum(batch.labels_BT >= 0)
-  scale = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
-  means, gradients = jax.tree.map(lambda a: a * scale, (sums, gradients))
-  return means, tokens, gradients
+  return sums, tokens, jax.tree.map(lambda a: a * _part(tokens), gradients)
+
+
+def _part(tokens):
+  return 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
+
+
+def _total(fn, parts, shapes):
+  """The sum of `fn(*part)`, which has these shapes, over the leading axis of the parts."""
+  add = lambda total, part: (jax.tree.map(jnp.add, total, fn(*part)), None)
+  zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+  return jax.lax.scan(add, zero, parts)[0]
 
 
 def _split(array_BT, n):

@@ -1,6 +1,7 @@
 """The studies on a tiny base: what their records say, and their claims on invented runs."""
 
 import itertools
+import math
 import types
 
 import jax
@@ -11,10 +12,13 @@ from experiments import (
   arms,
   small_models,
   study_adapters,
+  study_compressed_experts,
   study_distillation,
+  study_experts,
   study_int8,
   study_pruning,
   study_qat,
+  study_upcycling,
 )
 from experiments import base as embedded
 from experiments.arms import Options
@@ -22,7 +26,16 @@ from model import adapters, corpus
 from model.eval import records
 from model.transformer import Transformer
 
-STUDIES = (study_adapters, study_distillation, study_int8, study_pruning, study_qat)
+STUDIES = (
+  study_adapters,
+  study_compressed_experts,
+  study_distillation,
+  study_experts,
+  study_int8,
+  study_pruning,
+  study_qat,
+  study_upcycling,
+)
 
 
 @pytest.fixture
@@ -116,6 +129,28 @@ def test_a_pruned_model_is_healed_and_says_how_much_came_back(smoke):
   assert 0.75 < width <= depth < 0.9  # of four layers one goes; the embeddings stay
 
 
+@pytest.mark.slow
+def test_experts_made_of_the_base_start_as_it_did(smoke):
+  rows = smoke(study_upcycling)
+  assert set(rows) == {'copy_start', 'copy'}
+  start = rows['copy_start']
+  assert start.value('logit_difference') <= study_upcycling.EXACT
+  assert start.value('cross_entropy') == pytest.approx(start.value('base_cross_entropy'), abs=1e-4)
+  assert rows['copy'].value('cross_entropy') != start.value('cross_entropy')
+
+
+@pytest.mark.slow
+def test_compressed_experts_say_how_many_tokens_went_elsewhere(smoke):
+  rows = smoke(study_compressed_experts)
+  assert set(rows) == {'base', 'gptq_int3', 'reap50'}
+  for name, row in rows.items():
+    assert row.value('ppl') == pytest.approx(math.exp(row.value('cross_entropy')))
+    changed = row.value('experts_changed')
+    assert changed is None if name == 'base' else 0 < changed < 1
+  # A pair of eight experts stays whole if both are among the four that are left.
+  assert rows['reap50'].value('experts_changed') > 0.2
+
+
 def test_the_losses_of_qat_are_set_beside_those_of_rounding(smoke):
   rows = smoke(study_qat)
   assert set(rows) == {'rtn_int3', 'qat_int3'}
@@ -153,6 +188,35 @@ def test_int8_products_and_float_ones_train_the_same_model(smoke):
   assert rows['float'].value('train_tokens') == rows['int8_inputs'].value('train_tokens')
   losses = [rows[name].value('cross_entropy') for name in study_int8.STUDY.smoke]
   assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+def test_experts_on_invented_runs():
+  values = lambda loss, violation, dead: {
+    1e-3: {'cross_entropy': loss, 'max_violation': violation, 'dead_experts': dead}
+  }
+  runs = {
+    'dense': values(3.0, 0, 0),
+    'routed1_loss': values(2.9, 0.5, 0),
+    'routed1_bias': values(3.1, 0.7, 0),
+    'routed1_none': values(3.0, 3.0, 1),
+  }
+  assert _counts(study_experts, runs) == {
+    'cross_entropy, routed1_loss < dense': 1,
+    'cross_entropy, routed1_bias < dense': 0,
+    'dead_experts of routed1_none >= 1': 1,
+    'max_violation, routed1_loss < 0.2 x routed1_none': 1,
+    'max_violation, routed1_bias < 0.2 x routed1_none': 0,
+  }
+
+
+def test_a_token_costs_no_more_with_experts_than_without(smoke):
+  rows = smoke(study_experts, 'dense', 'routed2_bias')
+  dense, routed = rows['dense'], rows['routed2_bias']
+  flops = [row.value('training_flops_per_token') for row in (routed, dense)]
+  assert 0.99 * flops[1] < flops[0] <= flops[1]
+  assert routed.value('parameters') > 1.5 * routed.value('active_parameters')
+  assert dense.value('train_tokens') == routed.value('train_tokens')
+  assert 0 <= routed.value('max_violation') <= study_experts.EXPERTS / 2 - 1
 
 
 def test_each_distilled_student_has_a_record(smoke, capsys):

@@ -6,10 +6,10 @@ import sys
 
 from experiments import terminal
 from model.compress import recipe
-from model.eval import select
-from model.eval.columns import TERMINAL_COLUMNS as COLUMNS
+from model.eval import columns, select
 from model.eval.records import Metric, Record
 
+COLUMNS = columns.of_terminal()
 INT8 = recipe.Recipe(name='int8', steps=(), description='all in int8')
 NAMES = ('base', 'int8', 'a_recipe_with_a_long_name')
 

@@ -42,12 +42,33 @@ def test_experts_are_trained_saved_and_counted(script, tmp_path):
   assert lines[0]['cross_entropy'] == pytest.approx(math.log(512), abs=0.2)
   extra = 0.01 * lines[0]['balance_loss'] + 0.001 * lines[0]['z_loss']  # of the one layer
   assert lines[0]['loss'] - lines[0]['cross_entropy'] == pytest.approx(extra, rel=1e-3)
+  (used,) = lines[-1]['experts'].values()
+  assert len(used['load']) == 4 and sum(used['load']) == pytest.approx(1, rel=1e-5)
+  assert record.value('max_violation') == pytest.approx(4 * max(used['load']) - 1, rel=1e-4)
+  for name in ('loss.png', 'experts.png'):
+    assert (out / name).read_bytes().startswith(b'\x89PNG')
+
+
+def test_experts_on_several_devices_with_a_capacity_and_biases(script, tmp_path):
+  out = tmp_path / 'lm'
+  flags = ('--experts=4', '--layers=1', '--balancing=bias', '--balancing_rate=0.01')
+  parallel = ('--mesh_expert=2', '--expert_dispatch=all_to_all', '--capacity_factor=0.5')
+  script('--smoke', f'--out={out}', '--steps=6', '--ffn_width=32', *flags, *parallel)
+  model, _ = hf.load_pretrained(out / 'model')
+  bias_E = model.layers[0].ffn.choice_bias.get_value()
+  # Each of six updates moves each of four by 0.01, or not, before their mean is taken away.
+  assert 0 < abs(bias_E).max() <= 0.12 and abs(bias_E.sum()) < 1e-6
+  (record,) = records.read(out / 'records.jsonl')
+  assert record.value('dropped') >= 0.5
+  assert record.config['balancing'] == {'balance': 0.0, 'z': 0.001, 'bias_rate': 0.01}
 
 
 @pytest.mark.parametrize(
   'arguments, message',
   [
     (['--experts=2', '--experts_per_token=3'], 'cannot choose 3 experts of 2'),
+    (['--experts=4', '--mesh_expert=3'], 'the 4 experts of layer 0 do not divide among 3'),
+    (['--experts=4', '--capacity_factor=-1'], 'capacity_factor must be above 0, not -1'),
     (['--text=none'], 'no such file'),
     (['--query_heads=3', '--kv_heads=2'], '3 query heads do not divide'),
     (['--steps=0'], '--steps must be above 0'),

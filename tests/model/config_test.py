@@ -29,12 +29,18 @@ MIXERS = {
   'no rotation': ({'rotary_width': 0}, 'within 1 and the head width 8, not 0'),
   'scale': ({'query_scale': 0.0}, r'query_scale must be a positive number, not 0\.0'),
   'cap': ({'softcap': math.nan}, 'softcap must be a positive number, not nan'),
+  'norm': ({'qk_norm_over': 'heads'}, "qk_norm_over 'heads' is not one of head, all"),
 }
 FFNS = {
   'no width': ({'width': 0}, 'width of a feed-forward network must be an integer of at least 1'),
   'activation': (
     {'activation': 'gelu_new'},
     "'gelu_new' is not one of silu, gelu, gelu_tanh, relu",
+  ),
+  'limit': ({'limit': 0.0}, r'limit must be a positive number, not 0\.0'),
+  'no gate': (
+    {'gated': False, 'up_offset': 1.0},
+    r'limit None and up_offset 1\.0 are those of a g',
   ),
 }
 MODELS = {
@@ -45,6 +51,7 @@ MODELS = {
   'norm': ({'norm': 'batch'}, "norm 'batch' is not one of rms, layer"),
   'eps': ({'norm_eps': -1e-5}, 'norm_eps must be a number of at least 0, not -1e-05'),
   'embedding scale': ({'embedding_scale': 0.0}, 'embedding_scale must be a positive number'),
+  'logit divisor': ({'logit_divisor': 0.0}, 'logit_divisor must be a positive number'),
   'cap': ({'logit_softcap': -30.0}, r'logit_softcap must be a positive number, not -30\.0'),
   'odd rotation': (
     {'layers': (LAYER, LAYER.with_mixer(head_width=7))},
@@ -72,6 +79,8 @@ def test_each_sub_layer_has_its_place():
     LayerConfig(mixer=LAYER.ffn, ffn=LAYER.ffn)
   with pytest.raises(ValueError, match='ffn must be a FfnConfig, not AttentionConfig'):
     LayerConfig(mixer=LAYER.mixer, ffn=LAYER.mixer)
+  with pytest.raises(ValueError, match='residual_scale must be a positive number, not -1'):
+    dataclasses.replace(LAYER, residual_scale=-1)
 
 
 @pytest.mark.parametrize('case', MODELS)

@@ -22,6 +22,12 @@ CONFIG_CLASSES = {
   'phi3': transformers.Phi3Config,
   'gpt2': transformers.GPT2Config,
   'gpt_neox': transformers.GPTNeoXConfig,
+  'qwen2_moe': transformers.Qwen2MoeConfig,
+  'qwen3_moe': transformers.Qwen3MoeConfig,
+  'olmoe': transformers.OlmoeConfig,
+  'granitemoe': transformers.GraniteMoeConfig,
+  'granitemoeshared': transformers.GraniteMoeSharedConfig,
+  'gpt_oss': transformers.GptOssConfig,
 }
 LLAMA3 = {
   'factor': 8.0,
@@ -99,6 +105,13 @@ def test_pythia_keys_of_older_versions():
   assert config.rope.theta == 5000.0 and config.layers[0].mixer.rotary_width == 8
 
 
+@pytest.mark.parametrize('key', ['num_local_experts', 'num_experts', 'n_routed_experts'])
+def test_the_number_of_experts_has_three_names(key):
+  for family in ('mixtral', 'qwen3_moe', 'olmoe', 'gpt_oss'):
+    config = hf_names.config_from_hf({'model_type': family, key: 17})
+    assert {layer.ffn.experts for layer in config.layers} == {17}
+
+
 def test_yarn_without_an_original_length_uses_the_maximum():
   scaling = {'type': 'yarn', 'factor': 4.0}
   hf = {'model_type': 'qwen2', 'max_position_embeddings': 512, 'rope_scaling': scaling}
@@ -136,6 +149,18 @@ def test_yarn_without_an_original_length_uses_the_maximum():
     ('ministral', {}, 'did you mean mistral'),
     ('mixtral', {'num_experts_per_tok': 9}, 'cannot choose 9 experts of 8'),
     ('mixtral', {'num_local_experts': 0}, 'num_local_experts .* at least 1'),
+    ('mixtral', {'norm_topk_prob': False}, 'norm_topk_prob = False'),
+    ('qwen3_moe', {'num_experts': 4}, 'num_experts_per_tok .* cannot choose 8 experts of 4'),
+    ('qwen3_moe', {'num_experts': 8, 'n_routed_experts': 9}, 'num_experts = 8, n_routed_exp.* = 9'),
+    ('qwen2_moe', {'scoring_func': 'sigmoid'}, "scoring_func = 'sigmoid'"),
+    ('qwen2_moe', {'mlp_only_layers': 3}, 'mlp_only_layers .* numbers of layers, not 3'),
+    ('olmoe', {'routed_scaling_factor': 2.5}, 'routed_scaling_factor = 2.5'),
+    ('olmoe', {'clip_qkv': 8.0}, 'clip_qkv = 8.0'),
+    ('olmoe', {'head_dim': 64}, 'head_dim is 64 for 16 heads and a hidden_size of 2048'),
+    ('gpt_oss', {'swiglu_alpha': 1.0}, 'swiglu_alpha = 1.0'),
+    ('gpt_oss', {'quantization_config': {'quant_method': 'gptq'}}, r'\(gptq\).*already quantized'),
+    ('mixtral', {'quantization_config': {'quant_method': 'mxfp4'}}, r'\(mxfp4\).*already quant'),
+    ('granitemoe', {'residual_multiplier': 0}, 'residual_multiplier .* must be above 0, not 0.0'),
   ],
 )
 def test_what_cannot_be_computed_is_named(family, keys, message):

@@ -92,7 +92,12 @@ def test_the_forward_pass_matches_that_of_one_device(kind, shape):
 
 def test_a_training_step_matches_that_of_one_device():
   positions = np.broadcast_to(np.arange(8, dtype=np.int32)[None], (8, 8))
-  batch = Batch(TOKENS, np.roll(TOKENS, -1, 1), positions, np.ones((8, 8), np.int32))
+  batch = Batch(
+    tokens_BT=TOKENS,
+    labels_BT=np.roll(TOKENS, -1, 1),
+    segments_BT=np.ones((8, 8), np.int32),
+    positions_BT=positions,
+  )
   optimizer = optax.sgd(0.1, momentum=0.9)
 
   def updated(model, batch):

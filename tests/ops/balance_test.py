@@ -58,8 +58,8 @@ def test_padding_changes_nothing(rng):
   assert _loss(more_TE, routed, mask_T) == pytest.approx(float(_loss(logits_TE, routing)), rel=1e-5)
   z = balance.z_loss(logits_TE)
   assert balance.z_loss(more_TE, mask_T) == pytest.approx(float(z), rel=1e-5)
-  own = balance.statistics(logits_TE, routing, 'softmax')
-  masked = balance.statistics(more_TE, routed, 'softmax', mask_T)
+  own = balance.statistics(balance.usage(logits_TE, routing, 'softmax'))
+  masked = balance.statistics(balance.usage(more_TE, routed, 'softmax', mask_T))
   np.testing.assert_allclose([masked[k] for k in own], list(own.values()), rtol=1e-5)
 
 
@@ -136,7 +136,15 @@ def test_statistics_are_counted(rng):
   experts_TX = np.stack([np.zeros(TOKENS, int), 1 + np.arange(TOKENS) % 4], 1)  # 5 is never chosen
   weights_TX = np.float32(rng.random((TOKENS, CHOICES)))
   routing = Routing(experts_TX=jnp.asarray(experts_TX), weights_TX=jnp.asarray(weights_TX))
-  found = balance.statistics(logits_TE, routing, 'softmax')
+  kept_TX = rng.random((TOKENS, CHOICES)) < 0.8
+  kept_TX[0] = False
+
+  def usage(part):
+    own = jax.tree.map(lambda a: a[part], routing)
+    return balance.usage(logits_TE[part], own, 'softmax', kept_TX=jnp.asarray(kept_TX[part]))
+
+  parts = usage(slice(0, 17)), usage(slice(17, None))
+  found = balance.statistics(jax.tree.map(jnp.add, *parts))  # the usages of parts add up
   p_TE = np.exp(np.float64(logits_TE))
   p_TE /= p_TE.sum(1, keepdims=True)
   load_E = np.bincount(experts_TX.ravel(), minlength=EXPERTS)
@@ -148,6 +156,7 @@ def test_statistics_are_counted(rng):
     'mean_entropy': -(mean_E * np.log(mean_E)).sum(),
     'top_weight': weights_TX[:, 0].mean(),
     'z': np.sqrt(np.mean(np.log(np.exp(np.float64(logits_TE)).sum(1)) ** 2)),
+    'dropped': 1 - kept_TX.mean(),
   }
   assert found.keys() == expected.keys()
   for name, value in expected.items():

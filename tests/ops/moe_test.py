@@ -300,6 +300,89 @@ def test_the_choices_over_the_capacity_are_those_that_come_last(rng, order):
     np.testing.assert_array_equal(kept_TX, expected)
 
 
+@pytest.mark.parametrize('order', ['token', 'choice'])
+def test_buffers_give_what_all_experts_dense_give_of_the_choices_with_room(rng, order):
+  up_EIO, down_EIO = _experts(rng)
+  x_TD = jnp.asarray(rng.standard_normal((TOKENS, WIDTH)), jnp.float32)
+  logits_TE = jnp.asarray(rng.standard_normal((TOKENS, EXPERTS)), jnp.float32)
+  router = Router(choices=3, renormalize=True)
+  kept_TX = moe.within_capacity(moe.route(logits_TE, router).experts_TX, EXPERTS, 8, order)
+  assert 0 < (~kept_TX).sum() < kept_TX.size / 2
+  mixed_TD = jnp.asarray(rng.standard_normal((TOKENS, WIDTH)), jnp.float32)
+
+  def buffered(x_TD, logits_TE, up_EIO, down_EIO):
+    network = lambda x_ECD: jnp.einsum(
+      'ECF,EFD->ECD', jnp.tanh(jnp.einsum('ECD,EDF->ECF', x_ECD, up_EIO)), down_EIO
+    )
+    routing = moe.route(logits_TE, router)
+    y_TD = moe.mix_in_buffers(x_TD, routing, (EXPERTS, 8), network, order)
+    return jnp.sum(y_TD * mixed_TD)
+
+  def dense(x_TD, logits_TE, up_EIO, down_EIO):
+    routing = moe.route(logits_TE, router)
+    one_hot_TXE = jax.nn.one_hot(routing.experts_TX, EXPERTS)
+    weights_TE = jnp.einsum('TX,TXE->TE', routing.weights_TX * kept_TX, one_hot_TXE)
+    inner = jnp.tanh(jnp.einsum('TD,EDF->TEF', x_TD, up_EIO))
+    return jnp.sum(jnp.einsum('TE,TEF,EFD->TD', weights_TE, inner, down_EIO) * mixed_TD)
+
+  arguments = x_TD, logits_TE, up_EIO, down_EIO
+  found, expected = (
+    jax.jit(jax.value_and_grad(fn, (0, 1, 2, 3)))(*arguments) for fn in (buffered, dense)
+  )
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=SUMS, atol=SUMS * 10)
+
+
+def test_a_capacity_is_a_part_of_an_even_share_and_at_most_all_tokens():
+  assert moe.capacity(40, 3, 12, 1.0) == 10 and moe.capacity(40, 3, 12, 1.01) == 11
+  assert moe.capacity(40, 3, 12, None) == moe.capacity(40, 3, 12, 99.0) == 40
+
+
+CHOOSER = Router(choices=2, chooser='expert', scale=1.5)
+
+
+def test_experts_choose_the_tokens_that_score_highest_with_them(rng):
+  up_EIO, down_EIO = _experts(rng)
+  x_TD = jnp.asarray(rng.standard_normal((TOKENS, WIDTH)), jnp.float32)
+  logits_TE = np.float32(rng.standard_normal((TOKENS, EXPERTS)))
+  network = lambda x, sizes: grouped_matmul(
+    jnp.tanh(grouped_matmul(x, up_EIO, sizes)), down_EIO, sizes
+  )
+  chosen = moe.choose_tokens(jnp.asarray(logits_TE), CHOOSER)
+  p_TE = np.exp(np.float64(logits_TE))
+  p_TE /= p_TE.sum(1, keepdims=True)
+  rows, expected = -(-TOKENS * 2 // EXPERTS), np.zeros((TOKENS, WIDTH))
+  assert chosen.tokens_EC.shape == (EXPERTS, rows)
+  for e in range(EXPERTS):
+    best = np.argsort(-p_TE[:, e])[:rows]
+    np.testing.assert_array_equal(chosen.tokens_EC[e], best)
+    inner = np.tanh(np.float64(x_TD)[best] @ np.float64(up_EIO[e]))
+    expected[best] += 1.5 * p_TE[best, e, None] * (inner @ np.float64(down_EIO[e]))
+  found = jax.jit(lambda x, c: moe.mix_chosen(x, c, network))(x_TD, chosen)
+  np.testing.assert_allclose(found, expected, atol=10 * SUMS)
+
+
+def test_choice_by_experts_depends_on_later_tokens(rng):
+  logits_TE = rng.standard_normal((TOKENS, EXPERTS))
+  other_TE = logits_TE.copy()
+  other_TE[TOKENS // 2 :] = rng.standard_normal((TOKENS // 2, EXPERTS))
+  early = [
+    {(e, t) for (e, _), t in np.ndenumerate(chosen.tokens_EC) if t < TOKENS // 2}
+    for chosen in (moe.choose_tokens(jnp.asarray(x), CHOOSER) for x in (logits_TE, other_TE))
+  ]
+  assert early[0] != early[1]
+
+
+def test_the_two_choosers_have_functions_of_their_own():
+  logits_TE = jnp.zeros((4, 8))
+  with pytest.raises(ValueError, match=r'call ops\.moe\.choose_tokens'):
+    moe.route(logits_TE, CHOOSER)
+  with pytest.raises(ValueError, match=r'call ops\.moe\.route'):
+    moe.choose_tokens(logits_TE, Router(choices=2))
+  with pytest.raises(ValueError, match='experts that choose have no groups'):
+    moe.choose_tokens(logits_TE, dataclasses.replace(CHOOSER, renormalize=True))
+
+
 def test_only_the_order_by_tokens_is_causal(rng):
   leaks = {'token': 0, 'choice': 0}
   for _ in range(20):
@@ -316,6 +399,7 @@ def test_only_the_order_by_tokens_is_causal(rng):
   'fields, why',
   [
     ({'score': 'tanh'}, "score 'tanh' is not one of softmax"),
+    ({'chooser': 'both'}, "chooser 'both' is not one of token, expert"),
     ({'group_score': 'mean'}, "group_score 'mean' is not one of max"),
     ({'choices': 0}, 'choices 0 and groups 1 must be at least 1'),
     ({'groups': 2, 'group_limit': 3}, 'group_limit 3 must be 1 to 2'),

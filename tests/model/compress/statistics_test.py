@@ -18,6 +18,7 @@ TOLERANCE = 1e-5
 def _expected(x_TI):
   x_TI = np.asarray(x_TI, np.float64)
   return {
+    'rows': len(x_TI),
     'input_norm': np.sqrt((x_TI**2).sum(0)),
     'input_covariance': x_TI.T @ x_TI / len(x_TI),
     'input_absmax': np.abs(x_TI).max(0),

@@ -114,7 +114,7 @@ def _model(shape=CONFIG) -> Transformer:
 
 @pytest.fixture
 def tokens_BT(rng):
-  return rng.integers(0, CONFIG.vocab_size, (5, 13), np.int32)
+  return rng.integers(0, CONFIG.vocab_size, (8, 24), np.int32)
 
 
 def _logits(model, tokens_BT):
@@ -191,16 +191,18 @@ def test_a_recipe_compresses_each_expert_by_what_it_saw(tokens_BT):
   assert np.isfinite(_logits(compressed, tokens_BT)).all()
 
 
-@pytest.mark.parametrize('name', ['awq', 'smoothquant', 'autoround', 'rotate'])
-def test_techniques_that_take_matrices_alone_refuse_experts(tokens_BT, name):
-  parsed = recipe.parse({'name': 'x', 'steps': [{name: {}}]})
-  with pytest.raises(ValueError, match='experts'):
-    pipeline.compress(_model(), parsed, tokens_BT)
+@pytest.mark.parametrize('step', [{'awq': {'grid': 3, 'quantize': False}}, {'rotate': {}}])
+def test_techniques_on_whole_blocks_follow_its_wiring(tokens_BT, step):
+  """Scales and rotations that cancel out, with an edge through relu and a norm without a router."""
+  model, parsed = _model(), recipe.parse({'name': 'x', 'steps': [step]})
+  changed, _ = pipeline.compress(model, parsed, tokens_BT)
+  up = changed.layers[0].ffn.up.weight.get_value()
+  assert np.abs(np.asarray(up) - np.asarray(model.layers[0].ffn.up.weight.get_value())).max() > 0.1
+  np.testing.assert_allclose(_logits(changed, tokens_BT), _logits(model, tokens_BT), atol=1e-4)
 
 
 @pytest.mark.parametrize('shape', [{'expert': 4, 'model': 2}, {'data': 2, 'expert': 2, 'fsdp': 2}])
 def test_its_experts_are_saved_loaded_and_divided_among_devices(tmp_path, tokens_BT, shape):
-  tokens_BT = np.concatenate([tokens_BT, tokens_BT])[:8]
   parsed = recipe.parse({'name': 'x', 'steps': [{'round_to_nearest': {'format': 'int8'}}]})
   model, _ = pipeline.compress(_model(), parsed)
   expected = _logits(model, tokens_BT)

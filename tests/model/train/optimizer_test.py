@@ -220,6 +220,30 @@ def test_every_optimizer_descends_and_decays_matrices_alone(rng, name):
   np.testing.assert_array_equal(params['b'], np.ones(4))
 
 
+@every
+def test_each_expert_is_optimized_by_itself(rng, name):
+  """As a matrix of its own, in stacked layers too; their biases are vectors and do not decay."""
+  config = _plain(name, weight_decay=0.1)
+  scales = np.array([0.1, 1.0, 10.0])
+  draw = lambda: {
+    'up.weight': scales[:, None, None] * rng.normal(size=(3, 130, 140)),
+    'up.bias': scales[:, None] * rng.normal(size=(3, 4)),
+  }
+  start, gradients = draw(), [draw(), draw()]
+  got = _run_ours(config, start, gradients)
+  stacked = lambda tree: {f'layers.0.blocks.0.{k}': v[None] for k, v in tree.items()}
+  looped = _run_ours(config, stacked(start), list(map(stacked, gradients)))
+  for e in range(3):
+    take = lambda tree, e=e: {k: v[e] for k, v in tree.items()}
+    want = _run_ours(config, take(start), list(map(take, gradients)))
+    _assert_equal(take(got), want, {'rtol': 1e-4, 'atol': 1e-5})
+    again = {k: looped[f'layers.0.blocks.0.{k}'][0, e] for k in want}
+    _assert_equal(again, want, {'rtol': 1e-4, 'atol': 1e-5})
+  still = {'router.bias': np.ones(3), 'up.bias': np.ones((3, 4))}
+  zero = jax.tree.map(np.zeros_like, still)
+  _assert_equal(_run_ours(config, still, [zero]), still)
+
+
 @pytest.mark.parametrize(
   'change, match',
   [

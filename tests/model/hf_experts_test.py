@@ -1,0 +1,283 @@
+"""Families with experts against transformers on tiny random checkpoints, in each layout."""
+
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from model import hf, hf_names, kv_cache, transformer
+from model.eval import cost
+
+# Both compute in float32 and add in different orders; logits are of order 1.
+LOGIT_TOLERANCE = 1e-4
+VOCABULARY = 99
+LENGTH = 20
+DECODED = 4  # tokens that are decoded one by one after the others
+
+TINY = {
+  'vocab_size': VOCABULARY,
+  'hidden_size': 64,
+  'intermediate_size': 48,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+  'max_position_embeddings': 64,
+  'bos_token_id': 1,
+  'eos_token_id': 2,
+  'pad_token_id': None,
+  'num_experts_per_tok': 2,
+}
+QWEN = {**TINY, 'num_experts': 5, 'moe_intermediate_size': 24}
+SLIDING = {'use_sliding_window': True, 'sliding_window': 6}
+MULTIPLIERS = {
+  'embedding_multiplier': 12.0,
+  'attention_multiplier': 0.1,
+  'residual_multiplier': 0.22,
+  'logits_scaling': 6.0,
+}
+YARN = {
+  'rope_type': 'yarn',
+  'rope_theta': 20.0,
+  'factor': 4.0,
+  'original_max_position_embeddings': 16,
+  'beta_fast': 2.0,
+  'beta_slow': 0.5,
+  'truncate': False,
+}
+CASES = {
+  'mixtral': ('Mixtral', {**TINY, 'num_local_experts': 4, 'sliding_window': 6}),
+  'qwen3_moe': ('Qwen3Moe', {**QWEN, **SLIDING, 'head_dim': 24, 'norm_topk_prob': True}),
+  'qwen3_moe-dense': (
+    'Qwen3Moe',
+    {**QWEN, 'num_hidden_layers': 3, 'decoder_sparse_step': 2, 'tie_word_embeddings': True},
+  ),
+  'olmoe': ('Olmoe', {**TINY, 'num_experts': 6, 'num_experts_per_tok': 3}),
+  'olmoe-tied': (
+    'Olmoe',
+    {
+      **TINY,
+      'num_experts': 4,
+      'tie_word_embeddings': True,
+      'norm_topk_prob': True,
+      'attention_bias': True,
+    },
+  ),
+  'qwen2_moe': ('Qwen2Moe', {**QWEN, **SLIDING, 'shared_expert_intermediate_size': 40}),
+  'qwen2_moe-dense': (
+    'Qwen2Moe',
+    {
+      **QWEN,
+      'shared_expert_intermediate_size': 16,
+      'num_hidden_layers': 3,
+      'mlp_only_layers': [1],
+      'qkv_bias': False,
+      'norm_topk_prob': True,
+      'tie_word_embeddings': True,
+    },
+  ),
+  'granitemoe': ('GraniteMoe', {**TINY, **MULTIPLIERS, 'num_local_experts': 5}),
+  'granitemoeshared': (
+    'GraniteMoeShared',
+    {
+      **TINY,
+      **MULTIPLIERS,
+      'num_local_experts': 4,
+      'shared_intermediate_size': 40,
+      'attention_bias': True,
+      'tie_word_embeddings': True,
+    },
+  ),
+  'gpt_oss': (
+    'GptOss',
+    {**TINY, 'num_local_experts': 5, 'head_dim': 24, 'sliding_window': 6, 'rope_parameters': YARN},
+  ),
+  'gpt_oss-tied': (
+    'GptOss',
+    {
+      **TINY,
+      'num_local_experts': 4,
+      'head_dim': 16,
+      'attention_bias': False,
+      'swiglu_limit': 0.5,
+      'layer_types': ['full_attention'] * 2,
+      'tie_word_embeddings': True,
+    },
+  ),
+}
+
+
+def _random_(model, seed=0):
+  """Makes every parameter differ from its initial value, so that a forgotten term shows."""
+  generator = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for parameter in model.parameters():
+      noise = torch.randn(parameter.shape, generator=generator)
+      if parameter.dim() == 1:
+        parameter.add_(0.3 * noise)
+      else:
+        parameter.copy_(0.15 * noise)
+  return model.eval()
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+  """A function from a case to (folder, folder of the other layout, logits of transformers)."""
+
+  @functools.cache
+  def make(case):
+    family, arguments = CASES[case]
+    config = getattr(transformers, f'{family}Config')(**json.loads(json.dumps(arguments)))
+    config._attn_implementation = 'eager'
+    model = _random_(transformers.AutoModelForCausalLM.from_config(config))
+    folder, other = (tmp_path_factory.mktemp(f'{case}-{name}') for name in ('hub', 'memory'))
+    model.save_pretrained(folder, save_original_format=True)
+    model.save_pretrained(other, save_original_format=False)
+    with torch.no_grad():
+      return folder, other, model(torch.tensor(_tokens())).logits.numpy()
+
+  return make
+
+
+def _tokens():
+  return np.random.default_rng(1).integers(0, VOCABULARY, (2, LENGTH))
+
+
+def _arrays(model):
+  return {
+    path: np.asarray(param.get_value()) for path, param in transformer.parameters(model).items()
+  }
+
+
+def _assert_same(ours, others):
+  assert ours.keys() == others.keys()
+  for name, array in ours.items():
+    assert array.dtype == others[name].dtype, name
+    np.testing.assert_array_equal(array, others[name], err_msg=name)
+
+
+def _run(model):
+  """The logits of all tokens at once, and of the last few decoded one by one over a cache."""
+  graphdef, state = nnx.split(model)
+  tokens_BT = jnp.asarray(_tokens(), jnp.int32)
+  positions_BT = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), tokens_BT.shape)
+
+  @jax.jit
+  def step(state, tokens_BT, positions_BT, cache):
+    model = nnx.merge(graphdef, state)
+    x_BTD, cache = model.hidden(tokens_BT, positions_BT=positions_BT, cache=cache)
+    return model.logits(x_BTD), cache
+
+  cache, parts = kv_cache.init(model.config, 2, LENGTH), []
+  first = LENGTH - DECODED
+  for part in (slice(first), *(slice(t, t + 1) for t in range(first, LENGTH))):
+    logits_BTV, cache = step(state, tokens_BT[:, part], positions_BT[:, part], cache)
+    parts.append(logits_BTV)
+  whole_BTV = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))(state, tokens_BT)
+  return np.asarray(whole_BTV), np.concatenate(parts, 1)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_logits_match_transformers_at_once_and_decoded(case, checkpoint):
+  folder, _, expected = checkpoint(case)
+  whole, decoded = _run(hf.load_pretrained(folder)[0])
+  np.testing.assert_allclose(whole, expected, atol=LOGIT_TOLERANCE, rtol=0)
+  np.testing.assert_allclose(decoded, expected, atol=LOGIT_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_both_layouts_are_read_and_that_of_the_hub_is_written(case, checkpoint, tmp_path):
+  folder, other, expected = checkpoint(case)
+  model, _ = hf.load_pretrained(folder)
+  _assert_same(_arrays(hf.load_pretrained(other)[0]), _arrays(model))
+  hf.save_pretrained(model, None, tmp_path / 'saved')
+  stored, written = (load_file(f / 'model.safetensors') for f in (folder, tmp_path / 'saved'))
+  _assert_same(written, stored)
+  loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / 'saved', attn_implementation='eager', output_loading_info=True
+  )
+  assert not info['missing_keys'] and not info['unexpected_keys']
+  with torch.no_grad():
+    logits = loaded.eval()(torch.tensor(_tokens())).logits.numpy()
+  np.testing.assert_allclose(logits, expected, atol=LOGIT_TOLERANCE, rtol=0)
+
+
+W3 = 'model.layers.1.block_sparse_moe.experts.2.w3.weight'
+
+
+@pytest.mark.parametrize(
+  ('layout', 'name', 'change', 'message'),
+  [
+    (0, W3, None, f'missing: {W3}'),
+    (0, W3, lambda a: a[1:], f'misshapen: {W3} is .47, 64., not .48, 64.'),
+    (1, 'model.layers.0.mlp.experts.down_proj', lambda a: a[:3], 'misshapen: .* not .4, 64, 48.'),
+    (1, 'model.layers.0.mlp.experts.gate_up_proj', None, 'missing: .*0.mlp.experts.gate_up_proj'),
+  ],
+)
+def test_experts_that_are_missing_or_misshapen_are_named(
+  checkpoint, tmp_path, layout, name, change, message
+):
+  folder = shutil.copytree(checkpoint('mixtral')[layout], tmp_path / 'damaged')
+  tensors = load_file(folder / 'model.safetensors')
+  array = tensors.pop(name)
+  if change is not None:
+    tensors[name] = np.ascontiguousarray(change(array))
+  save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
+  with pytest.raises(ValueError, match=rf'\(1\):\n  {message}'):
+    hf.load_pretrained(folder)
+
+
+# The sizes in config.json on the hub that are not the defaults of transformers, and the published
+# parameters, in total and met by a token, the embedding included.
+PUBLISHED = {
+  'Mixtral-8x7B': ('mixtral', {}, 46_702_792_704, 12_879_925_248),
+  'Qwen1.5-MoE-A2.7B': ('qwen2_moe', {}, 14_315_784_192, 2_689_173_504),
+  'Qwen3-30B-A3B': (
+    'qwen3_moe',
+    {'num_hidden_layers': 48, 'head_dim': 128, 'norm_topk_prob': True},
+    30_532_122_624,
+    3_353_032_704,
+  ),
+  'OLMoE-1B-7B': ('olmoe', {'intermediate_size': 1024}, 6_919_161_856, 1_282_017_280),
+  'gpt-oss-20b': (
+    'gpt_oss',
+    {'num_hidden_layers': 24, 'num_local_experts': 32},
+    20_914_757_184,
+    4_187_440_704,
+  ),
+  'gpt-oss-120b': ('gpt_oss', {}, 116_829_156_672, 5_711_982_912),
+  'granite-3.1-1b-a400m': (
+    'granitemoe',
+    {
+      'vocab_size': 49155,
+      'hidden_size': 1024,
+      'intermediate_size': 512,
+      'num_hidden_layers': 24,
+      'num_attention_heads': 16,
+      'num_key_value_heads': 8,
+      'num_local_experts': 32,
+      'num_experts_per_tok': 8,
+      'tie_word_embeddings': True,
+    },
+    1_334_628_352,
+    428_658_688,
+  ),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_parameters_to_the_unit(name):
+  family, sizes, total, active = PUBLISHED[name]
+  config = hf_names.config_from_hf({'model_type': family, **sizes})
+  alike = len(set(config.layers))  # 2: windows on every other layer
+  few, more = (cost.parameters(config.replace(layers=config.layers[: n * alike])) for n in (1, 2))
+  steps = len(config.layers) // alike - 1
+  assert few.total + steps * (more.total - few.total) == total
+  assert few.active + steps * (more.active - few.active) == active
