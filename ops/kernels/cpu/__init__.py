@@ -17,8 +17,10 @@ import jax
 import numpy as np
 
 PRODUCT = 'lissom_product'
+GROUPED_PRODUCT = 'lissom_grouped_product'
 ATTENTION = 'lissom_attention'
 WRITE_ROWS = 'lissom_write_rows'
+TARGETS = (PRODUCT, GROUPED_PRODUCT, ATTENTION, WRITE_ROWS)
 _MODULE = '_native'
 
 
@@ -73,6 +75,11 @@ def load() -> Library:
     library = ctypes.CDLL(path)
   except OSError as error:
     return _absent(f'the native library does not load: {error}')
+  missing = [target for target in TARGETS if not hasattr(library, target)]
+  if missing:
+    return _absent(
+      f'the native library is an older one; `pip install -e .` builds it ({missing[0]})'
+    )
   for name in ('lissom_name', 'lissom_self_test', 'lissom_setting'):
     getattr(library, name).restype = ctypes.c_char_p
   setting = library.lissom_setting().decode()
@@ -85,7 +92,7 @@ def load() -> Library:
     usable = _put_first(setting, usable)
   best = next(iter(usable))
   library.lissom_select(usable[best])
-  for target in (PRODUCT, ATTENTION, WRITE_ROWS):
+  for target in TARGETS:
     jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(library[target]), platform='cpu')
   return Library(instruction_sets=usable, selected=best, refused=refused, why_not='')
 

@@ -1,5 +1,5 @@
-// What XLA calls (lissom_product, lissom_attention, lissom_write_rows), and what Python asks
-// before it does.
+// What XLA calls (lissom_product, lissom_grouped_product, lissom_attention, lissom_write_rows), and
+// what Python asks before it does.
 
 #include <stdlib.h>
 #include <string.h>
@@ -53,16 +53,16 @@ int64_t thread_count(const ffi::ThreadPool& pool, int64_t asked) {
   return asked > 0 ? asked : std::max<int64_t>(1, pool.num_threads());
 }
 
-ffi::Error check(const Weights& w, ffi::AnyBuffer values, ffi::AnyBuffer places,
+ffi::Error check(const Weights& w, int64_t experts, ffi::AnyBuffer values, ffi::AnyBuffer places,
                  ffi::AnyBuffer scales, ffi::AnyBuffer zeros) {
   if (w.format < 0 || w.format >= kFormats || w.inputs < 1 || w.outputs < 0 || w.groups < 1)
     return refuse("lissom: no such format or shape");
   if (w.groups > 1 && (w.inputs % w.groups || w.group() % 16))
     return refuse("lissom: groups must be multiples of 16 inputs");
-  const size_t scale_count = w.scaled() ? w.tiles() * w.groups * kTile : 0;
-  if (values.size_bytes() != static_cast<size_t>(w.tiles() * w.tile_bytes()))
+  const size_t scale_count = experts * w.scale_count();
+  if (values.size_bytes() != static_cast<size_t>(experts * w.tiles() * w.tile_bytes()))
     return refuse("lissom: the packed values have a wrong size");
-  if (places.size_bytes() != static_cast<size_t>(w.tiles() * w.places_bytes()))
+  if (places.size_bytes() != static_cast<size_t>(experts * w.tiles() * w.places_bytes()))
     return refuse("lissom: the places of 2:4 values have a wrong size");
   if (scales.element_count() != scale_count || (scale_count && !is_float(scales) && scales.element_type() != ffi::F16))
     return refuse("lissom: the scales have a wrong size or type");
@@ -72,10 +72,11 @@ ffi::Error check(const Weights& w, ffi::AnyBuffer values, ffi::AnyBuffer places,
 }
 
 // Arguments: x, then values, places, scales and zeros of each weight. Results: one a weight.
-ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arrays,
-                   ffi::RemainingRets results, ffi::Span<const int64_t> formats,
-                   ffi::Span<const int64_t> groups, int64_t inputs, int64_t instruction_set,
-                   ffi::Span<const int64_t> outputs, int64_t quantize, int64_t threads) {
+ffi::Error multiply_all(ffi::ThreadPool pool, ffi::AnyBuffer x, const int32_t* group_sizes,
+                        int64_t experts, ffi::RemainingArgs arrays, ffi::RemainingRets results,
+                        ffi::Span<const int64_t> formats, ffi::Span<const int64_t> groups,
+                        int64_t inputs, int64_t instruction_set, ffi::Span<const int64_t> outputs,
+                        int64_t quantize, int64_t threads) {
   const size_t count = results.size();
   if (count < 1 || count > kMostProducts || arrays.size() != 4 * count ||
       formats.size() != count || groups.size() != count || outputs.size() != count)
@@ -96,7 +97,7 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs ar
     w.inputs = inputs;
     w.outputs = outputs[i];
     w.groups = groups[i];
-    if (ffi::Error error = check(w, *values, *places, *scales, *zeros); error.failure())
+    if (ffi::Error error = check(w, experts, *values, *places, *scales, *zeros); error.failure())
       return error;
     w.values = static_cast<const uint8_t*>(values->untyped_data());
     w.places = static_cast<const uint8_t*>(places->untyped_data());
@@ -119,11 +120,32 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs ar
   call.x_bf16 = x.element_type() == ffi::BF16;
   call.rows = rows;
   call.quantize = quantize != 0;
+  call.group_sizes = group_sizes;
+  call.experts = experts;
   PoolScheduler scheduler(&pool);
   Workers workers(&scheduler, thread_count(pool, threads));
   if (!multiply(call, workers))
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "lissom: no memory for the activations");
   return ffi::Error::Success();
+}
+
+ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arrays,
+                   ffi::RemainingRets results, ffi::Span<const int64_t> formats,
+                   ffi::Span<const int64_t> groups, int64_t inputs, int64_t instruction_set,
+                   ffi::Span<const int64_t> outputs, int64_t quantize, int64_t threads) {
+  return multiply_all(pool, x, nullptr, 1, arrays, results, formats, groups, inputs,
+                      instruction_set, outputs, quantize, threads);
+}
+
+// Rows in consecutive groups, of which each meets its own expert: a leading axis of the weights.
+ffi::Error grouped_product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32, 1> sizes,
+                           ffi::RemainingArgs arrays, ffi::RemainingRets results,
+                           ffi::Span<const int64_t> formats, ffi::Span<const int64_t> groups,
+                           int64_t inputs, int64_t instruction_set,
+                           ffi::Span<const int64_t> outputs, int64_t quantize, int64_t threads) {
+  const int64_t experts = static_cast<int64_t>(sizes.element_count());
+  return multiply_all(pool, x, sizes.typed_data(), experts, arrays, results, formats, groups,
+                      inputs, instruction_set, outputs, quantize, threads);
 }
 
 bool same(ffi::AnyBuffer::Dimensions a, ffi::AnyBuffer::Dimensions b) {
@@ -213,6 +235,26 @@ LISSOM_EXPORT XLA_FFI_Error* lissom_product(XLA_FFI_CallFrame* frame) {
                                    .Attr<int64_t>("quantize")
                                    .Attr<int64_t>("threads")
                                    .To(lissom::product)
+                                   .release();
+  return handler->Call(frame);
+}
+
+LISSOM_EXPORT XLA_FFI_Error* lissom_grouped_product(XLA_FFI_CallFrame* frame) {
+  using Numbers = xla::ffi::Span<const int64_t>;
+  static auto* const handler = xla::ffi::Ffi::Bind()
+                                   .Ctx<xla::ffi::ThreadPool>()
+                                   .Arg<xla::ffi::AnyBuffer>()
+                                   .Arg<xla::ffi::Buffer<xla::ffi::S32, 1>>()
+                                   .RemainingArgs()
+                                   .RemainingRets()
+                                   .Attr<Numbers>("formats")
+                                   .Attr<Numbers>("groups")
+                                   .Attr<int64_t>("inputs")
+                                   .Attr<int64_t>("instruction_set")
+                                   .Attr<Numbers>("outputs")
+                                   .Attr<int64_t>("quantize")
+                                   .Attr<int64_t>("threads")
+                                   .To(lissom::grouped_product)
                                    .release();
   return handler->Call(frame);
 }

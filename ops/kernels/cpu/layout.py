@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from ops import experts
 from ops.activations import ActivationQuantized
 from ops.kernels import cpu
 from ops.kernels.cpu.packed import (
@@ -33,24 +34,25 @@ def pack(w: Matrix, activations: Activations = 'int16') -> Matrix:
   There are products for half-precision arrays, for int8, int4, int3, int2, NF4, fp8, mxfp4, mxfp8
   and nvfp4 (groups of a multiple of 16 inputs, or whole columns; integer zero points), for 2:4
   matrices of bf16 and of symmetric integers, and for these inside weights that rotate or round
-  their inputs or add a low-rank correction. 2 and 3 bits become 4 in memory, scales of 8 bits 16
+  their inputs or add a low-rank correction. Experts, a leading axis, are laid out one after the
+  other. 2 and 3 bits become 4 in memory, scales of 8 bits 16
   (mxfp4, mxfp8) or 32 (nvfp4, double quantization).
   """
   if not cpu.available():
     return w
   # Inputs that the weight rounds itself are codes; rounding them again would change them.
   form = 'float' if _rounds_inputs(w) else activations
-  return map_inner(lambda inner: encode(inner, form) if can_pack(inner) else inner, w)
+  return map_inner(lambda inner: _encode_any(inner, form) if can_pack(inner) else inner, w)
 
 
 def pack_widened(w: Matrix) -> Matrix:
   """Lays out the half-precision matrix that a weight is multiplied as, for products of many rows.
 
   Those are bound by arithmetic, and are fastest by half-precision numbers, however few bits the
-  weight is stored in. Returns the weight as it is where there is no such product: another dtype,
-  more or fewer than two axes, no library; 8-bit codes, which half precision would round.
+  weight is stored in. Returns the weight as it is where there is no such product: another dtype, no
+  library; 8-bit codes, which half precision would round.
   """
-  half = w.dtype in (jnp.bfloat16, jnp.float16) and len(w.shape) == 2
+  half = w.dtype in (jnp.bfloat16, jnp.float16) and len(w.shape) in (2, 3)
   return map_inner(_widen, w) if half and cpu.available() else w
 
 
@@ -66,8 +68,8 @@ def _rounds_inputs(w: Matrix) -> bool:
 
 
 def can_pack(w: Matrix) -> bool:
-  """Whether there is a layout for this weight."""
-  if len(w.shape) != 2:
+  """Whether there is a layout for this weight, or for each of the experts of a stack."""
+  if len(w.shape) not in (2, 3):
     return False
   if isinstance(w, SparseTensor):
     return (w.n, w.m) == (2, 4) and _can_pack_kept(w.values)
@@ -84,6 +86,12 @@ def _can_pack_kept(w: Matrix) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=1)
+def _encode_any(w: Matrix, activations: Activations) -> PackedTensor:
+  own = functools.partial(encode, activations=activations)
+  return own(w) if experts.count(w) is None else experts.each(own, w)
+
+
+@functools.partial(jax.jit, static_argnums=1, static_argnames='activations')
 def encode(w: Matrix, activations: Activations = 'int16') -> PackedTensor:
   """The packed form of a weight that `can_pack` accepts, whether or not there is a library."""
   inputs, outputs = w.shape
@@ -111,7 +119,8 @@ def encode(w: Matrix, activations: Activations = 'int16') -> PackedTensor:
 
 @jax.jit
 def _encode_widened(w: Matrix) -> PackedTensor:
-  return encode(dense(w))
+  widen = lambda own: encode(dense(own))
+  return widen(w) if experts.count(w) is None else experts.each(widen, w)
 
 
 def _encode_sparse(w: SparseTensor, activations) -> PackedTensor:

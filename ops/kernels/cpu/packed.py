@@ -22,7 +22,6 @@ the kept values alone are stored and read, with 4 bits for each four inputs that
 import dataclasses
 import functools
 import itertools
-import math
 import typing
 from collections.abc import Sequence
 from typing import Literal
@@ -31,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ops import grouped
 from ops.formats import E2M1_CODEBOOK, NF4_CODEBOOK
 from ops.kernels import cpu
 from ops.linear import Weight, array, is_count, require, weight_type
@@ -130,6 +130,9 @@ class PackedTensor(Weight):
   def matmul(self, x):
     return product(x, self)
 
+  def grouped_matmul(self, x_TI, group_sizes_E):
+    return grouped_product(x_TI, self, group_sizes_E)
+
   @classmethod
   def matmuls(cls, x, weights):
     """One call for all weights that read the rows in the same form: each form is made once."""
@@ -219,6 +222,19 @@ def joint_product(
   return _products(call, x, tuple(weights))
 
 
+def grouped_product(
+  x_TI: jax.Array, w: PackedTensor, group_sizes_E: jax.Array, **options
+) -> jax.Array:
+  """Multiplies consecutive groups of rows, each by its own expert, as `linear.grouped_matmul`.
+
+  One native call reads the experts that have rows, and no others. Each group gets what `product`
+  gives it alone, bit for bit. For `options` see `Call`.
+  """
+  call = Call(**options)
+  cpu.number(call.instruction_set)
+  return _grouped(call, x_TI, w, group_sizes_E.astype(jnp.int32))
+
+
 def _through_xla(call, x, weights):
   multiply = functools.partial(jnp.matmul, preferred_element_type=call.dtype)
   return tuple(multiply(x, w.dense().astype(x.dtype)) for w in weights)
@@ -245,10 +261,47 @@ def _backward(call, saved, y_bars):
 _products.defvjp(_forward, _backward)
 
 
+def _in_blocks(call, x_TI, w, sizes_E):
+  return grouped.product(functools.partial(_through_dense, call), x_TI, w, sizes_E)
+
+
+def _through_dense(call, x, w):
+  return _through_xla(call, x, (w,))[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(call, x_TI, w, sizes_E):
+  if not cpu.available():
+    return _in_blocks(call, x_TI, w, sizes_E)
+  native, in_blocks = (functools.partial(f, call) for f in (_native_groups, _in_blocks))
+  return jax.lax.platform_dependent(x_TI, w, sizes_E, cpu=native, default=in_blocks)
+
+
+def _grouped_backward(call, saved, y_bar):
+  x_TI, w, sizes_E = saved
+  own = lambda x: _in_blocks(call, x, w, sizes_E)
+  return jax.vjp(own, x_TI)[1](y_bar)[0], None, None
+
+
+_grouped.defvjp(
+  lambda call, x, w, sizes: (_grouped(call, x, w, sizes), (x, w, sizes)), _grouped_backward
+)
+
+
 def _native(call, x, weights):
-  dtype = x.dtype if x.dtype in (jnp.float32, jnp.bfloat16) else jnp.dtype(jnp.float32)
-  rows, first = math.prod(x.shape[:-1]), weights[0]
-  results = [jax.ShapeDtypeStruct((rows, w.outputs), call.dtype or dtype) for w in weights]
+  rows_TI = x.reshape(-1, weights[0].inputs)
+  found = _native_call(cpu.PRODUCT, call, rows_TI, (), weights)
+  return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in found)
+
+
+def _native_groups(call, x_TI, w, sizes_E):
+  return _native_call(cpu.GROUPED_PRODUCT, call, x_TI, (sizes_E,), (w,))[0]
+
+
+def _native_call(target, call, x_TI, more, weights):
+  dtype = x_TI.dtype if x_TI.dtype in (jnp.float32, jnp.bfloat16) else jnp.dtype(jnp.float32)
+  first, wanted = weights[0], call.dtype or x_TI.dtype
+  results = [jax.ShapeDtypeStruct((len(x_TI), w.outputs), call.dtype or dtype) for w in weights]
   arrays = [
     (
       w.values,
@@ -259,8 +312,9 @@ def _native(call, x, weights):
     for w in weights
   ]
   numbers = lambda of: np.asarray([of(w) for w in weights], np.int64)
-  products = jax.ffi.ffi_call(cpu.PRODUCT, results, vmap_method='sequential')(
-    x.reshape(rows, first.inputs).astype(dtype),
+  products = jax.ffi.ffi_call(target, results, vmap_method='sequential')(
+    x_TI.astype(dtype),
+    *more,
     *itertools.chain(*arrays),
     formats=numbers(lambda w: (FORMAT_NUMBERS if w.places is None else SPARSE_NUMBERS)[w.format]),
     groups=numbers(lambda w: w.groups),
@@ -270,8 +324,7 @@ def _native(call, x, weights):
     quantize=np.int64(first.activations == 'int16'),
     threads=np.int64(call.threads),
   )
-  wanted = call.dtype or x.dtype
-  return tuple(y.reshape(*x.shape[:-1], y.shape[-1]).astype(wanted) for y in products)
+  return tuple(y.astype(wanted) for y in products)
 
 
 def _from_tiles(tiles, outputs: int):

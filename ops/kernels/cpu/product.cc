@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "scratch.h"
 
@@ -109,7 +110,8 @@ struct Tiles {
   }
 };
 
-template <class Kernel>
+using Kernel = void (*)(const Weights&, const Rows&, Output, Range rows, Range tiles);
+
 void run_tiles(const Call& call, Kernel kernel, const Rows& x, Range rows, Range tiles) {
   for (int64_t i = 0, first = 0; i < call.count && first < tiles.end; ++i) {
     const Product& product = call.products[i];
@@ -128,6 +130,74 @@ int64_t in_streams(int64_t claim, int64_t parts, int64_t threads) {
   return claim % threads * (parts / threads) + claim / threads;
 }
 
+// Some tiles of one product with one expert, for the rows of its group.
+struct Part {
+  const Product* product;
+  int64_t expert;
+  Range rows, tiles;
+};
+
+// What a tile costs for some rows, in rows: it is read once, however few they are.
+int64_t cost_in_rows(int64_t rows) { return std::max<int64_t>(rows, 4); }
+
+thread_local std::vector<Part> group_parts;
+
+// Cuts the products of all groups that have rows into parts of about the same cost, in order of
+// memory. Returns the number of rows that have a group.
+int64_t cut(const Call& call, const Tiles& tiles, int64_t wanted, std::vector<Part>* parts) {
+  int64_t total = 0, used = 0;
+  const auto each_group = [&](auto&& fn) {
+    int64_t start = 0;
+    for (int64_t e = 0; e < call.experts; ++e) {
+      const int64_t size = std::max<int64_t>(call.group_sizes[e], 0);
+      const int64_t end = std::min(start + size, call.rows);
+      if (start < end) fn(e, Range{start, end});
+      start = end;
+    }
+    return start;
+  };
+  used = each_group([&](int64_t, Range rows) {
+    total += tiles.count * cost_in_rows(rows.end - rows.begin);
+  });
+  parts->clear();
+  for (int64_t i = 0; i < call.count; ++i) {
+    const int64_t count = call.products[i].weights.tiles();
+    each_group([&](int64_t e, Range rows) {
+      const int64_t cost = count * cost_in_rows(rows.end - rows.begin);
+      const int64_t pieces = std::min(count, std::max<int64_t>(1, wanted * cost / total));
+      for (int64_t k = 0; k < pieces; ++k)
+        parts->push_back(
+            {&call.products[i], e, rows, {count * k / pieces, count * (k + 1) / pieces}});
+    });
+  }
+  return used;
+}
+
+// Rows without a group get zeros.
+void clear_rows(const Call& call, int64_t first) {
+  for (int64_t i = 0; i < call.count; ++i) {
+    const Output& out = call.products[i].out;
+    const int64_t row_bytes = call.products[i].weights.outputs * (out.bf16 ? 2 : 4);
+    memset(static_cast<uint8_t*>(out.y) + first * row_bytes, 0, (call.rows - first) * row_bytes);
+  }
+}
+
+void run_groups(const Call& call, Kernel kernel, const Rows& x, const Tiles& tiles,
+                Workers& workers, int64_t threads) {
+  std::vector<Part>& parts = group_parts;
+  const int64_t wanted = threads == 1 ? 1 : threads * kPartsPerThread;
+  clear_rows(call, cut(call, tiles, wanted, &parts));
+  const int64_t count = static_cast<int64_t>(parts.size());
+  // Whole turns of all threads; the claims that are left over find nothing.
+  const int64_t claims = (count + threads - 1) / threads * threads;
+  workers.run(claims, threads, [&](int64_t i) {
+    const int64_t n = in_streams(i, claims, threads);
+    if (n >= count) return;
+    const Part& part = parts[n];
+    kernel(part.product->weights.expert(part.expert), x, part.product->out, part.rows, part.tiles);
+  });
+}
+
 }  // namespace
 
 bool multiply(const Call& call, Workers& workers) {
@@ -135,6 +205,8 @@ bool multiply(const Call& call, Workers& workers) {
   const Tiles tiles(call);
   const int64_t m = call.rows;
   if (m == 0 || tiles.count == 0) return true;
+  int64_t experts = call.experts;  // that may have rows
+  if (call.group_sizes != nullptr) experts = std::min(experts, m);
   Prepared p;
   bool half = call.x_bf16 && call.kernels->half != nullptr;
   for (int64_t i = 0; i < call.count; ++i) {
@@ -145,7 +217,7 @@ bool multiply(const Call& call, Workers& workers) {
   if (!lay_out(call, &p)) return false;
 
   const bool alone =
-      tiles.bytes < kBytesAlone && m * w.inputs * tiles.outputs < kProductsAlone;
+      experts * tiles.bytes < kBytesAlone && m * w.inputs * tiles.outputs < kProductsAlone;
   const int64_t threads = alone ? 1 : workers.count();
   const bool fills = p.codes != nullptr || p.floats != nullptr || p.halves != nullptr;
   if (fills && (threads == 1 || m * w.inputs < kProductsAlone / 4)) {
@@ -155,9 +227,13 @@ bool multiply(const Call& call, Workers& workers) {
     workers.run(parts, [&](int64_t i) { fill(call, p, m * i / parts, m * (i + 1) / parts); });
   }
 
-  const auto kernel = p.kind == Prepared::kCodes    ? call.kernels->integer
+  const Kernel kernel = p.kind == Prepared::kCodes    ? call.kernels->integer
                       : p.kind == Prepared::kHalves ? call.kernels->half
                                                     : call.kernels->floating;
+  if (call.group_sizes != nullptr) {
+    run_groups(call, kernel, p.rows, tiles, workers, threads);
+    return true;
+  }
   const int64_t row_parts = tiles.count >= threads * 2 ? 1 : (m + kRowChunk - 1) / kRowChunk;
   const int64_t tile_parts = std::min(tiles.count, threads == 1 ? 1 : threads * kPartsPerThread);
   workers.run(row_parts * tile_parts, threads, [&](int64_t i) {

@@ -1,4 +1,6 @@
-// The products of some rows with one weight or several, as their caller describes them.
+// The products of some rows with one weight or several, as their caller describes them. Each weight
+// may be one of several experts; then the rows are in consecutive groups, and each group meets its
+// own expert. Experts without rows are not read.
 
 #ifndef LISSOM_PRODUCT_CALL_H_
 #define LISSOM_PRODUCT_CALL_H_
@@ -23,6 +25,8 @@ struct Call {
   bool x_bf16;
   int64_t rows;
   bool quantize;  // the activations, to int16
+  const int32_t* group_sizes;  // rows of each expert, or null: one weight, for all rows
+  int64_t experts;             // 1 without groups
 };
 
 // Whether rows are laid out for one weight as they are for the other.

@@ -141,7 +141,7 @@ bool run(const Kernels& kernels, const Case& c, Shape shape, bool quantize, bool
   const void* x = bf16 ? static_cast<const void*>(x16.data()) : c.x.data();
   void* out = bf16 ? static_cast<void*>(y16.data()) : y.data();
   const Product product = {c.w, {out, bf16}};
-  const Call call = {&kernels, &product, 1, x, bf16, shape.rows, quantize};
+  const Call call = {&kernels, &product, 1, x, bf16, shape.rows, quantize, nullptr, 1};
   Workers alone(nullptr, 1);
   if (!multiply(call, alone)) return false;
   if (bf16) for (size_t i = 0; i < y.size(); ++i) y[i] = from_bf16(y16[i]);
@@ -155,12 +155,59 @@ bool joint_run(const Kernels& kernels, Shape shape) {
   const Case first = make(kInt8, false, shape), second = make(kInt4, true, wide);
   std::vector<float> y(shape.rows * shape.outputs), z(wide.rows * wide.outputs);
   const Product products[] = {{first.w, {y.data(), false}}, {second.w, {z.data(), false}}};
-  const Call call = {&kernels, products, 2, first.x.data(), false, shape.rows, true};
+  const Call call = {&kernels, products, 2, first.x.data(), false, shape.rows, true, nullptr, 1};
   Workers alone(nullptr, 1);
   if (!multiply(call, alone)) return false;
   Case other = second;
   other.x = first.x;
   return near(first, shape, y, kRounding, 0) && near(other, wide, z, kRounding, 0);
+}
+
+template <class T>
+void append(std::vector<T>* to, const std::vector<T>& from) {
+  to->insert(to->end(), from.begin(), from.end());
+}
+
+// Four experts, of which the second has no rows and the last one lacks some: each group as it is
+// alone, and zeros in the row that belongs to none.
+bool grouped_run(const Kernels& kernels, Format format, Shape shape) {
+  const bool zeros = format <= kInt4;
+  const int32_t sizes[] = {2, 0, 1, static_cast<int32_t>(shape.rows)};
+  std::vector<Case> alone;
+  Case all = make(format, zeros, shape);
+  const int64_t rows = 4 + shape.rows, inputs = shape.inputs, outputs = shape.outputs;
+  all.values.clear(), all.places.clear(), all.scales.clear(), all.zeros.clear(), all.x.clear();
+  Random random = {99};
+  for (const int32_t size : sizes) {
+    Case c = make(format, zeros, {size, inputs, outputs, shape.groups});
+    for (uint16_t& scale : c.scales) scale ^= random.next() & 7;
+    for (float& x : c.x) x = static_cast<float>(static_cast<int>(random.next() % 255) - 127);
+    append(&all.values, c.values), append(&all.places, c.places);
+    append(&all.scales, c.scales), append(&all.zeros, c.zeros), append(&all.x, c.x);
+    alone.push_back(std::move(c));
+  }
+  all.x.resize(rows * inputs, 1.0f);
+  all.w.values = all.values.data();
+  all.w.places = all.places.empty() ? nullptr : all.places.data();
+  all.w.scales = all.w.scaled() ? all.scales.data() : nullptr;
+  all.w.zeros = zeros ? all.zeros.data() : nullptr;
+  std::vector<float> y(rows * outputs, NAN);
+  const bool quantize = all.w.integer();
+  const Product product = {all.w, {y.data(), false}};
+  const Call call = {&kernels, &product, 1, all.x.data(), false, rows, quantize, sizes, 4};
+  Workers one(nullptr, 1);
+  if (!multiply(call, one)) return false;
+  const float* at = y.data();
+  for (size_t e = 0; e < alone.size(); ++e) {
+    const std::vector<float> part(at, at + sizes[e] * outputs);
+    if (!near(alone[e], {sizes[e], inputs, outputs, shape.groups}, part, kRounding,
+              quantize && format == kNf4 ? kNf4Rounding * 2 : 0))
+      return false;
+    at += sizes[e] * outputs;
+  }
+  for (; at < y.data() + y.size(); ++at)
+    if (*at != 0) return false;
+  return true;
 }
 
 std::vector<float> draw(int64_t count, uint32_t seed) {
@@ -236,6 +283,8 @@ const char* self_test(const Kernels& kernels, Shape shape) {
       }
     }
   }
+  for (const Format format : {kInt8, kNf4, kBf16, kFp8, kInt4Of4})
+    if (!grouped_run(kernels, format, shape)) return "groups of rows";
   if (!joint_run(kernels, shape)) return "several products in one call";
   return nullptr;
 }

@@ -60,6 +60,19 @@ struct Weights {
   }
   int64_t places_bytes() const { return sparse() ? padded_inputs() * kTile / 8 : 0; }  // of a tile
 
+  int64_t scale_count() const { return scaled() ? tiles() * groups * kTile : 0; }
+
+  // One of several weights of this form that lie one after the other in memory.
+  Weights expert(int64_t e) const {
+    Weights w = *this;
+    w.values += e * tiles() * tile_bytes();
+    if (places != nullptr) w.places += e * tiles() * places_bytes();
+    const int64_t scale_bytes = scale_count() * (scale_type == kF32Scales ? 4 : 2);
+    if (scales != nullptr) w.scales = static_cast<const uint8_t*>(scales) + e * scale_bytes;
+    if (zeros != nullptr) w.zeros += e * scale_count();
+    return w;
+  }
+
   // Activations that share a scale: at most 128, and never across two groups of the weight.
   int64_t block() const {
     if (groups == 1 || group() % 128 == 0) return 128;

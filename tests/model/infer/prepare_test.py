@@ -1,5 +1,7 @@
 """Preparing a model packs its matrices, changes no prediction beyond rounding, and happens once."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +13,13 @@ from model.infer.prepare import prepare
 from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.routed import RoutedConfig
 from model.transformer import Transformer, linears, matrices
 from ops import quantized
 from ops.kernels import cpu
 from ops.kernels.cpu.packed import PackedTensor
 from ops.kernels.fused import FusedTensor
+from ops.moe import Router
 
 LAYER = LayerConfig(
   mixer=AttentionConfig(query_heads=2, kv_heads=1, head_width=16), ffn=FeedForwardConfig(width=64)
@@ -74,3 +78,33 @@ def test_on_an_accelerator_codes_are_multiplied_without_widening_them(monkeypatc
   expected = _logits(model)
   np.testing.assert_allclose(_logits(fast), expected, atol=FLOAT32 * np.abs(expected).max(), rtol=0)
   assert prepare(fast) is fast
+
+
+@native
+@pytest.mark.parametrize('format', ['int4', 'bfloat16'])
+def test_a_token_reads_the_experts_that_it_chooses_and_no_others(format):
+  routed = RoutedConfig(experts=8, width=64, router=Router(choices=2))
+  config = CONFIG.replace(layers=(dataclasses.replace(LAYER, ffn=routed),))
+  model = Transformer(config, rngs=nnx.Rngs(0))
+  quantize = jax.jit(jax.vmap(lambda w_IO: quantized.quantize(w_IO, 'int4')))
+  for linear in linears(model).values():
+    w = linear.weight.get_value()
+    if w.ndim == 3:
+      linear.weight.set_value(w.astype(format) if format == 'bfloat16' else quantize(w))
+  fast = prepare(model)
+  ffn = fast.layers[0].ffn
+  packed = [linear.weight.get_value() for linear in (ffn.gate, ffn.up, ffn.down)]
+  assert all(isinstance(w, PackedTensor) and w.shape[0] == 8 for w in packed)
+  graph, state = nnx.split(fast)
+  run = jax.jit(lambda state: nnx.merge(graph, state)(jnp.array([[5]], jnp.int32)))
+  expected = np.asarray(model(jnp.array([[5]], jnp.int32)))
+  tolerance = (INT16_ACTIVATIONS if format == 'int4' else FLOAT32) * np.abs(expected).max()
+  np.testing.assert_allclose(run(state), expected, atol=tolerance, rtol=0)
+
+  def spoiled(e):
+    spoil = lambda a: a.at[e].set(jnp.nan) if jnp.issubdtype(a.dtype, jnp.floating) else a
+    for linear, w in zip((ffn.gate, ffn.up, ffn.down), packed):
+      linear.weight.set_value(jax.tree.map(spoil, w))
+    return np.isnan(run(nnx.state(fast))).all()
+
+  assert sum(map(spoiled, range(8))) == 2

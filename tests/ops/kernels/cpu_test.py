@@ -318,8 +318,8 @@ def test_what_is_packed_and_what_stays():
   assert layout.pack(plain) is plain
   adapted = adapter_starts.zero(w, 2, scale=1.0, key=jax.random.key(0))
   assert isinstance(layout.pack(adapted).base, packed.PackedTensor)
-  experts = jax.vmap(FORMATS['int8'])(jnp.ones((2, 16, 8)))
-  assert layout.pack(experts) is experts
+  experts = layout.pack(jax.vmap(FORMATS['int8'])(jnp.ones((2, 16, 8))))
+  assert isinstance(experts, packed.PackedTensor) and experts.shape == (2, 16, 8)
 
 
 @native
@@ -339,7 +339,7 @@ def test_the_table_of_nf4_is_that_of_the_format():
 
 WITHOUT = """
 import jax.numpy as jnp
-from ops import linear, quantized
+from ops import experts, linear, quantized
 from ops.kernels import cpu
 from ops.kernels.cpu import layout
 w = quantized.quantize(jnp.arange(12.0).reshape(4, 3), 'int8')
@@ -347,6 +347,8 @@ assert not cpu.available() and 'LISSOM_NATIVE' in cpu.why_not(), cpu.why_not()
 assert layout.pack(w) is w and layout.pack_widened(w) is w
 p = layout.encode(w)
 assert linear.kernel(p, 'cpu') is None
+groups = linear.grouped_matmul(jnp.ones((2, 4)), experts.stack([p, p]), jnp.array([0, 2]))
+assert jnp.allclose(groups, jnp.ones((2, 4)) @ w.dense(), rtol=1e-5)
 assert jnp.allclose(linear.matmul(jnp.ones((2, 4)), p), jnp.ones((2, 4)) @ w.dense(), rtol=1e-5)
 """
 
@@ -417,11 +419,6 @@ def test_inputs_are_changed_before_a_widened_weight():
     np.testing.assert_allclose(
       np.asarray(linear.matmul(x, wide), np.float32), linear.matmul(x, w), 2**-6, 2**-5
     )
-
-
-def test_stacked_weights_are_not_widened():
-  w_EIO = jnp.ones((2, 64, 32), jnp.bfloat16)
-  assert layout.pack_widened(w_EIO) is w_EIO
 
 
 @native
