@@ -178,12 +178,12 @@ class AllToAll(OnMesh):
 
 
 def make(config: DispatchConfig, model: ModelConfig, mesh: Mesh | None) -> Dispatcher:
-  """The dispatcher of a mesh, or of one device.
+  """The dispatcher of a mesh, or of one device or a mesh without an axis for experts.
 
   Raises ValueError if the mesh does not divide the experts of a layer, or the strategy has no
   capacity.
   """
-  if mesh is None or mesh.size == 1:
+  if mesh is None or mesh.size == 1 or AXIS not in mesh.shape:
     return Dropless() if config.capacity_factor is None else Buffered(config)
   check_experts(model, mesh)
   if config.strategy == 'all_to_all':

@@ -1,6 +1,7 @@
 """Who imports whom, how long files are, and where packages are, read off the source."""
 
 import ast
+import functools
 import pathlib
 import sys
 
@@ -22,7 +23,8 @@ OPEN_TO_MODEL = {'hf_names', 'gguf'}
 OPEN_TO_PARTS = {('gguf', 'hf_names')}
 
 
-def _imports(path: pathlib.Path) -> set[str]:
+@functools.cache
+def _imports(path: pathlib.Path) -> frozenset[str]:
   """The dotted names of the modules that a file imports, within functions too."""
   found = set()
   for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
@@ -31,10 +33,10 @@ def _imports(path: pathlib.Path) -> set[str]:
     elif isinstance(node, ast.ImportFrom):
       assert node.level == 0, f'{path}, line {node.lineno}: a relative import'
       found |= {f'{node.module}.{alias.name}' for alias in node.names}
-  return found
+  return frozenset(found)
 
 
-def _inside(imports: set[str], package: str) -> set[str]:
+def _inside(imports: frozenset[str], package: str) -> set[str]:
   return {name for name in imports if name == package or name.startswith(f'{package}.')}
 
 

@@ -36,12 +36,10 @@ def feed(
   """
   fed, events, done = {}, [], {}
   for layer, measured in found.items():
-    names = tuple(name for name in measured if name != ROWS)
-    least, rows = least_rows(names, inputs[layer]), np.asarray(measured[ROWS])
+    least, rows = least_rows(tuple(measured), inputs[layer]), np.asarray(measured[ROWS])
     starved = np.flatnonzero(rows < least) if rows.ndim else []
     if id(measured) not in done:
-      own = {name: measured[name] for name in names}
-      done[id(measured)] = _replaced(own, rows >= least) if len(starved) else own
+      done[id(measured)] = _replaced(measured, rows >= least) if len(starved) else measured
     fed[layer] = done[id(measured)]
     what = f'compressed without statistics, with fewer calibration rows than {least}'
     events += [

@@ -146,6 +146,12 @@ class Setup:
       whole or {},
     )
 
+  def sums(
+    self, trained: Arrays, frozen: Frozen, batch: Batch, key: jax.Array, whole: Sums | None = None
+  ) -> Sums:
+    """The sums of the objective over the labelled tokens of a batch."""
+    return self.objective(self.models(trained, frozen, key, whole), batch)
+
 
 def network(model: Transformer, config: StepConfig) -> Network:
   """The model as objectives see it. Its compute dtype changes."""
@@ -229,7 +235,7 @@ def _gradients(setup, trained, frozen, batch, key):
   whole = _total(before, parts, jax.eval_shape(before, *first)) if n > 1 else {}
 
   def loss(trained, micro, key):
-    sums = setup.objective(setup.models(trained, frozen, key, whole), micro)
+    sums = setup.sums(trained, frozen, micro, key, whole)
     return sums['loss'], sums
 
   gradient_fn = jax.grad(loss, has_aux=True)

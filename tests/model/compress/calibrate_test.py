@@ -55,7 +55,7 @@ def test_statistics_equal_those_of_hooks_in_transformers(tiny, tokens_BT, torch_
       squares = np.square(x_TI)
       moments = np.stack([x_TI.mean(0), squares.mean(0)])
       covariance = x_TI.T @ x_TI / len(x_TI)
-      expected = np.sqrt(squares.sum(0)), covariance, size.max(0), size.mean(0), moments
+      expected = len(x_TI), np.sqrt(squares.sum(0)), covariance, size.max(0), size.mean(0), moments
       for statistic, value in zip(NAMES, expected, strict=True):
         np.testing.assert_allclose(
           found[statistic], value, TOLERANCE, TOLERANCE, err_msg=f'{i} {name} {statistic}'

@@ -150,6 +150,7 @@ def test_the_example_has_all_statistics(broken):
 
   contracts.check('probe')
   assert seen[0] == {
+    'rows': (),
     'input_norm': (contracts.INPUTS,),
     'input_covariance': (contracts.INPUTS, contracts.INPUTS),
     'input_absmax': (contracts.INPUTS,),

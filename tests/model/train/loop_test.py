@@ -228,7 +228,7 @@ def test_another_run_s_folder_is_refused_and_the_difference_named(whole, whole_f
     _fit(whole_folder, model=_model(seed=1))
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop, 'VERSION', loop.VERSION + 1)
-    with pytest.raises(ValueError, match=r'differs in version \(2 there, 3 here\)'):
+    with pytest.raises(ValueError, match=r'differs in version \(3 there, 4 here\)'):
       _fit(whole_folder)
 
 
