@@ -46,6 +46,7 @@ JOB = Job(
 )
 
 
+@pytest.mark.slow
 def test_the_records_of_a_run_with_a_peer(script, tmp_path, capsys):
   out = tmp_path / 'training.jsonl'
   flags = ['--methods=lora,qlora', '--stacked', '--peak_tflops=1', f'--output={out}']
@@ -88,7 +89,7 @@ def answers(monkeypatch, capsys):
 
 # peft reads an attribute of transformers that is about to be renamed.
 @pytest.mark.filterwarnings('ignore:.*is_gradient_checkpointing:FutureWarning')
-@pytest.mark.parametrize('method', ['full', 'lora'])
+@pytest.mark.parametrize('method', [pytest.param('full', marks=pytest.mark.slow), 'lora'])
 def test_both_sides_compute_the_same_losses(base, torch_training, answers, method):
   """From equal weights. Adapters start at zero in B, so that the first loss is that of the base."""
   job = dataclasses.asdict(dataclasses.replace(JOB, method=method, model=str(base)))

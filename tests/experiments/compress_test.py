@@ -65,6 +65,7 @@ def test_a_killed_run_resumes(finished):
   assert list(out.parent.iterdir()) == [out]
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept_and_its_recipe_can_be_used_again(finished, script, tmp_path):
   rows = records.read(finished[0] / 'records.jsonl')
   base = next(row for row in rows if row.recipe == 'base').value('stored_bytes')

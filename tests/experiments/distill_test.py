@@ -45,6 +45,7 @@ def test_a_student_of_the_teachers_layers_is_saved_measured_and_resumed(script, 
   assert all(np.array_equal(before[path], after[path]) for path in before)
 
 
+@pytest.mark.slow
 def test_a_pruned_teacher_is_healed_and_measured_along_the_way(script, base, tmp_path):
   teacher, tokenizer = hf.load_pretrained(base)
   step = {'prune_ffn': {'ratio': 0.5, 'importance': 'weights'}}

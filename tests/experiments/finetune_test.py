@@ -36,8 +36,8 @@ def _run(script, out, method, *more):
   'method',
   [
     *(pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m for m in ADAPTERS),
-    'full',
-    'qat',
+    pytest.param('full', marks=pytest.mark.slow),
+    pytest.param('qat', marks=pytest.mark.slow),
   ],
 )
 def test_each_method_learns_and_leaves_its_folders(script, tmp_path, capsys, method):

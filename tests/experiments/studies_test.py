@@ -113,6 +113,7 @@ def test_qat_on_invented_runs():
   }
 
 
+@pytest.mark.slow
 def test_a_pruned_model_is_healed_and_says_how_much_came_back(smoke):
   rows = smoke(study_pruning)
   assert set(rows) == {'layers_quarter', 'channels_quarter', *study_pruning.STUDY.smoke}
@@ -151,6 +152,7 @@ def test_compressed_experts_say_how_many_tokens_went_elsewhere(smoke):
   assert rows['reap50'].value('experts_changed') > 0.2
 
 
+@pytest.mark.slow
 def test_the_losses_of_qat_are_set_beside_those_of_rounding(smoke):
   rows = smoke(study_qat)
   assert set(rows) == {'rtn_int3', 'qat_int3'}
@@ -162,6 +164,7 @@ def test_the_losses_of_qat_are_set_beside_those_of_rounding(smoke):
   assert rows['qat_int3'].config['learning_rate'] == study_qat.RATES[0]
 
 
+@pytest.mark.slow
 def test_an_adapter_trains_less_of_the_base_on_its_own_text(smoke):
   rows = smoke(study_adapters)
   full, lora = rows['full_short'], rows['lora_short']
@@ -183,6 +186,7 @@ def test_attention_alone_gets_as_many_parameters_as_all_layers():
   assert attention == pytest.approx(everywhere, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_int8_products_and_float_ones_train_the_same_model(smoke):
   rows = smoke(study_int8)
   assert rows['float'].value('train_tokens') == rows['int8_inputs'].value('train_tokens')

@@ -1,8 +1,11 @@
 """The shapes whose speed is measured: those that the studies train."""
 
+import pytest
+
 from model.eval import records
 
 
+@pytest.mark.slow
 def test_smaller_shapes_have_a_speed_beside_the_base(script, tmp_path):
   out = tmp_path / 'speed.jsonl'
   script('--smoke', f'--output={out}')

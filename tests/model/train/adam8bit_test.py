@@ -180,6 +180,7 @@ def _trained_loss(name):
   return records[0]['loss'], float(np.mean([record['loss'] for record in records[-15:]]))
 
 
+@pytest.mark.slow
 def test_training_ends_where_float32_adam_ends():
   first, codes = _trained_loss('adam8bit')
   _, floats = _trained_loss('adamw')
