@@ -4,17 +4,23 @@ r"""Measures the prefill and decode speed of a model in each format, beside the 
   python -m experiments.benchmark_decode --batches=1,2,4,8,16,32 --recipes=int8 --figure=batches.png
   python -m experiments.benchmark_decode --peer='python -m experiments.peers.transformers_speed'
   python -m experiments.benchmark_decode --peer='python -m experiments.peers.llama_cpp_speed'
+  python -m experiments.benchmark_decode --preset=olmoe-1b-7b --layers=4 --dtype=bfloat16 \
+    --recipes=int8,int4 --peer='python -m experiments.peers.llama_cpp_speed \
+    --preset=olmoe-1b-7b --layers=4'
 
-The model is a preset with random weights (`--preset`, `--scale`, `--untie`) or a checkpoint
-(`--model`, which both peers take, too). Each round times every recipe and then runs every peer in a
-process of its own, so that both sides run under the same load; ratios are medians of the rounds'
-ratios. A peer is a command that prints one JSON line per configuration with the keys peer, weights,
-prefill_tokens_per_s and decode_tokens_per_s. It is timed at batch 1.
+The model is a preset with random weights (`--preset`, `--scale`, `--layers`, `--untie`) or a
+checkpoint (`--model`, which both peers take, too). Each round times every recipe and then runs
+every peer in a process of its own, so that both sides run under the same load; ratios are medians
+of the rounds' ratios. A peer is a command that prints one JSON line per configuration with the keys
+peer, weights, prefill_tokens_per_s and decode_tokens_per_s. It is timed at batch 1.
 
 `prefill` computes the logits of the last token, as generation needs them; `forward` those of all
 tokens. `decode` runs without interruption; in `stream`, as in `generate`, Python reads the tokens
 of each call before the next call. The time spent in Python and in dispatching is reported as an
 upper bound: the `stream` time of a model with equally many layers and almost no arithmetic.
+
+The bytes of a decode step are those that it must read: of experts, those of the tokens at hand
+(`model.eval.cost.touched`). Records have the bytes of all weights beside them.
 
 Device: any. Minutes: 4 on two cores. Found there, with an AVX-512 processor: bf16 decodes 2.4, int8
 3.4, int4 6.1 and 2:4 in bf16 3.2 times as fast as float32.
@@ -90,6 +96,7 @@ class Subject:
   batch: int
   bench: bench.Bench
   bytes_per_step: float
+  stored_bytes: int
   missing: study.MissingKernels
 
 
@@ -159,8 +166,6 @@ def _subject(name, model, setting, batch) -> Subject:
   stored = {path: param.get_value() for path, param in parameters(ready).items()}
   context = setting.prompt + setting.tokens // 2
   held = (context, model.dtype, KV_CACHE.value)
-  one_row = cost.decode_bytes_per_token(model.config, stored, *held)
-  cache = cost.kv_cache_bytes(model.config, *held)
   own = bench.prepare(
     ready,
     batch=batch,
@@ -172,7 +177,8 @@ def _subject(name, model, setting, batch) -> Subject:
     recipe=name,
     batch=batch,
     bench=own,
-    bytes_per_step=one_row + (batch - 1) * cache,
+    bytes_per_step=cost.decode_bytes_per_step(model.config, stored, *held, batch=batch),
+    stored_bytes=sum(w.nbytes for w in stored.values()),
     missing=study.missing_kernels(model, ready),
   )
 
@@ -240,6 +246,7 @@ def _record(subject: Subject, samples, setting, bandwidth: Metric, outside_s) ->
         metrics[f'{phase} / {name}'] = timing.summarize(ratios, '1')
   steps = metrics['decode_tokens_per_s']
   moved = subject.bytes_per_step / subject.batch
+  metrics['stored_bytes'] = Metric(subject.stored_bytes, 'byte')
   metrics['decode_bytes_per_step'] = Metric(subject.bytes_per_step, 'byte')
   metrics['decode_bytes_per_s'] = Metric(moved * steps.value, 'byte/s', steps.n)
   metrics['copy_bandwidth_bytes_per_s'] = bandwidth
@@ -283,9 +290,13 @@ def _peer_records(samples, setting) -> list[Record]:
 
 def _config(setting) -> dict:
   model = pathlib.Path(MODEL.value).name if MODEL.value else SHAPE['preset'].value
+  count = cost.parameters(setting.base.config)
   return {
     'model': 'tiny-llama' if SMOKE.value else model,
     'scale': SHAPE['scale'].value,
+    'layers': len(setting.base.config.layers),
+    'parameters': count.total,
+    'active_parameters': count.active,
     'tied': setting.base.config.tied,
     'prompt': setting.prompt,
     'tokens': setting.tokens,
@@ -310,6 +321,8 @@ def _words(record: Record) -> str:
     [
       line,
       f'decode {record.value("decode_speedup"):.2f} x {BASE}, '
+      f'{record.value("decode_bytes_per_step") / 1e6:,.0f} of '
+      f'{record.value("stored_bytes") / 1e6:,.0f} MB per step, '
       f'{record.value("decode_bytes_per_s") / 1e9:.1f} GB/s '
       f'({record.value("decode_of_copy"):.0%} of copy); outside the program at most '
       f'{outside_ms:.2f} ms per token',

@@ -13,6 +13,8 @@ from model.config import ModelConfig
 from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.routed import RoutedConfig
+from ops.moe import Router
 from ops.rope import RopeConfig
 
 # A tied head counts once.
@@ -22,6 +24,7 @@ PARAMETERS = {
   'llama-2-7b': 6_738_415_616,
   'llama-3.1-8b': 8_030_261_248,
   'mistral-7b-v0.1': 7_241_732_096,
+  'olmoe-1b-7b': 6_919_161_856,
   'phi-3-mini': 3_821_079_552,
   'pythia-70m': 70_426_624,
   'qwen3-0.6b': 596_049_920,
@@ -32,6 +35,7 @@ PARAMETERS = {
   'tiny-llama': 116_032,
   'tiny-mistral': 116_032,
   'tiny-neox': 132_864,
+  'tiny-olmoe': 173_632,
   'tiny-phi3': 124_224,
   'tiny-qwen3': 99_712,
 }
@@ -110,6 +114,14 @@ def _qwen3(depth: int, sizes: _Sizes, **fields) -> ModelConfig:
   )
 
 
+def _olmoe(depth: int, sizes: _Sizes, experts: int, choices: int, **fields) -> ModelConfig:
+  layer = LayerConfig(
+    mixer=AttentionConfig(**sizes.mixer, qk_norm=True, qk_norm_over='all'),
+    ffn=RoutedConfig(experts=experts, width=sizes.ffn, router=Router(choices=choices)),
+  )
+  return ModelConfig(family='olmoe', layers=(layer,) * depth, **fields)
+
+
 def _gemma2(depth: int, sizes: _Sizes, window: int, **fields) -> ModelConfig:
   scale = sizes.mixer['head_width'] ** -0.5
   layer = LayerConfig(
@@ -170,6 +182,17 @@ _BUILDERS: dict[str, Callable[[], ModelConfig]] = {
     width=4096,
     max_positions=32_768,
   ),
+  'olmoe-1b-7b': lambda: _olmoe(
+    16,
+    _sizes(16, 16, 128, 1024),
+    64,
+    8,
+    vocab_size=50_304,
+    width=2048,
+    max_positions=4096,
+    eos_ids=(50_279,),
+    pad_id=1,
+  ),
   'phi-3-mini': lambda: _llama(
     32,
     _sizes(32, 32, 96, 8192),
@@ -211,6 +234,7 @@ _BUILDERS: dict[str, Callable[[], ModelConfig]] = {
   'tiny-llama': lambda: _llama(2, _sizes(4, 2, 16, 152), **_TINY),
   'tiny-mistral': lambda: _llama(2, _sizes(4, 2, 16, 152), 32, family='mistral', **_TINY),
   'tiny-neox': lambda: _neox(2, _sizes(4, 4, 16, 256), **_TINY),
+  'tiny-olmoe': lambda: _olmoe(2, _sizes(4, 4, 16, 32), 8, 2, **_TINY | {'vocab_size': 320}),
   'tiny-phi3': lambda: _llama(2, _sizes(4, 4, 16, 152), 64, family='phi3', **_TINY),
   'tiny-qwen3': lambda: _qwen3(2, _sizes(4, 2, 16, 152), **_TINY),
 }

@@ -2,11 +2,12 @@ r"""Measures the prefill and decode speed of llama.cpp.
 
   python -m experiments.peers.llama_cpp_speed --formats=f16,q8_0,q4_0
   python -m experiments.peers.llama_cpp_speed --model=model.gguf
+  python -m experiments.peers.llama_cpp_speed --preset=olmoe-1b-7b --layers=4
 
-The model has random weights in the shape of a preset of the Llama family and is written as a GGUF
-file in float16, or it is a GGUF file. It is converted by llama.cpp itself, and run on all cores.
-One JSON line per format has the tokens per second of the prefill (median of 3, logits of the last
-token only) and of decoding at batch 1 (median of the steps).
+The model has random weights in the shape of a preset of the Llama family or of OLMoE and is written
+as a GGUF file in float16, or it is a GGUF file. It is converted by llama.cpp itself, and run on all
+cores. One JSON line per format has the tokens per second of the prefill (median of 3, logits of the
+last token only) and of decoding at batch 1 (median of the steps).
 
 Device: CPU. Minutes: 1 on two cores. Needs the packages llama-cpp-python and gguf. llama.cpp should
 be compiled for the machine at hand: CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python gguf
@@ -24,10 +25,14 @@ from absl import flags
 
 from experiments import common, shapes
 from model.config import ModelConfig
+from model.layers.routed import RoutedConfig
+from model.layers.sublayer import FfnConfig
 
 FILE_TYPES = {'f16': 1, 'q8_0': 7, 'q4_0': 2}  # llama.cpp's numbers
 BYTE_TOKENS = 256
 SPECIAL_TOKENS = (b'<unk>', b'<s>', b'</s>')
+ARCHITECTURES = ('llama', 'olmoe')
+FLOAT32 = 'ffn_gate_inp.weight'  # routers stay in float32, as in files that llama.cpp converts
 
 FORMATS = flags.DEFINE_list('formats', list(FILE_TYPES), f'Of {", ".join(FILE_TYPES)}.')
 PROMPT = flags.DEFINE_integer('prompt', 512, 'Tokens of the prompt.', lower_bound=1)
@@ -51,20 +56,21 @@ def main() -> None:
       path.unlink()
 
 
-def _check(config: ModelConfig) -> None:
-  if config.family != 'llama' or len(set(config.layers)) != 1:
-    raise ValueError(f'--preset {SHAPE["preset"].value!r} is not a plain Llama')
+def _architecture(config: ModelConfig) -> str:
+  """The name of a config's architecture in GGUF files. Raises ValueError for any other."""
+  if config.family not in ARCHITECTURES or len(set(config.layers)) != 1:
+    raise ValueError(f'--preset {SHAPE["preset"].value!r} is neither a plain Llama nor an OLMoE')
   least = BYTE_TOKENS + len(SPECIAL_TOKENS) + 1
   if config.vocab_size < least:
     raise ValueError(f'the vocabulary needs at least {least} tokens, not {config.vocab_size}')
+  return config.family
 
 
 def _write(config: ModelConfig, path: pathlib.Path) -> pathlib.Path:
   import gguf  # not a dependency of the rest
 
-  _check(config)
   layer, rng = config.layers[0], np.random.default_rng(0)
-  writer = gguf.GGUFWriter(str(path), 'llama')
+  writer = gguf.GGUFWriter(str(path), _architecture(config))
   writer.add_context_length(PROMPT.value + TOKENS.value)
   writer.add_embedding_length(config.width)
   writer.add_block_count(len(config.layers))
@@ -76,10 +82,17 @@ def _write(config: ModelConfig, path: pathlib.Path) -> pathlib.Path:
   writer.add_rope_freq_base(config.rope.theta)
   writer.add_vocab_size(config.vocab_size)
   writer.add_file_type(FILE_TYPES['f16'])
+  if config.family == 'olmoe':
+    writer.add_expert_count(layer.ffn.experts)
+    writer.add_expert_used_count(layer.ffn.router.choices)
   _add_tokens(writer, config.vocab_size)
   for name, shape in tensors(config).items():
     values = 0.02 * rng.standard_normal(shape, np.float32)
-    writer.add_tensor(name, values.astype(np.float16) if len(shape) > 1 else values + 1)
+    if len(shape) == 1:
+      values += 1
+    elif not name.endswith(FLOAT32):
+      values = values.astype(np.float16)
+    writer.add_tensor(name, values)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
@@ -98,7 +111,7 @@ def _add_tokens(writer, vocab_size: int) -> None:
 
 
 def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Returns the names and shapes, (outputs, inputs), of the tensors in the GGUF file."""
+  """Returns the names and shapes, ([experts,] outputs, inputs), of the tensors in the GGUF file."""
   found = {
     'token_embd.weight': (config.vocab_size, config.width),
     'output_norm.weight': (config.width,),
@@ -106,7 +119,7 @@ def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   if not config.tied:
     found['output.weight'] = (config.vocab_size, config.width)
   for i, layer in enumerate(config.layers):
-    heads, ffn_width = layer.mixer, layer.ffn.width
+    heads = layer.mixer
     queries, keys = heads.query_heads * heads.head_width, heads.kv_heads * heads.head_width
     block = {
       'attn_norm': (config.width,),
@@ -115,12 +128,24 @@ def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
       'attn_k': (keys, config.width),
       'attn_v': (keys, config.width),
       'attn_output': (config.width, queries),
-      'ffn_gate': (ffn_width, config.width),
-      'ffn_up': (ffn_width, config.width),
-      'ffn_down': (config.width, ffn_width),
+      **_feed_forward(config.width, layer.ffn),
     }
+    if heads.qk_norm:
+      block |= {'attn_q_norm': (queries,), 'attn_k_norm': (keys,)}
     found |= {f'blk.{i}.{name}.weight': shape for name, shape in block.items()}
   return found
+
+
+def _feed_forward(width: int, ffn: FfnConfig) -> dict[str, tuple[int, ...]]:
+  inner, outer = (ffn.width, width), (width, ffn.width)
+  if not isinstance(ffn, RoutedConfig):
+    return {'ffn_gate': inner, 'ffn_up': inner, 'ffn_down': outer}
+  return {
+    'ffn_gate_inp': (ffn.experts, width),
+    'ffn_gate_exps': (ffn.experts, *inner),
+    'ffn_up_exps': (ffn.experts, *inner),
+    'ffn_down_exps': (ffn.experts, *outer),
+  }
 
 
 def _converted(source: str | pathlib.Path, name: str, target: pathlib.Path) -> pathlib.Path:

@@ -148,6 +148,40 @@ def kv_cache_bytes(
   return sum(held(layer) for layer in config.layers)
 
 
+def touched(config: ModelConfig, path: str, rows: int) -> float:
+  """The part of a parameter that a step of so many rows reads.
+
+  Of experts it is what rows that choose at random read on average, 1 - (1 - share) ** rows: two
+  rows seldom choose the same ones, so decoding a batch soon reads all experts.
+  """
+  _positive('the number of rows', rows)
+  return 1 - (1 - share(config, path)) ** rows
+
+
+def decode_bytes_per_step(
+  config: ModelConfig,
+  weights: Mapping[str, Matrix],
+  context: int,
+  cache_dtype=jnp.bfloat16,
+  cache_format: CacheFormat = 'float',
+  batch: int = 1,
+) -> int:
+  """Bytes that one decode step of `batch` sequences must read: weights as stored, and the caches.
+
+  `weights` has every parameter of the model under its path. One row of a lookup table is read for
+  each sequence; a tied embedding is read whole, because it is also the head. For experts see
+  `touched`.
+  """
+  read = batch * kv_cache_bytes(config, context, cache_dtype, cache_format)
+  for path, w in weights.items():
+    lookup = path in LOOKED_UP and not (path == EMBEDDING and config.tied)
+    if lookup:
+      read += batch * (w.nbytes // w.shape[0])
+    else:
+      read += round(touched(config, path, batch) * w.nbytes)
+  return read
+
+
 def decode_bytes_per_token(
   config: ModelConfig,
   weights: Mapping[str, Matrix],
@@ -155,16 +189,8 @@ def decode_bytes_per_token(
   cache_dtype=jnp.bfloat16,
   cache_format: CacheFormat = 'float',
 ) -> int:
-  """Bytes that one decode step of one sequence must read: weights as stored, and the cache.
-
-  `weights` has every parameter of the model under its path. One row of a lookup table is read; a
-  tied embedding is read whole, because it is also the head, and so are the experts of one token.
-  """
-  read = kv_cache_bytes(config, context, cache_dtype, cache_format)
-  for path, w in weights.items():
-    lookup = path in LOOKED_UP and not (path == EMBEDDING and config.tied)
-    read += w.nbytes // w.shape[0] if lookup else round(share(config, path) * w.nbytes)
-  return read
+  """Bytes that one decode step of one sequence must read; see `decode_bytes_per_step`."""
+  return decode_bytes_per_step(config, weights, context, cache_dtype, cache_format)
 
 
 def storage(weights: Mapping[str, Matrix]) -> Storage:

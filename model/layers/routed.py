@@ -175,8 +175,8 @@ class Routed(nnx.Module):
 
   def experts(self, x_MD: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Runs consecutive groups of rows, each through its own expert: [M, D]."""
-    up_MF = self.up.grouped(x_MD, sizes_E)
     gate_MF = None if self.gate is None else self.gate.grouped(x_MD, sizes_E)
+    up_MF = self.up.grouped(x_MD, sizes_E)
     inner_MF = feed_forward.inner(self.config, up_MF, gate_MF)
     return self.down.grouped(inner_MF, sizes_E)
 

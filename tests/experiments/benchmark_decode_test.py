@@ -49,6 +49,7 @@ def test_records_have_speeds_relative_to_the_base_and_the_peers(script, tmp_path
   assert ratio == pytest.approx(int4.value('decode_tokens_per_s') / 2)
   moved = int4.value('decode_bytes_per_step') * int4.value('decode_tokens_per_s')
   assert int4.value('decode_bytes_per_s') == pytest.approx(moved)
+  assert int4.value('stored_bytes') < base.value('stored_bytes') / 3
   assert int4.value('decode_bytes_per_step') < base.value('decode_bytes_per_step') / 3
   assert 0 < base.value('outside_program_s_per_token') < 0.1
   assert figure.read_bytes().startswith(b'\x89PNG')
@@ -60,6 +61,7 @@ BAD = {
   'a batch that is no number': (['--batches=1,two'], 'must be integers'),
   'no batch': (['--batches=0'], 'above 0'),
   'an unknown preset': (['--preset=smolm'], 'did you mean'),
+  'too many layers': (['--preset=tiny-qwen3', '--layers=3'], 'but tiny-qwen3 has 2'),
   'an unknown recipe': (['--recipes=int5'], 'unknown recipe'),
   'an empty peer': (['--peer='], 'empty'),
 }
@@ -115,7 +117,10 @@ def test_llama_cpp_gets_the_same_shape(make_script):
     assert sum(sizes) == cost.parameters(config).total
   with pytest.raises(ValueError, match="'q5_0', which is not one of f16, q8_0, q4_0"):
     peer('--formats=q5_0')
-  with pytest.raises(ValueError, match="'tiny-qwen3' is not a plain Llama"):
+  routed = presets.preset('olmoe-1b-7b')
+  sizes = [math.prod(shape) for shape in peer.module.tensors(routed).values()]
+  assert sum(sizes) == cost.parameters(routed).total
+  with pytest.raises(ValueError, match="'tiny-qwen3' is neither a plain Llama nor an OLMoE"):
     peer('--preset=tiny-qwen3')
   with pytest.raises(ValueError, match='the vocabulary needs at least 260 tokens, not 256'):
     peer('--preset=tiny-llama')
@@ -123,10 +128,11 @@ def test_llama_cpp_gets_the_same_shape(make_script):
     peer('--model=none.gguf')
 
 
-def test_llama_cpp_is_timed(make_script, capsys):
+@pytest.mark.parametrize('preset', ['smollm2-135m', 'tiny-olmoe'])
+def test_llama_cpp_is_timed(make_script, capsys, preset):
   pytest.importorskip('llama_cpp')
   pytest.importorskip('gguf')
-  make_script('peers.llama_cpp_speed')('--prompt=8', '--tokens=2')
+  make_script('peers.llama_cpp_speed')(f'--preset={preset}', '--prompt=8', '--tokens=2')
   lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   assert [line['weights'] for line in lines] == ['f16', 'q8_0', 'q4_0']
   assert all(line['decode_tokens_per_s'] > 0 for line in lines)

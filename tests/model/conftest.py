@@ -32,7 +32,9 @@ def _attention(config, layer):
   shapes |= _linear('attention.value', width, keys, mixer.qkv_bias)
   shapes |= _linear('attention.output', queries, width, mixer.output_bias)
   if mixer.qk_norm:
-    shapes |= {f'attention.{side}_norm.scale': (mixer.head_width,) for side in ('query', 'key')}
+    whole = mixer.qk_norm_over == 'all'
+    shapes['attention.query_norm.scale'] = (queries if whole else mixer.head_width,)
+    shapes['attention.key_norm.scale'] = (keys if whole else mixer.head_width,)
   return shapes | (_norm('attention_post_norm', config) if layer.post_norms else {})
 
 
@@ -42,6 +44,9 @@ def _feed_forward(config, layer):
   for name in ('gate', 'up') if ffn.gated else ('up',):
     shapes |= _linear(f'ffn.{name}', width, ffn.width, ffn.bias)
   shapes |= _linear('ffn.down', ffn.width, width, ffn.bias)
+  if hasattr(ffn, 'experts'):  # without shared ones
+    shapes = {p: s if 'norm' in p else (ffn.experts, *s) for p, s in shapes.items()}
+    shapes |= _linear('ffn.router', width, ffn.experts, ffn.router_bias)
   return shapes | (_norm('ffn_post_norm', config) if layer.post_norms else {})
 
 

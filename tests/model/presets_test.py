@@ -14,6 +14,7 @@ MODEL_CLASSES = {
   'gpt_neox': (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM),
   'llama': (transformers.LlamaConfig, transformers.LlamaForCausalLM),
   'mistral': (transformers.MistralConfig, transformers.MistralForCausalLM),
+  'olmoe': (transformers.OlmoeConfig, transformers.OlmoeForCausalLM),
   'phi3': (transformers.Phi3Config, transformers.Phi3ForCausalLM),
   'qwen3': (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
 }
@@ -38,7 +39,12 @@ def _hugging_face_shape(config):
   }
   if config.family != 'gpt_neox':
     shape['num_key_value_heads'] = layer.mixer.kv_heads
-  if config.family not in ('gpt_neox', 'phi3'):
+  if config.family == 'olmoe':
+    shape |= {
+      'num_experts': layer.ffn.experts,
+      'num_experts_per_tok': layer.ffn.router.choices,
+    }
+  elif config.family not in ('gpt_neox', 'phi3'):
     shape['head_dim'] = layer.mixer.head_width
   return shape
 

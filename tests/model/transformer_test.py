@@ -201,7 +201,8 @@ def test_an_abstract_model_has_shapes_alone(name, shapes_by_hand):
   model = transformer.abstract(config, jnp.bfloat16)
   params = {path: p.get_value() for path, p in transformer.parameters(model).items()}
   assert all(isinstance(p, jax.ShapeDtypeStruct) for p in params.values())
-  assert {p.dtype for p in params.values()} == {jnp.dtype('bfloat16')}
+  # Scores of experts are float32 in any model.
+  assert {p.dtype for path, p in params.items() if 'router' not in path} == {jnp.dtype('bfloat16')}
   assert {path: p.shape for path, p in params.items()} == shapes_by_hand(config)
 
 

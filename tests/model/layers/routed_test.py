@@ -212,6 +212,24 @@ def test_parameters_flops_and_bytes_by_hand():
   assert idle == 2 * (2 * 32 * 16 + 16 + 32)
 
 
+def test_a_batch_that_chooses_at_random_touches_so_many_experts(rng):
+  path, draws = 'layers.0.ffn.up.weight', 4000
+  assert cost.touched(MIXED, 'layers.1.ffn.up.weight', 4) == 1  # that one is dense
+  for rows in (1, 2, 4):
+    chosen = np.argsort(rng.random((draws, rows, 5)), axis=-1)[..., :3]  # 3 of 5 each
+    distinct = np.mean([len(np.unique(draw)) for draw in chosen]) / 5
+    # Five standard errors of a share whose spread is below 1 / 4.
+    assert cost.touched(MIXED, path, rows) == pytest.approx(distinct, abs=5 / 4 / draws**0.5)
+  values = {
+    p: v.get_value() for p, v in transformer.parameters(transformer.abstract(MIXED)).items()
+  }
+  weights = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), values)
+  one, two = (cost.decode_bytes_per_step(MIXED, weights, 4, batch=b) for b in (1, 2))
+  expert, extra = 3 * 32 * 16, 5 * (0.4 - 0.16)  # experts that a second row adds
+  row, cache = 4 * 32, cost.kv_cache_bytes(MIXED, 4)
+  assert two - one == pytest.approx(4 * extra * expert + row + cache, abs=3)
+
+
 def test_channels_are_removed_from_experts_and_not_from_shared_ones(tokens_BT):
   config = _config(QWEN, QWEN)
   model, kept = _model(config), np.array([0, 3, 4, 7, 8, 9, 12, 15])
