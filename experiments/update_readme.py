@@ -12,10 +12,12 @@ Device: any. Minutes: below 1.
 
 import ast
 import dataclasses
+import functools
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from absl import flags
 
@@ -209,28 +211,38 @@ def _peer_line(row: Record) -> str:
   return f'| {" | ".join(cells)} |'
 
 
-def decoding(path: pathlib.Path) -> str:
+def decoding(path: pathlib.Path, page: str = 'README.md') -> str:
   """The records of one run of `benchmark_decode` as a table, ours and the peers', at batch 1."""
   rows = [row for row in records.read(path) if row.config['batch'] == 1]
-  lines = [
-    '| | prefill, tokens/s | decode, tokens/s | decode, vs float32 | decode, of copy bandwidth |',
-    '| --- | ---: | ---: | ---: | ---: |',
-    *(_speed_line(row) for row in rows),
-  ]
   own = rows[0].config
+  dtype = own.get('dtype', 'float32')
+  lines = [
+    f'| | prefill, tokens/s | decode, tokens/s | decode, vs {dtype} | decode, of copy bandwidth |',
+    '| --- | ---: | ---: | ---: | ---: |',
+    *(_speed_line(row, dtype) for row in rows),
+  ]
+  head = '' if own['tied'] else ' with a head of its own'
   lines.append(
-    f'\n{own["model"]}{"" if own["tied"] else " with a head of its own"}, random weights, a prompt '
+    f'\n{own["model"]}{_size(own)}{head}, random weights, a prompt '
     f'of {own["prompt"]} tokens, a {own["kv_cache"]} cache, '
     f'{rows[0].metrics["decode_tokens_per_s"].n} interleaved rounds on '
     f'{_machine(rows[0])}, medians ± half an interquartile range; records with their command: '
-    f'{_link(path)}.'
+    f'{_link(path, page)}.'
   )
   return '\n'.join(lines)
 
 
-def _speed_line(row: Record) -> str:
+def _size(config: Mapping[str, Any]) -> str:
+  """What stands in records of models with experts: depth, and parameters in all and of a token."""
+  if config.get('active_parameters', 0) == config.get('parameters', 0):
+    return ''
+  total, active = config['parameters'] / 1e9, config['active_parameters'] / 1e9
+  return f' of {config["layers"]} layers ({total:.2f} B parameters, {active:.2f} B of them active)'
+
+
+def _speed_line(row: Record, dtype: str) -> str:
   ours = 'decode_speedup' in row.metrics
-  name = {BASE: 'float32'}.get(row.recipe, row.recipe)
+  name = {BASE: dtype}.get(row.recipe, row.recipe)
   cells = [
     f'Lissom {name}' if ours else name,
     _spread(row, 'prefill_tokens_per_s', '.0f'),
@@ -326,6 +338,12 @@ PARTS = (
   Part(file=EMBEDDED, name='results', generate=results, results=('compress_cpu.jsonl',)),
   Part(file=COMPRESSING, name='formats', generate=quality, results=('formats_smollm2_cpu.jsonl',)),
   Part(file='README.md', name='decoding', generate=decoding, results=('decode_cpu.jsonl',)),
+  Part(
+    file=COMPRESSING,
+    name='experts',
+    generate=functools.partial(decoding, page=COMPRESSING),
+    results=('decode_olmoe_cpu.jsonl',),
+  ),
   Part(
     file='docs/compressing.md',
     name='structured',
