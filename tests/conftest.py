@@ -23,10 +23,6 @@ import pytest
 # crashes beyond that, as it did near the end of the whole suite.
 MAPS, MOST_MAPS = pathlib.Path('/proc/self/maps'), 20_000
 
-# Traced programs are many small objects that stay: looking for garbage among them takes a twentieth
-# of the time with Python's own thresholds.
-gc.set_threshold(50_000, 20, 50)
-
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 

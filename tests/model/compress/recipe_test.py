@@ -6,6 +6,7 @@ import pathlib
 import pytest
 import yaml
 
+from experiments import lessons as lessons  # its techniques
 from experiments.common import RECIPES
 from model.compress import recipe, registry, techniques
 
