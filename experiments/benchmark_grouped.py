@@ -5,9 +5,11 @@ r"""Measures products of groups of rows, each with its own expert, beside `jax.l
 
 For each shape, number of rows, sizes of the groups and format, it times one product of each kind in
 interleaved rounds: `ragged_dot` of the float32 experts, `dense` (all rows with one expert, as many
-multiplications as are needed), `blocks` (ops/grouped.py) and, where experts are packed for the CPU,
-`native`. For float32 the gradients of both sides are timed too. Speed-ups are those over
-`ragged_dot` in the same round; the bytes per second count the experts that have rows.
+multiplications as are needed), `blocks` (ops/grouped.py: a loop over blocks of rows), on a GPU `at
+once` (all blocks in a batch) and, where experts are packed for the CPU, `native`. For float32 the
+gradients of both sides are timed too. Speed-ups are those over `ragged_dot` in the same round; the
+bytes per second count the experts that have rows. With --dtype=bfloat16 rows and the experts of
+`ragged_dot` and `dense` have that type.
 
 The groups are `even`, `uniform` (each row chooses at random), `zipf` (expert e is chosen with a
 probability proportional to 1 / e) or `one` (all rows choose the same).
@@ -27,7 +29,7 @@ from absl import flags
 
 from experiments import common
 from model.eval import records, timing
-from ops import linear, quantized
+from ops import grouped, linear, quantized
 from ops.kernels.cpu import layout
 
 BASE = 'ragged_dot'
@@ -49,6 +51,7 @@ ROWS = flags.DEFINE_list('rows', ['2048'], 'Numbers of rows, all experts togethe
 SIZES = flags.DEFINE_list('groups', ['even', 'zipf'], f'Of {", ".join(GROUPS)}.')
 NAMES = flags.DEFINE_list('formats', ['float32', 'bf16', 'int4'], f'Of {", ".join(FORMATS)}.')
 RAGGED = flags.DEFINE_bool('ragged', True, 'Time ragged_dot; it is slow with many experts.')
+DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Type of the rows.')
 ROUNDS = flags.DEFINE_integer('rounds', 7, 'Interleaved rounds.', lower_bound=timing.MIN_ROUNDS)
 OUTPUT = flags.DEFINE_string('output', None, 'A .jsonl file to append records to.')
 SMOKE = flags.DEFINE_bool('smoke', False, 'Small experts and two formats.')
@@ -100,16 +103,18 @@ def _cases() -> list[Case]:
 def _measure(case: Case, names) -> list[records.Record]:
   keys = jax.random.split(jax.random.key(0))
   w_EIO = jax.random.normal(keys[0], (case.experts, case.inputs, case.outputs))
-  x_MI = jax.random.normal(keys[1], (case.rows, case.inputs))
+  x_MI = jax.random.normal(keys[1], (case.rows, case.inputs), DTYPE.value)
+  plain_EIO = w_EIO.astype(DTYPE.value)
   sizes_E = GROUPS[case.groups](np.random.default_rng(0), case.rows, case.experts)
   with_sizes = functools.partial(_call, x_MI, jnp.asarray(sizes_E, jnp.int32))
-  calls = {'dense': functools.partial(_dense, x_MI, w_EIO[0])}
+  calls = {'dense': functools.partial(_dense, x_MI, plain_EIO[0])}
   if RAGGED.value:
-    calls[BASE] = with_sizes(_ragged, w_EIO)
-    calls[f'{BASE} gradients'] = with_sizes(_ragged_gradients, w_EIO)
+    calls[BASE] = with_sizes(_ragged, plain_EIO)
+    calls[f'{BASE} gradients'] = with_sizes(_ragged_gradients, plain_EIO)
   weights = {name: jax.jit(jax.vmap(FORMATS[name]))(w_EIO) for name in names}
+  forms = FORMS if jax.default_backend() == 'gpu' else {'blocks': FORMS['blocks']}
   for name, w in weights.items():
-    calls[f'{name} blocks'] = with_sizes(_grouped, w)
+    calls |= {f'{name} {form}': with_sizes(fn, w) for form, fn in forms.items()}
     fast = layout.pack(w) if jax.default_backend() == 'cpu' else w
     if fast is not w:
       calls[f'{name} native'] = with_sizes(_grouped, fast)
@@ -126,6 +131,10 @@ def _call(x_MI, sizes_E, fn, w):
 
 _dense = jax.jit(linear.matmul)
 _grouped = jax.jit(linear.grouped_matmul)
+FORMS = {
+  'blocks': jax.jit(functools.partial(grouped.product, linear.matmul)),
+  'at once': jax.jit(functools.partial(grouped.at_once, linear.matmul)),
+}
 _ragged = jax.jit(jax.lax.ragged_dot)
 
 
@@ -144,7 +153,7 @@ def _record(case: Case, name: str, w, sizes_E, times) -> records.Record:
     'weight_bytes': records.Metric(w.nbytes, 'byte'),
     'touched_bytes': records.Metric(touched, 'byte'),
   }
-  for form in ('blocks', 'native'):
+  for form in (*FORMS, 'native'):
     if f'{name} {form}' in times:
       time = times[f'{name} {form}']
       metrics[f'{form} time'] = timing.summarize(time.samples_s, 's')
@@ -164,7 +173,12 @@ def _record(case: Case, name: str, w, sizes_E, times) -> records.Record:
     experiment='benchmark_grouped',
     recipe=name,
     command=common.command(),
-    config={**dataclasses.asdict(case), 'format': name, 'base': BASE if RAGGED.value else 'dense'},
+    config={
+      **dataclasses.asdict(case),
+      'format': name,
+      'dtype': DTYPE.value,
+      'base': BASE if RAGGED.value else 'dense',
+    },
     environment=records.environment(),
     seed=0,
     metrics=metrics,
@@ -175,7 +189,7 @@ def _record(case: Case, name: str, w, sizes_E, times) -> records.Record:
 
 def _words(record: records.Record) -> str:
   config, parts = record.config, []
-  for form in ('blocks', 'native', 'gradients'):
+  for form in (*FORMS, 'native', 'gradients'):
     if f'{form} time' in record.metrics:
       parts.append(f'{form} {record.value(f"{form} time") * 1e3:,.2f} ms')
     if f'{form} speedup' in record.metrics:

@@ -12,8 +12,12 @@ for M different experts (decoding) no other expert's weight is read. `jax.lax.ra
 expands it, multiplies E * M rows and holds an array [E, M, I]. The idea of blocks with one expert
 each is that of Gale et al. (2022), MegaBlocks, https://arxiv.org/abs/2211.15841.
 
-The backward pass is a loop over the same blocks. It adds the gradient of each expert up in float32
-in its place of [E, I, O], and computes what the product needs of a decoded weight anew.
+A GPU starts several kernels at each step of a loop, and waits for the host where one is skipped.
+`at_once` multiplies all blocks in one batch instead, of larger blocks, and holds the weight of
+each.
+
+The backward pass of the loop goes over the same blocks. It adds the gradient of each expert up in
+float32 in its place of [E, I, O], and computes what the product needs of a decoded weight anew.
 """
 
 import dataclasses
@@ -26,13 +30,14 @@ import jax.numpy as jnp
 import numpy as np
 
 MOST_ROWS, FEWEST_ROWS = 128, 8  # of a block
+MOST_ROWS_AT_ONCE = 4096
 Multiply = Callable[[jax.Array, Any], jax.Array]
 
 
-def block_rows(rows: int, experts: int) -> int:
+def block_rows(rows: int, experts: int, most: int = MOST_ROWS) -> int:
   """The rows of a block: a power of two near the rows that an expert gets on average."""
   average = -(-rows // experts)
-  return min(max(1 << (average - 1).bit_length(), FEWEST_ROWS), MOST_ROWS)
+  return min(max(1 << (average - 1).bit_length(), FEWEST_ROWS), most)
 
 
 def most_blocks(rows: int, experts: int, size: int) -> int:
@@ -50,6 +55,28 @@ def product(
   """
   size = size or block_rows(len(x_MI), len(group_sizes_E))
   return _product(multiply, size, x_MI, w, group_sizes_E.astype(jnp.int32))
+
+
+def at_once(
+  multiply: Multiply, x_MI: jax.Array, w: Any, group_sizes_E: jax.Array, size: int | None = None
+) -> jax.Array:
+  """What `product` returns, with all blocks in one batch.
+
+  It holds the weights of at most `most_blocks` blocks: less than twice those of all experts, where
+  each has its share of the rows.
+  """
+  rows = len(x_MI)
+  size = size or block_rows(rows, len(group_sizes_E), MOST_ROWS_AT_ONCE)
+  found = blocks(group_sizes_E.astype(jnp.int32), rows, size)
+  row_BS = found.start[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
+  # Rows of no group get a place of their own past the end, so that no two places are the same.
+  outside_BS = rows + jnp.arange(row_BS.size, dtype=jnp.int32).reshape(row_BS.shape)
+  row_BS = jnp.where(row_BS < found.end[:, None], row_BS, outside_BS)
+  x_BSI = x_MI.at[row_BS].get(mode='fill', fill_value=0, unique_indices=True)
+  of_block = lambda a: a.at[found.expert].get(indices_are_sorted=True, mode='promise_in_bounds')
+  y_BSO = jax.vmap(multiply)(x_BSI, jax.tree.map(of_block, w))
+  nothing = jnp.zeros((rows, y_BSO.shape[-1]), y_BSO.dtype)
+  return nothing.at[row_BS].set(y_BSO, mode='drop', unique_indices=True)
 
 
 @jax.tree_util.register_dataclass

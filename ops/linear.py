@@ -120,9 +120,9 @@ class Weight(abc.ABC):
     """Multiplies consecutive groups of rows, each by its own expert, as `linear.grouped_matmul`.
 
     Blocks of rows take turns, each with the expert that they belong to (ops/grouped.py). Only one
-    expert at a time is decoded.
+    expert at a time is decoded; on a GPU, all that have rows are.
     """
-    return grouped.product(matmul, x_TI, self, group_sizes_E)
+    return _in_groups(x_TI, self, group_sizes_E)
 
   @classmethod
   def matmuls(cls, x: jax.Array, weights: Sequence['Weight']) -> tuple[jax.Array, ...]:
@@ -261,10 +261,15 @@ def grouped_matmul(x_TI: jax.Array, w: Matrix, group_sizes_E: jax.Array) -> jax.
     return w.grouped_matmul(x_TI, group_sizes_E)
   # XLA expands ragged_dot to the product of all rows with all experts on CPUs, and on GPUs too: the
   # program that it compiles for an H200 (jax 0.10) holds the rows once for each expert.
-  in_blocks = functools.partial(grouped.product, matmul)
   ragged = lambda x, w, sizes: jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)
+  return _in_groups(x_TI, w, group_sizes_E, tpu=ragged)
+
+
+def _in_groups(x_TI, w, group_sizes_E, **platforms) -> jax.Array:
+  """A product for each group, in the form that is fast on the platform."""
+  at_once, in_blocks = (functools.partial(f, matmul) for f in (grouped.at_once, grouped.product))
   operands = x_TI, w, group_sizes_E.astype(jnp.int32)
-  return jax.lax.platform_dependent(*operands, tpu=ragged, default=in_blocks)
+  return jax.lax.platform_dependent(*operands, **platforms, cuda=at_once, default=in_blocks)
 
 
 def dense(w: Matrix) -> jax.Array:

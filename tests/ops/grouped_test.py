@@ -1,5 +1,6 @@
 """Grouped products in blocks of rows, against a product for each group in float64 numpy."""
 
+import functools
 import math
 import re
 
@@ -37,10 +38,17 @@ def _case(name, dtype=np.float32):
   return draw(rows, INPUTS), draw(len(sizes_E), INPUTS, OUTPUTS), sizes_E
 
 
-@jax.jit
-def _run(x_MI, w_EIO, sizes_E, bar_MO):
+FORMS = {
+  'in a loop': linear.grouped_matmul,
+  'at once': functools.partial(grouped.at_once, linear.matmul),
+  'at once, in blocks of 8': functools.partial(grouped.at_once, linear.matmul, size=8),
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(form, x_MI, w_EIO, sizes_E, bar_MO):
   """The product, and the gradients of both sides."""
-  y_MO, pull = jax.vjp(lambda x, w: linear.grouped_matmul(x, w, sizes_E), x_MI, w_EIO)
+  y_MO, pull = jax.vjp(lambda x, w: FORMS[form](x, w, sizes_E), x_MI, w_EIO)
   return y_MO, *pull(bar_MO)
 
 
@@ -63,11 +71,12 @@ def _by_hand_of_weights(x_MI, bar_MO, sizes_E):
   return np.stack([x_MI[b - n : b].T @ bar_MO[b - n : b] for n, b in zip(sizes_E, ends)])
 
 
+@pytest.mark.parametrize('form', FORMS)
 @cases
-def test_products_and_gradients_are_those_of_each_group(name):
+def test_products_and_gradients_are_those_of_each_group(name, form):
   x_MI, w_EIO, sizes_E = _case(name)
   bar_MO = np.float32(np.random.default_rng(1).standard_normal((len(x_MI), OUTPUTS)))
-  y_MO, x_bar, w_bar = _run(x_MI, w_EIO, sizes_E, bar_MO)
+  y_MO, x_bar, w_bar = _run(form, x_MI, w_EIO, sizes_E, bar_MO)
   x, w, bar = _float64(x_MI), _float64(w_EIO), _float64(bar_MO)
   for found, by_hand, a, b in (
     (y_MO, _by_hand, x, w),
@@ -90,7 +99,7 @@ def test_blocks_of_any_size_give_the_same(size):
 def test_products_and_gradients_in_bfloat16():
   x_MI, w_EIO, sizes_E = _case('some without rows', jnp.bfloat16)
   ones = jnp.ones((len(x_MI), OUTPUTS), jnp.bfloat16)
-  y_MO, x_bar, w_bar = _run(x_MI, w_EIO, sizes_E, ones)
+  y_MO, x_bar, w_bar = _run('in a loop', x_MI, w_EIO, sizes_E, ones)
   x, w, bar = _float64(x_MI), _float64(w_EIO), _float64(ones)
   for found, exact, rounded in (
     (y_MO, _by_hand(x, w, sizes_E), 1),
@@ -107,7 +116,7 @@ def test_products_and_gradients_in_bfloat16():
 def test_what_other_groups_hold_reaches_no_result():
   x_MI, w_EIO, sizes_E = _case('no block is full')
   x_MI = x_MI.at[3:8].set(np.nan)  # the rows of expert 1
-  y_MO, x_bar, w_bar = _run(x_MI, w_EIO, sizes_E, jnp.ones((len(x_MI), OUTPUTS)))
+  y_MO, x_bar, w_bar = _run('in a loop', x_MI, w_EIO, sizes_E, jnp.ones((len(x_MI), OUTPUTS)))
   assert np.isnan(y_MO[3:8]).all() and np.isfinite(np.delete(y_MO, np.arange(3, 8), 0)).all()
   assert np.isfinite(x_bar).all()
   assert np.isnan(w_bar[1]).all() and np.isfinite(np.delete(w_bar, 1, 0)).all()
@@ -117,7 +126,9 @@ def test_experts_without_rows_are_not_read():
   x_MI, w_EIO, sizes_E = _case('some without rows')
   poisoned = jnp.where(jnp.asarray(sizes_E > 0)[:, None, None], w_EIO, np.nan)
   ones = jnp.ones((len(x_MI), OUTPUTS))
-  for a, b in zip(_run(x_MI, poisoned, sizes_E, ones), _run(x_MI, w_EIO, sizes_E, ones)):
+  for a, b in zip(
+    _run('in a loop', x_MI, poisoned, sizes_E, ones), _run('in a loop', x_MI, w_EIO, sizes_E, ones)
+  ):
     np.testing.assert_array_equal(a, b)
 
 
