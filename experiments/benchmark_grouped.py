@@ -6,10 +6,10 @@ r"""Measures products of groups of rows, each with its own expert, beside `jax.l
 For each shape, number of rows, sizes of the groups and format, it times one product of each kind in
 interleaved rounds: `ragged_dot` of the float32 experts, `dense` (all rows with one expert, as many
 multiplications as are needed), `blocks` (ops/grouped.py: a loop over blocks of rows), on a GPU `at
-once` (all blocks in a batch) and, where experts are packed for the CPU, `native`. For float32 the
-gradients of both sides are timed too. Speed-ups are those over `ragged_dot` in the same round; the
-bytes per second count the experts that have rows. With --dtype=bfloat16 rows and the experts of
-`ragged_dot` and `dense` have that type.
+once` (all blocks in a batch) and, where experts are packed for the CPU, `native`. Speed-ups are
+those over `ragged_dot` in the same round; the bytes per second count the experts that have rows.
+With --dtype=bfloat16 rows and the experts of `ragged_dot` and `dense` have that type. Among the
+formats, the one of that type has its gradients timed too, beside those of `ragged_dot`.
 
 The groups are `even`, `uniform` (each row chooses at random), `zipf` (expert e is chosen with a
 probability proportional to 1 / e) or `one` (all rows choose the same).
@@ -51,7 +51,8 @@ ROWS = flags.DEFINE_list('rows', ['2048'], 'Numbers of rows, all experts togethe
 SIZES = flags.DEFINE_list('groups', ['even', 'zipf'], f'Of {", ".join(GROUPS)}.')
 NAMES = flags.DEFINE_list('formats', ['float32', 'bf16', 'int4'], f'Of {", ".join(FORMATS)}.')
 RAGGED = flags.DEFINE_bool('ragged', True, 'Time ragged_dot; it is slow with many experts.')
-DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Type of the rows.')
+PLAIN = {'float32': 'float32', 'bfloat16': 'bf16'}  # dtype of the rows -> format of that dtype
+DTYPE = flags.DEFINE_enum('dtype', 'float32', list(PLAIN), 'Type of the rows.')
 ROUNDS = flags.DEFINE_integer('rounds', 7, 'Interleaved rounds.', lower_bound=timing.MIN_ROUNDS)
 OUTPUT = flags.DEFINE_string('output', None, 'A .jsonl file to append records to.')
 SMOKE = flags.DEFINE_bool('smoke', False, 'Small experts and two formats.')
@@ -110,7 +111,8 @@ def _measure(case: Case, names) -> list[records.Record]:
   calls = {'dense': functools.partial(_dense, x_MI, plain_EIO[0])}
   if RAGGED.value:
     calls[BASE] = with_sizes(_ragged, plain_EIO)
-    calls[f'{BASE} gradients'] = with_sizes(_ragged_gradients, plain_EIO)
+    if PLAIN[DTYPE.value] in names:
+      calls[f'{BASE} gradients'] = with_sizes(_ragged_gradients, plain_EIO)
   weights = {name: jax.jit(jax.vmap(FORMATS[name]))(w_EIO) for name in names}
   forms = FORMS if jax.default_backend() == 'gpu' else {'blocks': FORMS['blocks']}
   for name, w in weights.items():
@@ -118,8 +120,8 @@ def _measure(case: Case, names) -> list[records.Record]:
     fast = layout.pack(w) if jax.default_backend() == 'cpu' else w
     if fast is not w:
       calls[f'{name} native'] = with_sizes(_grouped, fast)
-  if 'float32' in weights:
-    calls['float32 gradients'] = with_sizes(_gradients, w_EIO)
+  if PLAIN[DTYPE.value] in names:
+    calls[f'{PLAIN[DTYPE.value]} gradients'] = with_sizes(_gradients, plain_EIO)
   base = BASE if RAGGED.value else 'dense'
   times = timing.time_interleaved(calls, base=base, rounds=ROUNDS.value)
   return [_record(case, name, weights[name], sizes_E, times) for name in names]
