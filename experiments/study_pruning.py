@@ -23,7 +23,7 @@ the seeds:
 --steps are the updates that the shares are of; by default those of the base. How much faster the
 pruned shapes decode is in the records of `study_speed`.
 
-Device: any. Minutes: not measured yet.
+Device: any. Minutes: 6 on a GPU, in five processes that share the arms.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ not lose. The claims, counted over the seeds:
   Q3  at 4, 3 and 2 bits QAT has a lower loss than rounding to nearest and than GPTQ; it recovers
       the more, the fewer the bits, and at least 30 %, 50 % and 70 %
 
-Device: any. Minutes: not measured yet.
+Device: any. Minutes: 6 on a GPU, a format a process.
 """
 
 import dataclasses

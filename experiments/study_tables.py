@@ -11,11 +11,13 @@ import numpy as np
 from experiments import (
   arms,
   study_adapters,
+  study_compressed_experts,
   study_distillation,
   study_experts,
   study_int8,
   study_pruning,
   study_qat,
+  study_upcycling,
 )
 from experiments.arms import Runs
 from model.eval import records
@@ -25,11 +27,13 @@ STUDIES = {
   module.STUDY.name: module.STUDY
   for module in (
     study_adapters,
+    study_compressed_experts,
     study_distillation,
     study_experts,
     study_int8,
     study_pruning,
     study_qat,
+    study_upcycling,
   )
 }
 COLUMNS = {  # metric -> its heading and format
@@ -39,6 +43,8 @@ COLUMNS = {  # metric -> its heading and format
   'parameters_kept': ('parameters', '.1%'),
   'max_violation': ('MaxVio', '.3f'),
   'dead_experts': ('dead experts', '.1f'),
+  'experts_changed': ('tokens with other experts', '.1%'),
+  'logit_difference': ('logits, vs base', '.1e'),
   'entropy': ('entropy', '.3f'),
   'forward_kl': ('KL(teacher, student)', '.4f'),
   'reverse_kl': ('KL(student, teacher)', '.4f'),
@@ -184,6 +190,33 @@ def fine_tuning(path: pathlib.Path) -> str:
   return '\n'.join(lines)
 
 
+def healing(path: pathlib.Path) -> str:
+  """The held-out loss of pruned models that are distilled from the original, on the way."""
+  rows = records.read(path)
+  about = rows[0]
+  steps = about.config['steps']
+  shown = [steps // 6, steps // 3, 2 * steps // 3, steps]
+  lines = [
+    '| student | parameters | the original | pruned '
+    f'| {" | ".join(f"after {s}" for s in shown)} | came back |',
+    f'| --- |{" ---: |" * (4 + len(shown))}',
+  ]
+  for row in rows:
+    names = ('teacher', 'before', *(f'after_{s}' for s in shown))
+    cells = [
+      f'`{row.recipe}`',
+      f'{row.value("parameters") / row.value("teacher_parameters"):.1%}',
+      *(f'{row.value(f"held_out_loss_{name}"):.4f}' for name in names),
+      f'{row.value("recovered"):.0%}',
+    ]
+    lines.append(f'| {" | ".join(cells)} |')
+  lines.append(
+    f'\nNats per token of held-out text after so many updates of {about.config["batch_size"]} rows '
+    f'of {about.config["seq_len"]} tokens; `{about.command}` on {about.environment["device"]}.'
+  )
+  return '\n'.join(lines)
+
+
 def _speed(shape: Record) -> str:
   speedup = shape.metrics['decode_speedup']
   return '' if shape.recipe == 'teacher' else f'{speedup.value:.2f} ± {speedup.spread / 2:.2f}'
@@ -203,7 +236,8 @@ def _about(rows: Sequence[Record]) -> str:
     {f'{row.environment["device"]}, jax {row.environment["versions"]["jax"]}' for row in rows}
   )
   command = rows[0].command
+  others = ' and with the other arms' if len({row.command for row in rows}) > 1 else ''
   return (
-    f'{seeds} seed{"s" if seeds > 1 else ""}, means ± half the range; `{command}` on '
+    f'{seeds} seed{"s" if seeds > 1 else ""}, means ± half the range; `{command}`{others} on '
     f'{" and ".join(where)}.'
   )

