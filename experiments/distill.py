@@ -124,10 +124,9 @@ def main() -> None:
   records.append(out / 'records.jsonl', record)
   for name, loss in losses.items():
     print(f'held-out loss {name:<8} {loss:.4f} nats per token, perplexity {math.exp(loss):.3f}')
-  print(
-    f'{out}: {record.value("parameters") / record.value("teacher_parameters"):.1%} of its size; '
-    f'{record.value("recovered"):.1%} of the gap to the teacher is closed'
-  )
+  size = record.value('parameters') / record.value('teacher_parameters')
+  gap = '' if math.isnan(won := record.value('recovered')) else f'; {won:.1%} of the gap is closed'
+  print(f'{out}: {size:.1%} of the size of the teacher{gap}')
 
 
 def _objective(vocabulary: int | None) -> Distillation:

@@ -198,10 +198,11 @@ def _record(ready, settings, text, result, losses) -> records.Record:
 def _print(record, losses, out) -> None:
   for name, nll in losses.items():
     print(f'held-out loss {name:<12} {nll:.4f} nats per token, perplexity {math.exp(nll):.3f}')
-  print(
-    f'{out}: {record.value("tokens_per_s"):,.0f} tokens/s; the compiled update holds '
-    f'{record.value("program_peak_bytes") / 1e6:,.0f} MB'
-  )
+  if 'tokens_per_s' in record.metrics:
+    print(
+      f'{out}: {record.value("tokens_per_s"):,.0f} tokens/s; the compiled update holds '
+      f'{record.value("program_peak_bytes") / 1e6:,.0f} MB'
+    )
 
 
 if __name__ == '__main__':

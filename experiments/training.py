@@ -232,16 +232,19 @@ def metrics(result: FitResult, settings: Settings) -> dict[str, Metric]:
   """What a record says of any run: held-out losses along the way, tokens, speed and memory.
 
   `device_peak_bytes` is the most that this process held on the device, where the device counts it.
+  What was left to do of a resumed run may be too little to be timed.
   """
   tokens = settings.batch_size * settings.seq_len
   counted = jax.local_devices()[0].memory_stats() or {}
   found = {
     **{f'held_out_loss_after_{n}': Metric(nll, 'nats') for n, nll in curve(result).items()},
     'train_tokens': Metric(sum(record['tokens'] for record in result.records), '1'),
-    'update_time': Metric(result.update_s, 's', settings.steps),
-    'tokens_per_s': Metric(tokens / result.update_s, 'tokens/s', settings.steps),
-    'program_peak_bytes': Metric(result.program_bytes, 'byte'),
   }
+  if not math.isnan(result.update_s):
+    found['update_time'] = Metric(result.update_s, 's', settings.steps)
+    found['tokens_per_s'] = Metric(tokens / result.update_s, 'tokens/s', settings.steps)
+  if result.program_bytes:
+    found['program_peak_bytes'] = Metric(result.program_bytes, 'byte')
   if 'peak_bytes_in_use' in counted:
     found['device_peak_bytes'] = Metric(counted['peak_bytes_in_use'], 'byte')
   return found

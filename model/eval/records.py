@@ -171,6 +171,7 @@ def environment(device: jax.Device | None = None) -> dict[str, Any]:
     'platform': device.platform,
     'device': device.device_kind,
     'device_count': jax.device_count(),
+    'xla_flags': os.environ.get('XLA_FLAGS', ''),
     'os': platform.platform(),
     'cpu': _cpu_model(),
     'cpu_cores': len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count(),

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import os
 import pathlib
 import subprocess
 
@@ -174,6 +175,7 @@ def test_environment_names_the_machine():
   told = records.environment()
   assert told['versions']['jax'] == jax.__version__
   assert told['platform'] == 'cpu' and told['device'] and told['cpu']
+  assert told['xla_flags'] == os.environ.get('XLA_FLAGS', '')
   assert told['cpu_cores'] >= 1 and told['device_count'] == len(jax.devices())
   assert told['date_utc'].endswith('+00:00')
   json.dumps(told, allow_nan=False)
