@@ -20,9 +20,9 @@ from flax import nnx
 from model import corpus, files, hf, lock
 from model.config import ModelConfig
 from model.corpus import Corpus
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.tokenizer import Tokenizer
 from model.train import loop
 from model.train.data import PackedDataset, excerpts

@@ -16,13 +16,13 @@ import functools
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from absl import flags
 
 from experiments import common, study_tables
 from experiments import lessons as lessons  # its techniques
+from experiments.speed_tables import decoding, grouped, link, machine, spread
 from model.compress import registry
 from model.eval import columns, records
 from model.eval.records import BASE, Record
@@ -85,8 +85,8 @@ def results(path: pathlib.Path) -> str:
     *(_result_line(row) for row in rows),
   ]
   lines.append(
-    f'\n`{about.command}` on {_machine(about)} (jax {versions["jax"]}, revision {revision}, seed '
-    f'{about.seed}); records: {_link(path, EMBEDDED)}.'
+    f'\n`{about.command}` on {machine(about)} (jax {versions["jax"]}, revision {revision}, seed '
+    f'{about.seed}); records: {link(path, EMBEDDED)}.'
   )
   return '\n'.join(lines)
 
@@ -99,7 +99,7 @@ def quality(path: pathlib.Path) -> str:
     '| --- | ---: | ---: | ---: | ---: |',
     *(_quality_line(row) for row in rows),
   ]
-  lines.append(f'\n`{rows[0].command}`; records: {_link(path, COMPRESSING)}.')
+  lines.append(f'\n`{rows[0].command}`; records: {link(path, COMPRESSING)}.')
   return '\n'.join(lines)
 
 
@@ -121,8 +121,8 @@ def real(path: pathlib.Path) -> str:
   ]
   commands = ', '.join(f'`{command}`' for command in dict.fromkeys(row.command for row in rows))
   lines.append(
-    f'\n{commands} on {_machine(about)}; KL: divergence from the base per token; decoding '
-    f'at batch 1, medians ± half an interquartile range; records: {_link(path)}.'
+    f'\n{commands} on {machine(about)}; KL: divergence from the base per token; decoding '
+    f'at batch 1, medians ± half an interquartile range; records: {link(path)}.'
   )
   return '\n'.join(lines)
 
@@ -163,7 +163,7 @@ def structured(path: pathlib.Path) -> str:
     *(_structured_line(row, other) for row in rows),
   ]
   lines.append(
-    f'\n`{about.command}` on {_machine(about)}; records: {_link(path, "docs/compressing.md")}.'
+    f'\n`{about.command}` on {machine(about)}; records: {link(path, "docs/compressing.md")}.'
   )
   return '\n'.join(lines)
 
@@ -191,8 +191,8 @@ def peer(path: pathlib.Path) -> str:
   about, rounds = rows[0], min(row.metrics['seconds'].n for row in rows)
   lines.append(
     f'\nThe perplexity of the uncompressed model is {about.value("base_ppl"):.3f}; '
-    f'at least {rounds} round{"s" if rounds > 1 else ""} a setting on {_machine(about)}; records '
-    f'with their commands: {_link(path, COMPRESSING)}.'
+    f'at least {rounds} round{"s" if rounds > 1 else ""} a setting on {machine(about)}; records '
+    f'with their commands: {link(path, COMPRESSING)}.'
   )
   return '\n'.join(lines)
 
@@ -211,87 +211,6 @@ def _peer_line(row: Record) -> str:
   return f'| {" | ".join(cells)} |'
 
 
-def decoding(path: pathlib.Path, page: str = 'README.md') -> str:
-  """The records of one run of `benchmark_decode` as a table, ours and the peers', at batch 1."""
-  rows = [row for row in records.read(path) if row.config['batch'] == 1]
-  own = rows[0].config
-  dtype = own.get('dtype', 'float32')
-  lines = [
-    f'| | prefill, tokens/s | decode, tokens/s | decode, vs {dtype} | decode, of copy bandwidth |',
-    '| --- | ---: | ---: | ---: | ---: |',
-    *(_speed_line(row, dtype) for row in rows),
-  ]
-  head = '' if own['tied'] else ' with a head of its own'
-  lines.append(
-    f'\n{own["model"]}{_size(own)}{head}, random weights, a prompt '
-    f'of {own["prompt"]} tokens, a {own["kv_cache"]} cache, '
-    f'{rows[0].metrics["decode_tokens_per_s"].n} interleaved rounds on '
-    f'{_machine(rows[0])}, medians ± half an interquartile range; records with their command: '
-    f'{_link(path, page)}.'
-  )
-  return '\n'.join(lines)
-
-
-def grouped(path: pathlib.Path) -> str:
-  """The records of one run of `benchmark_grouped` on a GPU as a table."""
-  rows = records.read(path)
-  forms = ('dense', 'ragged_dot', 'blocks', 'at once')
-  lines = [
-    f'| rows | experts | {" | ".join(f"{form}, ms" for form in forms)} | at once, vs ragged_dot '
-    '| gradients, vs ragged_dot |',
-    f'| ---: | --- |{" ---: |" * (len(forms) + 2)}',
-  ]
-  for row in rows:
-    gradients = row.metrics.get('gradients speedup')
-    cells = [
-      f'{row.config["rows"]:,}',
-      row.recipe,
-      *(f'{1e3 * row.value(f"{form} time"):.2f}' for form in forms),
-      _spread(row, 'at once speedup', '.2f'),
-      '' if gradients is None else _spread(row, 'gradients speedup', '.2f'),
-    ]
-    lines.append(f'| {" | ".join(cells)} |')
-  one = rows[0]
-  lines.append(
-    f'\n{one.config["experts"]} experts of {one.config["inputs"]} x {one.config["outputs"]}, '
-    f'rows in {one.config["dtype"]}, {one.config["groups"]} groups, medians of interleaved rounds; '
-    f'`{one.command}` on {one.environment["device"]}, jax {one.environment["versions"]["jax"]}.'
-  )
-  return '\n'.join(lines)
-
-
-def _size(config: Mapping[str, Any]) -> str:
-  """What stands in records of models with experts: depth, and parameters in all and of a token."""
-  if config.get('active_parameters', 0) == config.get('parameters', 0):
-    return ''
-  total, active = config['parameters'] / 1e9, config['active_parameters'] / 1e9
-  return f' of {config["layers"]} layers ({total:.2f} B parameters, {active:.2f} B of them active)'
-
-
-def _speed_line(row: Record, dtype: str) -> str:
-  ours = 'decode_speedup' in row.metrics
-  name = {BASE: dtype}.get(row.recipe, row.recipe)
-  cells = [
-    f'Lissom {name}' if ours else name,
-    _spread(row, 'prefill_tokens_per_s', '.0f'),
-    _spread(row, 'decode_tokens_per_s', '.0f'),
-    _spread(row, 'decode_speedup', '.2f') if ours else '',
-    f'{row.value("decode_of_copy"):.0%}' if ours else '',
-  ]
-  return f'| {" | ".join(cells)} |'
-
-
-def _machine(row: Record) -> str:
-  if row.environment.get('platform', 'cpu') != 'cpu':
-    return row.environment['device']
-  return f'{row.environment["cpu"]}, {row.environment["cpu_cores"]} cores'
-
-
-def _link(path: pathlib.Path, page: str = 'README.md') -> str:
-  up = '../' * page.count('/')
-  return f'[`{path.relative_to(ROOT)}`]({up}{path.relative_to(ROOT)})'
-
-
 def _result_line(row: Record) -> str:
   cells = [
     f'`{row.recipe}`',
@@ -305,12 +224,7 @@ def _result_line(row: Record) -> str:
 
 
 def _ratio(row: Record, name: str) -> str:
-  return '' if row.recipe == BASE else _spread(row, name, '.2f')
-
-
-def _spread(row: Record, name: str, digits: str) -> str:
-  metric = row.metrics[name]
-  return f'{metric.value:{digits}} ± {metric.spread / 2:{digits}}'
+  return '' if row.recipe == BASE else spread(row, name, '.2f')
 
 
 def tree() -> str:
@@ -383,7 +297,12 @@ PARTS = (
     )
     for name in ('decode_tinyllama_gpu', 'decode_olmoe_gpu')
   ),
-  Part(file=COMPRESSING, name='grouped_gpu', generate=grouped, results=('grouped_gpu.jsonl',)),
+  Part(
+    file=COMPRESSING,
+    name='grouped_gpu',
+    generate=grouped,
+    results=('grouped_gpu.jsonl',),
+  ),
   Part(
     file='docs/compressing.md',
     name='structured',

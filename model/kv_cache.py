@@ -1,72 +1,26 @@
-"""Caches the keys and values of past tokens, one `KVCache` per layer, in one of several formats.
-
-Slot s of a row holds position s of that row. The rows of a batch may have different lengths: a
-query sees only slots up to its own position, so slots past the end of a row are never read, and
-slots with padding are overwritten when the row reaches them.
+"""The caches of a whole model, one for each layer, in one of several formats.
 
   float        the requested dtype
   bf16         bfloat16, whatever the dtype of the model
-  int8, int4   low-bit codes (`model.kv_quantized`)
+  int8, int4   low-bit codes (`model.layers.mixers.sides` and `paged`)
 
-A new format is a class with the methods of `KVCache` and `empty`, and an entry of `FORMATS`.
+Slot s of a row holds position s of that row. The rows of a batch may have different lengths: a
+query sees only slots up to its own position, so slots past the end of a row are never read, and
+slots with padding are overwritten when the row reaches them. Layers with a window hold no more than
+that (`model.layers.mixers.slots`).
 """
 
-import dataclasses
-import functools
-from typing import Literal
+from typing import get_args
 
-import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from model import kv_rows
+from model import sharding
 from model.config import ModelConfig
-from model.kv_quantized import Int4Cache, Int8Cache
-from model.layers.attention import AttentionConfig, KVCache
-from ops import axes
+from model.layers.cache import CacheFormat
+from model.transformer import Caches
 
-CacheFormat = Literal['float', 'bf16', 'int8', 'int4']
-
-
-@functools.partial(
-  jax.tree_util.register_dataclass, data_fields=('k_BSKH', 'v_BSKH'), meta_fields=()
-)
-@dataclasses.dataclass(frozen=True)
-class FloatCache:
-  """Keys and values in a floating-point type, each [B, S, K, H]."""
-
-  k_BSKH: jax.Array
-  v_BSKH: jax.Array
-
-  def __post_init__(self):
-    axes.check_fields('...BSKH,...BSKH', self.k_BSKH, self.v_BSKH)
-
-  @classmethod
-  def empty(cls, heads: AttentionConfig, batch: int, capacity: int, dtype) -> 'FloatCache':
-    # Not uninitialised: masked slots are multiplied by zero, and 0 * NaN is NaN.
-    shape = (batch, capacity, heads.kv_heads, heads.head_width)
-    return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-  @property
-  def capacity(self) -> int:
-    return self.k_BSKH.shape[1]
-
-  def update(self, k_BTKH, v_BTKH, positions_BT):
-    kv_rows.check(k_BTKH, self.capacity)
-    k_BSKH = kv_rows.write(self.k_BSKH, k_BTKH, positions_BT[:, 0])
-    v_BSKH = kv_rows.write(self.v_BSKH, v_BTKH, positions_BT[:, 0])
-    return FloatCache(k_BSKH, v_BSKH), k_BSKH, v_BSKH
-
-
-class Bf16Cache:
-  """A `FloatCache` that holds bfloat16 for a model of any dtype."""
-
-  @staticmethod
-  def empty(heads: AttentionConfig, batch: int, capacity: int, dtype) -> FloatCache:
-    del dtype
-    return FloatCache.empty(heads, batch, capacity, jnp.bfloat16)
-
-
-FORMATS = {'float': FloatCache, 'bf16': Bf16Cache, 'int8': Int8Cache, 'int4': Int4Cache}
+FORMATS = get_args(CacheFormat)
 
 
 def init(
@@ -75,16 +29,22 @@ def init(
   capacity: int,
   dtype=jnp.float32,
   format: CacheFormat = 'float',
-) -> tuple[KVCache, ...]:
+  *,
+  mesh: Mesh | None = None,
+) -> Caches:
   """Allocates an empty cache for `batch` rows of up to `capacity` tokens, one entry per layer.
 
   `dtype` is that of the floating-point keys and values that a format stores; 'bf16' ignores it.
-  'int4' rounds the capacity up to whole pages.
+  'int4' rounds the capacity up to whole pages. A mesh divides the rows and the heads.
   """
   check_format(format)
-  return tuple(
-    FORMATS[format].empty(layer.mixer, batch, capacity, dtype) for layer in config.layers
-  )
+  make = lambda: tuple(layer.mixer.cache(batch, capacity, dtype, format) for layer in config.layers)
+  return make() if mesh is None else sharding.make_caches(make, mesh)
+
+
+def insert(caches: Caches, row, one: Caches) -> Caches:
+  """Returns the caches with the only row of others, of equal capacity, in place of a row."""
+  return tuple(cache.insert(row, other) for cache, other in zip(caches, one, strict=True))
 
 
 def check_format(format: str) -> None:

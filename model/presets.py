@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable
 
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.layers.routed import RoutedConfig
 from ops.moe import Router
 from ops.rope import RopeConfig

@@ -12,7 +12,7 @@ and vocabulary; `expert` the experts.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -33,6 +33,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'K': 'model',
   'V': 'model',
   'E': 'expert',
+  'H': None,
+  'P': None,
   '_': None,
 }
 
@@ -100,6 +102,23 @@ def shardings_of(model: nnx.Module, mesh: Mesh) -> Iterator[tuple[nnx.Param, Any
     for value in vars(module).values():
       if isinstance(value, nnx.Param):
         yield value, _param_shardings(mesh, module, value)
+
+
+def make_caches(make: Callable[[], Any], mesh: Mesh):
+  """Calls what makes empty caches, so that each device makes its own part of them."""
+  shapes = jax.eval_shape(make)
+  place = lambda letters, one: sharding(mesh, letters, one.shape)
+  places = tuple(jax.tree.map(place, cache.letters(), cache) for cache in shapes)
+  return jax.jit(make, out_shardings=places)()
+
+
+def mesh_of(model: nnx.Module) -> Mesh | None:
+  """The mesh over whose devices the parameters of a model are placed, if there is one."""
+  for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)):
+    places = getattr(leaf, 'sharding', None)
+    if isinstance(places, NamedSharding):
+      return places.mesh
+  return None
 
 
 def batch_sharding(mesh: Mesh, axes: tuple[str, ...] = RULES['B']) -> NamedSharding:

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.config import ModelConfig
-from model.layers.attention import KVCache
 from model.layers.basic import Linear, Norm, Table
 from model.layers.block import Block
+from model.layers.cache import Cache
 from ops import axes, rope
 from ops.linear import Matrix
 from ops.masks import AttentionMask
 
-Cache = tuple[KVCache, ...]
+Caches = tuple[Cache, ...]  # one of each layer
 
 
 class Transformer(nnx.Module):
@@ -56,7 +56,7 @@ class Transformer(nnx.Module):
     return self.logits(x_BTD)
 
   def hidden(
-    self, tokens_BT, *, positions_BT=None, segments_BT=None, cache: Cache | None = None
+    self, tokens_BT, *, positions_BT=None, segments_BT=None, cache: Caches | None = None
   ) -> tuple[jax.Array, Cache | None]:
     """Returns the normalized last hidden states x_BTD, and the cache with these tokens added.
 
@@ -120,11 +120,8 @@ class Context:
       if cache is not None:
         raise ValueError('a forward pass with a cache needs positions_BT')
       positions_BT = _arange(batch, length)
-    if cache is not None:
-      if segments_BT is not None:
-        raise ValueError('a cache row holds one document; segments_BT cannot be cached')
-      k_positions_BS = _arange(batch, cache[0].capacity)
-      return cls(config, AttentionMask(positions_BT, k_positions_BS))
+    if cache is not None and segments_BT is not None:
+      raise ValueError('a cache row holds one document; segments_BT cannot be cached')
     mask = AttentionMask(
       positions_BT,
       positions_BT,
@@ -134,7 +131,7 @@ class Context:
     )
     return cls(config, mask)
 
-  def run(self, block: Block, x_BTD, cache: KVCache | None = None):
+  def run(self, block: Block, x_BTD, cache: Cache | None = None):
     """Applies one block and returns (x_BTD, cache)."""
     return block(x_BTD, *self._own(block), cache)
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from model import kv_cache
-from model.kv_cache import CacheFormat
-from model.kv_quantized import PAGE
+from model.layers.cache import CacheFormat
+from model.layers.mixers.paged import PAGE
 from model.transformer import Transformer
 
 PIECE = PAGE

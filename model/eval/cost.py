@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from model import kv_cache, transformer, units
 from model.config import ModelConfig
 from model.eval.records import Metric
-from model.kv_cache import CacheFormat
+from model.layers.cache import CacheFormat
 from ops.linear import Matrix
 
 EMBEDDING = 'embedding.table'

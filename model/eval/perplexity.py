@@ -24,7 +24,7 @@ from flax import nnx
 
 from model import kv_cache
 from model.eval import cached
-from model.kv_cache import CacheFormat
+from model.layers.cache import CacheFormat
 from model.transformer import Transformer
 from ops import losses
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.layers.sublayer import SubLayerConfig
 from ops.formats import FormatName
 

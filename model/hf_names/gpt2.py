@@ -6,9 +6,9 @@ transformers: models/gpt2 (5.23).
 from model.config import ModelConfig
 from model.hf_names import fields
 from model.hf_names.family import TRANSPOSE, Family, Row
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 
 _QKV = tuple(f'layers.{{l}}.attention.{part}' for part in ('query', 'key', 'value'))
 ROWS = (

@@ -10,7 +10,7 @@ https://arxiv.org/abs/2508.10925. transformers: models/gpt_oss, integrations/mxf
 
 from model.hf_names import fields, llama, moe, rope
 from model.hf_names.family import BARE, PLAIN, TRANSPOSE, Codec, Family, Layout, Row
-from model.layers.attention import AttentionConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.layers.routed import RoutedConfig
 
 DEFAULTS = llama.Defaults(

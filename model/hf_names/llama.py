@@ -10,9 +10,9 @@ from typing import Any
 from model.config import ModelConfig
 from model.hf_names import fields, rope
 from model.hf_names.family import TRANSPOSE, Family, Row
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 
 ROWS = (
   Row('model.embed_tokens', ('embedding',)),

@@ -8,7 +8,7 @@ import dataclasses
 
 from model.hf_names import fields, llama, moe, rope
 from model.hf_names.family import TRANSPOSE, Family, Layout, Row
-from model.layers.attention import AttentionConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.layers.routed import RoutedConfig
 
 DEFAULTS = dataclasses.replace(llama.MISTRAL_DEFAULTS, eps=1e-5)

@@ -6,7 +6,7 @@
 from model.config import ModelConfig
 from model.hf_names import fields, llama, moe, qwen3, qwen3_moe, rope
 from model.hf_names.family import TRANSPOSE, Family, Layout, Row
-from model.layers.attention import AttentionConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.layers.routed import RoutedConfig
 
 DEFAULTS = llama.Defaults(

@@ -7,8 +7,8 @@ import dataclasses
 
 from model.hf_names import fields, llama, moe, qwen3_moe, rope
 from model.hf_names.family import TRANSPOSE, Family, Layout, Row
-from model.layers.attention import AttentionConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.layers.routed import RoutedConfig
 
 DEFAULTS = dataclasses.replace(qwen3_moe.DEFAULTS, ffn_width=5632, heads=16, kv_heads=16)

@@ -5,8 +5,8 @@ transformers: models/qwen3_moe (5.24).
 
 from model.hf_names import fields, llama, moe, qwen3, rope
 from model.hf_names.family import TRANSPOSE, Family, Layout, Row
-from model.layers.attention import AttentionConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.layers.routed import RoutedConfig
 
 DEFAULTS = llama.Defaults(

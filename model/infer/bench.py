@@ -14,7 +14,7 @@ import numpy as np
 from model import kv_cache
 from model.infer import generate
 from model.infer.prepare import prepare as prepare_weights
-from model.kv_cache import CacheFormat
+from model.layers.cache import CacheFormat
 from model.transformer import Transformer
 from ops.sampling import GREEDY
 

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from model import kv_cache
+from model import kv_cache, sharding
 from model.infer.prepare import prepare
-from model.kv_cache import CacheFormat
+from model.layers.cache import CacheFormat
 from model.transformer import Transformer
 from ops import sampling
 from ops.sampling import GREEDY, Sampling, SamplingConfig
@@ -173,7 +173,8 @@ def generate(
   tokens_BT, lengths_B = pad(prompts)
   needed = max(tokens_BT.shape[1], int(lengths_B.max()) + max_new_tokens)
   capacity = _bucket(needed, CACHE_BUCKET)
-  cache = kv_cache.init(model.config, len(prompts), capacity, model.dtype, cache_format)
+  mesh = sharding.mesh_of(model)
+  cache = kv_cache.init(model.config, len(prompts), capacity, model.dtype, cache_format, mesh=mesh)
   logits_BV, cache = program.prefill(tokens_BT, lengths_B, cache)
   positions_B, count = jnp.asarray(lengths_B), 1
   tokens_B = _choose(logits_BV, positions_B, sampled, keys_B)

@@ -5,8 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from model.layers.attention import KVCache
 from model.layers.basic import Norm, StreamConfig
+from model.layers.cache import Cache
 from model.layers.checks import check_positive
 from model.layers.sublayer import FfnConfig, MixerConfig, SubLayerConfig, Units
 from model.layers.wiring import Wiring, Write
@@ -87,11 +87,11 @@ class Block(nnx.Module):
     self.ffn = layer.ffn.build(stream, rngs=rngs, dtype=dtype)
     self.ffn_post_norm = norm() if layer.post_norms else None
 
-  def __call__(self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None):
+  def __call__(self, x_BTD, angles, mask: AttentionMask, cache: Cache | None = None):
     """Returns (x_BTD, cache)."""
     return self.run(x_BTD, angles, mask, cache)[:2]
 
-  def run(self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None):
+  def run(self, x_BTD, angles, mask: AttentionMask, cache: Cache | None = None):
     """Returns (x_BTD, cache, z_BTD), where z_BTD is what the feed-forward network has read."""
     y_BTD, cache = self.attention(self.attention_norm(x_BTD), angles, mask, cache)
     attended_BTD = x_BTD + self._written(self.attention_post_norm, y_BTD)

@@ -5,8 +5,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from model.layers.attention import AttentionConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.layers.routed import RoutedConfig
 from model.layers.sublayer import FfnConfig, MixerConfig, SubLayerConfig
 

@@ -12,6 +12,7 @@ from typing import Self
 from flax import nnx
 
 from model.layers.basic import StreamConfig
+from model.layers.cache import Cache, CacheFormat
 from model.layers.wiring import Edge
 
 
@@ -61,7 +62,10 @@ class SubLayerConfig(abc.ABC):
 
 
 class MixerConfig(SubLayerConfig):
-  """The config of a mixer, which is called with (x_BTD, angles, mask, cache) -> (y_BTD, cache)."""
+  """The config of a mixer, which is called with (x_BTD, angles, mask, cache) -> (y_BTD, cache).
+
+  The cache is its own (`cache`), or None.
+  """
 
   window: int | None  # how many keys a query sees, itself included; None: all before it
 
@@ -69,6 +73,13 @@ class MixerConfig(SubLayerConfig):
   @abc.abstractmethod
   def rotated(self) -> int | None:
     """How many elements of a head a rope rotates; None if it rotates none."""
+
+  @abc.abstractmethod
+  def cache(self, batch: int, capacity: int, dtype, format: CacheFormat) -> Cache:
+    """An empty cache for `batch` rows of up to `capacity` tokens.
+
+    `dtype` is that of the floating-point numbers that a format stores; 'bf16' ignores it.
+    """
 
   @property
   @abc.abstractmethod

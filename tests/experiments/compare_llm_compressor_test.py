@@ -5,9 +5,9 @@ from flax import nnx
 
 from experiments import compare_llm_compressor as compare
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.transformer import Transformer
 
 

@@ -11,9 +11,9 @@ from flax import nnx
 from experiments import base as embedded
 from experiments import comparison, study
 from model import hf, manifest
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from experiments import update_readme
+from experiments import speed_tables, update_readme
 from experiments.update_readme import Part
 from model.eval import records
 from model.eval.records import Metric, Record
@@ -47,6 +47,7 @@ BOTH = [_with_code(row, ppl) for row, ppl in zip(ENGLISH, (5.0, 22.5))]
 def write(tmp_path, monkeypatch):
   """A function (name, records) -> the path of their file."""
   monkeypatch.setattr(update_readme, 'ROOT', tmp_path)
+  monkeypatch.setattr(speed_tables, 'ROOT', tmp_path)
   monkeypatch.setattr(update_readme, 'RESULTS', tmp_path)
 
   def make(name, rows) -> pathlib.Path:

@@ -9,9 +9,9 @@ from flax import nnx
 from model import adapters
 from model.adapters import AdapterConfig
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.transformer import Transformer, linears, matrices
 from ops import quantized, sparse
 from ops.linear import dense

@@ -8,9 +8,9 @@ from flax import nnx
 
 from model import checkpoint, native, sharding, transformer
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.transformer import Transformer
 from ops import adapter_starts, quantized, sparse
 from ops.linear import map_values

@@ -6,9 +6,9 @@ import math
 import pytest
 
 from model.config import ModelConfig, from_json, to_json
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from ops.rope import RopeConfig
 
 LAYER = LayerConfig(

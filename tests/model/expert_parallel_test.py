@@ -14,10 +14,10 @@ from flax import nnx
 from model import expert_parallel, sharding
 from model.config import ModelConfig
 from model.expert_parallel import AllToAll, Buffered, DispatchConfig, Psum
-from model.layers.attention import AttentionConfig
 from model.layers.basic import StreamConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.layers.routed import Dropless, Routed, RoutedConfig
 from model.train import step as step_lib
 from model.train.data import Batch

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import kv_cache, kv_quantized
+from model import kv_cache
 from model.config import ModelConfig
-from model.kv_quantized import PAGE
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
+from model.layers.mixers.paged import PAGE, PagedCache
+from model.layers.mixers.sides import Floats
+from model.layers.mixers.slots import SlotCache
 
 B, K, H = 2, 2, 40  # 40 channels are 5 groups of 8
 CAPACITY = 3 * PAGE
@@ -53,7 +55,7 @@ def _feed(cache, k, v, lengths):
 
 def _complete(cache, count):
   """Returns what is stored for the first `count` tokens: all of int8, whole pages of int4."""
-  slots = count // PAGE if isinstance(cache, kv_quantized.Int4Cache) else count
+  slots = count // PAGE if isinstance(cache, PagedCache) else count
   return [np.asarray(leaf)[:, :slots] for leaf in jax.tree.leaves((cache.keys, cache.values))]
 
 
@@ -295,4 +297,4 @@ def test_sides_that_do_not_fit_are_refused_when_they_are_built(format, side, fie
 
 def test_a_float_cache_has_as_many_keys_as_values():
   with pytest.raises(ValueError, match=r'axis S of .*BSKH'):
-    kv_cache.FloatCache(jnp.zeros((1, 4, 2, 8)), jnp.zeros((1, 5, 2, 8)))
+    SlotCache(Floats(jnp.zeros((1, 4, 2, 8))), Floats(jnp.zeros((1, 5, 2, 8))))

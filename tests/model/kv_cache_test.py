@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import kv_cache, kv_rows, presets
-from model.kv_cache import FloatCache
+from model import kv_cache, presets
+from model.layers.mixers.sides import Floats
+from model.layers.mixers.slots import SlotCache
+from ops import rows as row_ops
 from ops.kernels import cpu
 
 
@@ -18,23 +20,27 @@ def _positions(starts, length):
   return jnp.asarray(starts)[:, None] + jnp.arange(length)[None]
 
 
+def _cache(k, v):
+  return SlotCache(Floats(k), Floats(v))
+
+
 def test_rows_are_written_from_their_own_slots_on(rng):
   k, v = _filled(rng, 3, 8, 2, 4), _filled(rng, 3, 8, 2, 4)
   new_k, new_v = _filled(rng, 3, 2, 2, 4), _filled(rng, 3, 2, 2, 4)
   starts = [0, 5, 6]
-  update = jax.jit(FloatCache.update)
-  cache, seen_k, seen_v = update(FloatCache(k, v), new_k, new_v, _positions(starts, 2))
+  update = jax.jit(SlotCache.update)
+  cache, seen_k, seen_v = update(_cache(k, v), new_k, new_v, _positions(starts, 2))
   expected_k, expected_v = np.array(k), np.array(v)
   for b, start in enumerate(starts):
     expected_k[b, start : start + 2], expected_v[b, start : start + 2] = new_k[b], new_v[b]
-  np.testing.assert_array_equal(cache.k_BSKH, expected_k)
-  np.testing.assert_array_equal(cache.v_BSKH, expected_v)
+  np.testing.assert_array_equal(cache.keys.x_BSKH, expected_k)
+  np.testing.assert_array_equal(cache.values.x_BSKH, expected_v)
   np.testing.assert_array_equal(seen_k, expected_k)
   np.testing.assert_array_equal(seen_v, expected_v)
 
 
 @pytest.mark.parametrize('native', [True, False])
-@pytest.mark.parametrize('batch', [1, 2, kv_rows.UNROLLED_ROWS + 1])
+@pytest.mark.parametrize('batch', [1, 2, row_ops.UNROLLED_ROWS + 1])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16', 'int8', 'uint8'])
 def test_ranges_of_rows_match_numpy(rng, batch, dtype, native, monkeypatch):
   if native and not cpu.available():
@@ -46,20 +52,20 @@ def test_ranges_of_rows_match_numpy(rng, batch, dtype, native, monkeypatch):
   for b in range(batch):
     written[b, starts[b] : starts[b] + 4] = new[b].astype(dtype)
   starts_B = jnp.asarray(starts)
-  found = jax.jit(lambda *arrays: kv_rows.write(*arrays))(rows, new, starts_B)
+  found = jax.jit(lambda *arrays: row_ops.write(*arrays))(rows, new, starts_B)
   assert found.dtype == rows.dtype
   np.testing.assert_array_equal(found, written)
-  np.testing.assert_array_equal(kv_rows.read(found, starts_B, 4), new.astype(dtype))
+  np.testing.assert_array_equal(row_ops.read(found, starts_B, 4), new.astype(dtype))
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_writing_does_not_change_rows_that_were_not_donated(rng, dtype):
   rows, new = _filled(rng, 3, 9, 2).astype(dtype), _filled(rng, 3, 1, 2)
   before = np.array(rows)
-  found = jax.jit(lambda *arrays: kv_rows.write(*arrays))(rows, new, jnp.array([0, 8, 3]))
+  found = jax.jit(lambda *arrays: row_ops.write(*arrays))(rows, new, jnp.array([0, 8, 3]))
   np.testing.assert_array_equal(rows, before)
   assert (np.asarray(found) != before).any()
-  given_up = jax.jit(lambda *arrays: kv_rows.write(*arrays), donate_argnums=0)
+  given_up = jax.jit(lambda *arrays: row_ops.write(*arrays), donate_argnums=0)
   np.testing.assert_array_equal(given_up(rows, new, jnp.array([0, 8, 3])), found)
 
 
@@ -67,14 +73,14 @@ def test_writing_does_not_change_rows_that_were_not_donated(rng, dtype):
 def test_native_writing_refuses_what_does_not_fit():
   rows = jnp.zeros((2, 4, 3))
   with pytest.raises(jax.errors.JaxRuntimeError, match='do not fit'):
-    kv_rows.write(rows, jnp.zeros((2, 5, 3)), jnp.zeros(2, jnp.int32))
+    row_ops.write(rows, jnp.zeros((2, 5, 3)), jnp.zeros(2, jnp.int32))
 
 
 def test_it_stores_and_returns_the_requested_dtypes(rng):
-  cache = FloatCache(*(jnp.zeros((1, 4, 1, 2), jnp.bfloat16),) * 2)
+  cache = _cache(*(jnp.zeros((1, 4, 1, 2), jnp.bfloat16),) * 2)
   new = _filled(rng, 1, 4, 1, 2)
   cache, k, v = cache.update(new, new, _positions([0], 4))
-  assert cache.k_BSKH.dtype == cache.v_BSKH.dtype == jnp.bfloat16
+  assert cache.keys.x_BSKH.dtype == cache.values.x_BSKH.dtype == jnp.bfloat16
   assert k.dtype == v.dtype == jnp.bfloat16
   np.testing.assert_array_equal(k, new.astype(jnp.bfloat16))
   np.testing.assert_array_equal(v, k)
@@ -87,19 +93,19 @@ def test_an_empty_cache_has_each_layers_heads_and_no_nan():
     config.layers[1].with_mixer(kv_heads=1),
   )
   caches = kv_cache.init(config.replace(layers=layers), 3, 10, jnp.bfloat16)
-  assert [cache.k_BSKH.shape for cache in caches] == [(3, 10, 2, 16), (3, 10, 1, 16)]
-  assert all(cache.capacity == 10 and cache.v_BSKH.dtype == jnp.bfloat16 for cache in caches)
+  assert [cache.keys.x_BSKH.shape for cache in caches] == [(3, 10, 2, 16), (3, 10, 1, 16)]
+  assert all(cache.capacity == 10 and cache.values.x_BSKH.dtype == jnp.bfloat16 for cache in caches)
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(caches))
 
 
 def test_a_donated_cache_is_updated_in_place(rng):
-  cache = FloatCache(_filled(rng, 2, 8, 1, 4), _filled(rng, 2, 8, 1, 4))
+  cache = _cache(_filled(rng, 2, 8, 1, 4), _filled(rng, 2, 8, 1, 4))
   new, positions_BT = _filled(rng, 2, 1, 1, 4), jnp.asarray([[3], [1]])
-  update = jax.jit(lambda *args: FloatCache.update(*args)[0], donate_argnums=0)
+  update = jax.jit(lambda *args: SlotCache.update(*args)[0], donate_argnums=0)
   text = update.lower(cache, new, new, positions_BT).compile().as_text()
   assert 'input_output_alias' in text and 'scatter' not in text
   update(cache, new, new, positions_BT)
-  assert cache.k_BSKH.is_deleted()
+  assert cache.keys.x_BSKH.is_deleted()
 
 
 @pytest.mark.parametrize('format, capacity', [('float', 4), ('bf16', 4), ('int8', 4), ('int4', 32)])
@@ -119,7 +125,8 @@ def test_an_unknown_format_is_refused():
 def test_a_bf16_cache_is_bfloat16_for_a_model_of_any_dtype(rng):
   config = presets.preset('tiny-llama')
   (cache, *_) = kv_cache.init(config, 1, 4, jnp.float32, 'bf16')
-  new = _filled(rng, 1, 4, config.layers[0].mixer.kv_heads, config.layers[0].mixer.head_width)
+  mixer = config.layers[0].mixer
+  new = _filled(rng, 1, 4, mixer.kv_heads, mixer.head_width)
   cache, k, _ = cache.update(new, new, _positions([0], 4))
-  assert cache.k_BSKH.dtype == cache.v_BSKH.dtype == k.dtype == jnp.bfloat16
+  assert cache.keys.x_BSKH.dtype == cache.values.x_BSKH.dtype == k.dtype == jnp.bfloat16
   np.testing.assert_array_equal(k, new.astype(jnp.bfloat16))

@@ -9,9 +9,9 @@ from flax import nnx
 
 from model import checkpoint, hf, learned
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.learned import QatConfig
 from model.train import step as step_lib
 from model.train.data import PackedDataset

@@ -13,9 +13,9 @@ from flax import nnx
 from model import hf, native, safetensors_io, transformer
 from model.config import ModelConfig
 from model.infer.generate import generate
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.transformer import Transformer, parameters
 from ops import adapter_starts, quantized, sparse
 from ops.linear import map_values

@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from model import sharding, transformer
+from model import kv_cache, presets, sharding, transformer
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.train import step as step_lib
 from model.train.data import Batch
 from model.transformer import Transformer
@@ -189,3 +189,17 @@ def test_all_letters_are_in_the_alphabet():
   assert set(sharding.RULES) - {'_'} <= set(axes.ALPHABET)
   with pytest.raises(ValueError, match='zip'):
     sharding.sharding(sharding.make_mesh(data=8), 'DF', (4,))
+
+
+@pytest.mark.parametrize('format', kv_cache.FORMATS)
+def test_a_mesh_divides_the_rows_and_the_heads_of_caches(format):
+  mesh = sharding.make_mesh(data=2, model=2)
+  config = presets.preset('tiny-gemma2')
+  alone = kv_cache.init(config, 4, 64, format=format)
+  found = kv_cache.init(config, 4, 64, format=format, mesh=mesh)
+  for cache, one in zip(found, alone):
+    for a, like, letters in zip(*map(jax.tree.leaves, (cache, one, cache.letters()))):
+      np.testing.assert_array_equal(a, like)
+      parts = [{'B': 2, 'K': 2}.get(letter, 1) for letter in letters]
+      own = a.sharding.shard_shape(a.shape)
+      assert own == tuple(size // part for size, part in zip(a.shape, parts))

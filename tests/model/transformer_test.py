@@ -11,9 +11,9 @@ from flax import nnx
 
 from model import kv_cache, presets, transformer
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.transformer import Transformer
 from ops.linear import Weight
 from ops.quantized import quantize

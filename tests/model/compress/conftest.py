@@ -13,9 +13,9 @@ from model import hf, presets
 from model.compress import calibrate
 from model.compress.registry import Site
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.transformer import Transformer, linears, parameters
 from ops.linear import dense
 

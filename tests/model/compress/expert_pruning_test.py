@@ -10,8 +10,8 @@ from flax import nnx
 
 from model.compress import expert_merging, expert_pruning, expert_use, pipeline, recipe
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.layers.routed import RoutedConfig
 from model.transformer import Transformer, parameters
 from ops.moe import Router

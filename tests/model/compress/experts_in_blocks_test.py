@@ -11,8 +11,8 @@ from flax import nnx
 from model import learned, units
 from model.compress import calibrate, pipeline, recipe, registry, slicing
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.layers.routed import RoutedConfig
 from model.learned import QatConfig
 from model.transformer import Transformer, matrices, parameters

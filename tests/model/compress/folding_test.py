@@ -11,9 +11,9 @@ from flax import nnx
 from model import presets
 from model.compress import folding
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.transformer import Transformer, parameters
 from ops.quantized import quantize
 

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from model.compress import calibrate, pipeline, recipe, registry
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.transformer import Transformer, linears, matrices, parameters
 from ops import quantized, sparse
 from ops.linear import dense

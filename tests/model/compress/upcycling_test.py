@@ -10,9 +10,9 @@ from flax import nnx
 
 from model.compress import pipeline, recipe, upcycling
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.layers.routed import RoutedConfig
 from model.transformer import Transformer, parameters
 from ops.moe import Router

@@ -10,9 +10,9 @@ from flax import nnx
 
 from model.config import ModelConfig
 from model.eval import cached, perplexity
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.transformer import Transformer, linears
 
 # States of order 1 in float32, summed in another order.

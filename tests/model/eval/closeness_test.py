@@ -7,9 +7,9 @@ from scipy.special import log_softmax, rel_entr
 
 from model.config import ModelConfig
 from model.eval import closeness
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.transformer import Transformer, linears
 
 

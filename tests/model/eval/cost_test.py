@@ -11,9 +11,9 @@ from model import adapters, kv_cache
 from model.adapters import AdapterConfig
 from model.config import ModelConfig
 from model.eval import cost
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.presets import names, preset
 from model.train.partition import Selection, partition
 from model.transformer import Transformer

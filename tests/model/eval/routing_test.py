@@ -9,9 +9,9 @@ from flax import nnx
 
 from model.config import ModelConfig
 from model.eval import perplexity, routing
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.layers.routed import RoutedConfig
 from model.transformer import Context, Transformer
 from ops.moe import Router

@@ -8,9 +8,9 @@ from flax import nnx
 from model.config import ModelConfig
 from model.infer import bench
 from model.infer.prepare import prepare
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.transformer import Transformer, linears
 from ops import quantized
 

@@ -16,9 +16,9 @@ from model.eval import cached
 from model.infer import generate as generation
 from model.infer.generate import generate, pad
 from model.infer.prepare import prepare
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.transformer import Transformer, linears
 from ops import quantized
 from ops.rope import RopeConfig

@@ -7,9 +7,9 @@ from flax import nnx
 
 from model import units
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.transformer import Transformer, parameters
 
 # Removed terms are exact zeros; only the order of the other sums differs. Logits are of order 1.

@@ -16,9 +16,9 @@ from model import checkpoint, config, hf, hf_names, sharding, transformer
 from model.compress import calibrate, pipeline, recipe
 from model.eval import cost
 from model.layers import kinds
-from model.layers.attention import AttentionConfig
 from model.layers.basic import Linear
 from model.layers.block import LayerConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.layers.sublayer import FfnConfig, Units
 from model.layers.wiring import Activated, Edge, Normed
 from model.transformer import Transformer

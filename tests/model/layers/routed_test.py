@@ -13,9 +13,9 @@ from model import kv_cache, sharding, transformer, units
 from model.compress import gates, pipeline, recipe
 from model.config import ModelConfig
 from model.eval import cost
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.layers.routed import RoutedConfig
 from model.layers.wiring import Activated, Edge, Gated, Normed
 from model.transformer import Transformer

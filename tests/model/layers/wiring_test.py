@@ -6,9 +6,9 @@ from flax import nnx
 
 from model import presets, transformer
 from model.compress import calibrate, statistics
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.layers.wiring import Activated, Attended, Edge, Gated, Normed, Write
 
 LLAMA = LayerConfig(

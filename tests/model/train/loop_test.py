@@ -15,9 +15,9 @@ import pytest
 from flax import nnx
 
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.train import loop
 from model.train import optimizer as optimizer_lib
 from model.train import step as step_lib

@@ -12,9 +12,9 @@ from flax import nnx
 from model import adapters, sharding
 from model.adapters import AdapterConfig
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.train import step as step_lib
 from model.train.data import Batch
 from model.train.partition import Selection

@@ -7,9 +7,9 @@ from flax import nnx
 
 from model.config import ModelConfig
 from model.infer.generate import generate
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.train import data, loop
 from model.train.data import PackedDataset
 from model.train.distill import Distillation

@@ -13,9 +13,9 @@ from scipy.special import logsumexp, softmax
 
 from model import checkpoint, stacked
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.layers.routed import RoutedConfig
 from model.train import loop, optimizer
 from model.train import step as step_lib

@@ -11,9 +11,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.train import step as step_lib
 from model.train.data import PackedDataset
 from model.train.step import StepConfig

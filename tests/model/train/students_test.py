@@ -6,9 +6,9 @@ import pytest
 from flax import nnx
 
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.train import students
 from model.transformer import Context, Transformer, parameters
 from ops import quantized

@@ -13,9 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy.special import log_softmax
 
 from model.config import ModelConfig
-from model.layers.attention import AttentionConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.tokenizer import Tokenizer
 from model.train import loop, stored, targets
 from model.train import step as step_lib

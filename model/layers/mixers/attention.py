@@ -1,7 +1,7 @@
 """Multi-head attention with grouped key/value heads: the mixer of kind 'attention'."""
 
 import dataclasses
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,11 @@ from flax import nnx
 
 from model.layers.basic import Linear, Norm, StreamConfig, apply
 from model.layers.checks import check_choice, check_count, check_positive
+from model.layers.mixers import slots
+from model.layers.mixers.kv import KVCache
+from model.layers.mixers.paged import PagedCache
+from model.layers.mixers.sides import SIDES
+from model.layers.mixers.slots import RollingCache, SlotCache
 from model.layers.sublayer import MixerConfig, Units
 from model.layers.wiring import Attended, Edge, Normed
 from ops import rope
@@ -97,6 +102,17 @@ class AttentionConfig(MixerConfig):
   def rotated(self):
     return self.rotary_width or self.head_width
 
+  def cache(self, batch, capacity, dtype, format):
+    """Of layers with a window, the formats that store token by token hold the window alone."""
+    shape = (batch, capacity, self.kv_heads, self.head_width)
+    if format not in SIDES:
+      return PagedCache.empty(shape, dtype)
+    rolling = self.window is not None and self.window + slots.SPARE < capacity
+    if rolling:
+      shape = (batch, self.window + slots.SPARE, *shape[2:])
+    sides = [SIDES[format].empty(shape, dtype) for _ in range(2)]
+    return RollingCache.of(*sides) if rolling else SlotCache(*sides)
+
   @property
   def cached(self):
     return 2 * self.kv_heads * self.head_width
@@ -114,26 +130,6 @@ class AttentionConfig(MixerConfig):
 
   def _flops(self, keys: float) -> float:
     return 4 * self.query_heads * self.head_width * keys  # two products
-
-
-class KVCache(Protocol):
-  """The keys and values of one layer; a pytree, so that a jitted program can take and donate it."""
-
-  @property
-  def capacity(self) -> int:
-    """The number of tokens that a row can hold."""
-
-  def update(
-    self, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array
-  ) -> tuple['KVCache', jax.Array, jax.Array]:
-    """Stores T new tokens per row; returns the cache, and all keys and values that they may see.
-
-    Row b is written from slot positions_BT[b, 0] on, which is at most its previous length; the
-    caller ensures that the tokens fit. Padding comes after the tokens of a row and repeats their
-    last position. The returned keys and values are [B, S, K, H], where S is the capacity. A
-    floating-point cache returns its own dtype, which attention widens as it reads; others return
-    the dtype of the new keys and values.
-    """
 
 
 class Sinks(nnx.Module):
@@ -174,12 +170,15 @@ class Attention(nnx.Module):
     q_BTNH, k_BTKH, v_BTKH = map(heads, (q_BTN, k_BTK, v_BTK))
     if angles is not None:
       q_BTNH, k_BTKH = rope.rotate(q_BTNH, *angles), rope.rotate(k_BTKH, *angles)
-    if cache is not None:
-      cache, k_BTKH, v_BTKH = cache.update(k_BTKH, v_BTKH, mask.q_positions_BT)
-    scale = self.config.query_scale or self.config.head_width**-0.5
-    traits = {'scale': scale, 'softcap': self.config.softcap}
-    sinks_N = None if self.sinks is None else self.sinks.logits.get_value()
-    y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, sinks_N=sinks_N, **traits)
+    scores = {
+      'scale': self.config.query_scale or self.config.head_width**-0.5,
+      'softcap': self.config.softcap,
+      'sinks_N': None if self.sinks is None else self.sinks.logits.get_value(),
+    }
+    if cache is None:
+      y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, **scores)
+    else:
+      cache, y_BTNH = cache.attend(q_BTNH, k_BTKH, v_BTKH, mask, **scores)
     return self.output(rearrange(y_BTNH, 'B T N H -> B T (N H)')), cache
 
   def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

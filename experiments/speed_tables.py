@@ -1,0 +1,99 @@
+"""Tables of README and docs/ from the records of speed benchmarks, and what all tables share."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from model.eval import records
+from model.eval.records import BASE, Record
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def decoding(path: pathlib.Path, page: str = 'README.md') -> str:
+  """The records of one run of `benchmark_decode` as a table, ours and the peers', at batch 1."""
+  rows = [row for row in records.read(path) if row.config['batch'] == 1]
+  own = rows[0].config
+  dtype = own.get('dtype', 'float32')
+  lines = [
+    f'| | prefill, tokens/s | decode, tokens/s | decode, vs {dtype} | decode, of copy bandwidth |',
+    '| --- | ---: | ---: | ---: | ---: |',
+    *(_speed_line(row, dtype) for row in rows),
+  ]
+  head = '' if own['tied'] else ' with a head of its own'
+  lines.append(
+    f'\n{own["model"]}{_size(own)}{head}, random weights, a prompt '
+    f'of {own["prompt"]} tokens, a {own["kv_cache"]} cache, '
+    f'{rows[0].metrics["decode_tokens_per_s"].n} interleaved rounds on '
+    f'{machine(rows[0])}, medians ± half an interquartile range; records with their command: '
+    f'{link(path, page)}.'
+  )
+  return '\n'.join(lines)
+
+
+def grouped(path: pathlib.Path) -> str:
+  """The records of one run of `benchmark_grouped` on a GPU as a table."""
+  rows = records.read(path)
+  forms = ('dense', 'ragged_dot', 'blocks', 'at once')
+  lines = [
+    f'| rows | experts | {" | ".join(f"{form}, ms" for form in forms)} | at once, vs ragged_dot '
+    '| gradients, vs ragged_dot |',
+    f'| ---: | --- |{" ---: |" * (len(forms) + 2)}',
+  ]
+  for row in rows:
+    gradients = row.metrics.get('gradients speedup')
+    cells = [
+      f'{row.config["rows"]:,}',
+      row.recipe,
+      *(f'{1e3 * row.value(f"{form} time"):.2f}' for form in forms),
+      spread(row, 'at once speedup', '.2f'),
+      '' if gradients is None else spread(row, 'gradients speedup', '.2f'),
+    ]
+    lines.append(f'| {" | ".join(cells)} |')
+  one = rows[0]
+  lines.append(
+    f'\n{one.config["experts"]} experts of {one.config["inputs"]} x {one.config["outputs"]}, '
+    f'rows in {one.config["dtype"]}, {one.config["groups"]} groups, medians of interleaved rounds; '
+    f'`{one.command}` on {one.environment["device"]}, jax {one.environment["versions"]["jax"]}.'
+  )
+  return '\n'.join(lines)
+
+
+def _size(config: Mapping[str, Any]) -> str:
+  """What stands in records of models with experts: depth, and parameters in all and of a token."""
+  if config.get('active_parameters', 0) == config.get('parameters', 0):
+    return ''
+  total, active = config['parameters'] / 1e9, config['active_parameters'] / 1e9
+  return f' of {config["layers"]} layers ({total:.2f} B parameters, {active:.2f} B of them active)'
+
+
+def _speed_line(row: Record, dtype: str) -> str:
+  ours = 'decode_speedup' in row.metrics
+  name = {BASE: dtype}.get(row.recipe, row.recipe)
+  cells = [
+    f'Lissom {name}' if ours else name,
+    spread(row, 'prefill_tokens_per_s', '.0f'),
+    spread(row, 'decode_tokens_per_s', '.0f'),
+    spread(row, 'decode_speedup', '.2f') if ours else '',
+    f'{row.value("decode_of_copy"):.0%}' if ours else '',
+  ]
+  return f'| {" | ".join(cells)} |'
+
+
+def machine(row: Record) -> str:
+  """The device of a record, or the processor with its cores."""
+  if row.environment.get('platform', 'cpu') != 'cpu':
+    return row.environment['device']
+  return f'{row.environment["cpu"]}, {row.environment["cpu_cores"]} cores'
+
+
+def link(path: pathlib.Path, page: str = 'README.md') -> str:
+  """A link from a page to a file of records."""
+  up = '../' * page.count('/')
+  return f'[`{path.relative_to(ROOT)}`]({up}{path.relative_to(ROOT)})'
+
+
+def spread(row: Record, name: str, digits: str) -> str:
+  """A metric ± half of its interquartile range."""
+  metric = row.metrics[name]
+  return f'{metric.value:{digits}} ± {metric.spread / 2:{digits}}'

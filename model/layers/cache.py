@@ -1,0 +1,54 @@
+"""What a mixer keeps of past tokens: a cache for each layer, of the mixer's own type.
+
+A cache is a frozen dataclass and a pytree, so that a jitted program can take and donate it. Each
+array begins with the rows of the batch and names its axes by letters, as weights do, so meshes
+divide caches by the same table. The config of a mixer makes an empty one (`MixerConfig.cache`), and
+its module alone calls `attend`, or what its kind has in place of it.
+"""
+
+import abc
+import dataclasses
+from typing import Any, Literal, Self
+
+import jax
+
+CacheFormat = Literal['float', 'bf16', 'int8', 'int4']
+
+
+class Cache(abc.ABC):
+  """The past tokens of the rows of a batch, in one layer.
+
+  The rows may have different lengths. Row b takes T new tokens at the positions positions_BT[b],
+  from its length or an earlier position on; the caller ensures that they fit. Padding comes after
+  the tokens of a row and repeats their last position.
+  """
+
+  @property
+  @abc.abstractmethod
+  def capacity(self) -> int | None:
+    """The number of tokens that a row can hold; None: any number."""
+
+  def insert(self, row: jax.Array | int, one: Self) -> Self:
+    """Returns the cache with the only row of another one, of equal capacity, in place of a row."""
+    put = lambda all_, new: jax.lax.dynamic_update_slice_in_dim(all_, new, row, 0)
+    return jax.tree.map(put, self, one)
+
+  def letters(self) -> Self:
+    """The letters of its axes in place of each array."""
+    return _letters(self)
+
+
+def array(axes: str) -> Any:
+  """A field of a cache that holds an array, with a letter for each axis; '_' is replicated."""
+  return dataclasses.field(metadata={'axes': axes})
+
+
+def register(cls):
+  """Makes a dataclass of arrays, and of other such dataclasses, a pytree. A class decorator."""
+  names = [field.name for field in dataclasses.fields(cls)]
+  return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+
+
+def _letters(value):
+  of = lambda field: field.metadata.get('axes') or _letters(getattr(value, field.name))
+  return dataclasses.replace(value, **{f.name: of(f) for f in dataclasses.fields(value)})

@@ -1,0 +1,124 @@
+"""Caches of keys and values in slots, of which each holds one token.
+
+  SlotCache      slot s of a row holds position s
+  RollingCache   slot s holds the last position p with p % slots == s, for layers with a window
+
+In both, slots past the end of a row come after every query, so causality hides them, and slots
+with padding are overwritten when the row reaches them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from model.layers import cache
+from model.layers.mixers.kv import KVCache
+from model.layers.mixers.sides import Side
+from ops import axes, masks, rows
+from ops.attention import attention
+from ops.masks import AttentionMask
+
+SPARE = 8  # how many tokens a rolling row can be set back
+NOWHERE = jnp.iinfo(jnp.int32).max  # the position of a slot without a token: after every query
+
+
+@cache.register
+@dataclasses.dataclass(frozen=True)
+class SlotCache(KVCache):
+  """Keys and values of as many positions as there are slots."""
+
+  keys: Side
+  values: Side
+
+  def __post_init__(self):
+    _check(self.keys, self.values)
+
+  @property
+  def capacity(self):
+    return self.keys.slots
+
+  def attend(self, q_BTNH, k_BTKH, v_BTKH, mask: AttentionMask, **scores):
+    new, k_BSKH, v_BSKH = self.update(k_BTKH, v_BTKH, mask.q_positions_BT)
+    seen = masks.over_cache(mask.q_positions_BT, self.capacity, window=mask.window)
+    return new, attention(q_BTNH, k_BSKH, v_BSKH, seen, **scores)
+
+  def update(self, k_BTKH, v_BTKH, positions_BT):
+    """Stores new tokens; returns the cache, and the keys and values of all slots [B, S, K, H]."""
+    rows.check(k_BTKH, self.capacity)
+    write = lambda side, x_BTKH: jax.tree.map(
+      lambda all_, new: rows.write(all_, new, positions_BT[:, 0]), side, side.of(x_BTKH)
+    )
+    new = SlotCache(write(self.keys, k_BTKH), write(self.values, v_BTKH))
+    return new, new.keys.decode(k_BTKH.dtype), new.values.decode(v_BTKH.dtype)
+
+
+@cache.register
+@dataclasses.dataclass(frozen=True)
+class RollingCache(KVCache):
+  """Keys and values of the last positions, with the position that each slot holds."""
+
+  keys: Side
+  values: Side
+  positions_BS: jax.Array = cache.array('BS')
+
+  def __post_init__(self):
+    _check(self.keys, self.values)
+
+  @classmethod
+  def of(cls, keys: Side, values: Side) -> 'RollingCache':
+    """An empty cache of two empty sides."""
+    batch = jax.tree.leaves(keys)[0].shape[0]
+    return cls(keys, values, jnp.full((batch, keys.slots), NOWHERE, jnp.int32))
+
+  @property
+  def capacity(self):
+    return None
+
+  def attend(self, q_BTNH, k_BTKH, v_BTKH, mask: AttentionMask, **scores):
+    new = self._written(k_BTKH, v_BTKH, mask.q_positions_BT)
+    # With several tokens, the last may have taken the places of what the first ones see.
+    source = new if q_BTNH.shape[1] == 1 else self._before_and(k_BTKH, v_BTKH, mask.q_positions_BT)
+    k_BSKH, v_BSKH = (side.decode(k_BTKH.dtype) for side in (source.keys, source.values))
+    seen = AttentionMask(mask.q_positions_BT, source.positions_BS, window=mask.window)
+    return new, attention(q_BTNH, k_BSKH, v_BSKH, seen, **scores)
+
+  def _before_and(self, k_BTKH, v_BTKH, positions_BT) -> 'RollingCache':
+    """The tokens before the new ones, and after them the new ones in slots of their own."""
+    earlier_BS = jnp.where(self.positions_BS < positions_BT[:, :1], self.positions_BS, NOWHERE)
+    new_BT = jnp.where(_is_token(positions_BT), positions_BT, NOWHERE)
+    before = dataclasses.replace(self, positions_BS=earlier_BS)
+    new = RollingCache(self.keys.of(k_BTKH), self.values.of(v_BTKH), new_BT)
+    return jax.tree.map(lambda *both: jnp.concatenate(both, 1), before, new)
+
+  def _written(self, k_BTKH, v_BTKH, positions_BT) -> 'RollingCache':
+    slots = self.keys.slots
+    new = RollingCache(self.keys.of(k_BTKH), self.values.of(v_BTKH), positions_BT)
+    if positions_BT.shape[1] == 1:
+      at_B = positions_BT[:, 0] % slots
+      return jax.tree.map(lambda all_, one: rows.write(all_, one, at_B), self, new)
+    # Slot s takes the last new position p with p % slots == s, if there is one.
+    first_B1, last_B1 = positions_BT[:, :1], positions_BT[:, -1:]
+    slot_BS = jnp.arange(slots, dtype=jnp.int32)[None]
+    token_BS = last_B1 - (last_B1 - slot_BS) % slots - first_B1
+    return jax.tree.map(lambda all_, one: _taken(all_, one, token_BS), self, new)
+
+
+def _taken(all_: jax.Array, new: jax.Array, token_BS: jax.Array) -> jax.Array:
+  """The slots with token t of the new ones where t is not negative."""
+  rest = (1,) * (all_.ndim - 2)
+  at = jnp.maximum(token_BS, 0).reshape(*token_BS.shape, *rest)
+  taken = jnp.take_along_axis(new.astype(all_.dtype), at, axis=1)
+  return jnp.where((token_BS >= 0).reshape(at.shape), taken, all_)
+
+
+def _is_token(positions_BT: jax.Array) -> jax.Array:
+  """Whether a token is one, and no padding, which repeats the last position."""
+  later_BT = positions_BT[:, 1:] > positions_BT[:, :-1]
+  return jnp.pad(later_BT, ((0, 0), (1, 0)), constant_values=True)
+
+
+def _check(keys, values):
+  arrays = [jax.tree.leaves(side)[:1] for side in (keys, values)]
+  if all(arrays):
+    axes.check_fields('...BSKH,...BSKH', *(one for (one,) in arrays))
