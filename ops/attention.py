@@ -10,7 +10,7 @@ The implementations differ in memory and in scope:
   reference  stores all scores, [B, N, T, S] in float32, for the forward and the backward pass; a
              window saves neither work nor memory
   cudnn      stores no scores; NVIDIA GPUs, causal or windowed self-attention in bfloat16 or float16
-  native     stores no scores; CPUs, a few queries per row over a cache
+  native     stores no scores; CPUs, a few queries per row over a cache, which may be in int8
 """
 
 import functools
@@ -81,6 +81,40 @@ def attention(
   # for what only another one saves. Checkpointing makes the reference save only its arguments;
   # otherwise the cuDNN branch would allocate the reference's scores.
   return jax.lax.platform_dependent(*arguments, **branches, default=jax.checkpoint(reference))
+
+
+def attention_over_codes(
+  q_BTNH: jax.Array,
+  codes_BSKH: tuple[jax.Array, jax.Array],
+  scales_BSK: tuple[jax.Array, jax.Array],
+  mask: AttentionMask,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  sinks_N: jax.Array | None = None,
+) -> jax.Array:
+  """`attention` to keys and values (a pair of each) in int8, each token and head with its scale.
+
+  A few queries over a cache read the codes as they are, on CPUs; otherwise both are widened first.
+  """
+  arguments = (q_BTNH, codes_BSKH, scales_BSK, mask, sinks_N)
+  widened = functools.partial(_widened, scale=scale, softcap=softcap)
+  if attend.obstacle(q_BTNH, *codes_BSKH, mask):
+    return widened(*arguments)
+  native = functools.partial(_native_over_codes, scale=scale, softcap=softcap)
+  return jax.lax.platform_dependent(*arguments, cpu=native, default=widened)
+
+
+def _widened(q_BTNH, codes_BSKH, scales_BSK, mask, sinks_N, **scores):
+  k_BSKH, v_BSKH = (
+    (codes.astype(jnp.float32) * scales.astype(jnp.float32)[..., None]).astype(q_BTNH.dtype)
+    for codes, scales in zip(codes_BSKH, scales_BSK)
+  )
+  return attention(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N=sinks_N, **scores)
+
+
+def _native_over_codes(q_BTNH, codes_BSKH, scales_BSK, mask, sinks_N, **scores):
+  return attend.attend(q_BTNH, *codes_BSKH, mask, sinks_N, scales_BSK=scales_BSK, **scores)
 
 
 def pick(

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from model.layers import cache
 from ops import axes
+from ops.attention import attention, attention_over_codes
+from ops.masks import AttentionMask
 
 SCALE_DTYPE = jnp.float16
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16; a constant group has a range of zero
@@ -31,8 +33,8 @@ class Side(Protocol):
   def of(self, new_BTKH: jax.Array) -> Self:
     """New tokens in the form in which this side stores them."""
 
-  def decode(self, dtype) -> jax.Array:
-    """All tokens as floats [B, S, K, H], in `dtype` or in a type of its own."""
+  def attended(self, values: Self, q_BTNH: jax.Array, mask: AttentionMask, **scores) -> jax.Array:
+    """What queries find in `values`, of which these are the keys, as `ops.attention` has it."""
 
 
 @cache.register
@@ -54,9 +56,8 @@ class Floats:
   def of(self, new_BTKH):
     return Floats(new_BTKH.astype(self.x_BSKH.dtype))
 
-  def decode(self, dtype):
-    del dtype
-    return self.x_BSKH
+  def attended(self, values, q_BTNH, mask, **scores):
+    return attention(q_BTNH, self.x_BSKH, values.x_BSKH, mask, **scores)
 
 
 class BFloats:
@@ -94,9 +95,9 @@ class Codes8:
     steps = new_BTKH / scales_BTK.astype(jnp.float32)[..., None]
     return Codes8(jnp.clip(jnp.round(steps), -127, 127).astype(jnp.int8), scales_BTK)
 
-  def decode(self, dtype):
-    scales_BSK = self.scales_BSK.astype(jnp.float32)
-    return (self.codes_BSKH.astype(jnp.float32) * scales_BSK[..., None]).astype(dtype)
+  def attended(self, values, q_BTNH, mask, **scores):
+    codes = self.codes_BSKH, values.codes_BSKH
+    return attention_over_codes(q_BTNH, codes, (self.scales_BSK, values.scales_BSK), mask, **scores)
 
 
 SIDES = {'float': Floats, 'bf16': BFloats, 'int8': Codes8}

@@ -16,7 +16,6 @@ from model.layers import cache
 from model.layers.mixers.kv import KVCache
 from model.layers.mixers.sides import Side
 from ops import axes, masks, rows
-from ops.attention import attention
 from ops.masks import AttentionMask
 
 SPARE = 8  # how many tokens a rolling row can be set back
@@ -39,18 +38,17 @@ class SlotCache(KVCache):
     return self.keys.slots
 
   def attend(self, q_BTNH, k_BTKH, v_BTKH, mask: AttentionMask, **scores):
-    new, k_BSKH, v_BSKH = self.update(k_BTKH, v_BTKH, mask.q_positions_BT)
+    new = self.written(k_BTKH, v_BTKH, mask.q_positions_BT)
     seen = masks.over_cache(mask.q_positions_BT, self.capacity, window=mask.window)
-    return new, attention(q_BTNH, k_BSKH, v_BSKH, seen, **scores)
+    return new, new.keys.attended(new.values, q_BTNH, seen, **scores)
 
-  def update(self, k_BTKH, v_BTKH, positions_BT):
-    """Stores new tokens; returns the cache, and the keys and values of all slots [B, S, K, H]."""
+  def written(self, k_BTKH, v_BTKH, positions_BT) -> 'SlotCache':
+    """Stores new tokens."""
     rows.check(k_BTKH, self.capacity)
     write = lambda side, x_BTKH: jax.tree.map(
       lambda all_, new: rows.write(all_, new, positions_BT[:, 0]), side, side.of(x_BTKH)
     )
-    new = SlotCache(write(self.keys, k_BTKH), write(self.values, v_BTKH))
-    return new, new.keys.decode(k_BTKH.dtype), new.values.decode(v_BTKH.dtype)
+    return SlotCache(write(self.keys, k_BTKH), write(self.values, v_BTKH))
 
 
 @cache.register
@@ -79,9 +77,8 @@ class RollingCache(KVCache):
     new = self._written(k_BTKH, v_BTKH, mask.q_positions_BT)
     # With several tokens, the last may have taken the places of what the first ones see.
     source = new if q_BTNH.shape[1] == 1 else self._before_and(k_BTKH, v_BTKH, mask.q_positions_BT)
-    k_BSKH, v_BSKH = (side.decode(k_BTKH.dtype) for side in (source.keys, source.values))
     seen = AttentionMask(mask.q_positions_BT, source.positions_BS, window=mask.window)
-    return new, attention(q_BTNH, k_BSKH, v_BSKH, seen, **scores)
+    return new, source.keys.attended(source.values, q_BTNH, seen, **scores)
 
   def _before_and(self, k_BTKH, v_BTKH, positions_BT) -> 'RollingCache':
     """The tokens before the new ones, and after them the new ones in slots of their own."""

@@ -18,7 +18,7 @@ import numpy as np
 
 PRODUCT = 'lissom_product'
 GROUPED_PRODUCT = 'lissom_grouped_product'
-ATTENTION = 'lissom_attention'
+ATTENTION = 'lissom_cache_attention'
 WRITE_ROWS = 'lissom_write_rows'
 TARGETS = (PRODUCT, GROUPED_PRODUCT, ATTENTION, WRITE_ROWS)
 _MODULE = '_native'

@@ -52,6 +52,13 @@ struct Halves {
   static inline float widen(uint16_t x) { return from_bf16(x); }
 };
 
+struct Codes {
+  using Number = int8_t;
+  template <class V>
+  static inline typename V::Float load(const int8_t* p) { return V::load_int8(p); }
+  static inline float widen(int8_t x) { return x; }
+};
+
 // scores[R][kSlots]: R queries, `width` apart, by `slots` keys, `stride` apart.
 template <class V, class From, int R>
 void score(const float* q, const typename From::Number* k, int64_t stride, int64_t width,
@@ -165,6 +172,15 @@ inline float soften(const Attention& a, int32_t q_position, const int32_t* k_pos
   return scale;
 }
 
+// Multiplies the numbers of R queries for some slots, `stride` scales apart, by the slots' scales.
+template <int R>
+void rescale(const uint16_t* scales, int64_t stride, int64_t slots, float* numbers) {
+  for (int64_t s = 0; s < slots; ++s, scales += stride) {
+    const float scale = from_f16(*scales);
+    for (int r = 0; r < R; ++r) numbers[r * kSlots + s] *= scale;
+  }
+}
+
 // Scores (`values` false) or sums of values of some queries of one head over the slots of a window,
 // which begins at slot `at` of its block.
 template <class V, class From, int R>
@@ -174,13 +190,16 @@ void read_window(const Attention& a, bool values, int64_t row, int64_t head, int
   const int64_t stride = a.kv_heads * a.width;
   const int64_t from = (row * a.keys + window.begin) * stride + head * a.width;
   const int64_t count = window.end - window.begin;
+  const int64_t scale = (row * a.keys + window.begin) * a.kv_heads + head;
   float* weights = out.weights + first * kSlots + at;
   if (values) {
+    if (a.v_scales != nullptr) rescale<R>(a.v_scales + scale, a.kv_heads, count, weights);
     blend<V, From, R>(weights, out.scales + first, static_cast<const Number*>(a.v) + from, stride,
                       a.width, count, out.sums + first * a.width);
   } else {
     score<V, From, R>(a.scaled_q + (row * a.rows() + first) * a.width,
                       static_cast<const Number*>(a.k) + from, stride, a.width, count, weights);
+    if (a.k_scales != nullptr) rescale<R>(a.k_scales + scale, a.kv_heads, count, weights);
   }
 }
 
@@ -227,8 +246,11 @@ void attend(const Attention& a, int64_t row, Range slots, Partial out) {
     out.totals[i] = 0;
   }
   memset(out.sums, 0, a.rows() * a.width * sizeof(float));
-  a.k_bf16 ? attend_slots<V, Halves>(a, row, slots, out)
-           : attend_slots<V, Floats>(a, row, slots, out);
+  switch (a.stored) {
+    case Stored::kFloat32: return attend_slots<V, Floats>(a, row, slots, out);
+    case Stored::kBf16: return attend_slots<V, Halves>(a, row, slots, out);
+    case Stored::kInt8: return attend_slots<V, Codes>(a, row, slots, out);
+  }
 }
 
 }  // namespace

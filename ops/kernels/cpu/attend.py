@@ -3,7 +3,8 @@
 XLA:CPU copies both to have their heads in front, over the whole capacity, and multiplies zeros by
 what a query does not see. The native form (attend.h) reads from the first slot that a query sees to
 the last, keeps no scores but of 64 slots, and computes in float32 whatever the cache holds. It
-loses to XLA's matrix products where many queries share the keys: `MOST_QUERIES`.
+loses to XLA's matrix products where many queries share the keys: `MOST_QUERIES`. Keys and values in
+int8 with a scale for each token and head are read as they are stored.
 """
 
 import jax
@@ -16,6 +17,7 @@ from ops.masks import AttentionMask
 MOST_QUERIES = 8  # a row
 DTYPES = (jnp.float32, jnp.bfloat16)
 NO_SINKS = np.zeros((0,), np.float32)
+NO_SCALES = np.zeros((0, 0, 0), np.float16)
 
 
 def obstacle(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask) -> str | None:
@@ -25,9 +27,10 @@ def obstacle(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask) -> str | None:
   """
   if not cpu.available():
     return cpu.why_not()
-  if q_BTNH.dtype not in DTYPES or k_BSKH.dtype not in DTYPES or v_BSKH.dtype != k_BSKH.dtype:
+  stored = (*DTYPES, jnp.int8)
+  if q_BTNH.dtype not in DTYPES or k_BSKH.dtype not in stored or v_BSKH.dtype != k_BSKH.dtype:
     return (
-      'native attention takes float32 and bfloat16, '
+      'native attention takes float32 and bfloat16, and keys and values in int8, '
       f'not {q_BTNH.dtype} with {k_BSKH.dtype} and {v_BSKH.dtype}'
     )
   if q_BTNH.shape[1] > MOST_QUERIES:
@@ -48,11 +51,13 @@ def attend(
   *,
   scale: float,
   softcap: float | None,
+  scales_BSK: tuple[jax.Array, jax.Array] = (NO_SCALES, NO_SCALES),
   instruction_set: str | None = None,
   threads: int = 0,
 ) -> jax.Array:
   """Computes `ops.attention.attention` where there is no `obstacle`, on a CPU alone.
 
+  `scales_BSK` are those of keys and of values in int8, as float16.
   `instruction_set` and `threads` are for tests: None and 0 take the best set and all threads.
   """
   call = jax.ffi.ffi_call(
@@ -64,6 +69,7 @@ def attend(
     q_BTNH,
     k_BSKH,
     v_BSKH,
+    *scales_BSK,
     mask.q_positions_BT,
     mask.k_positions_BS,
     NO_SINKS if sinks_N is None else sinks_N.astype(jnp.float32),

@@ -51,6 +51,10 @@ int64_t most_parts(const Attention& a) {
   return std::clamp<int64_t>((a.keys + kSlots - 1) / kSlots, 1, kMostParts);
 }
 
+int64_t number_bytes_of(const Attention& a) {
+  return a.stored == Stored::kFloat32 ? 4 : a.stored == Stored::kBf16 ? 2 : 1;
+}
+
 float q_at(const Attention& a, int64_t i) {
   return a.q_bf16 ? from_bf16(static_cast<const uint16_t*>(a.q)[i])
                   : static_cast<const float*>(a.q)[i];
@@ -124,7 +128,7 @@ bool attend_all(const Kernels& kernels, Attention a, Workers& workers) {
   for (int64_t row = 0; row < a.batch; ++row) {
     scale_queries(a, row, scaled_q);
     seen[row] = seen_slots(a, row);
-    bytes += (seen[row].end - seen[row].begin) * a.kv_heads * a.width * (a.k_bf16 ? 4 : 8);
+    bytes += (seen[row].end - seen[row].begin) * a.kv_heads * a.width * 2 * number_bytes_of(a);
   }
   const int64_t threads = bytes < kBytesAlone ? 1 : workers.count();
   workers.run(parts, threads, [&](int64_t i) {

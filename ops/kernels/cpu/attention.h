@@ -12,11 +12,16 @@ namespace lissom {
 constexpr int kSlots = 64;        // whose scores are held at a time
 constexpr float kMasked = -1e30f;  // far below any score, and finite
 
+enum class Stored { kFloat32, kBf16, kInt8 };
+
 struct Attention {
   const void* q;  // [batch, queries, heads, width]
   const void* k;  // [batch, keys, kv_heads, width]
   const void* v;
-  bool q_bf16, k_bf16;         // or float32; v is as k
+  bool q_bf16;               // or float32
+  Stored stored;             // what k and v are
+  const uint16_t* k_scales;  // float16 [batch, keys, kv_heads] of int8, or null
+  const uint16_t* v_scales;
   const int32_t* q_positions;  // [batch, queries]
   const int32_t* k_positions;  // [batch, keys]
   const float* sinks;          // [heads], or null

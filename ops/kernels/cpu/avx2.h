@@ -77,6 +77,10 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
 
+  static inline Float load_int8(const int8_t* p) {
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+  }
   static inline Float load_bf16(const uint16_t* p) {
     return even_bf16(_mm256_cvtepu16_epi32(quarter(p)));
   }

@@ -65,6 +65,10 @@ struct Avx512 {
 
   static inline float sum(Float x) { return _mm512_reduce_add_ps(x); }
 
+  static inline Float load_int8(const int8_t* p) {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+  }
   static inline Float load_bf16(const uint16_t* p) {
     return even_bf16(_mm512_cvtepu16_epi32(half(p)));
   }

@@ -1,4 +1,4 @@
-// What XLA calls (lissom_product, lissom_grouped_product, lissom_attention, lissom_write_rows), and
+// What XLA calls (lissom_product, lissom_grouped_product, lissom_cache_attention, lissom_write_rows), and
 // what Python asks before it does.
 
 #include <stdlib.h>
@@ -154,8 +154,18 @@ bool same(ffi::AnyBuffer::Dimensions a, ffi::AnyBuffer::Dimensions b) {
 
 using Positions = ffi::Buffer<ffi::S32, 2>;
 
+using Scales = ffi::Buffer<ffi::F16, 3>;  // of int8 codes; empty for floats
+
+// Whether there is a scale for each head of each key of int8 codes, and none for floats.
+bool fit(const Scales& scales, ffi::AnyBuffer k) {
+  const auto shape = k.dimensions();
+  if (k.element_type() != ffi::S8) return scales.element_count() == 0;
+  return std::equal(shape.begin(), shape.begin() + 3, scales.dimensions().begin());
+}
+
 ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                     Positions q_positions, Positions k_positions, ffi::Buffer<ffi::F32, 1> sinks,
+                     Scales k_scales, Scales v_scales, Positions q_positions,
+                     Positions k_positions, ffi::Buffer<ffi::F32, 1> sinks,
                      ffi::Result<ffi::AnyBuffer> y, int64_t instruction_set, float scale,
                      float softcap, int64_t threads, int64_t window) {
   const auto q_shape = q.dimensions(), k_shape = k.dimensions();
@@ -170,12 +180,20 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
       k_positions.dimensions()[0] != a.batch || k_positions.dimensions()[1] != a.keys ||
       (sinks.element_count() != 0 && sinks.element_count() != static_cast<size_t>(a.heads)))
     return refuse("lissom: the queries, keys, positions or sinks do not fit each other");
-  if (!is_float(q) || !is_float(k) || v.element_type() != k.element_type() ||
-      y->element_type() != q.element_type())
-    return refuse("lissom: q and y are of one type, k and v of one type, f32 or bf16");
+  if (!is_float(q) || !(is_float(k) || k.element_type() == ffi::S8) ||
+      v.element_type() != k.element_type() || y->element_type() != q.element_type())
+    return refuse("lissom: q and y are f32 or bf16, k and v are f32, bf16 or s8, each of one type");
+  if (!fit(k_scales, k) || !fit(v_scales, v))
+    return refuse("lissom: scales are [B, S, K] for s8, and none for floats");
   a.q = q.untyped_data(), a.k = k.untyped_data(), a.v = v.untyped_data();
   a.q_bf16 = q.element_type() == ffi::BF16;
-  a.k_bf16 = k.element_type() == ffi::BF16;
+  a.stored = k.element_type() == ffi::S8     ? Stored::kInt8
+             : k.element_type() == ffi::BF16 ? Stored::kBf16
+                                             : Stored::kFloat32;
+  if (a.stored == Stored::kInt8) {
+    a.k_scales = static_cast<const uint16_t*>(k_scales.untyped_data());
+    a.v_scales = static_cast<const uint16_t*>(v_scales.untyped_data());
+  }
   a.q_positions = q_positions.typed_data(), a.k_positions = k_positions.typed_data();
   a.sinks = sinks.element_count() ? sinks.typed_data() : nullptr;
   a.scale = scale, a.softcap = softcap;
@@ -259,13 +277,15 @@ LISSOM_EXPORT XLA_FFI_Error* lissom_grouped_product(XLA_FFI_CallFrame* frame) {
   return handler->Call(frame);
 }
 
-LISSOM_EXPORT XLA_FFI_Error* lissom_attention(XLA_FFI_CallFrame* frame) {
+LISSOM_EXPORT XLA_FFI_Error* lissom_cache_attention(XLA_FFI_CallFrame* frame) {
   using xla::ffi::AnyBuffer;
   static auto* const handler = xla::ffi::Ffi::Bind()
                                    .Ctx<xla::ffi::ThreadPool>()
                                    .Arg<AnyBuffer>()
                                    .Arg<AnyBuffer>()
                                    .Arg<AnyBuffer>()
+                                   .Arg<lissom::Scales>()
+                                   .Arg<lissom::Scales>()
                                    .Arg<lissom::Positions>()
                                    .Arg<lissom::Positions>()
                                    .Arg<xla::ffi::Buffer<xla::ffi::F32, 1>>()

@@ -86,6 +86,11 @@ struct Portable {
 
   static inline float sum(Float x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
+  static inline Float load_int8(const int8_t* p) {
+    Float x = {};
+    for (int i = 0; i < kLanes; ++i) x[i] = p[i];
+    return x;
+  }
   static inline Float load_bf16(const uint16_t* p) {
     Float x = {};
     for (int i = 0; i < kLanes; ++i) x[i] = from_bf16(p[i]);

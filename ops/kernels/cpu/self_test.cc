@@ -217,15 +217,36 @@ std::vector<float> draw(int64_t count, uint32_t seed) {
   return x;
 }
 
+const void* pointer(const std::vector<float>& x) { return x.data(); }
+
+// Codes of each run of `width` numbers with a scale that is a power of two, and what they stand for.
+void code(int64_t width, std::vector<float>* x, std::vector<int8_t>* codes,
+          std::vector<uint16_t>* scales) {
+  for (size_t i = 0; i < x->size(); ++i) {
+    const uint16_t exponent = static_cast<uint16_t>(7 + i / width % 3);  // of 2^-8 to 2^-6
+    const float scale = from_f16(static_cast<uint16_t>(exponent << 10));
+    (*scales)[i / width] = static_cast<uint16_t>(exponent << 10);
+    (*codes)[i] = static_cast<int8_t>(lrintf((*x)[i] * 64));
+    (*x)[i] = (*codes)[i] * scale;
+  }
+}
+
 // Attention with a cap, sinks and a window, against its definition in double.
-bool attends(const Kernels& kernels, AttentionShape s, bool bf16, bool late) {
+bool attends(const Kernels& kernels, AttentionShape s, Stored stored, bool late) {
+  const bool bf16 = stored == Stored::kBf16, coded = stored == Stored::kInt8;
   const std::vector<float> q = draw(s.batch * s.queries * s.heads * s.width, 1);
-  const std::vector<float> k = draw(s.batch * s.keys * s.kv_heads * s.width, 2);
-  const std::vector<float> v = draw(s.batch * s.keys * s.kv_heads * s.width, 3);
+  std::vector<float> k = draw(s.batch * s.keys * s.kv_heads * s.width, 2);
+  std::vector<float> v = draw(s.batch * s.keys * s.kv_heads * s.width, 3);
   const std::vector<float> sinks = draw(s.heads, 4);
   std::vector<uint16_t> q16(q.size()), k16(k.size()), v16(v.size()), y16(q.size());
   for (size_t i = 0; i < q.size(); ++i) q16[i] = to_bf16(q[i]);
   for (size_t i = 0; i < k.size(); ++i) k16[i] = to_bf16(k[i]), v16[i] = to_bf16(v[i]);
+  std::vector<int8_t> k8(k.size()), v8(v.size());
+  std::vector<uint16_t> k_scales(s.batch * s.keys * s.kv_heads), v_scales(k_scales.size());
+  if (coded) {
+    code(s.width, &k, &k8, &k_scales);
+    code(s.width, &v, &v8, &v_scales);
+  }
   std::vector<int32_t> q_positions(s.batch * s.queries), k_positions(s.batch * s.keys);
   const int64_t last = late ? s.keys - 1 : s.keys / 2;
   for (size_t i = 0; i < q_positions.size(); ++i)
@@ -235,10 +256,11 @@ bool attends(const Kernels& kernels, AttentionShape s, bool bf16, bool late) {
   std::vector<float> y(q.size());
   Attention a = {};
   a.q = bf16 ? static_cast<const void*>(q16.data()) : q.data();
-  a.k = bf16 ? static_cast<const void*>(k16.data()) : k.data();
-  a.v = bf16 ? static_cast<const void*>(v16.data()) : v.data();
+  a.k = coded ? static_cast<const void*>(k8.data()) : bf16 ? k16.data() : pointer(k);
+  a.v = coded ? static_cast<const void*>(v8.data()) : bf16 ? v16.data() : pointer(v);
+  if (coded) a.k_scales = k_scales.data(), a.v_scales = v_scales.data();
   a.y = bf16 ? static_cast<void*>(y16.data()) : y.data();
-  a.q_bf16 = a.k_bf16 = bf16;
+  a.q_bf16 = bf16, a.stored = stored;
   a.q_positions = q_positions.data(), a.k_positions = k_positions.data(), a.sinks = sinks.data();
   a.batch = s.batch, a.queries = s.queries, a.keys = s.keys, a.heads = s.heads;
   a.kv_heads = s.kv_heads, a.width = s.width;
@@ -290,9 +312,11 @@ const char* self_test(const Kernels& kernels, Shape shape) {
 }
 
 const char* attention_test(const Kernels& kernels, AttentionShape shape) {
-  for (const bool bf16 : {false, true})
-    for (const bool late : {false, true})
-      if (!attends(kernels, shape, bf16, late)) return bf16 ? "bf16 attention" : "f32 attention";
+  for (const bool late : {false, true}) {
+    if (!attends(kernels, shape, Stored::kFloat32, late)) return "f32 attention";
+    if (!attends(kernels, shape, Stored::kBf16, late)) return "bf16 attention";
+    if (!attends(kernels, shape, Stored::kInt8, late)) return "int8 attention";
+  }
   return nullptr;
 }
 

@@ -130,6 +130,17 @@ inline float from_bf16(uint16_t bits) {
   return x;
 }
 
+inline float from_f16(uint16_t bits) {
+  // The exponent of a float16 is 112 below that of the float32 with the same bits of it.
+  const uint32_t wide = static_cast<uint32_t>(bits & 0x7fff) << 13;
+  const uint32_t power = 0x77800000;  // 2^112
+  float x, factor;
+  __builtin_memcpy(&x, &wide, 4);
+  __builtin_memcpy(&factor, &power, 4);
+  x *= factor;
+  return bits & 0x8000 ? -x : x;
+}
+
 // Rounds to nearest, half to even; NaN stays NaN.
 inline uint16_t to_bf16(float x) {
   uint32_t bits;

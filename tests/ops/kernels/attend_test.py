@@ -65,6 +65,55 @@ def test_it_is_the_definition(shape, dtype, name):
     _check(actual, _definition(q, k, v, mask, sunk, softcap), dtype)
 
 
+def _coded(x):
+  """int8 codes with a scale for each token and head, and what they stand for."""
+  scales = (jnp.abs(x).max(-1) / 127).astype(jnp.float16)
+  wide = scales.astype(jnp.float32)[..., None]
+  codes = jnp.round(x.astype(jnp.float32) / wide).astype(jnp.int8)
+  return codes, scales, codes * wide
+
+
+@instruction_sets
+@pytest.mark.parametrize('shape', SHAPES)
+def test_codes_are_read_as_they_are_stored(shape, name):
+  q, k, v, positions, sinks = _arrays(shape)
+  (k, k_scales, wide_k), (v, v_scales, wide_v) = _coded(k), _coded(v)
+  mask = masks.over_cache(positions, k.shape[1], window=7)
+  for dtype in (jnp.float32, jnp.bfloat16):
+    one, scales = q.astype(dtype), (k_scales, v_scales)
+    options = {'scales_BSK': scales, 'scale': SCALE, 'softcap': 0.8, 'instruction_set': name}
+    actual = run(one, k, v, mask, sinks, **options)
+    _check(actual, _definition(one, wide_k, wide_v, mask, sinks, 0.8), dtype)
+
+
+def test_attention_over_codes_widens_none_for_a_few_queries():
+  q, k, v, positions, _ = _arrays((1, 1, 6, 3, 64, 4096))
+  (k, k_scales, wide_k), (v, v_scales, wide_v) = _coded(k), _coded(v)
+  mask = masks.over_cache(positions, k.shape[1])
+  fn = jax.jit(functools.partial(attention.attention_over_codes, scale=SCALE))
+  compiled = fn.lower(q, (k, v), (k_scales, v_scales), mask).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < k.nbytes
+  found = fn(q, (k, v), (k_scales, v_scales), mask)
+  _check(found, _definition(q, wide_k, wide_v, mask), jnp.float32)
+
+
+def test_attention_over_codes_widens_them_for_many_queries():
+  q, k, v, positions, sinks = _arrays((2, 12, 4, 2, 8, 40))
+  (k, k_scales, wide_k), (v, v_scales, wide_v) = _coded(k), _coded(v)
+  mask = masks.over_cache(positions, k.shape[1])
+  scores = {'scale': SCALE, 'softcap': 0.8, 'sinks_N': sinks}
+  found = attention.attention_over_codes(q, (k, v), (k_scales, v_scales), mask, **scores)
+  _check(found, _definition(q, wide_k, wide_v, mask, sinks, 0.8), jnp.float32)
+
+
+def test_codes_without_scales_are_refused():
+  q, k, v, positions, _ = _arrays(SHAPES[1])
+  k, v = k.astype(jnp.int8), v.astype(jnp.int8)
+  mask = masks.over_cache(positions, k.shape[1])
+  with pytest.raises(jax.errors.JaxRuntimeError, match=r'scales are \[B, S, K\] for s8'):
+    run(q, k, v, mask, None, scale=SCALE, softcap=None)
+
+
 def test_queries_in_float32_over_a_cache_in_bfloat16():
   q, k, v, positions, _ = _arrays(SHAPES[0])
   mask = masks.over_cache(positions, k.shape[1])
