@@ -9,24 +9,28 @@ The implementations differ in memory and in scope:
 
   reference  stores all scores, [B, N, T, S] in float32, for the forward and the backward pass; a
              window saves neither work nor memory
+  blocked    stores none, and computes those of blocks that some query sees (ops/blocked.py); from
+             `LONG` queries on, where a loop over blocks pays on the platform
   cudnn      stores no scores; NVIDIA GPUs, causal or windowed self-attention in bfloat16 or float16
   native     stores no scores; CPUs, a few queries per row over a cache, which may be in int8
 """
 
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from ops import axes
+from ops import axes, blocked
 from ops.kernels.cpu import attend
 from ops.masks import AttentionMask
 
-Implementation = Literal['auto', 'reference', 'cudnn', 'native']
+Implementation = Literal['auto', 'reference', 'blocked', 'cudnn', 'native']
 
-PLATFORMS = {'cuda': 'cudnn', 'cpu': 'native'}  # platform -> its kernel
+PLATFORMS = {'cpu': 'native', 'cuda': 'cudnn', 'rocm': None, 'tpu': None}  # with its kernel
+# Queries; as timed on CPUs, and elsewhere so that scores do not fill the memory.
+LONG = {'cpu': 256, 'cuda': 4096, 'rocm': 4096, 'tpu': 4096}
 
 # Far below any score, but finite: with -inf, a query that sees no key would give NaN.
 _MASKED = -1e30
@@ -49,7 +53,7 @@ def attention(
   capped. A query that sees no key gives zeros and zero gradients. If queries and keys have
   different dtypes (a cache may have its own), the products use the wider one.
 
-  `impl` is 'reference', 'cudnn' or 'native' to require that implementation; 'auto' uses the one
+  `impl` is 'reference', 'blocked', 'cudnn' or 'native' to require one of these; 'auto' uses the one
   that `pick` names for the platform that the program is lowered for. Returns [B, T, N, H] in the
   dtype of q.
 
@@ -62,19 +66,19 @@ def attention(
   if impl == 'reference':
     return reference(*arguments)
   kernels = {
+    'blocked': functools.partial(blocked.attention, scale=scale, softcap=softcap),
     'cudnn': functools.partial(_cudnn, window=mask.window, scale=scale),
     'native': functools.partial(_native, scale, softcap),
   }
   if impl not in ('auto', *kernels):
-    raise ValueError(f"impl {impl!r} is not one of 'auto', 'reference', 'cudnn', 'native'")
+    raise ValueError(f'impl {impl!r} is not one of {", ".join(get_args(Implementation))}')
   obstacles = _obstacles(q_BTNH, k_BSKH, v_BSKH, mask, softcap, sinks_N)
   if impl != 'auto':
-    if obstacles[impl]:
+    if obstacles.get(impl):
       raise ValueError(f"{obstacles[impl]}; use impl='auto' or 'reference'")
     return kernels[impl](*arguments)
-  branches = {
-    platform: kernels[kernel] for platform, kernel in PLATFORMS.items() if not obstacles[kernel]
-  }
+  picked = {platform: _picked(platform, obstacles, q_BTNH.shape[1]) for platform in PLATFORMS}
+  branches = {platform: kernels[name] for platform, name in picked.items() if name != 'reference'}
   if not branches:
     return reference(*arguments)
   # All branches must save the same arrays for the backward pass, so JAX pads each branch with zeros
@@ -131,9 +135,15 @@ def pick(
   Reads shapes and dtypes only, so arrays may be passed too. Values are assumed to have the shape
   and dtype of the keys. `cudnn_obstacle` and `ops.kernels.cpu.attend.obstacle` give the reasons.
   """
-  kernel = PLATFORMS.get('cuda' if platform == 'gpu' else platform)
   obstacles = _obstacles(q_BTNH, k_BSKH, k_BSKH, mask, softcap, sinks_N)
-  return 'reference' if kernel is None or obstacles[kernel] else kernel
+  return _picked('cuda' if platform == 'gpu' else platform, obstacles, q_BTNH.shape[1])
+
+
+def _picked(platform, obstacles, queries) -> Implementation:
+  kernel = PLATFORMS[platform]
+  if kernel is not None and not obstacles[kernel]:
+    return kernel
+  return 'blocked' if queries >= LONG[platform] else 'reference'
 
 
 def _obstacles(q_BTNH, k_BSKH, v_BSKH, mask, softcap, sinks_N) -> dict[str, str | None]:

@@ -1,0 +1,244 @@
+"""Exact attention in blocks of queries and keys, without the scores of all pairs.
+
+For each block of queries, a loop goes over the blocks of keys that any of them may see, with the
+softmax kept up online: a larger score scales down what was summed before (Milakov and Gimelshein,
+2018, https://arxiv.org/abs/1805.02867). The backward pass computes the scores anew from the saved
+logarithms of the sums (Dao et al., 2022, FlashAttention, https://arxiv.org/abs/2205.14135). Memory
+is O(T + S) for each head instead of O(T * S), and blocks outside of the causal triangle or of the
+window cost nothing: causal attention takes half of the products, and a window as many as are in it.
+
+Which blocks are visited follows from the smallest and the largest position in each, so any mask is
+exact, and masks whose positions are sorted are fast. All sums are in float32.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from ops.masks import AttentionMask
+
+SIZES = {1024: (128, 128), 4096: (256, 256)}  # up to so many keys -> queries and keys of a block
+LARGEST = (256, 512)
+MASKED = -1e30  # far below any score, but finite
+BEFORE_ALL = -1  # the position of a query that sees no key
+AFTER_ALL = jnp.iinfo(jnp.int32).max  # the position of a key that no query sees
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+  """What is the same for all blocks, and how many queries and keys one has."""
+
+  scale: float
+  softcap: float | None
+  window: int | None
+  queries: int
+  keys: int
+
+
+def attention(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  mask: AttentionMask,
+  sinks_N: jax.Array | None,
+  *,
+  scale: float,
+  softcap: float | None,
+  sizes: tuple[int, int] | None = None,
+) -> jax.Array:
+  """Computes `ops.attention.attention`; see there.
+
+  `sizes` are the queries and keys of a block (None: what was fastest on a CPU).
+  """
+  keys = k_BSKH.shape[1]
+  of_block = sizes or next((size for most, size in SIZES.items() if keys <= most), LARGEST)
+  scores = Scores(
+    scale=scale, softcap=softcap, window=mask.window, queries=of_block[0], keys=of_block[1]
+  )
+  length, kv_heads = q_BTNH.shape[1], k_BSKH.shape[2]
+  q_BKGTH = rearrange(q_BTNH, 'B T (K G) H -> B K G T H', K=kv_heads)
+  sinks_KG = None if sinks_N is None else rearrange(sinks_N, '(K G) -> K G', K=kv_heads)
+  marks = _marks(mask)
+  y_BKGTH = _attend(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks)
+  return rearrange(y_BKGTH[..., :length, :], 'B K G T H -> B T (K G) H')
+
+
+def _marks(mask: AttentionMask):
+  """Positions and segments of the queries and of the keys: ((BT, BT or None), (BS, BS or None))."""
+  queries = mask.q_positions_BT, mask.q_segments_BT
+  return queries, (mask.k_positions_BS, mask.k_segments_BS)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(scores: Scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks):
+  return _forward(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks)[0]
+
+
+def _forward(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks):
+  queries = _query_blocks(q_BKGTH, marks[0], scores.queries)
+  keys = _Keys.of(k_BSKH, v_BSKH, marks[1], scores.keys)
+
+  def one(_, block):
+    q, q_marks = block
+
+    def add(j, sums):
+      k, v, k_marks = keys.block(j)
+      return _add(sums, _scores(scores, q, k, q_marks, k_marks), v)
+
+    start = MASKED / 2  # above what is masked, so that its weight is exactly zero
+    shape = q.shape[:-1]
+    sums = jnp.full(shape, start), jnp.zeros(shape), jnp.zeros(q.shape, jnp.float32)
+    peak, total, out = jax.lax.fori_loop(*keys.seen(scores.window, q_marks), add, sums)
+    if sinks_KG is not None:
+      sink = jnp.broadcast_to(sinks_KG.astype(jnp.float32)[None, :, :, None], shape)
+      top = jnp.maximum(peak, sink)
+      out = out * jnp.exp(peak - top)[..., None]
+      peak, total = top, total * jnp.exp(peak - top) + jnp.exp(sink - top)
+    total = jnp.where(total == 0, 1.0, total)
+    return None, ((out / total[..., None]).astype(q_BKGTH.dtype), peak + jnp.log(total))
+
+  _, (y, logs) = jax.lax.scan(one, None, queries)
+  y_BKGTH, logs_BKGT = _joined(y), rearrange(logs, 'i B K G T -> B K G (i T)')
+  return y_BKGTH, (q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks, y_BKGTH, logs_BKGT)
+
+
+def _backward(scores, saved, y_bar):
+  q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks, y_BKGTH, logs_BKGT = saved
+  y_bar = y_bar.astype(jnp.float32)
+  delta_BKGT = jnp.sum(y_bar * y_BKGTH.astype(jnp.float32), -1)
+  queries = _query_blocks(q_BKGTH, marks[0], scores.queries)
+  cut = lambda x: rearrange(x, 'B K G (i T) ... -> i B K G T ...', T=scores.queries)
+  keys = _Keys.of(k_BSKH, v_BSKH, marks[1], scores.keys)
+
+  def one(sums, block):
+    (q, q_marks), bar, logs, delta = block
+
+    def add(j, sums):
+      q_bar, k_bar, v_bar = sums
+      k, v, k_marks = keys.block(j)
+      found = _scores(scores, q, k, q_marks, k_marks)
+      weights = jnp.exp(found - logs[..., None])
+      new_v = _product('BKGTS,BKGTH->BSKH', weights, bar)
+      found_bar = weights * (_product('BKGTH,BSKH->BKGTS', bar, v) - delta[..., None])
+      if scores.softcap is not None:
+        found_bar = found_bar * (1 - jnp.square(jnp.clip(found / scores.softcap, -1, 1)))
+      found_bar = found_bar * scores.scale
+      new_k = _product('BKGTS,BKGTH->BSKH', found_bar, q)
+      q_bar = q_bar + _product('BKGTS,BSKH->BKGTH', found_bar, k)
+      return q_bar, _added(k_bar, new_k, j), _added(v_bar, new_v, j)
+
+    start = jnp.zeros(q.shape, jnp.float32), *sums
+    q_bar, *sums = jax.lax.fori_loop(*keys.seen(scores.window, q_marks), add, start)
+    return tuple(sums), q_bar
+
+  nothing = jnp.zeros(keys.k_BSKH.shape, jnp.float32)
+  blocks = (queries, cut(y_bar), cut(logs_BKGT), cut(delta_BKGT))
+  (k_bar, v_bar), q_bar = jax.lax.scan(one, (nothing, nothing), blocks)
+  q_bar = _joined(q_bar)[..., : q_BKGTH.shape[3], :].astype(q_BKGTH.dtype)
+  k_bar, v_bar = (
+    bar[:, : like.shape[1]].astype(like.dtype) for bar, like in ((k_bar, k_BSKH), (v_bar, v_BSKH))
+  )
+  return q_bar, k_bar, v_bar, _sinks_bar(sinks_KG, logs_BKGT, delta_BKGT), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _sinks_bar(sinks_KG, logs_BKGT, delta_BKGT):
+  if sinks_KG is None:
+    return None
+  weights = jnp.exp(sinks_KG.astype(jnp.float32)[None, :, :, None] - logs_BKGT)
+  return -jnp.sum(weights * delta_BKGT, (0, 3)).astype(sinks_KG.dtype)
+
+
+def _product(form: str, a, b):
+  return jnp.einsum(form, a, b, preferred_element_type=jnp.float32)
+
+
+def _scores(scores: Scores, q, k, q_marks, k_marks):
+  """Masked scores of a block, float32 [B, K, G, T, S]."""
+  dtype = jnp.promote_types(q.dtype, k.dtype)
+  found = scores.scale * _product('BKGTH,BSKH->BKGTS', q.astype(dtype), k.astype(dtype))
+  if scores.softcap is not None:
+    found = scores.softcap * jnp.tanh(found / scores.softcap)
+  (q_positions_BT, q_segments_BT), (k_positions_BS, k_segments_BS) = q_marks, k_marks
+  mask = AttentionMask(
+    q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, window=scores.window
+  )
+  return jnp.where(mask.dense()[:, None, None], found, MASKED)
+
+
+def _add(sums, found, v):
+  """Adds the values of a block to what the blocks before have given."""
+  peak, total, out = sums
+  top = jnp.maximum(peak, found.max(-1))
+  weights, factor = jnp.exp(found - top[..., None]), jnp.exp(peak - top)
+  new = _product('BKGTS,BSKH->BKGTH', weights.astype(v.dtype), v)
+  return top, total * factor + weights.sum(-1), out * factor[..., None] + new
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+  """Keys and values, filled up to whole blocks, with the positions that each block spans."""
+
+  k_BSKH: jax.Array
+  v_BSKH: jax.Array
+  marks: tuple
+  size: int
+
+  @classmethod
+  def of(cls, k_BSKH, v_BSKH, marks, size) -> '_Keys':
+    positions_BS, segments_BS = marks
+    marks = _filled(positions_BS, size, 1, AFTER_ALL), _filled(segments_BS, size, 1)
+    return cls(_filled(k_BSKH, size, 1), _filled(v_BSKH, size, 1), marks, size)
+
+  def block(self, j):
+    cut = lambda a: jax.lax.dynamic_slice_in_dim(a, j * self.size, self.size, axis=1)
+    return cut(self.k_BSKH), cut(self.v_BSKH), jax.tree.map(cut, self.marks)
+
+  def seen(self, window, q_marks) -> tuple[jax.Array, jax.Array]:
+    """The first block that some query of a block may see, and the one after the last."""
+    q_positions_BT, k_positions_BS = q_marks[0], self.marks[0]
+    k_positions = rearrange(k_positions_BS, 'B (j S) -> j (B S)', S=self.size)
+    # A padded query sees nothing, so it has no say in the first block.
+    real_BT = q_positions_BT != BEFORE_ALL
+    last, first = q_positions_BT.max(), jnp.where(real_BT, q_positions_BT, AFTER_ALL).min()
+    within = k_positions.min(1) <= last
+    if window is not None:
+      # Slots that hold no key lie after all; they do not make a block reach into the window.
+      held = jnp.where(k_positions == AFTER_ALL, BEFORE_ALL, k_positions)
+      within &= held.max(1) > first - window
+    number = jnp.arange(len(within), dtype=jnp.int32)
+    begin = jnp.where(within, number, len(within)).min()
+    return begin, jnp.where(within, number + 1, begin).max()
+
+
+def _query_blocks(q_BKGTH, marks, size):
+  """Blocks of queries with their positions and segments, on a leading axis."""
+  positions_BT, segments_BT = marks
+  q = rearrange(_filled(q_BKGTH, size, 3), 'B K G (i T) H -> i B K G T H', T=size)
+  cut = lambda a: a if a is None else rearrange(a, 'B (i T) -> i B T', T=size)
+  positions = cut(_filled(positions_BT, size, 1, BEFORE_ALL))
+  return q, (positions, cut(_filled(segments_BT, size, 1)))
+
+
+def _joined(blocks):
+  return rearrange(blocks, 'i B K G T H -> B K G (i T) H')
+
+
+def _filled(a, size: int, axis: int, value=0):
+  if a is None:
+    return None
+  pad = [(0, 0)] * a.ndim
+  pad[axis] = (0, -a.shape[axis] % size)
+  return jnp.pad(a, pad, constant_values=value)
+
+
+def _added(sums, new, j):
+  """Adds the gradients of block j to those of all blocks."""
+  size = new.shape[1]
+  part = jax.lax.dynamic_slice_in_dim(sums, j * size, size, axis=1) + new
+  return jax.lax.dynamic_update_slice_in_dim(sums, part, j * size, axis=1)
