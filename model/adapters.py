@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.transformer import Transformer, linears, matching_layers, matrices
-from ops import adapter_starts, lora, masked, sparse
+from ops import adapter_starts, experts, lora, masked, sparse
 from ops.linear import Matrix, Weight, roles
 
 Start = Literal['zero', 'pissa', 'loftq']
@@ -105,8 +105,15 @@ def merge(model: Transformer, into: lora.Into = 'dense') -> Transformer:
   """Returns a copy of a model whose adapters are folded into its weights; see `lora.merge`."""
   model = nnx.clone(model)
   for linear in linears(model).values():
-    linear.weight.set_value(lora.merge(linear.weight.get_value(), into))
+    w = linear.weight.get_value()
+    if 'adapter' in roles(w):
+      linear.weight.set_value(_merged(w, into))
   return model
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _merged(w: Matrix, into: lora.Into) -> Matrix:
+  return lora.merge(w, into)
 
 
 def shapes(model: Transformer, config: AdapterConfig, into: lora.Into | None) -> Transformer:
@@ -160,6 +167,10 @@ def _with_mask(w: Matrix) -> Matrix:
 
 
 def _adapted(w, layer, config, *, key, originals):
+  if experts.count(w) is not None:
+    raise ValueError(
+      "experts have no adapters; let targets name other layers, such as 'layers.*.attention.*'"
+    )
   if 'adapter' in roles(w):
     raise ValueError('this layer has an adapter already; merge it first')
   pruned = isinstance(w, masked.MaskedTensor | sparse.SparseTensor)
