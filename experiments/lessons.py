@@ -148,8 +148,9 @@ class LoraSpec(LessonSpec):
   """Learns by low-rank adapters, from the text or, with `teacher`, from the original model.
 
   rank, alpha, targets: those of `adapters.AdapterConfig`.
-  merge: whether what was learned is added to the weights, in the form in which they are stored, so
-    that a quantized matrix is quantized again; otherwise the adapters stay beside them.
+  merge: whether what was learned is added to the weights, in the form in which they are stored;
+    otherwise the adapters stay beside them. A quantized matrix is rounded again when it is merged,
+    which may lose more than was learned; the ledger has the loss before and after.
   """
 
   learning_rate: float = 2e-3
@@ -235,7 +236,7 @@ def lora(model, school, spec, folder):
   task = Task(objective=objective, selection=Selection(value=()))
   result = _taught(learning, school, spec, folder, task)
   if not spec.merge:
-    return result
+    return dataclasses.replace(result, model=adapters.narrowed(result.model))
   merged = adapters.merge(result.model, 'base')
   events = {**result.events, **_lost_by_merging(result.model, merged, school, spec)}
   return Learned(model=merged, events=events)

@@ -138,6 +138,17 @@ def shapes(model: Transformer, config: AdapterConfig, into: lora.Into | None) ->
   return model
 
 
+def narrowed(model: Transformer) -> Transformer:
+  """Returns a copy of a model whose adapters have the dtype of what the weights stand for."""
+  model = nnx.clone(model)
+  for layer, w in adapted(model).items():
+    arrays, structure = jax.tree.flatten(w)
+    found = zip(arrays, roles(w), strict=True)
+    arrays = [a.astype(w.dtype) if role == 'adapter' else a for a, role in found]
+    linears(model)[layer].weight.set_value(jax.tree.unflatten(structure, arrays))
+  return model
+
+
 def for_original(model: Transformer, start: Transformer, original: Transformer) -> Transformer:
   """Expresses trained adapters that changed their base at the start as ones of the original.
 
