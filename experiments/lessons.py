@@ -46,7 +46,7 @@ from ops.divergences import Divergence
 from ops.formats import FormatName
 from ops.linear import roles
 
-MEASURED_BATCHES = 4  # of the loss before and after adapters are merged into codes
+MEASURED_ROWS = 64  # of the loss before and after adapters are merged into codes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -242,13 +242,19 @@ def lora(model, school, spec, folder):
   return Learned(model=merged, events=events)
 
 
-def _lost_by_merging(model: Transformer, merged: Transformer, school: School, spec: LessonSpec):
-  """Where codes were made again: the loss before and after, on some rows of the training text."""
+def _lost_by_merging(
+  model: Transformer, merged: Transformer, school: School, spec: LessonSpec
+) -> dict[str, int]:
+  """Where codes were made again, the loss before and after, on some rows of the lesson."""
   weights = matrices(merged)
   if not any('code' in roles(weights[layer]) for layer in adapters.adapted(model)):
     return {}
-  rows = school.rows(dataclasses.replace(spec, steps=MEASURED_BATCHES))
-  nll = lambda one: round(1000 * loop.mean_nll(one, rows))
+  rows = school.rows(spec)
+  tokens = MEASURED_ROWS * rows.seq_len + 1
+  some = dataclasses.replace(
+    rows, stream=rows.stream[:tokens], starts=rows.starts[rows.starts < tokens]
+  )
+  nll = lambda one: round(1000 * loop.mean_nll(one, some))
   return {
     'loss before merging into codes, in thousandths of a nat per token': nll(model),
     'loss after it': nll(merged),
