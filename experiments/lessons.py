@@ -1,14 +1,16 @@
-"""Steps of a recipe that train: on text, by the original model, and to be quantized.
+"""Steps of a recipe that train: on text, by the original model, to be quantized, and by adapters.
 
   steps:
-    - prune_ffn: {ratio: 0.25}
+    - wanda: {n: 2, m: 4}
     - distill: {steps: 200, learning_rate: 5.0e-4}
-    - qat: {steps: 100, format: int4, group_size: 32, teacher: true}
+    - gptq: {format: int4}
+    - lora: {steps: 100, rank: 8, teacher: true}
 
-Each trains all parameters of the model that the steps before it left. What is learned from is the
-school: the training part of the texts that the recipe is measured on, and the original model as the
-teacher. The ledger says how many updates, tokens and seconds a step took. Quantization-aware
-training that follows the original model is LLM-QAT (Liu et al. 2023,
+`finetune`, `distill` and `qat` train all parameters of the model that the steps before it left,
+which must not be codes; `lora` trains adapters over whatever the weights are. Pruned weights stay
+zero. What is learned from is the school: the training part of the texts that the recipe is measured
+on, and the original model as the teacher. The ledger says how many updates, tokens and seconds a
+step took. Quantization-aware training that follows the original model is LLM-QAT (Liu et al. 2023,
 https://arxiv.org/abs/2305.17888).
 """
 
@@ -22,10 +24,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from experiments import training
-from model import fingerprint, learned
+from model import adapters, fingerprint, learned
+from model.adapters import AdapterConfig
 from model.compress.registry import Learned, technique
 from model.layers.routed import RoutedConfig
 from model.learned import QatConfig
@@ -36,13 +38,15 @@ from model.train.distill import TEACHER, Distillation
 from model.train.loop import FitConfig
 from model.train.objectives import CrossEntropy, Objective
 from model.train.optimizer import OptimizerConfig
+from model.train.partition import Selection
 from model.train.routing import Balanced
 from model.train.step import StepConfig, Task
-from model.transformer import Transformer, parameters
-from ops import qat as qat_ops
+from model.transformer import Transformer, matrices, parameters
 from ops.divergences import Divergence
 from ops.formats import FormatName
-from ops.linear import Matrix
+from ops.linear import roles
+
+MEASURED_ROWS = 64  # of the loss before and after adapters are merged into codes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -139,15 +143,56 @@ class QatSpec(LessonSpec):
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraSpec(LessonSpec):
+  """Learns by low-rank adapters, from the text or, with `teacher`, from the original model.
+
+  rank, alpha, targets: those of `adapters.AdapterConfig`.
+  merge: whether what was learned is added to the weights, in the form in which they are stored;
+    otherwise the adapters stay beside them. A quantized matrix is rounded again when it is merged,
+    which may lose more than was learned; the ledger has the loss before and after.
+  """
+
+  learning_rate: float = 2e-3
+  rank: int = 16
+  alpha: float = 32.0
+  targets: tuple[str, ...] = ('layers.*',)
+  teacher: bool = False
+  merge: bool = True
+
+  def __post_init__(self):
+    super().__post_init__()
+    self.adapter()
+
+  def adapter(self) -> AdapterConfig:
+    return AdapterConfig(rank=self.rank, alpha=self.alpha, targets=self.targets)
+
+
+def _of_values(model: Transformer, spec: LessonSpec) -> Transformer:
+  """The model after all values are trained. Raises ValueError if some of them are codes."""
+  for path, param in parameters(model).items():
+    if 'code' in roles(param.get_value()):
+      raise ValueError(
+        f'{path} is stored in codes, which gradients do not reach; train before the step that '
+        'quantizes, quantize by qat, which trains, or train adapters over the codes by lora'
+      )
+  return learned.shapes(model, spec.learner()) if isinstance(spec, QatSpec) else model
+
+
+def _of_adapters(model: Transformer, spec: LoraSpec) -> Transformer:
+  return adapters.shapes(model, spec.adapter(), 'base' if spec.merge else None)
+
+
 @technique(
   'finetune',
   spec=LessonSpec,
   paper='Ma et al. 2023, https://arxiv.org/abs/2305.11627',
   scope='learn',
+  becomes=_of_values,
 )
 def finetune(model, school, spec, folder):
   """Train all parameters on text, as healing after pruning."""
-  return _taught(model, school, spec, folder, _of_text(model))
+  return _taught(model, school, spec, folder, Task(objective=_of_text(model)))
 
 
 @technique(
@@ -155,22 +200,11 @@ def finetune(model, school, spec, folder):
   spec=DistillSpec,
   paper='Hinton et al. 2015, https://arxiv.org/abs/1503.02531',
   scope='learn',
+  becomes=_of_values,
 )
 def distill(model, school, spec, folder):
   """Train all parameters to predict as the original model does."""
-  return _taught(model, school, spec, folder, spec.objective())
-
-
-def _becomes(w: Matrix, spec: QatSpec) -> Matrix:
-  config = spec.learner()
-  learning = qat_ops.learn(
-    w.astype(jnp.float32),
-    config.format,
-    group_size=config.group_size,
-    symmetric=config.symmetric,
-    held=config.held,
-  )
-  return learning.stored()
+  return _taught(model, school, spec, folder, Task(objective=spec.objective()))
 
 
 @technique(
@@ -178,14 +212,53 @@ def _becomes(w: Matrix, spec: QatSpec) -> Matrix:
   spec=QatSpec,
   paper='Jacob et al. 2017, https://arxiv.org/abs/1712.05877',
   scope='learn',
-  becomes=_becomes,
+  becomes=_of_values,
 )
 def qat(model, school, spec, folder):
   """Train with rounded weights, and store what they were rounded to."""
   objective = Distillation() if spec.teacher else _of_text(model)
   learning = learned.attach(model, spec.learner())
-  result = _taught(learning, school, spec, folder, objective)
+  result = _taught(learning, school, spec, folder, Task(objective=objective))
   return dataclasses.replace(result, model=learned.finish(result.model))
+
+
+@technique(
+  'lora',
+  spec=LoraSpec,
+  paper='Hu et al. 2021, https://arxiv.org/abs/2106.09685',
+  scope='learn',
+  becomes=_of_adapters,
+)
+def lora(model, school, spec, folder):
+  """Train low-rank adapters over weights of any kind, and merge them."""
+  objective = Distillation() if spec.teacher else _of_text(model)
+  learning = adapters.attach(model, spec.adapter(), key=jax.random.key(school.seed))
+  task = Task(objective=objective, selection=Selection(value=()))
+  result = _taught(learning, school, spec, folder, task)
+  if not spec.merge:
+    return dataclasses.replace(result, model=adapters.narrowed(result.model))
+  merged = adapters.merge(result.model, 'base')
+  events = {**result.events, **_lost_by_merging(result.model, merged, school, spec)}
+  return Learned(model=merged, events=events)
+
+
+def _lost_by_merging(
+  model: Transformer, merged: Transformer, school: School, spec: LessonSpec
+) -> dict[str, int]:
+  """Where codes were made again, the loss before and after, on some rows of the lesson."""
+  weights = matrices(merged)
+  if not any('code' in roles(weights[layer]) for layer in adapters.adapted(model)):
+    return {}
+  rows = school.rows(spec)
+  tokens = MEASURED_ROWS * rows.seq_len + 1
+  some = dataclasses.replace(
+    rows, stream=rows.stream[:tokens], starts=rows.starts[rows.starts < tokens]
+  )
+  nll = lambda one: round(1000 * loop.mean_nll(one, some))
+  return {
+    'loss before merging into codes, in thousandths of a nat per token': nll(model),
+    'loss after it': nll(merged),
+  }
 
 
 def _of_text(model: Transformer) -> Objective:
@@ -195,15 +268,11 @@ def _of_text(model: Transformer) -> Objective:
 
 
 def _taught(
-  model: Transformer,
-  school: School,
-  spec: LessonSpec,
-  folder: pathlib.Path | None,
-  objective: Objective,
+  model: Transformer, school: School, spec: LessonSpec, folder: pathlib.Path | None, task: Task
 ) -> Learned:
   """Trains a model. Its parameters keep the dtypes that they had, but those that still learn."""
-  references = {TEACHER: school.original} if isinstance(objective, Distillation) else {}
-  task = Task(objective=objective, references=references)
+  if isinstance(task.objective, Distillation):
+    task = dataclasses.replace(task, references={TEACHER: school.original})
   start = time.perf_counter()
   try:
     result = loop.fit(model, school.rows(spec), spec.config(), task=task, folder=folder)

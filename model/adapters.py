@@ -11,6 +11,7 @@ this is QLoRA. Over a pruned one, the zeros stay.
 
 import dataclasses
 import fnmatch
+import functools
 import math
 from collections.abc import Mapping
 from typing import Literal, get_args
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.transformer import Transformer, linears, matching_layers, matrices
-from ops import adapter_starts, lora, masked, sparse
+from ops import adapter_starts, experts, lora, masked, sparse
 from ops.linear import Matrix, Weight, roles
 
 Start = Literal['zero', 'pissa', 'loftq']
@@ -86,7 +87,8 @@ def attach(
   for layer, own in zip(found, jax.random.split(key, len(found))):
     param = linears(model)[layer].weight
     try:
-      w = _adapted(param.get_value(), layer, config, key=own, originals=originals)
+      w = _with_mask(param.get_value())
+      w = _adapted(w, layer, config, key=own, originals=originals)
     except ValueError as error:
       raise ValueError(f'{layer}: {error}') from None
     param.set_value(w)
@@ -103,7 +105,47 @@ def merge(model: Transformer, into: lora.Into = 'dense') -> Transformer:
   """Returns a copy of a model whose adapters are folded into its weights; see `lora.merge`."""
   model = nnx.clone(model)
   for linear in linears(model).values():
-    linear.weight.set_value(lora.merge(linear.weight.get_value(), into))
+    w = linear.weight.get_value()
+    if 'adapter' in roles(w):
+      linear.weight.set_value(_merged(w, into))
+  return model
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _merged(w: Matrix, into: lora.Into) -> Matrix:
+  return lora.merge(w, into)
+
+
+def shapes(model: Transformer, config: AdapterConfig, into: lora.Into | None) -> Transformer:
+  """What `attach` and then `merge` make of a model that has shapes in the place of arrays.
+
+  `into` None leaves the adapters where they are. Raises ValueError as both do.
+  """
+  graphdef, state = nnx.split(model)
+  model = nnx.merge(graphdef, state)
+
+  def adapted(key, w, layer):
+    adapter = _adapted(w, layer, config, key=key, originals=None)
+    return adapter if into is None else lora.merge(adapter, into)
+
+  for layer in targets(model, config):
+    weight = linears(model)[layer].weight
+    try:
+      one = functools.partial(adapted, layer=layer)
+      weight.set_value(jax.eval_shape(one, jax.random.key(0), weight.get_value()))
+    except ValueError as error:
+      raise ValueError(f'{layer}: {error}') from None
+  return model
+
+
+def narrowed(model: Transformer) -> Transformer:
+  """Returns a copy of a model whose adapters have the dtype of what the weights stand for."""
+  model = nnx.clone(model)
+  for layer, w in adapted(model).items():
+    arrays, structure = jax.tree.flatten(w)
+    found = zip(arrays, roles(w), strict=True)
+    arrays = [a.astype(w.dtype) if role == 'adapter' else a for a, role in found]
+    linears(model)[layer].weight.set_value(jax.tree.unflatten(structure, arrays))
   return model
 
 
@@ -129,11 +171,19 @@ def adapted(model: Transformer) -> dict[str, Matrix]:
   return {layer: w for layer, w in matrices(model).items() if 'adapter' in roles(w)}
 
 
+def _with_mask(w: Matrix) -> Matrix:
+  if len(w.shape) == 2 and not isinstance(w, Weight) and sparse.looks_pruned(w):
+    return masked.masked(w)
+  return w
+
+
 def _adapted(w, layer, config, *, key, originals):
+  if experts.count(w) is not None:
+    raise ValueError(
+      "experts have no adapters; let targets name other layers, such as 'layers.*.attention.*'"
+    )
   if 'adapter' in roles(w):
     raise ValueError('this layer has an adapter already; merge it first')
-  if not isinstance(w, Weight) and sparse.looks_pruned(w):
-    w = masked.masked(w)
   pruned = isinstance(w, masked.MaskedTensor | sparse.SparseTensor)
   if pruned and (config.dora or config.start != 'zero'):
     raise ValueError('over a pruned weight an adapter is plain LoRA that starts at zero')

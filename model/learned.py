@@ -9,6 +9,7 @@ and its values learn.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -59,6 +60,22 @@ def attach(model: Transformer, config: QatConfig) -> Transformer:
   return model
 
 
+def shapes(model: Transformer, config: QatConfig) -> Transformer:
+  """What `attach` and `finish` make of a model that has shapes in the place of arrays.
+
+  Raises ValueError as `attach` does.
+  """
+  graphdef, state = nnx.split(model)
+  model = nnx.merge(graphdef, state)
+  for layer in matching_layers(model, config.targets):
+    weight = linears(model)[layer].weight
+    try:
+      weight.set_value(jax.eval_shape(functools.partial(_becomes, config), weight.get_value()))
+    except ValueError as error:
+      raise ValueError(f'{layer}: {error}') from None
+  return model
+
+
 def with_int8_products(
   model: Transformer,
   backward: Backward = 'inputs',
@@ -85,6 +102,10 @@ def finish(model: Transformer) -> Transformer:
   for param in parameters(model).values():
     param.set_value(_finished(param.get_value()))
   return model
+
+
+def _becomes(config: QatConfig, w: Matrix) -> Matrix:
+  return experts.mapped(lambda one: stored(_learning_one(one, config, pruned=False)), w)
 
 
 @jax.jit

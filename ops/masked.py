@@ -55,11 +55,15 @@ class MaskedTensor(Weight):
     return dataclasses.replace(self, values=refit(self.values, jnp.where(self.kept(), w_IO, 0)))
 
 
-def masked(w_IO: jax.Array, mask_IO: jax.Array | None = None) -> MaskedTensor:
-  """Keeps the zeros of a matrix: those outside `mask_IO` (bool), or by default its exact zeros."""
-  axes.check('IO,IO', w_IO, mask_IO)
-  mask_IO = w_IO != 0 if mask_IO is None else mask_IO
-  return MaskedTensor(jnp.where(mask_IO, w_IO, 0), packing.pack(mask_IO, 1))
+def masked(w: Matrix, mask_IO: jax.Array | None = None) -> MaskedTensor:
+  """Keeps the zeros of a matrix: those outside `mask_IO` (bool), or by default its exact zeros.
+
+  Weights that are no plain array stay under the mask as they are.
+  """
+  axes.check('IO,IO', w, mask_IO)
+  mask_IO = dense(w) != 0 if mask_IO is None else mask_IO
+  values = w if isinstance(w, Weight) else jnp.where(mask_IO, w, 0)
+  return MaskedTensor(values, packing.pack(mask_IO, 1))
 
 
 def bare(w: MaskedTensor) -> Matrix:

@@ -9,7 +9,8 @@ import numpy as np
 from flax import nnx
 
 from model import units
-from model.compress import statistics
+from model.compress import phases, statistics
+from model.compress.phases import WHOLE
 from model.compress.programs import execute, has_experts, prepare
 from model.compress.recipe import Recipe, Step
 from model.compress.registry import PLAN, PREPARED
@@ -22,8 +23,6 @@ from ops.sparse import SparseTensor, looks_pruned
 
 # Cloning a module sorts its attributes, so their own order says nothing.
 ORDER = ('embedding', 'positions', 'layers', 'final_norm', 'head')
-# Scopes of the whole model, and which of them come first.
-WHOLE = {'shape': 0, 'learn': 0, 'model': 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,18 +83,31 @@ def check(
   `learns`: whether there is something to learn from, for steps that train.
   Raises ValueError with the recipe, the technique and the layer.
   """
-  for i, step in enumerate(recipe.steps):
-    _check_scope(recipe, i)
-    if calibrated(step) and calibration_BT is None:
-      raise ValueError(f'recipe {recipe.name}: {step.technique} needs calibration text')
-    if calibrated(step):
-      _check_calibration(model, calibration_BT)
-    if step.row.scope == 'learn' and not learns:
-      raise ValueError(f'recipe {recipe.name}: {step.technique} trains, and has no text for it')
-    model = _check_whole(model, recipe, step)
-    _check_patterns(model, recipe, step)
-  for part in parts(model):
-    _check_part(part, recipe)
+  after, zeros = _shapes(model), _Zeros(model, recipe)
+  for phase in phases.phases(recipe):
+    for i, step in enumerate(phase.recipe.steps, phase.first):
+      phases.check_order(recipe, i)
+      if calibrated(step) and calibration_BT is None:
+        raise ValueError(f'recipe {recipe.name}: {step.technique} needs calibration text')
+      if calibrated(step):
+        _check_calibration(model, calibration_BT)
+      if step.row.scope == 'learn' and not learns:
+        raise ValueError(f'recipe {recipe.name}: {step.technique} trains, and has no text for it')
+      after = _check_whole(after, recipe, step)
+      _check_patterns(after, recipe, step)
+    for part in parts(after):
+      _check_part(part, phase.recipe, zeros)
+
+
+def pruned(model: Transformer, recipe: Recipe) -> set[str]:
+  """The layers that steps of a recipe prune."""
+  steps = [step for step in recipe.steps if step.row.prunes]
+  return {
+    part.layer(path)
+    for part in parts(model)
+    for step in steps
+    for path in targets(part, step, recipe)
+  }
 
 
 def calibrated(step: Step) -> bool:
@@ -105,45 +117,27 @@ def calibrated(step: Step) -> bool:
   return bool(step.row.statistics) or step.row.scope == 'block'
 
 
-def _check_scope(recipe, i):
-  step = recipe.steps[i]
-  late = lambda s: WHOLE.get(s.row.scope, len(WHOLE))
-  before = [s.technique for s in recipe.steps[:i] if late(s) > late(step)]
-  if before:
-    raise ValueError(
-      f'recipe {recipe.name}: {step.technique} changes the whole model, so it has to come before '
-      f'{before[0]}'
-    )
-
-
 def _check_whole(model, recipe, step) -> Transformer:
   """Checks a step against the config, and returns the model after a change of shapes, abstract."""
   try:
     if step.row.check is not None:
       step.row.check(model.config, step.spec)
-    if step.row.scope not in ('shape', 'learn'):
+    if step.row.scope == 'learn':
+      return step.row.becomes(model, step.spec)
+    if step.row.scope != 'shape':
       return model
     for path, param in parameters(model).items():
       units.check_plain(path, param.get_value())
-    if step.row.scope == 'learn':
-      return _learned(model, step)
     dtype = model.embedding.table.get_value().dtype
     return abstract(step.row.reshapes(model, step.spec), dtype)
   except ValueError as error:
     raise ValueError(f'recipe {recipe.name}: {step.technique}: {error}') from None
 
 
-def _learned(model, step) -> Transformer:
-  """The model after a step that trains, abstract."""
+def _shapes(model: Transformer) -> Transformer:
+  """A copy of a model with shapes in the place of arrays."""
   graphdef, state = nnx.split(model)
-  model = nnx.merge(graphdef, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state))
-  for path, linear in linears(model).items() if step.row.becomes else ():
-    if path.startswith('layers.') and not linear.decides:
-      becomes = functools.partial(step.row.becomes, spec=step.spec)
-      linear.weight.set_value(
-        jax.eval_shape(functools.partial(experts.mapped, becomes), linear.weight.get_value())
-      )
-  return model
+  return nnx.merge(graphdef, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state))
 
 
 def _check_patterns(model, recipe, step):
@@ -183,34 +177,53 @@ def _check_calibration(model, calibration_BT):
     )
 
 
-def _check_part(part, recipe):
-  values = weights(part)
-  shapes = {path: jax.eval_shape(lambda w: w, w) for path, w in values.items()}
-  masked = {}  # path -> what set weights to zero that have to be stored as zero
+class _Zeros:
+  """Knows which matrices hold zeros that have to stay, by their paths in the model."""
+
+  def __init__(self, model: Transformer, recipe: Recipe):
+    given = {path: core(param.get_value()) for path, param in parameters(model).items()}
+    reshaped = any(step.row.scope == 'shape' for step in recipe.steps)  # before all that round
+    self._given = {} if reshaped else given
+    self._pruned = {}  # path -> the technique
+
+  def note(self, path: str, technique: str) -> None:
+    """Records that a technique prunes a matrix, without storing which weights it kept."""
+    self._pruned[path] = technique
+
+  def pruned_by(self, path: str) -> str | None:
+    """What set weights of a matrix to zero; None if nothing did."""
+    given = self._given.get(path)
+    if path not in self._pruned and isinstance(given, jax.Array) and looks_pruned(given):
+      return 'an earlier pruning'
+    return self._pruned.get(path)
+
+
+def _check_part(part: Part, recipe: Recipe, zeros: _Zeros):
+  """Runs steps on the shapes of a part, which change as the steps would change them."""
+  params = parameters(part.module)
   for step in recipe.steps:
     for path in targets(part, step, recipe):
+      where = f'{part.prefix}.{path}'.strip('.')
       try:
-        shapes[path] = after = _becomes(step, shapes[path])
-        _check_zeros(after, masked.get(path), values[path])
+        after = _becomes(step, params[path].get_value())
+        _check_zeros(after, where, zeros)
       except ValueError as error:
-        where = f'{part.prefix}.{path}'.strip('.')
         raise ValueError(f'recipe {recipe.name}: {step.technique} on {where}: {error}') from None
+      params[path].set_value(after)
       if step.row.prunes and not isinstance(core(after), SparseTensor):
-        masked[path] = step.technique
+        zeros.note(where, step.technique)
 
 
-def _check_zeros(after, masked: str | None, before: Matrix):
+def _check_zeros(after, where: str, zeros: _Zeros):
   """Raises ValueError where a step would make pruned weights something else than zero."""
   is_codes = lambda w: isinstance(w, QuantizedTensor)
   stored = [w for w in jax.tree.leaves(after, is_leaf=is_codes) if is_codes(w)]
   if all(w.holds_zero for w in stored):
     return
-  values = core(before)
-  if masked is None and isinstance(values, jax.Array) and looks_pruned(values):
-    masked = 'an earlier pruning'
-  if masked is not None:
+  pruned_by = zeros.pruned_by(where)
+  if pruned_by is not None:
     raise ValueError(
-      f'what {masked} set to zero would not stay zero, for zero points are no integers; '
+      f'what {pruned_by} set to zero would not stay zero, for zero points are no integers; '
       'prune n of m instead, whose zeros are not stored, or quantize with integer zero points, '
       'such as by round_to_nearest or gptq'
     )

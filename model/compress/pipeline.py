@@ -5,16 +5,20 @@ Within a block, layers are compressed in stages, in the order in which they run,
 stage are measured after all earlier stages have been compressed by all steps. A recipe can ask for
 less (see `recipe`).
 
+A recipe whose steps train after others runs in phases (model/compress/phases.py), each over the
+whole model. Pruned weights stay zero while the model trains.
+
 Memory holds one block twice, before and after compression, with its statistics and one set of
 hidden states. With a folder for its progress, a run that was killed continues after the last
-finished block and gives the same result, bit for bit.
+finished block, or the last checkpoint of a step that trains, and gives the same result, bit for
+bit.
 """
 
 import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,26 +27,44 @@ import numpy as np
 from flax import nnx
 
 from model import units
-from model.compress import calibrate, starvation, statistics, threads
+from model.compress import calibrate, starvation, statistics, threads, zeros
 from model.compress.calibrate import CALIBRATION_BATCH
-from model.compress.ledger import LayerResult, Ledger
+from model.compress.ledger import Ledger
 from model.compress.measurements import Measurements
-from model.compress.parts import Part, calibrated, check, compile_ahead, parts, targets, weights
+from model.compress.parts import (
+  Part,
+  calibrated,
+  check,
+  compile_ahead,
+  parts,
+  pruned,
+  targets,
+  weights,
+)
+from model.compress.phases import Phase, phases
 from model.compress.programs import Prepared, compiled, execute
 from model.compress.progress import Progress
 from model.compress.recipe import Recipe, Step
 from model.compress.registry import PLAN, Site
+from model.compress.results import Results, describe, relative_error
 from model.transformer import Transformer, matrices, parameters
-from ops.linear import Matrix, Weight, dense
 
 __all__ = ['calibrated', 'check', 'compress', 'describe']
 
-REBUILDING = ('shape', 'learn')  # scopes of steps that build a new model
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Given:
+  """What all phases of a compression are given."""
+
+  calibration_BT: np.ndarray | None
+  school: Any
+  kept: Progress
+  progress: Callable[[list], Iterator]
 
 
 @dataclasses.dataclass
 class _Run:
-  """What the steps of one compression share."""
+  """What the steps of one phase share; `recipe` has these steps alone."""
 
   recipe: Recipe
   ledger: Ledger
@@ -63,11 +85,12 @@ def compress(
   """Returns a compressed copy of a model, and the ledger.
 
   `calibration_BT` is [rows, length] of token ids; only recipes with calibrated steps need it.
-  `progress` wraps the list of parts, as tqdm does. `in_place` compresses the model itself, so that
-  each original block is freed once it is compressed; a step that changes shapes or trains builds a
-  new model all the same. `resume` is a folder that keeps each finished block, and the state of a
-  step that trains, until the end; what an interrupted run of the same recipe, model and text left
-  there is taken over. `school` is what steps that train learn from, with a `fingerprint`.
+  `progress` wraps the list of parts of each phase, as tqdm does. `in_place` compresses the model
+  itself, so that each original block is freed once it is compressed; a step that changes shapes or
+  trains builds a new model all the same, and if there are several phases, the model stays as it is,
+  because it may be the teacher. `resume` is a folder that keeps each finished block, and the state
+  of a step that trains, until the end; what an interrupted run of the same recipe, model and text
+  left there is taken over. `school` is what steps that train learn from, with a `fingerprint`.
 
   Raises:
     ValueError: before any work, if a step does not fit a layer, a pattern matches no layer, or
@@ -79,20 +102,40 @@ def compress(
   kept = Progress.open(
     resume, model, recipe, calibration_BT, school.fingerprint if learns else None
   )
-  if not in_place and not any(step.row.scope in REBUILDING for step in recipe.steps):
+  first, *later = phases(recipe)
+  if not first.rebuilding and (later or not in_place):
     model = nnx.clone(model)
+  given = _Given(calibration_BT=calibration_BT, school=school, kept=kept, progress=progress)
   with threads.few(max((w.shape[-2] for w in matrices(model).values()), default=0)):
-    return _run_all(model, recipe, calibration_BT, progress, school=school, kept=kept)
+    return _run_all(model, recipe, given)
 
 
-def _run_all(model, recipe, calibration_BT, progress, *, school, kept: Progress):
-  run = _Run(recipe, Ledger(), {})
-  model = _rebuild(model, run, calibration_BT, school, kept)
+def _run_all(model: Transformer, recipe: Recipe, given: _Given) -> tuple[Transformer, Ledger]:
+  """Runs the phases that an interrupted run has not finished."""
+  kept, ledger, masked = given.kept, Ledger(), set()
+  if kept.finished >= 0:
+    model, ledger = kept.restore_model(model.dtype)
+  for phase in phases(recipe):
+    if phase.is_last or phase.last > kept.finished:
+      kept.begin(phase)
+      model = _run_phase(model, phase, _Run(phase.recipe, ledger, {}), masked, given)
+      if not phase.is_last:
+        kept.save_model(phase.last, model, ledger)
+    masked |= pruned(model, phase.recipe)
+  kept.close()
+  return model, ledger
+
+
+def _run_phase(model, phase: Phase, run: _Run, masked: set[str], given: _Given) -> Transformer:
+  """`masked` has the layers that earlier phases pruned."""
+  recipe, calibration_BT, kept = phase.recipe, given.calibration_BT, given.kept
+  model = _rebuild(model, phase, run, masked, given)
+  run.ledger.layers.clear()  # of the phase before; the last one has the final matrices
   _transform(model, run)
   if any(calibrated(step) for step in recipe.steps):
     _note_repeats(calibration_BT, run)
     run.plans = _plans(model, recipe, calibration_BT)
-  for i, part in enumerate(progress(parts(model))):
+  for i, part in enumerate(given.progress(parts(model))):
     if part.is_block and run.stream is None and calibration_BT is not None:
       run.stream = _stream(model, recipe, calibration_BT)  # the embedding is compressed by now
     if part.is_block and kept.has(i):
@@ -106,27 +149,30 @@ def _run_all(model, recipe, calibration_BT, progress, *, school, kept: Progress)
     if part.is_block:
       kept.save(i, part.module, run.stream, ledger)
   _note_head(model, run)
-  kept.close()
-  return model, run.ledger
+  return model
 
 
-def _rebuild(model, run, calibration_BT, school, kept: Progress) -> Transformer:
+def _rebuild(model, phase: Phase, run, masked: set[str], given: _Given) -> Transformer:
   """Runs the steps that build a new model, each on the model that the last one built.
 
   Steps that an interrupted run finished are not run again.
   """
-  if kept.rebuilt >= 0:
-    model, run.ledger = kept.restore_rebuilt(model.dtype)
-  for i, step in enumerate(run.recipe.steps):
-    if step.row.scope in REBUILDING and i > kept.rebuilt:
+  for i, step in phase.rebuilding:
+    if i > given.kept.finished:
       if step.row.scope == 'shape':
-        model = _reshape(model, step, run, calibration_BT)
+        model = _reshape(model, step, run, given.calibration_BT)
       else:
-        result = step.row.function(model, school, step.spec, kept.lesson(i))
-        run.ledger.add('model', step.technique, result.events)
-        model = result.model
-      kept.save_rebuilt(i, model, run.ledger)
+        model = _learn(model, i, step, run, masked, given)
+      given.kept.save_model(i, model, run.ledger)
   return model
+
+
+def _learn(model, i: int, step: Step, run, masked: set[str], given: _Given) -> Transformer:
+  model, held = zeros.hold(model, masked)
+  result = step.row.function(model, given.school, step.spec, given.kept.lesson(i))
+  run.ledger.add('model', step.technique, result.events)
+  zeros.release(result.model, held)
+  return result.model
 
 
 def _reshape(model, step, run, calibration_BT) -> Transformer:
@@ -174,7 +220,7 @@ def _stream(model, recipe, calibration_BT):
 
 def _compress(part: Part, run: _Run) -> None:
   original = nnx.clone(part.module) if run.recipe.sequential == 'none' else None
-  groups, results = _together(run.recipe.steps), _Results(part)
+  groups, results = _together(run.recipe.steps), Results(part)
   for g, steps in enumerate(groups):
     later = _paths(part, itertools.chain(*groups[g + 1 :]), run.recipe)
     if steps[0][1].row.scope == 'block':
@@ -194,7 +240,7 @@ def _compile_ahead(part, run):
   before, after = weights(part), compile_ahead(part, run.recipe)
   for path in after:
     if path.endswith('.weight'):
-      _relative_error.ahead(before[path], after[path])
+      relative_error.ahead(before[path], after[path])
   if run.stream is not None and after and run.recipe.sequential != 'none':
     run.stream.compile_ahead(part.module, after)
 
@@ -295,6 +341,9 @@ _starved = compiled(statistics.starved)
 
 
 def _note_repeats(calibration_BT, run):
+  """Records how many calibration rows repeat others, once for all phases."""
+  if any(row.technique == 'calibration' for row in run.ledger.events):
+    return
   rows, distinct = len(calibration_BT), len(np.unique(calibration_BT, axis=0))
   what = f'calibration rows that repeat others; {distinct} of {rows} are distinct'
   run.ledger.add('model', 'calibration', {what: rows - distinct})
@@ -306,51 +355,3 @@ def _note_head(model, run):
     if left_out and step.row.scope != 'parameters' and calibrated(step):
       what = 'left as it was, because calibration ends before it'
       run.ledger.add('head', step.technique, {what: 1})
-
-
-class _Results:
-  """Compares the matrices of a part with the originals, each as soon as it has its final form."""
-
-  def __init__(self, part: Part):
-    found = matrices(part.module)
-    self._before = {f'{layer}.weight'.strip('.'): w for layer, w in found.items()}
-    self._part, self._order, self._found = part, tuple(self._before), {}
-
-  def settle(self, paths: Iterable[str]) -> None:
-    """Compares the matrices among some parameters, and releases their originals."""
-    params = parameters(self._part.module)
-    for path in paths:
-      if path in self._before:
-        now, was = params[path].get_value(), self._before.pop(path)
-        self._found[path] = LayerResult(
-          layer=self._part.layer(path).removesuffix('weight').strip('.'),
-          shape=tuple(now.shape),
-          stored=describe(now),
-          stored_bytes=now.nbytes,
-          relative_error=float(_relative_error(was, now)),
-        )
-
-  def all(self) -> list[LayerResult]:
-    """The results of all matrices, in the order of the part."""
-    self.settle(list(self._before))
-    return [self._found[path] for path in self._order]
-
-
-@compiled
-def _relative_error(w, now):
-  before, after = dense(w).astype(jnp.float32), dense(now).astype(jnp.float32)
-  return jnp.linalg.norm(before - after) / jnp.maximum(jnp.linalg.norm(before), 1e-30)
-
-
-def describe(w: Matrix) -> str:
-  """How a weight is stored, in a few words: 'SparseTensor 2:4 of bfloat16'."""
-  if not isinstance(w, Weight):
-    return str(w.dtype)
-  static = [
-    str(value)
-    for field in dataclasses.fields(w)
-    if 'axes' not in field.metadata and isinstance(value := getattr(w, field.name), str | int)
-  ]
-  inner = getattr(w, w.passes_to or 'values', None)
-  nested = f' of {describe(inner)}' if isinstance(inner, Weight) else ''
-  return f'{type(w).__name__} {" ".join(static)}{nested}'

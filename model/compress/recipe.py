@@ -62,7 +62,8 @@ class Recipe:
     """Returns the recipe as plain values, in the form that `parse` reads."""
     steps = []
     for step in self.steps:
-      entry = {step.technique: dataclasses.asdict(step.spec)}
+      options = dataclasses.asdict(step.spec).items()
+      entry = {step.technique: {k: list(v) if isinstance(v, tuple) else v for k, v in options}}
       if step.only != ('*',):
         entry['only'] = list(step.only)
       steps.append(entry)
@@ -126,13 +127,19 @@ def _parse_spec(row, options, place):
     if not _fits(value, hints[key]):
       raise ValueError(f'{place}, {row.name}: {key} is {_words(hints[key])}, not {value!r}')
   try:
-    return row.spec(**options)
+    return row.spec(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
   except (ValueError, TypeError) as error:
     raise ValueError(f'{place}, {row.name}: {error}') from None
 
 
 def _fits(value, hint) -> bool:
-  """Whether a YAML value has the type of a field; an int is a float, a bool is neither."""
+  """Whether a YAML value has the type of a field; an int is a float, a bool is neither.
+
+  A list is a tuple of any length.
+  """
+  if typing.get_origin(hint) is tuple:
+    one = typing.get_args(hint)[0]
+    return isinstance(value, list) and bool(value) and all(_fits(v, one) for v in value)
   if typing.get_origin(hint) is typing.Literal:
     return value in typing.get_args(hint)
   if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -145,6 +152,8 @@ def _fits(value, hint) -> bool:
 def _words(hint) -> str:
   if typing.get_origin(hint) is typing.Literal:
     return ' or '.join(map(str, typing.get_args(hint)))
+  if typing.get_origin(hint) is tuple:
+    return f'a list of {_words(typing.get_args(hint)[0])}'
   return getattr(hint, '__name__', str(hint)) if isinstance(hint, type) else str(hint)
 
 

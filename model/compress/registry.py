@@ -109,19 +109,21 @@ class Technique:
                 together
     model       (model, spec) -> events; changes the model in place, before any calibration
     shape       (model, measurements, spec) -> Reshaped; returns a model of other sizes, before all
-                other steps; `measurements` is a `measurements.Measurements`, None without
-                calibration
-    learn       (model, school, spec, folder) -> Learned; trains the whole model, among the steps of
-                scope 'shape'; `school` is what the caller of `pipeline.compress` teaches with, and
+                other steps but those that learn; `measurements` is a `measurements.Measurements`,
+                None without calibration
+    learn       (model, school, spec, folder) -> Learned; trains the model, after any other steps
+                (see model/compress/phases.py); matrices pruned without a pattern come as
+                `MaskedTensor`; `school` is what the caller of `pipeline.compress` teaches with, and
                 `folder` keeps the run, so that it can be killed; None if nothing is to be kept
 
   Functions of linears and parameters are traced: `spec` is static, and Python branches may depend
   on shapes only.
 
-  check: for block, model, shape and learn, (config, spec) raises ValueError if the technique does
-    not apply.
+  check: for block, model and shape, (config, spec) raises ValueError if the technique does not
+    apply.
   becomes: for block, (w, spec) -> Matrix is traced on shapes to find the type of the result; for
-    learn likewise, of each linear layer of the blocks, where the type changes.
+    learn, (model, spec) -> the model after the step, from one that has shapes in the place of
+    arrays and may be changed; raises ValueError if the technique does not apply.
   reshapes: for shape, (model, spec) -> config of the result, from a model that may be abstract. A
     size that depends on calibration or on timing is given by the number that it is a multiple of.
   calibrates: for shape, (spec) -> whether it measures on calibration text.

@@ -1,18 +1,22 @@
 """Recipes whose steps train: what they leave, and that a killed one ends with the same bits."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
+import yaml
+from flax import nnx
 
 from experiments import base as embedded
 from experiments import lessons
 from model import hf, native
-from model.compress import pipeline, recipe
+from model.compress import pipeline, progress, recipe
 from model.train.data import PackedDataset
-from model.transformer import matrices
-from ops import quantized
+from model.transformer import Transformer, matrices
+from ops import quantized, sparse
+from ops.linear import dense
 
 TINY = {'steps': 4, 'batch_size': 2, 'checkpoint_every': 2, 'warmup_steps': 1}
 STEPS = [
@@ -98,6 +102,66 @@ def test_killed_in_both_lessons_it_ends_with_the_same_bits(school, whole, tmp_pa
   np.testing.assert_array_equal(again(tokens), model(tokens))
 
 
+LATE = _recipe(
+  {'magnitude': {'n': 2, 'm': 4}, 'only': ['*.ffn.*']},
+  {'magnitude': {'sparsity': 0.3}, 'only': ['*.attention.*']},
+  {'finetune': {**TINY, 'learning_rate': 1e-3}},
+  {'round_to_nearest': {'format': 'int4', 'group_size': 16}},
+  {'lora': {**TINY, 'rank': 2, 'learning_rate': 1e-2}},
+)
+
+
+@pytest.fixture(scope='module')
+def small(school):
+  """A school of a model of one layer, which is compiled sooner."""
+  config = school.original.config
+  original = Transformer(config.replace(layers=config.layers[:1]), rngs=nnx.Rngs(0))
+  return dataclasses.replace(school, original=original)
+
+
+@pytest.fixture(scope='module')
+def late(small, tmp_path_factory):
+  """A run of `LATE` that is killed in its last step, and the model before that step."""
+  folder = tmp_path_factory.mktemp('late') / 'progress'
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    _dying(patch, 4 + 3)
+    _run(small, LATE, folder)
+  assert (folder / 'lesson_4' / 'checkpoints').is_dir()
+  rounded, _ = progress.Progress(folder).restore_model(jax.numpy.float32)
+  return *_run(small, LATE, folder), _dense(rounded)
+
+
+def _pruned(school):
+  return pipeline.compress(school.original, dataclasses.replace(LATE, steps=LATE.steps[:2]))[0]
+
+
+def _dense(model):
+  return {layer: np.asarray(dense(w)) for layer, w in matrices(model).items()}
+
+
+def test_killed_in_a_lesson_of_the_last_phase_it_ends_with_the_same_bits(small, late):
+  _, layout, arrays, _ = _run(small, LATE)
+  assert layout == late[1] and arrays == late[2]
+
+
+def test_pruned_weights_stay_zero_in_training_and_the_others_learn(small, late):
+  model, *_, ledger, rounded = late
+  pruned, final, kinds = _dense(_pruned(small)), _dense(model), matrices(model)
+  for layer in (layer for layer in final if layer.startswith('layers.')):
+    kept = pruned[layer] != 0
+    assert kept.mean() == pytest.approx(0.5 if '.ffn.' in layer else 0.7, abs=0.01)
+    for after in (rounded, final):
+      assert not after[layer][~kept].any()
+      assert (after[layer] != pruned[layer])[kept].mean() > 0.9
+    assert (final[layer] != rounded[layer]).mean() > 0.1
+    inner = getattr(kinds[layer], 'values', None) if '.ffn.' in layer else kinds[layer]
+    assert isinstance(inner, quantized.QuantizedTensor) and inner.format == 'int4'
+    assert isinstance(kinds[layer], sparse.SparseTensor) == ('.ffn.' in layer)
+  found = {(row.technique, row.event): int(row.detail) for row in ledger.events}
+  assert found['lora', 'updates'] == 4 and found['lora', 'tokens learned from'] > 100
+  assert sum('merging' in event or 'after it' in event for _, event in found) == 2
+
+
 def test_another_school_does_not_resume(school, tmp_path):
   folder = tmp_path / 'progress'
   with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
@@ -123,11 +187,15 @@ def test_learning_brings_a_pruned_model_nearer_to_the_original(school):
 @pytest.mark.parametrize(
   'steps, message',
   [
-    ([{'round_to_nearest': {}}, {'distill': TINY}], 'has to come before round_to_nearest'),
+    ([{'round_to_nearest': {}}, {'distill': TINY}], 'distill: layers.0.*codes, .* by lora'),
+    ([{'qat': TINY}, {'finetune': TINY}], 'finetune: layers.0.*codes, .* train before the step'),
+    ([{'lora': {'targets': ['*.upp']}}], r"lora: no layer matches '\*\.upp'"),
+    ([{'lora': {'rank': 129}}], 'lora: layers.0.*: a rank lies between 1 and'),
+    ([{'lora': {'merge': False}}, {'lora': {}}], 'has an adapter already; merge it first'),
+    ([{'lora': {'merge': False}}, {'wanda': {}}], 'needs calibration text'),
     ([{'qat': {**TINY, 'group_size': 48}}], 'a group size of 48 does not divide'),
     ([{'qat': TINY}, {'wanda': {'sparsity': 0.5}}], 'needs calibration text'),
     ([{'qat': TINY}, {'round_to_nearest': {}}], 'already quantized'),
-    ([{'qat': TINY}, {'distill': TINY}], 'QuantizedTensor'),
   ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(school, steps, message):
@@ -142,3 +210,15 @@ def test_settings_are_checked_when_a_recipe_is_read():
     _recipe({'distill': {'steps': 0}})
   with pytest.raises(ValueError, match="'int5'"):
     _recipe({'qat': {'format': 'int5'}})
+  with pytest.raises(ValueError, match="unknown key 'ranks'; did you mean rank"):
+    _recipe({'lora': {'ranks': 8}})
+  with pytest.raises(ValueError, match="targets is a list of str, not 'layers"):
+    _recipe({'lora': {'targets': 'layers.*'}})
+  with pytest.raises(ValueError, match='a rank is a whole number of at least 1, not 0'):
+    _recipe({'lora': {'rank': 0}})
+
+
+def test_the_targets_of_adapters_survive_a_file():
+  one = _recipe({'lora': {'targets': ['*.up', '*.down']}})
+  assert recipe.parse(json.loads(json.dumps(one.to_dict()))) == one
+  assert recipe.parse(yaml.safe_load(yaml.safe_dump(one.to_dict()))) == one

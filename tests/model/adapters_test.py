@@ -178,3 +178,37 @@ def test_what_does_not_fit_is_named():
     _attach(_model(two_of_four), dora=True)
   with pytest.raises(ValueError, match='LoftQ needs a quantized weight'):
     _attach(_model(nf4), start='loftq')
+
+
+def _shapes(model):
+  graphdef, state = nnx.split(model)
+  return nnx.merge(graphdef, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state))
+
+
+@pytest.mark.parametrize('base', ['dense', 'nf4', '2:4'])
+@pytest.mark.parametrize('into', ['base', 'dense', None])
+def test_shapes_are_those_of_the_model_itself(base, into):
+  plain, config = _model(BASES[base]), AdapterConfig(rank=2, targets=('*.up', '*.query'))
+  found = adapters.shapes(_shapes(plain), config, into)
+  model = adapters.attach(plain, config, key=jax.random.key(0))
+  want = model if into is None else adapters.merge(model, into)
+  assert jax.tree.all(jax.tree.map(_alike, matrices(found), matrices(want)))
+  with pytest.raises(ValueError, match=r"no layer matches '\*\.upp'"):
+    adapters.shapes(_shapes(plain), AdapterConfig(targets=('*.upp',)), into)
+  with pytest.raises(ValueError, match=r'layers\.0\.\S+: a rank lies between 1 and 8, not 9'):
+    adapters.shapes(_shapes(plain), AdapterConfig(rank=9), into)
+
+
+def _alike(a, b):
+  return (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def test_narrowed_adapters_have_the_dtype_of_the_weights():
+  half = lambda w_IO: w_IO.astype(jnp.bfloat16)
+  model = _moved(_attach(_model(lambda w_IO: nf4(half(w_IO)))))
+  narrow = adapters.narrowed(model)
+  for layer, w in adapters.adapted(narrow).items():
+    was = matrices(model)[layer]
+    assert w.a_IR.dtype == w.b_RO.dtype == jnp.bfloat16 and was.a_IR.dtype == jnp.float32
+    np.testing.assert_array_equal(w.b_RO, half(was.b_RO))
+    assert jax.tree.all(jax.tree.map(np.array_equal, w.base, was.base))
