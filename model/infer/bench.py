@@ -37,7 +37,8 @@ class Bench:
   prompt_length: int
   steps: int
   cache_bytes: int  # of the keys and values of all rows, as stored
-  decode_peak_bytes: int  # arguments, outputs and temporaries of the decode program
+  prefill_peak_bytes: int  # arguments, outputs and temporaries of the prefill program
+  decode_peak_bytes: int  # of the decode program
 
 
 def prepare(
@@ -58,7 +59,6 @@ def prepare(
   prefill = generate.lower_prefill(program, tokens_BT, lengths_B, cache).compile()
   start = (jnp.zeros(batch, jnp.int32), jnp.asarray(lengths_B), cache)
   decode = generate.lower_decode(program, *start).compile()
-  memory = decode.memory_analysis()
   held = {'cache': cache}
 
   def run_prefill():
@@ -88,10 +88,16 @@ def prepare(
     prompt_length=prompt_length,
     steps=steps,
     cache_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(cache)),
-    decode_peak_bytes=(
-      memory.argument_size_in_bytes
-      + memory.output_size_in_bytes
-      + memory.temp_size_in_bytes
-      - memory.alias_size_in_bytes
-    ),
+    prefill_peak_bytes=_peak_bytes(prefill),
+    decode_peak_bytes=_peak_bytes(decode),
+  )
+
+
+def _peak_bytes(compiled: jax.stages.Compiled) -> int:
+  memory = compiled.memory_analysis()
+  return (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    + memory.temp_size_in_bytes
+    - memory.alias_size_in_bytes
   )
