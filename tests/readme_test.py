@@ -37,11 +37,20 @@ def test_a_changed_number_is_noticed():
   assert update_readme.render('docs/embedded.md', page.replace(number, '1.234')) == page
 
 
+def _anchors(page):
+  """The names by which links reach the headings of a page."""
+  headings = re.findall(r'^#+ (.+)$', page.read_text(), re.MULTILINE)
+  return {re.sub(r'[^\w -]', '', heading).lower().replace(' ', '-') for heading in headings}
+
+
 @pytest.mark.parametrize('path', sorted((ROOT / 'docs').glob('*.md')), ids=lambda path: path.stem)
 def test_pages_of_docs_are_linked_from_readme_and_link_to_files(path):
   assert f'](docs/{path.name})' in README
-  links = re.findall(r'\]\((?!http)([^)]+)\)', path.read_text())
-  assert all((path.parent / link).exists() for link in links)
+  for link in re.findall(r'\]\((?!http)([^)]+)\)', path.read_text()):
+    name, _, anchor = link.partition('#')
+    target = path.parent / name
+    assert target.exists(), link
+    assert not anchor or anchor in _anchors(target), link
 
 
 def test_it_opens_with_the_two_commands():
