@@ -29,7 +29,7 @@ def _model(change=lambda w: w):
   config = ModelConfig(
     family='llama', vocab_size=32, width=16, layers=(layer,) * 2, max_positions=64
   )
-  model = Transformer(config, rngs=nnx.Rngs(0))
+  model, change = Transformer(config, rngs=nnx.Rngs(0)), jax.jit(change)
   for path, linear in linears(model).items():
     if path.startswith('layers.'):
       w_IO = 10 * linear.weight.get_value()  # so that logits are of order 1
