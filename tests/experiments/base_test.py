@@ -23,6 +23,7 @@ print(trained.about["train_loss"])
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_train_once_and_get_the_same_model(tmp_path):
   command = [sys.executable, '-c', CODE, tmp_path / 'cache']
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True, 'cwd': ROOT}

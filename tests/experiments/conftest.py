@@ -1,5 +1,6 @@
 """Scripts run in this process: their flags are parsed anew for each call, and share one cache."""
 
+import functools
 import importlib
 import json
 import shutil
@@ -11,6 +12,15 @@ from absl import flags
 from safetensors.numpy import load_file, save_file
 
 from experiments import base as embedded
+from model import corpus
+
+
+@pytest.fixture(scope='session', autouse=True)
+def texts_once():
+  """Reads the texts of the Python installation once; parsing its documentation takes seconds."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(corpus, '_built_in', functools.cache(corpus._built_in))
+    yield
 
 
 @pytest.fixture(scope='session')

@@ -17,7 +17,7 @@ from ops import quantized
 from ops.linear import dense
 
 ADAPTERS = ['lora', 'dora', 'pissa', 'qlora']
-SLOW = ('dora', 'pissa')  # a script's run each; tests/model/adapters_test.py is about them
+SLOW = ('dora', 'pissa', 'qlora')  # a run each; tests/model/adapters_test.py is about them
 MORE = {
   'qat': ['--group_size=16'],
   'lora': ['--b_rate=4', '--optimizer=adam8bit', '--evaluate_every=3'],

@@ -92,7 +92,13 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
+# A family with each kind of tokenizer; the others are for -m slow.
+QUICK = ('llama, template', 'llama, legacy', 'gemma2', 'gpt2')
+
+
+@pytest.fixture(
+  params=[c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 def folder(request, tmp_path):
   """A checkpoint as transformers writes it; (path, its model, its tokenizer, the BOS)."""
   family, vocabulary, settings, bos = CASES[request.param]

@@ -172,6 +172,7 @@ def test_another_school_does_not_resume(school, tmp_path):
     _run(other, WHOLE, folder)
 
 
+@pytest.mark.slow
 def test_learning_brings_a_pruned_model_nearer_to_the_original(school):
   healing = {'steps': 12, 'batch_size': 4, 'learning_rate': 2e-3, 'warmup_steps': 1}
   narrow = {'prune_width': {'ratio': 0.5, 'importance': 'weights'}}

@@ -213,6 +213,7 @@ def test_experts_on_invented_runs():
   }
 
 
+@pytest.mark.slow
 def test_a_token_costs_no_more_with_experts_than_without(smoke):
   rows = smoke(study_experts, 'dense', 'routed2_bias')
   dense, routed = rows['dense'], rows['routed2_bias']

@@ -49,6 +49,7 @@ def test_experts_are_trained_saved_and_counted(script, tmp_path):
     assert (out / name).read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.slow
 def test_experts_on_several_devices_with_a_capacity_and_biases(script, tmp_path):
   out = tmp_path / 'lm'
   flags = ('--experts=4', '--layers=1', '--balancing=bias', '--balancing_rate=0.01')

@@ -168,8 +168,13 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize('kind', WRAPPED)
-@pytest.mark.parametrize('family', ['Llama', 'GPT2', 'GPTNeoX'])
+@pytest.mark.parametrize(
+  'family, kind',
+  [
+    *(('Llama', k) for k in WRAPPED),
+    *((f, k) for f in ('GPT2', 'GPTNeoX') for k in ('both', 'bare')),
+  ],
+)
 def test_names_of_wrappers_are_no_part_of_names(family, kind, tmp_path, caplog):
   theirs = _build(family)
   tensors = WRAPPED[kind](theirs)
@@ -211,8 +216,9 @@ EXTRAS = {
 }
 
 
-@pytest.mark.parametrize('prefix', ['', '_orig_mod.'])
-@pytest.mark.parametrize('family', EXTRAS)
+@pytest.mark.parametrize(
+  'family, prefix', [*((family, '') for family in EXTRAS), ('Llama', '_orig_mod.')]
+)
 def test_heads_of_other_tasks_and_buffers_are_left_out_and_named_once(
   family, prefix, tmp_path, caplog
 ):

@@ -37,9 +37,7 @@ def _model():
   layer = LayerConfig(
     mixer=AttentionConfig(query_heads=2, kv_heads=1, head_width=8), ffn=FeedForwardConfig(width=32)
   )
-  config = ModelConfig(
-    family='llama', vocab_size=32, width=16, layers=(layer,) * 2, max_positions=64
-  )
+  config = ModelConfig(family='llama', vocab_size=32, width=16, layers=(layer,), max_positions=64)
   return Transformer(config, rngs=nnx.Rngs(0))
 
 
@@ -60,7 +58,13 @@ def _trained(model, selection, updates=20):
   return setup.model(state.trained, frozen), losses
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+# tests/ops/qat_test.py has every format, on one matrix.
+QUICK = ('int8', 'int2 with trained scales', 'nf4', 'W8A8')
+
+
+@pytest.mark.parametrize(
+  'name', [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS]
+)
 def test_what_is_learned_is_stored_and_gives_the_same_logits_bit_for_bit(name, tmp_path):
   config = CONFIGS[name]
   scale = ('layers.*',) if 'scales' in name else ()
@@ -93,9 +97,14 @@ def test_scales_move_where_they_are_trained_and_only_there():
         assert same != moves
 
 
+@pytest.fixture(scope='module')
+def exact():
+  """The losses of training with float products."""
+  return _trained(_model(), Selection(), updates=40)[1]
+
+
 @pytest.mark.parametrize('backward', ['inputs', 'all'])
-def test_int8_products_train_nearly_as_float_ones(backward):
-  _, exact = _trained(_model(), Selection(), updates=40)
+def test_int8_products_train_nearly_as_float_ones(backward, exact):
   start = learned.with_int8_products(_model(), backward)
   model, losses = _trained(start, Selection(), updates=40)
   assert losses != exact and losses[-1] < 0.6 * losses[0]

@@ -14,11 +14,15 @@ TOKENS, EXPERTS, CHOICES = 48, 6, 2
 SAME_FLOAT32 = 1e-6
 
 
+route = jax.jit(moe.route, static_argnums=1)
+
+
 def _routed(rng, tokens=TOKENS, score='softmax'):
   logits_TE = jnp.asarray(2 * rng.standard_normal((tokens, EXPERTS)), jnp.float32)
-  return logits_TE, moe.route(logits_TE, Router(choices=CHOICES, score=score))
+  return logits_TE, route(logits_TE, Router(choices=CHOICES, score=score))
 
 
+@jax.jit
 def _loss(logits_TE, routing, mask_T=None):
   load_E = balance.load(routing.experts_TX, logits_TE.shape[1], mask_T)
   return balance.balance_loss(balance.probabilities(logits_TE, 'softmax'), load_E, mask_T)
@@ -44,7 +48,7 @@ def test_two_layers_that_collapse_on_different_experts_cost_the_most():
   """Pooled over layers, as in transformers, they would look balanced."""
   logits = [np.float32([[9, -9]] * 8), np.float32([[-9, 9]] * 8)]
   pooled = load_balancing_loss_func(tuple(map(torch.tensor, logits)), 2, 1)
-  own = [_loss(jnp.asarray(x), moe.route(jnp.asarray(x), Router(choices=1))) for x in logits]
+  own = [_loss(jnp.asarray(x), route(jnp.asarray(x), Router(choices=1))) for x in logits]
   np.testing.assert_allclose(np.mean(own), 2, rtol=1e-5)
   assert float(pooled) == pytest.approx(1, rel=1e-5)
 
@@ -53,7 +57,7 @@ def test_padding_changes_nothing(rng):
   logits_TE, routing = _routed(rng)
   more_TE = jnp.concatenate([logits_TE, jnp.asarray(rng.standard_normal((9, EXPERTS)) * 5)])
   more_TE = more_TE.astype(jnp.float32)
-  routed = moe.route(more_TE, Router(choices=CHOICES))
+  routed = route(more_TE, Router(choices=CHOICES))
   mask_T = jnp.arange(TOKENS + 9) < TOKENS
   assert _loss(more_TE, routed, mask_T) == pytest.approx(float(_loss(logits_TE, routing)), rel=1e-5)
   z = balance.z_loss(logits_TE)
@@ -82,12 +86,12 @@ def test_micro_batches_with_the_load_of_the_batch_give_its_loss_and_gradient(rng
 
 def _part(logits_TE, i):
   part_TE = jnp.split(logits_TE, 4)[i]
-  return part_TE, moe.route(part_TE, Router(choices=CHOICES))
+  return part_TE, route(part_TE, Router(choices=CHOICES))
 
 
 def test_the_gradient_of_the_balance_loss_takes_choices_from_full_experts():
   logits_TE = jnp.tile(jnp.asarray([[2.0, 1.0, 0.0, 0.0]]), (8, 1))
-  slope_TE = jax.grad(lambda x: _loss(x, moe.route(x, Router(choices=1))))(logits_TE)
+  slope_TE = jax.grad(lambda x: _loss(x, route(x, Router(choices=1))))(logits_TE)
   assert (slope_TE[:, 0] > 0).all() and (slope_TE[:, 1:] < 0).all()
 
 
@@ -113,13 +117,13 @@ def test_the_bias_evens_the_load_out_without_changing_weights(rng):
   router, bias_E = Router(choices=CHOICES, score='sigmoid'), jnp.zeros(EXPERTS)
 
   def update(bias_E, _):
-    load_E = balance.load(moe.route(logits_TE, router, bias_E).experts_TX, EXPERTS)
+    load_E = balance.load(route(logits_TE, router, bias_E).experts_TX, EXPERTS)
     return balance.updated_bias(bias_E, load_E, 0.002), balance.max_violation(load_E)
 
   bias_E, violation = jax.lax.scan(update, bias_E, length=400)
   assert violation[0] > 0.5 and violation[-1] < violation[0] / 5
   assert jnp.mean(bias_E) == pytest.approx(0, abs=1e-6)
-  routing = moe.route(logits_TE, router, bias_E)
+  routing = route(logits_TE, router, bias_E)
   scores_TE = 1 / (1 + np.exp(-np.float64(logits_TE)))
   expected_TX = np.take_along_axis(scores_TE, np.asarray(routing.experts_TX), axis=1)
   np.testing.assert_allclose(routing.weights_TX, expected_TX, atol=SAME_FLOAT32)

@@ -15,6 +15,7 @@ BITSANDBYTES = {
   True: 'e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c',
   False: '305f002cc11278fb769d13b25b9fd0c7c83c8402c40a878fe086f4039fde6398',
 }
+quantize = jax.jit(blockwise.quantize, static_argnames='signed')
 SIGNED = pytest.mark.parametrize('signed', [True, False])
 
 
@@ -67,7 +68,7 @@ def test_codes_are_the_nearest(rng, signed):
 def _alone(x, signed):
   """Codes of numbers that each share a block with 1, so that their scale is 1."""
   rows = jnp.stack([jnp.asarray(x), jnp.ones(len(x))], axis=1)
-  return blockwise.quantize(rows, signed=signed)
+  return quantize(rows, signed=signed)
 
 
 @SIGNED
@@ -85,7 +86,7 @@ def test_codes_are_those_of_a_binary_search(rng, signed):
 def test_blocks_have_their_own_scales(rng, shape, signed):
   x = rng.normal(size=shape) * np.exp(rng.uniform(-12, 12, shape))
   x = (x if signed else x**2).astype(np.float32)
-  q = blockwise.quantize(jnp.asarray(x), signed=signed)
+  q = quantize(jnp.asarray(x), signed=signed)
   assert q.codes.shape == shape and q.codes.dtype == jnp.uint8
   assert q.scales.shape == (*shape[:-1], -(-shape[-1] // 256)) and q.scales.dtype == jnp.float32
   gap = float(np.max(np.diff(blockwise.table(signed))))
@@ -100,9 +101,9 @@ def test_blocks_have_their_own_scales(rng, shape, signed):
 
 def test_zeros_stay_zero_and_small_squares_do_not_become_it():
   x = jnp.asarray([[0.0, 1e-20, 1e-9, 1.0], [0.0, 0.0, 0.0, 0.0]])
-  np.testing.assert_array_equal(blockwise.quantize(x, signed=False).codes[0, :3], [0, 1, 1])
+  np.testing.assert_array_equal(quantize(x, signed=False).codes[0, :3], [0, 1, 1])
   for signed in (True, False):
-    dense = blockwise.quantize(x, signed=signed).dense()
+    dense = quantize(x, signed=signed).dense()
     np.testing.assert_array_equal(dense[:, 0], [0, 0])
     np.testing.assert_array_equal(dense[1], np.zeros(4))
 
@@ -113,8 +114,7 @@ def test_sharded_arrays_have_the_same_codes(rng, width, signed):
   x = jnp.asarray(np.abs(rng.normal(size=(4, width))), jnp.float32)
   mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
   placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, 'x')))
-  quantize = jax.jit(lambda x: blockwise.quantize(x, signed=signed))
-  one, many = quantize(x), quantize(placed)
+  one, many = quantize(x, signed=signed), quantize(placed, signed=signed)
   np.testing.assert_array_equal(one.codes, many.codes)
   np.testing.assert_array_equal(one.scales, many.scales)
   np.testing.assert_array_equal(one.dense(), many.dense())

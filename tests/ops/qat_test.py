@@ -1,6 +1,7 @@
 """Weights that learn to be quantized: stored bits, and gradients against numpy."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -34,26 +35,36 @@ def _problem(rng):
   return x, w_IO, jnp.asarray(rng.normal(size=(5, 6)), jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _learn(w_IO, form, held):
   return qat.learn(w_IO, **ALL[form], held=held)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _quantize(w_IO, form):
+  return quantized.quantize(w_IO, **ALL[form])
+
+
+matmul, dense = jax.jit(linear.matmul), jax.jit(linear.dense)
+stored_form = jax.jit(lambda w: w.stored())
 
 
 @cases
 def test_it_multiplies_as_what_is_stored_bit_for_bit(rng, form, held):
   x, w_IO, _ = _problem(rng)
   w = _learn(w_IO, form, held)
-  stored = jax.jit(lambda w: w.stored())(w)
+  stored = stored_form(w)
   assert isinstance(stored, quantized.QuantizedTensor)
   for dtype in (jnp.float32, jnp.bfloat16):
-    learned, final = (jax.jit(linear.matmul)(x.astype(dtype), each) for each in (w, stored))
+    learned, final = (matmul(x.astype(dtype), each) for each in (w, stored))
     assert np.asarray(learned).tobytes() == np.asarray(final).tobytes()
-  np.testing.assert_array_equal(jax.jit(linear.dense)(w), jax.jit(linear.dense)(stored))
+  np.testing.assert_array_equal(dense(w), dense(stored))
 
 
 @forms
 def test_with_scales_that_follow_it_is_rounding_to_nearest(rng, form):
   _, w_IO, _ = _problem(rng)
-  stored, expected = _learn(w_IO, form, False).stored(), quantized.quantize(w_IO, **ALL[form])
+  stored, expected = stored_form(_learn(w_IO, form, False)), _quantize(w_IO, form)
   for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(expected), strict=True):
     np.testing.assert_array_equal(a, b)
 
@@ -64,7 +75,7 @@ def test_gradients_pass_straight_through_the_rounding(rng, form, held):
   w = _learn(w_IO, form, held)
   loss = lambda x, values: jnp.sum(linear.matmul(x, w.map_values(lambda _: values)) * y_bar)
   x_bar, values_bar = jax.jit(jax.grad(loss, (0, 1)))(x, w_IO)
-  rounded = np.asarray(w.stored().dense(), np.float64)
+  rounded = np.asarray(dense(stored_form(w)), np.float64)
   np.testing.assert_allclose(x_bar, np.asarray(y_bar) @ rounded.T, atol=FLOAT32)
   expected = np.asarray(x, np.float64).T @ np.asarray(y_bar, np.float64)
   moved = np.abs(np.asarray(values_bar) - expected) > FLOAT32

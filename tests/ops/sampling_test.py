@@ -25,6 +25,9 @@ CASES = {
 }
 
 
+cut = jax.jit(sampling.cut)
+
+
 def rows(config, count):
   return sampling.settings([config] * count)
 
@@ -49,14 +52,14 @@ def test_cuts_to_what_hugging_face_keeps(rng, name):
   logits = (2 * rng.standard_normal((16, 100))).astype(np.float32)
   config = SamplingConfig(**CASES[name])
   np.testing.assert_allclose(
-    sampling.cut(jnp.asarray(logits), rows(config, 16)), hugging_face(logits, config), rtol=1e-6
+    cut(jnp.asarray(logits), rows(config, 16)), hugging_face(logits, config), rtol=1e-6
   )
 
 
 def kept(probabilities, **cuts):
   logits = jnp.log(jnp.asarray([probabilities]))
-  cut = sampling.cut(logits, rows(SamplingConfig(temperature=1.0, **cuts), 1))
-  return ''.join('.X'[int(v)] for v in np.isfinite(cut)[0])
+  left = cut(logits, rows(SamplingConfig(temperature=1.0, **cuts), 1))
+  return ''.join('.X'[int(v)] for v in np.isfinite(left)[0])
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it():

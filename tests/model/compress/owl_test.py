@@ -64,7 +64,9 @@ def test_equal_blocks_get_equal_sparsities(rng):
   assert list(found.values()) == pytest.approx([0.6] * 4)
 
 
-@pytest.mark.parametrize('technique', ['owl', 'owl_sparsegpt'])
+@pytest.mark.parametrize(
+  'technique', ['owl', pytest.param('owl_sparsegpt', marks=pytest.mark.slow)]
+)
 def test_the_model_has_the_requested_sparsity(tiny, tokens_BT, technique):
   model = tiny(layers=3)
   for i, path in enumerate(['layers.0.ffn.up', 'layers.2.attention.key']):

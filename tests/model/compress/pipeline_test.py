@@ -325,15 +325,13 @@ def test_zeros_that_are_not_stored_go_with_hqq(tiny, steps):
       assert isinstance(w, sparse.SparseTensor) and (kept <= 2).all() and kept.mean() > 1
 
 
-@pytest.mark.parametrize('format', ['int4', 'int8', 'nf4', 'fp8_e4m3', 'nvfp4'])
+@pytest.mark.parametrize('format', ['int4', 'nvfp4'])
 def test_half_of_the_weights_stay_zero_in_formats_that_hold_zero(tiny, format):
   rounded = {'round_to_nearest': {'format': format}}
   for steps in ([HALF, rounded], [rounded, HALF]):
     compressed, _ = pipeline.compress(
       tiny(),
-      _recipe(
-        *steps,
-      ),
+      _recipe(*steps),
     )
     zeros = [
       (np.asarray(dense(w)) == 0).mean() for p, w in matrices(compressed).items() if p != 'head'

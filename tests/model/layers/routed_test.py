@@ -257,7 +257,7 @@ def test_slopes_of_gates_are_those_of_finite_differences(tokens_BT):
 
 def test_a_recipe_compresses_experts_and_leaves_decisions_exact(tokens_BT):
   model = _model(MIXED)
-  steps = [{'gptq': {'format': 'int8', 'group_size': 16}}]
+  steps = [{'round_to_nearest': {'format': 'int8', 'group_size': 16}}]
   parsed = recipe.parse({'name': 'x', 'steps': steps})
   compressed, ledger = pipeline.compress(model, parsed, tokens_BT)
   before, after = transformer.matrices(model), transformer.matrices(compressed)

@@ -22,11 +22,14 @@ from ops import lora, quantized
 RANK = 3
 
 
+_nf4 = jax.jit(lambda w_IO: quantized.quantize(w_IO, 'nf4', group_size=8))
+
+
 def _model(adapters=False):
   model = Transformer(presets.preset('tiny-llama'), rngs=nnx.Rngs(0))
   for path, linear in linears(model).items() if adapters else ():
     if path != 'head':
-      w = quantized.quantize(linear.weight.get_value(), 'nf4', group_size=8)
+      w = _nf4(linear.weight.get_value())
       inputs, outputs = w.shape
       a_IR, b_RO = jnp.ones((inputs, RANK)), jnp.zeros((RANK, outputs))
       linear.weight.set_value(lora.LoraTensor(w, a_IR, b_RO, 1.0))

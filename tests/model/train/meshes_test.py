@@ -57,8 +57,8 @@ SCALED = {
 def _model(kinds):
   model = Transformer(CONFIG, rngs=nnx.Rngs(0))
   for path, linear in linears(model).items():
-    w = GAIN * linear.weight.get_value()
-    linear.weight.set_value(kinds.get(path.removeprefix('layers.0.'), lambda w: w)(w))
+    make = jax.jit(kinds.get(path.removeprefix('layers.0.'), lambda w: w))
+    linear.weight.set_value(make(GAIN * linear.weight.get_value()))
   return model
 
 

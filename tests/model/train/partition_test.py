@@ -35,7 +35,7 @@ def _model():
 
 def _replaced(change):
   """A model whose blocks' matrices are changed."""
-  model = _model()
+  model, change = _model(), jax.jit(change)
   for path, linear in linears(model).items():
     if path.startswith('layers.'):
       linear.weight.set_value(change(linear.weight.get_value()))

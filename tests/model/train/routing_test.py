@@ -72,12 +72,19 @@ def _sums(model, batch, objective, remat=None):
   return objective(models, batch)
 
 
-def _by_hand(model, batch):
-  """The losses of each routed layer in float64, of the tokens with a label."""
-  context, x_BTD = Context.of(model.config, batch.tokens_BT), model.embed(batch.tokens_BT)
-  mask, found = np.asarray(batch.labels_BT >= 0).ravel(), []
+def _read(model, tokens_BT):
+  """What each feed-forward network reads."""
+  context, x_BTD, found = Context.of(model.config, tokens_BT), model.embed(tokens_BT), []
   for block in model.layers:
     x_BTD, z_BTD = context.run_and_read(block, x_BTD)
+    found.append(z_BTD)
+  return found
+
+
+def _by_hand(model, batch):
+  """The losses of each routed layer in float64, of the tokens with a label."""
+  mask, found = np.asarray(batch.labels_BT >= 0).ravel(), []
+  for block, z_BTD in zip(model.layers, jax.jit(lambda t: _read(model, t))(batch.tokens_BT)):
     if isinstance(block.layer.ffn, RoutedConfig):
       router, z_TD = block.ffn.router, np.float64(z_BTD).reshape(mask.size, -1)[mask]
       logits_TE = z_TD @ np.float64(router.weight.get_value()) + np.float64(router.bias.get_value())
@@ -102,7 +109,7 @@ def test_losses_and_loads_are_those_of_every_routed_layer(rng):
   model, batch = _model(), _batch(rng)
   objective = Balanced(balance=0.3, z=0.02)
   found = jax.jit(lambda batch: _sums(model, batch, objective))(batch)
-  plain = _sums(model, batch, CrossEntropy())['loss']
+  plain = jax.jit(lambda batch: _sums(model, batch, CrossEntropy()))(batch)['loss']
   layers, tokens = _by_hand(model, batch), int((batch.labels_BT >= 0).sum())
   reported = objective.report(jax.tree.map(lambda value: value / tokens, found))
   assert list(reported['experts']) == ['layers.1.ffn', 'layers.2.ffn'] and len(layers) == 2
@@ -278,7 +285,7 @@ def test_layers_that_collapse_on_different_experts_are_not_balanced(rng):
     block.ffn.router.bias.set_value(jnp.asarray(far, jnp.float32))
     block.ffn.router.weight.set_value(jnp.zeros((16, EXPERTS)))
   objective, tokens = Balanced(), int((batch.labels_BT >= 0).sum())
-  sums = _sums(model, batch, objective)
+  sums = jax.jit(lambda batch: _sums(model, batch, objective))(batch)
   reported = objective.report(jax.tree.map(lambda value: value / tokens, sums))
   for layer in reported['experts'].values():
     assert float(layer['balance_loss']) == pytest.approx(EXPERTS / CHOICES, rel=TOLERANCE)

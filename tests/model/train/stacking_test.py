@@ -37,8 +37,9 @@ def _dataset():
 
 
 def _qlora(model):
+  quantize = jax.jit(lambda w_IO: quantized.quantize(w_IO, 'nf4', group_size=8))
   for linear in linears(model).values():
-    linear.weight.set_value(quantized.quantize(linear.weight.get_value(), 'nf4', group_size=8))
+    linear.weight.set_value(quantize(linear.weight.get_value()))
   return adapters.attach(model, AdapterConfig(rank=2, alpha=4.0), key=jax.random.key(1))
 
 
@@ -48,9 +49,9 @@ def _distillation(teacher):
 
 
 TASKS = {
-  'one layer': (_model, Task(selection=Selection(value=('layers.2.*', 'final_norm.*')))),
-  'adapters': (lambda: _qlora(_model()), Task(selection=Selection(value=()))),
-  'distillation': (_model, _distillation(_model(3, seed=5))),
+  'one layer': (lambda: _model(3), Task(selection=Selection(value=('layers.2.*', 'final_norm.*')))),
+  'adapters': (lambda: _qlora(_model(3)), Task(selection=Selection(value=()))),
+  'distillation': (lambda: _model(3), _distillation(_model(3, seed=5))),
 }
 
 

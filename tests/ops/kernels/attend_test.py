@@ -55,8 +55,9 @@ def _check(actual, expected, dtype):
 
 
 @instruction_sets
-@pytest.mark.parametrize('shape', SHAPES)
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+  'shape, dtype', [*((s, jnp.float32) for s in SHAPES), *((s, jnp.bfloat16) for s in SHAPES[:2])]
+)
 def test_it_is_the_definition(shape, dtype, name):
   q, k, v, positions, sinks = _arrays(shape, dtype)
   for window, softcap, sunk in ((None, None, None), (7, None, sinks), (None, 0.8, sinks)):

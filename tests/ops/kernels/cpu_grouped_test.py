@@ -1,6 +1,7 @@
 """Native grouped products: each group gets what it gets alone, and no other expert is read."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +50,18 @@ FORMATS = {
 formats = pytest.mark.parametrize('format', FORMATS)
 
 
+pack = jax.jit(layout.pack)
+
+
+@functools.cache
 def _experts(format):
   draw = np.random.default_rng(0).normal(size=(len(SIZES), INPUTS, OUTPUTS))
   return jax.jit(jax.vmap(FORMATS[format]))(jnp.asarray(draw, jnp.float32))
+
+
+@functools.cache
+def _packed(format):
+  return pack(_experts(format))
 
 
 def _rows(dtype=jnp.float32):
@@ -75,20 +85,24 @@ def _float32(a):
 @native
 @formats
 def test_experts_are_packed_one_after_the_other(format):
-  w = _experts(format)
-  p = layout.pack(w)
+  w, p = _experts(format), _packed(format)
   assert isinstance(p, packed.PackedTensor) and p.shape == w.shape
   for e in range(len(SIZES)):
-    alone, own = layout.pack(experts.take(w, e)), experts.take(p, e)
+    alone, own = pack(experts.take(w, e)), experts.take(p, e)
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(own), strict=True):
       np.testing.assert_array_equal(_float32(a), _float32(b))
 
 
 @native
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-@formats
+@pytest.mark.parametrize(
+  'format, dtype',
+  [
+    *((f, jnp.float32) for f in FORMATS),
+    *((f, jnp.bfloat16) for f in ('bf16', 'int8', 'nf4 double')),
+  ],
+)
 def test_each_group_gets_the_bits_that_it_gets_alone(format, dtype):
-  p, x_MI, sizes_E = layout.pack(_experts(format)), _rows(dtype), jnp.asarray(SIZES)
+  p, x_MI, sizes_E = _packed(format), _rows(dtype), jnp.asarray(SIZES)
   y_MO = jax.jit(linear.grouped_matmul)(x_MI, p, sizes_E)
   assert y_MO.dtype == dtype and not np.any(_float32(y_MO[sum(SIZES) :]))
   np.testing.assert_array_equal(_float32(y_MO), _one_by_one(x_MI, p))
@@ -99,7 +113,7 @@ def test_each_group_gets_the_bits_that_it_gets_alone(format, dtype):
 def test_every_instruction_set_and_number_of_threads(name):
   x_MI = _rows(jnp.bfloat16)
   for format in ('bf16', 'int8 asymmetric', '2:4 int4'):
-    p = layout.pack(_experts(format))
+    p = _packed(format)
     expected = _one_by_one(x_MI, p, instruction_set=name)
     for threads in (1, 2, 3):
       options = {'instruction_set': name, 'threads': threads}
@@ -128,7 +142,7 @@ def test_large_groups_are_shared_among_threads(rng):
 @native
 @pytest.mark.parametrize('format', ['bf16', 'int8', 'nf4 double', 'fp8', '2:4 int8'])
 def test_experts_without_rows_are_not_read(format):
-  p, x_MI, sizes_E = layout.pack(_experts(format)), _rows(), jnp.asarray(SIZES)
+  p, x_MI, sizes_E = _packed(format), _rows(), jnp.asarray(SIZES)
   idle = jnp.asarray(np.equal(SIZES, 0))
 
   def poisoned(a):
@@ -144,7 +158,7 @@ def test_experts_without_rows_are_not_read(format):
 
 @native
 def test_sizes_that_do_not_add_up_stay_within_the_rows():
-  p, x_MI = layout.pack(_experts('int8')), _rows()
+  p, x_MI = _packed('int8'), _rows()
   y_MO = packed.grouped_product(x_MI, p, jnp.asarray([5, -3, 10**9, 4, 2]))
   expected = packed.grouped_product(x_MI, p, jnp.asarray([5, 0, ROWS - 5, 0, 0]))
   np.testing.assert_array_equal(y_MO, expected)

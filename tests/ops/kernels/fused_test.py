@@ -5,6 +5,8 @@ Where there is a GPU or a TPU, the compiled kernels are tested too:
   JAX_PLATFORMS=cuda,cpu python -m pytest -n 0 -m accelerator tests/ops/kernels/fused_test.py
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,9 +40,14 @@ examples = pytest.mark.parametrize(
 )
 
 
+@functools.cache
 def _weight(name, inputs=192, outputs=70):
   draw = np.random.default_rng([inputs, outputs]).normal(size=(inputs, outputs))
-  return quantized.quantize(jnp.asarray(draw, jnp.float32), **EXAMPLES[name])
+  quantize = jax.jit(lambda w_IO: quantized.quantize(w_IO, **EXAMPLES[name]))
+  return quantize(jnp.asarray(draw, jnp.float32))
+
+
+to_dense = jax.jit(linear.dense)
 
 
 def _rows(rows, inputs=192, dtype=jnp.float32):
@@ -52,7 +59,7 @@ def _float64(a):
 
 
 def _check(y, x, w):
-  x64, w64 = _float64(x), _float64(w.dense())
+  x64, w64 = _float64(x), _float64(to_dense(w))
   bound = FLOAT32[w.zeros is None] * np.abs(x64) @ np.abs(w64)
   if x.dtype == jnp.bfloat16:
     bound += BFLOAT16 * np.abs(x64 @ w64)
@@ -90,7 +97,7 @@ def test_splits_and_blocks_past_the_end_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize('name', ['int4', 'int4 asymmetric'])
 def test_a_gpu_decodes_integers_in_bfloat16(name):
   w, x = _weight(name), _rows(3, dtype=jnp.bfloat16)
-  x64, w64 = _float64(x), _float64(w.dense())
+  x64, w64 = _float64(x), _float64(to_dense(w))
   y = fused.KERNELS['gpu'].product(x, w, interpret=True)
   # An offset is subtracted, as with zero points.
   bound = FLOAT32[False] * np.abs(x64) @ np.abs(w64) + BFLOAT16 * np.abs(x64 @ w64)
