@@ -59,6 +59,32 @@ def grouped(path: pathlib.Path) -> str:
   return '\n'.join(lines)
 
 
+def long_texts(path: pathlib.Path) -> str:
+  """The records of one run of `long_context` as a table."""
+  rows = records.read(path)
+  one = rows[0]
+  lines = [
+    '| context | mixer, cache | prefill, s | decode, tokens/s | cache, MB | prefill holds, MB |',
+    f'| ---: | --- |{" ---: |" * 4}',
+  ]
+  for row in rows:
+    cells = [
+      f'{row.config["context"]:,}',
+      row.recipe,
+      spread(row, 'prefill_s', '.2f'),
+      spread(row, 'decode_tokens_per_s', '.1f'),
+      f'{row.value("cache_bytes") / 1e6:,.1f}',
+      f'{row.value("prefill_peak_bytes") / 1e6:,.0f}',
+    ]
+    lines.append(f'| {" | ".join(cells)} |')
+  lines.append(
+    f'\n{one.config["model"]}, {one.config["layers"]} layers in {one.config["dtype"]}, random '
+    f'weights; {one.metrics["prefill_s"].n} interleaved rounds, medians ± half an interquartile range; '
+    f'`{one.command}` on {machine(one)}.'
+  )
+  return '\n'.join(lines)
+
+
 def _size(config: Mapping[str, Any]) -> str:
   """What stands in records of models with experts: depth, and parameters in all and of a token."""
   if config.get('active_parameters', 0) == config.get('parameters', 0):

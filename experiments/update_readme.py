@@ -22,7 +22,7 @@ from absl import flags
 
 from experiments import common, study_tables
 from experiments import lessons as lessons  # its techniques
-from experiments.speed_tables import decoding, grouped, link, machine, spread
+from experiments.speed_tables import decoding, grouped, link, long_texts, machine, spread
 from model.compress import registry
 from model.eval import columns, records
 from model.eval.records import BASE, Record
@@ -342,6 +342,9 @@ PARTS = (
     name='healing_smollm2_gpu',
     generate=study_tables.healing,
     results=('healing_smollm2_gpu.jsonl',),
+  ),
+  Part(
+    file='docs/measuring.md', name='long', generate=long_texts, results=('long_context_cpu.jsonl',)
   ),
   Part(file='docs/techniques.md', name='techniques', generate=techniques),
   Part(file='docs/tree.md', name='tree', generate=tree),

@@ -30,7 +30,7 @@ Implementation = Literal['auto', 'reference', 'blocked', 'cudnn', 'native']
 
 PLATFORMS = {'cpu': 'native', 'cuda': 'cudnn', 'rocm': None, 'tpu': None}  # with its kernel
 # Queries; as timed on CPUs, and elsewhere so that scores do not fill the memory.
-LONG = {'cpu': 256, 'cuda': 4096, 'rocm': 4096, 'tpu': 4096}
+LONG = {'cpu': 512, 'cuda': 4096, 'rocm': 4096, 'tpu': 4096}
 
 # Far below any score, but finite: with -inf, a query that sees no key would give NaN.
 _MASKED = -1e30

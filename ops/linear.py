@@ -211,10 +211,35 @@ def matmul(x: jax.Array, w: Matrix) -> jax.Array:
   if isinstance(w, Weight):
     return w.matmul(x)
   w = w.astype(x.dtype)
-  if w.ndim > 2 or x.size // x.shape[-1] >= ROWS:
+  if w.ndim > 2:
     return jnp.matmul(x, w)
+  if x.size // x.shape[-1] >= ROWS:
+    return _product(x, w)
   eights = functools.partial(in_eights, jnp.matmul)
   return jax.lax.platform_dependent(x, w, tpu=eights, cuda=eights, default=jnp.matmul)
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, w_IO: jax.Array) -> jax.Array:
+  """x[..., I] @ w, whose gradient of w is computed as it lies.
+
+  JAX computes it transposed, [O, I], from a transposed copy of the gradient of the result. On CPUs
+  such copies took a third of the time of LoRA's update, and a sixth of that of all parameters.
+  """
+  return jnp.matmul(x, w_IO)
+
+
+def _forward(x, w_IO):
+  return _product(x, w_IO), (x, w_IO)
+
+
+def _backward(saved, y_bar):
+  x, w_IO = saved
+  rows = tuple(range(x.ndim - 1))
+  return jnp.matmul(y_bar, w_IO.T), jnp.tensordot(x, y_bar, (rows, rows))
+
+
+_product.defvjp(_forward, _backward)
 
 
 def matmuls(x: jax.Array, weights: Sequence[Matrix]) -> tuple[jax.Array, ...]:

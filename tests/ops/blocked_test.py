@@ -136,11 +136,11 @@ def test_it_holds_no_scores():
 
 
 def test_it_is_picked_for_many_queries():
-  q, k = (jax.ShapeDtypeStruct((1, 256, heads, 16), jnp.float32) for heads in (4, 2))
-  mask = masks.causal(1, 256)
+  q, k = (jax.ShapeDtypeStruct((1, 512, heads, 16), jnp.float32) for heads in (4, 2))
+  mask = masks.causal(1, 512)
   picks = {p: attention.pick(q, k, mask, platform=p) for p in ('cpu', 'gpu', 'tpu')}
   assert picks == {'cpu': 'blocked', 'gpu': 'reference', 'tpu': 'reference'}
   long = [jax.ShapeDtypeStruct((1, 4096, *a.shape[2:]), a.dtype) for a in (q, k)]
   assert attention.pick(*long, masks.causal(1, 4096), platform='tpu') == 'blocked'
-  few = [jax.ShapeDtypeStruct((1, 255, *a.shape[2:]), a.dtype) for a in (q, k)]
-  assert attention.pick(*few, masks.causal(1, 255), platform='cpu') == 'reference'
+  few = [jax.ShapeDtypeStruct((1, 511, *a.shape[2:]), a.dtype) for a in (q, k)]
+  assert attention.pick(*few, masks.causal(1, 511), platform='cpu') == 'reference'

@@ -119,3 +119,22 @@ def test_few_rows_are_filled_up_to_eight_on_an_accelerator(platform, rows):
   text = traced.lower(lowering_platforms=(platform,)).as_text()
   (product,) = [line for line in text.splitlines() if 'dot_general' in line]
   assert f'(tensor<{rows}x16xf32>' in product
+
+
+@pytest.mark.parametrize('shape', [(12, 5), (2, 3, 4, 5)])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_gradients_of_a_product(rng, shape, dtype):
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+  x, w, y_bar = draw(*shape), draw(5, 7), draw(*shape[:-1], 7)
+  found = jax.vjp(linear.matmul, x, w)[1](y_bar)
+  x64, w64, y64 = (np.asarray(a, np.float64).reshape(-1, a.shape[-1]) for a in (x, w, y_bar))
+  for a, expected in zip(found, ((y64 @ w64.T).reshape(shape), x64.T @ y64)):
+    assert a.dtype == dtype
+    tolerance = 1e-5 if dtype == jnp.float32 else 2**-7 * np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(a, np.float64), expected, atol=tolerance)
+
+
+def test_the_gradient_of_a_matrix_needs_no_transposed_copy_of_the_results():
+  x, w = jnp.zeros((64, 16)), jnp.zeros((16, 256))
+  text = jax.jit(jax.grad(lambda w: jnp.sum(linear.matmul(x, w) ** 2))).lower(w).as_text()
+  assert '256x64' not in text and '256x16' not in text
