@@ -79,8 +79,8 @@ def long_texts(path: pathlib.Path) -> str:
     lines.append(f'| {" | ".join(cells)} |')
   lines.append(
     f'\n{one.config["model"]}, {one.config["layers"]} layers in {one.config["dtype"]}, random '
-    f'weights; {one.metrics["prefill_s"].n} interleaved rounds, medians ± half an interquartile range; '
-    f'`{one.command}` on {machine(one)}.'
+    f'weights; {one.metrics["prefill_s"].n} interleaved rounds, medians ± half an interquartile '
+    f'range; `{one.command}` on {machine(one)}.'
   )
   return '\n'.join(lines)
 
