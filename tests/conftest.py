@@ -22,6 +22,8 @@ import jax
 import numpy as np
 import pytest
 
+from model.compress import programs
+
 # Each compiled program takes a few memory maps. Linux allows a process 65,530 of them, and XLA
 # crashes beyond that, as it did near the end of the whole suite.
 MAPS, MOST_MAPS = pathlib.Path('/proc/self/maps'), 20_000
@@ -43,6 +45,15 @@ def pytest_collection_finish():
 @pytest.fixture
 def rng():
   return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True, scope='session')
+def quick_techniques():
+  """Compiles techniques as quickly as all else; their own options would optimize a little."""
+  with pytest.MonkeyPatch.context() as patch:
+    if 'optimization_level=0' in os.environ['XLA_FLAGS']:
+      patch.setitem(programs.QUICKEST, 'xla_backend_optimization_level', 0)
+    yield
 
 
 @pytest.fixture(autouse=True, scope='module')

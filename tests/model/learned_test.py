@@ -42,7 +42,10 @@ def _model():
 
 
 def _logits(model):
-  return np.asarray(jax.jit(lambda tokens: model(tokens))(TOKENS))
+  return np.asarray(_run(*nnx.split(model), TOKENS))
+
+
+_run = jax.jit(lambda graphdef, state, tokens: nnx.merge(graphdef, state)(tokens), static_argnums=0)
 
 
 def _trained(model, selection, updates=20):

@@ -28,8 +28,10 @@ ERRORS = 1e-3
 
 
 def _logits(model, tokens_BT):
-  graphdef, state = nnx.split(model)
-  return np.asarray(jax.jit(lambda state, t: nnx.merge(graphdef, state)(t))(state, tokens_BT))
+  return np.asarray(_run(*nnx.split(model), tokens_BT))
+
+
+_run = jax.jit(lambda graphdef, state, tokens: nnx.merge(graphdef, state)(tokens), static_argnums=0)
 
 
 def _parse(*steps):
@@ -142,6 +144,9 @@ def test_errors_of_the_grid_are_those_of_transformers_and_the_best_is_taken(
   np.testing.assert_allclose(stored, values['ffn_norm.scale'] / s, rtol=FLOAT32)
 
 
+_nearest = jax.jit(lambda w_IO: quantize(w_IO, 'int3', group_size=16, symmetric=False))
+
+
 @pytest.mark.parametrize('producer', ['attention_norm', 'attention.value', 'ffn_norm', 'ffn.up'])
 def test_it_is_never_worse_than_rounding_to_nearest(tiny, tokens_BT, site_of, producer):
   site = site_of(tiny(seed=3), tokens_BT, STATISTICS)
@@ -149,10 +154,7 @@ def test_it_is_never_worse_than_rounding_to_nearest(tiny, tokens_BT, site_of, pr
   site = dataclasses.replace(site, targets=group.consumers)
   changes = awq.awq(site, dataclasses.replace(SPEC, clip_search=False)).parameters
   rounded = {
-    f'{name}.weight': quantize(
-      site.parameters[f'{name}.weight'], 'int3', group_size=16, symmetric=False
-    )
-    for name in group.consumers
+    f'{name}.weight': _nearest(site.parameters[f'{name}.weight']) for name in group.consumers
   }
   ours, plain = (site.errors(_Given(), values, 1)[0] for values in (changes, rounded))
   assert 0 < ours <= plain * (1 + ERRORS)
@@ -170,11 +172,7 @@ def test_outliers_are_what_it_is_for(tiny, tokens_BT, site_of):
   model = _with_outliers(tiny())
   site = site_of(model, tokens_BT, STATISTICS)
   scaled = awq.awq(site, dataclasses.replace(SPEC, clip_search=False)).parameters
-  plain = {
-    path: quantize(w, 'int3', group_size=16, symmetric=False)
-    for path, w in site.parameters.items()
-    if path.endswith('.weight')
-  }
+  plain = {path: _nearest(w) for path, w in site.parameters.items() if path.endswith('.weight')}
   both = awq.awq(site, SPEC).parameters
   plain, scaled, both = (site.errors(_Given(), v, 1)[0] for v in (plain, scaled, both))
   assert scaled < 0.5 * plain and both < 0.5 * plain

@@ -37,8 +37,10 @@ def _with_outliers(model, size=100.0, every=16):
 
 
 def _logits(model, tokens_BT):
-  graphdef, state = nnx.split(model)
-  return np.asarray(jax.jit(lambda state, t: nnx.merge(graphdef, state)(t))(state, tokens_BT))
+  return np.asarray(_run(*nnx.split(model), tokens_BT))
+
+
+_run = jax.jit(lambda graphdef, state, tokens: nnx.merge(graphdef, state)(tokens), static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,8 +92,10 @@ def tokens_BT(rng):
 
 
 def _logits(model, tokens_BT):
-  graphdef, state = nnx.split(model)
-  return np.asarray(jax.jit(lambda s, t: nnx.merge(graphdef, s)(t))(state, tokens_BT))
+  return np.asarray(_run(*nnx.split(model), tokens_BT))
+
+
+_run = jax.jit(lambda graphdef, state, tokens: nnx.merge(graphdef, state)(tokens), static_argnums=0)
 
 
 def _act(name, x):

@@ -1,5 +1,6 @@
 """Tests the optimizers against torch, optax and numpy, and the schedules against their formulas."""
 
+import functools
 import math
 
 import jax
@@ -28,13 +29,19 @@ def test_twenty_updates_equal_torch(rng):
     np.testing.assert_allclose(ours[name], theirs[name], **TOLERANCE)
 
 
+@functools.cache
+def _compiled(config):
+  tx = optimizer.make(config)
+  return jax.jit(tx.init), jax.jit(tx.update)
+
+
 def _run_ours(config, start, gradients):
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), start)
-  tx = optimizer.make(config)
-  state = tx.init(params)
+  init, update = _compiled(config)
+  state = init(params)
   for gradient in gradients:
     gradient = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), gradient)
-    updates, state = tx.update(gradient, state, params)
+    updates, state = update(gradient, state, params)
     params = optax.apply_updates(params, updates)
   return params
 
