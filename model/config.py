@@ -53,7 +53,7 @@ class ModelConfig:
       check_positive(name, getattr(self, name))
     for l, layer in enumerate(self.layers):
       rotated = layer.mixer.rotated
-      if self.rope is not None and rotated is not None and rotated % 2:
+      if self.rope_of(layer) is not None and rotated is not None and rotated % 2:
         raise ValueError(
           f'a rope rotates pairs, but layer {l} rotates {rotated} elements of a head; '
           'choose an even head_width or rotary_width'
@@ -69,6 +69,10 @@ class ModelConfig:
       norm_eps=self.norm_eps,
       norm_offset=self.norm_offset,
     )
+
+  def rope_of(self, layer: LayerConfig) -> RopeConfig | None:
+    """The rope of a layer: its own, or that of the model."""
+    return layer.mixer.rope or self.rope
 
   def replace(self, **changes) -> 'ModelConfig':
     return dataclasses.replace(self, **changes)

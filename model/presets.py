@@ -20,24 +20,31 @@ from ops.rope import RopeConfig
 # A tied head counts once.
 PARAMETERS = {
   'gemma-2-2b': 2_614_341_888,
+  'gemma-3-1b': 999_885_952,
   'gpt2': 124_439_808,
+  'granite-3.0-2b': 2_533_531_648,
   'llama-2-7b': 6_738_415_616,
   'llama-3.1-8b': 8_030_261_248,
   'mistral-7b-v0.1': 7_241_732_096,
+  'olmo-2-1b': 1_484_916_736,
   'olmoe-1b-7b': 6_919_161_856,
   'phi-3-mini': 3_821_079_552,
   'pythia-70m': 70_426_624,
   'qwen3-0.6b': 596_049_920,
   'smollm2-135m': 134_515_008,
+  'smollm3-3b': 3_075_098_624,
   'tinyllama-1.1b': 1_100_048_384,
   'tiny-gemma2': 102_976,
+  'tiny-gemma3': 103_040,
   'tiny-gpt2': 124_672,
   'tiny-llama': 116_032,
   'tiny-mistral': 116_032,
   'tiny-neox': 132_864,
+  'tiny-olmo2': 124_480,
   'tiny-olmoe': 173_632,
   'tiny-phi3': 124_224,
   'tiny-qwen3': 99_712,
+  'tiny-smollm3': 182_848,
 }
 
 
@@ -114,6 +121,35 @@ def _qwen3(depth: int, sizes: _Sizes, **fields) -> ModelConfig:
   )
 
 
+def _smollm3(depth: int, sizes: _Sizes, **fields) -> ModelConfig:
+  layer = LayerConfig(mixer=AttentionConfig(**sizes.mixer), ffn=FeedForwardConfig(width=sizes.ffn))
+  still = layer.with_mixer(rotates=False)
+  layers = tuple(layer if (l + 1) % 4 else still for l in range(depth))
+  rope = RopeConfig(theta=5e6)
+  return ModelConfig(family='smollm3', layers=layers, norm_eps=1e-6, rope=rope, tied=True, **fields)
+
+
+def _granite(depth: int, sizes: _Sizes, **fields) -> ModelConfig:
+  layer = LayerConfig(
+    mixer=AttentionConfig(**sizes.mixer, query_scale=1 / 64),
+    ffn=FeedForwardConfig(width=sizes.ffn),
+    residual_scale=0.22,
+  )
+  scales = {'embedding_scale': 12.0, 'logit_divisor': 8.0}
+  return ModelConfig(family='granite', layers=(layer,) * depth, tied=True, **scales, **fields)
+
+
+def _olmo2(depth: int, sizes: _Sizes, **fields) -> ModelConfig:
+  layer = LayerConfig(
+    mixer=AttentionConfig(**sizes.mixer, qk_norm=True, qk_norm_over='all'),
+    ffn=FeedForwardConfig(width=sizes.ffn),
+    pre_norms=False,
+    post_norms=True,
+  )
+  rope = RopeConfig(theta=5e5)
+  return ModelConfig(family='olmo2', layers=(layer,) * depth, norm_eps=1e-6, rope=rope, **fields)
+
+
 def _olmoe(depth: int, sizes: _Sizes, experts: int, choices: int, **fields) -> ModelConfig:
   layer = LayerConfig(
     mixer=AttentionConfig(**sizes.mixer, qk_norm=True, qk_norm_over='all'),
@@ -144,12 +180,38 @@ def _gemma2(depth: int, sizes: _Sizes, window: int, **fields) -> ModelConfig:
   )
 
 
+def _gemma3(depth: int, sizes: _Sizes, window: int, period: int, **fields) -> ModelConfig:
+  layer = LayerConfig(
+    mixer=AttentionConfig(
+      **sizes.mixer, query_scale=sizes.mixer['head_width'] ** -0.5, qk_norm=True
+    ),
+    ffn=FeedForwardConfig(width=sizes.ffn, activation='gelu_tanh'),
+    post_norms=True,
+  )
+  local = layer.with_mixer(window=window, rope=RopeConfig())
+  return ModelConfig(
+    family='gemma3_text',
+    layers=tuple(local if (l + 1) % period else layer for l in range(depth)),
+    norm_eps=1e-6,
+    norm_offset=1.0,
+    rope=RopeConfig(theta=1e6),
+    tied=True,
+    embedding_scale=math.sqrt(fields['width']),
+    bos_id=2,
+    eos_ids=(1,),
+    **fields,
+  )
+
+
 _LLAMA3_ROPE = RopeConfig(theta=5e5, kind='llama3', factor=8.0, original_max_positions=8192)
 _TINY = {'vocab_size': 256, 'width': 64, 'max_positions': 128}
 
 _BUILDERS: dict[str, Callable[[], ModelConfig]] = {
   'gemma-2-2b': lambda: _gemma2(
     26, _sizes(8, 4, 256, 9216), 4096, vocab_size=256_000, width=2304, max_positions=8192
+  ),
+  'gemma-3-1b': lambda: _gemma3(
+    26, _sizes(4, 1, 256, 6912), 512, 6, vocab_size=262_144, width=1152, max_positions=32_768
   ),
   'gpt2': lambda: _gpt2(
     12,
@@ -159,6 +221,16 @@ _BUILDERS: dict[str, Callable[[], ModelConfig]] = {
     max_positions=1024,
     bos_id=50_256,
     eos_ids=(50_256,),
+  ),
+  'granite-3.0-2b': lambda: _granite(
+    40,
+    _sizes(32, 8, 64, 8192),
+    vocab_size=49_155,
+    width=2048,
+    max_positions=4096,
+    bos_id=0,
+    eos_ids=(0,),
+    pad_id=0,
   ),
   'llama-2-7b': lambda: _llama(
     32, _sizes(32, 32, 128, 11_008), vocab_size=32_000, width=4096, max_positions=4096
@@ -181,6 +253,15 @@ _BUILDERS: dict[str, Callable[[], ModelConfig]] = {
     vocab_size=32_000,
     width=4096,
     max_positions=32_768,
+  ),
+  'olmo-2-1b': lambda: _olmo2(
+    16,
+    _sizes(16, 16, 128, 8192),
+    vocab_size=100_352,
+    width=2048,
+    max_positions=4096,
+    eos_ids=(100_257,),
+    pad_id=100_277,
   ),
   'olmoe-1b-7b': lambda: _olmoe(
     16,
@@ -226,15 +307,28 @@ _BUILDERS: dict[str, Callable[[], ModelConfig]] = {
     bos_id=0,
     eos_ids=(0,),
   ),
+  'smollm3-3b': lambda: _smollm3(
+    36,
+    _sizes(16, 4, 128, 11_008),
+    vocab_size=128_256,
+    width=2048,
+    max_positions=65_536,
+    bos_id=128_000,
+    eos_ids=(128_012,),
+    pad_id=128_004,
+  ),
   'tinyllama-1.1b': lambda: _llama(
     22, _sizes(32, 4, 64, 5632), vocab_size=32_000, width=2048, max_positions=2048
   ),
   'tiny-gemma2': lambda: _gemma2(2, _sizes(4, 2, 16, 160), 32, **_TINY),
+  'tiny-gemma3': lambda: _gemma3(2, _sizes(4, 2, 16, 160), 32, 2, **_TINY),
   'tiny-gpt2': lambda: _gpt2(2, _sizes(4, 4, 16, 256), **_TINY),
   'tiny-llama': lambda: _llama(2, _sizes(4, 2, 16, 152), **_TINY),
   'tiny-mistral': lambda: _llama(2, _sizes(4, 2, 16, 152), 32, family='mistral', **_TINY),
   'tiny-neox': lambda: _neox(2, _sizes(4, 4, 16, 256), **_TINY),
+  'tiny-olmo2': lambda: _olmo2(2, _sizes(4, 4, 16, 152), **_TINY),
   'tiny-olmoe': lambda: _olmoe(2, _sizes(4, 4, 16, 32), 8, 2, **_TINY | {'vocab_size': 320}),
   'tiny-phi3': lambda: _llama(2, _sizes(4, 4, 16, 152), 64, family='phi3', **_TINY),
   'tiny-qwen3': lambda: _qwen3(2, _sizes(4, 2, 16, 152), **_TINY),
+  'tiny-smollm3': lambda: _smollm3(4, _sizes(4, 2, 16, 152), **_TINY),
 }

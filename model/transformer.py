@@ -21,6 +21,7 @@ from model.layers.cache import Cache
 from ops import axes, rope
 from ops.linear import Matrix
 from ops.masks import AttentionMask
+from ops.rope import RopeConfig
 
 Caches = tuple[Cache, ...]  # one of each layer
 
@@ -99,18 +100,15 @@ class Transformer(nnx.Module):
 class Context:
   """The positions, rotary angles and mask that all blocks of one forward pass share.
 
-  `of` builds it once per pass. Layers with the same rotary width share their angles, and each layer
-  sets its own window in the mask.
+  `of` builds it once per pass. Layers with the same rope and rotary width share their angles, and
+  each layer sets its own window in the mask.
   """
 
   def __init__(self, config: ModelConfig, mask: AttentionMask):
     self.config, self.mask = config, mask
     # All of them at once, because a block may run inside a loop, whose arrays cannot leave it.
-    widths = {layer.mixer.rotated for layer in config.layers} - {None}
-    self.angles = {
-      width: config.rope and rope.cos_sin(mask.q_positions_BT, config.rope, width)
-      for width in sorted(widths)
-    }
+    found = dict.fromkeys(filter(None, (self._rotation(layer) for layer in config.layers)))
+    self.angles = {key: rope.cos_sin(mask.q_positions_BT, *key) for key in found}
 
   @classmethod
   def of(cls, config, tokens_BT, positions_BT=None, segments_BT=None, cache=None) -> 'Context':
@@ -141,8 +139,13 @@ class Context:
     return x_BTD, z_BTD
 
   def _own(self, block):
-    mixer = block.layer.mixer
-    return self.angles.get(mixer.rotated), dataclasses.replace(self.mask, window=mixer.window)
+    angles = self.angles.get(self._rotation(block.layer))
+    return angles, dataclasses.replace(self.mask, window=block.layer.mixer.window)
+
+  def _rotation(self, layer) -> tuple[RopeConfig, int] | None:
+    """The rope of a layer and how much of a head it rotates, if it does."""
+    own, width = self.config.rope_of(layer), layer.mixer.rotated
+    return None if own is None or width is None else (own, width)
 
 
 def _arange(batch: int, length: int) -> jax.Array:

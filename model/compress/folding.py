@@ -15,8 +15,9 @@ Dividing the producer's output by s > 0 and multiplying the rows of its consumer
 to rounding. AWQ (Lin et al. 2023, https://arxiv.org/abs/2306.00978) and SmoothQuant (Xiao et al.
 2022, https://arxiv.org/abs/2211.10438) do this to make the matrices or their inputs easier to
 quantize. Norms after a sub-layer and norms of heads come after the consumers, so they have no
-effect; a parallel block has a norm before each sub-layer, as other blocks do. An up projection into
-gelu or silu without a gate cannot be scaled (see `unscaled`).
+effect; a parallel block has a norm before each sub-layer, as other blocks do. Layers that read the
+stream without a norm (OLMo 2), and those after an up projection into gelu or silu without a gate,
+cannot be scaled (see `unscaled`).
 
 The divided scale of a norm is rounded to its stored type. The rounding is much coarser where an
 offset is added to the scale (Gemma). Consumers are therefore multiplied by the factor by which the

@@ -45,6 +45,8 @@ def check(config, spec) -> None:
     raise ValueError('a layer norm does not commute with rotations; only RMS norms do')
   if any(layer.post_norms for layer in config.layers):
     raise ValueError('the scales of norms after attention and feed-forward cannot be merged')
+  if not all(layer.pre_norms for layer in config.layers):
+    raise ValueError('only layers with a norm before attention and feed-forward can be rotated')
 
 
 @technique(

@@ -44,6 +44,8 @@ def check(config: ModelConfig, spec: SliceSpec) -> None:
   del spec
   if any(layer.post_norms for layer in config.layers):
     raise ValueError('the scales of norms after attention and feed-forward cannot be merged')
+  if not all(layer.pre_norms for layer in config.layers):
+    raise ValueError('layers that read the stream without a norm change with its width')
 
 
 def _reshapes(model, spec):

@@ -23,6 +23,7 @@ import numpy as np
 
 from model.compress import folding
 from model.compress.registry import Changes, technique
+from model.config import ModelConfig
 from ops import activations, quantized
 from ops.activations import Bits
 from ops.linear import Matrix, Weight
@@ -127,12 +128,22 @@ def becomes(w: Matrix, spec: SmoothQuantSpec) -> Matrix:
   return Stored.of(spec)(w, jnp.ones(w.shape[0])) if spec.quantize else w
 
 
+def check(config: ModelConfig, spec: SmoothQuantSpec) -> None:
+  """Raises ValueError if there is no norm that scales could be folded into."""
+  if spec.fold == 'norms' and not any(layer.pre_norms for layer in config.layers):
+    raise ValueError(
+      'fold: norms folds scales into the norms before attention and feed-forward, and this model '
+      'has none; fold: all smooths the other groups'
+    )
+
+
 @technique(
   'smoothquant',
   spec=SmoothQuantSpec,
   statistics=('input_absmax',),
   paper='Xiao et al. 2022, https://arxiv.org/abs/2211.10438',
   scope='block',
+  check=check,
   becomes=becomes,
 )
 def smoothquant(site, spec):

@@ -23,6 +23,7 @@ from model.compress.importance import Importance, score
 from model.compress.programs import compiled
 from model.compress.registry import Reshaped, technique
 from model.compress.sizes import SizeSpec
+from model.config import ModelConfig
 from model.transformer import linears, parameters
 from ops import experts, structure
 
@@ -182,11 +183,22 @@ def _refit(covariance, w, rows, damping):
   return experts.each(lambda own: structure.refit(*own, rows, damping), (covariance, w))
 
 
+def check_width(config: ModelConfig, spec: WidthSpec) -> None:
+  """Raises ValueError if dimensions of the stream cannot be scored by what its norms put out."""
+  del spec
+  if not all(layer.pre_norms for layer in config.layers):
+    raise ValueError(
+      'dimensions of the residual stream are scored and rescaled by the norms before attention and '
+      'feed-forward, which some layers lack; prune_ffn, prune_heads and drop_layers need none'
+    )
+
+
 @technique(
   'prune_width',
   spec=WidthSpec,
   paper=MINITRON,
   scope='shape',
+  check=check_width,
   reshapes=_reshapes('D'),
   calibrates=lambda spec: True,
 )

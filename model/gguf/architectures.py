@@ -2,8 +2,9 @@
 
 An architecture is a family of `model.hf_names` with other names and codecs, so reading is the same
 there and here. The codecs undo what llama.cpp's converter does to the tensors of a Hugging Face
-checkpoint: rows of queries and keys lie in pairs (llama), norm scales have one added (gemma2), and
-the parts of a fused matrix lie one after another, not interleaved (gptneox).
+checkpoint: rows of queries and keys lie in pairs (llama, smollm3, granite), norm scales have one
+added (gemma2, gemma3), and the parts of a fused matrix lie one after another, not interleaved
+(gptneox).
 """
 
 import dataclasses
@@ -49,22 +50,36 @@ def _separate(codec: Codec = TRANSPOSE) -> tuple[Row, ...]:
 _FUSED = (Row('blk.{l}.attn_qkv', _ATTENTION, TRANSPOSE),)
 _UP = (Row('blk.{l}.ffn_up', ('layers.{l}.ffn.up',), TRANSPOSE),)
 _GATED = (Row('blk.{l}.ffn_gate', ('layers.{l}.ffn.gate',), TRANSPOSE), *_UP)
-_QK_NORMS = (
-  Row('blk.{l}.attn_q_norm', ('layers.{l}.attention.query_norm',)),
-  Row('blk.{l}.attn_k_norm', ('layers.{l}.attention.key_norm',)),
-)
-_POST_NORMS = (
-  Row('blk.{l}.post_attention_norm', ('layers.{l}.attention_post_norm',), _ONE_MORE),
-  Row('blk.{l}.post_ffw_norm', ('layers.{l}.ffn_post_norm',), _ONE_MORE),
-)
+
+
+def _qk_norms(norm: Codec = PLAIN) -> tuple[Row, ...]:
+  return (
+    Row('blk.{l}.attn_q_norm', ('layers.{l}.attention.query_norm',), norm),
+    Row('blk.{l}.attn_k_norm', ('layers.{l}.attention.key_norm',), norm),
+  )
+
+
+def _post_norms(norm: Codec = PLAIN) -> tuple[Row, ...]:
+  return (
+    Row('blk.{l}.post_attention_norm', ('layers.{l}.attention_post_norm',), norm),
+    Row('blk.{l}.post_ffw_norm', ('layers.{l}.ffn_post_norm',), norm),
+  )
+
+
+_LLAMA = (*_common(), *_separate(PAIRED), *_GATED)
+_GEMMA2 = (*_common(_ONE_MORE), *_separate(), *_GATED, *_post_norms(_ONE_MORE))
 
 ARCHITECTURES = {
   name: dataclasses.replace(hf_names.find(family), prefix='', rows=rows, ignored=IGNORED)
   for name, family, rows in (
-    ('llama', 'llama', (*_common(), *_separate(PAIRED), *_GATED)),
+    ('llama', 'llama', _LLAMA),
+    ('smollm3', 'smollm3', _LLAMA),
+    ('granite', 'granite', _LLAMA),
     ('qwen2', 'qwen2', (*_common(), *_separate(), *_GATED)),
-    ('qwen3', 'qwen3', (*_common(), *_separate(), *_GATED, *_QK_NORMS)),
-    ('gemma2', 'gemma2', (*_common(_ONE_MORE), *_separate(), *_GATED, *_POST_NORMS)),
+    ('qwen3', 'qwen3', (*_common(), *_separate(), *_GATED, *_qk_norms())),
+    ('gemma2', 'gemma2', _GEMMA2),
+    ('gemma3', 'gemma3_text', (*_GEMMA2, *_qk_norms(_ONE_MORE))),
+    ('olmo2', 'olmo2', (*_common(), *_separate(), *_GATED, *_qk_norms(), *_post_norms())),
     ('phi3', 'phi3', (*_common(), *_FUSED, Row('blk.{l}.ffn_up', _GATE_UP, TRANSPOSE))),
     ('gpt2', 'gpt2', (*_common(), Row('position_embd', ('positions',)), *_FUSED, *_UP)),
     ('gptneox', 'gpt_neox', (*_common(), *_FUSED, *_UP)),

@@ -1,8 +1,8 @@
 """The config of a model from the metadata of its GGUF file.
 
 The metadata is turned into what config.json would say, because the family's own mapping knows the
-rest. What the file does not say is what llama.cpp assumes: which layers of a Gemma 2 have a window,
-the scale of its queries, the activation.
+rest. What the file does not say is what llama.cpp assumes: which layers of a Gemma have a window,
+the scale of its queries, the layers of a SmolLM3 that do not rotate, the activation.
 """
 
 from model import hf_names
@@ -13,7 +13,8 @@ from model.gguf.fields import Fields
 from model.hf_names.rope import rotary_fraction
 
 EMBEDDING, HEAD = 'token_embd.weight', 'output.weight'
-_GEMMA2_27B_LAYERS = 46  # the one Gemma 2 whose queries are not scaled by their own width
+# The one Gemma 2 and the one Gemma 3 whose queries are not scaled by their own width.
+_GEMMA_27B_LAYERS = {'gemma2': 46, 'gemma3': 62}
 # Keys that change what is computed, and the values that do not.
 _REFUSED = {
   'expert_count': 0,
@@ -24,6 +25,15 @@ _REFUSED = {
   'logit_scale': 0.0,
   'residual_scale': 0.0,
   'embedding_scale': 0.0,
+}
+# Of these keys, the ones that an architecture computes; 0 stands for none.
+_MULTIPLIERS = {
+  'granite': {
+    'attention.scale': 'attention_multiplier',
+    'embedding_scale': 'embedding_multiplier',
+    'residual_scale': 'residual_multiplier',
+    'logit_scale': 'logits_scaling',
+  }
 }
 
 
@@ -40,7 +50,8 @@ def _to_config(file):
   family = architectures.find(name).model_type
   fields = Fields(name, file.metadata, file.tensors)
   for key, harmless in _REFUSED.items():
-    fields.refuse(key, harmless)
+    if key not in _MULTIPLIERS.get(name, ()):
+      fields.refuse(key, harmless)
   if EMBEDDING not in file.tensors:
     raise ValueError(f'the tensor {EMBEDDING} is missing')
   common = {
@@ -96,16 +107,46 @@ def _qwen3(fields):
 def _gemma2(fields):
   fields.refuse('attention.sliding_window_pattern', 2)
   keys = _whole_heads(fields)
-  scalar = keys['head_dim']
-  if keys['num_hidden_layers'] == _GEMMA2_27B_LAYERS:
-    scalar = keys['hidden_size'] // keys['num_attention_heads']
   return {
     **keys,
-    'query_pre_attn_scalar': scalar,
+    'query_pre_attn_scalar': _query_scalar(fields, keys),
     'sliding_window': fields.size('attention.sliding_window', 4096),
     'attn_logit_softcapping': fields.number('attn_logit_softcapping', 50.0),
     'final_logit_softcapping': fields.number('final_logit_softcapping', 30.0),
   }
+
+
+def _query_scalar(fields, keys):
+  """What Gemma divides the scores by, squared."""
+  largest = keys['num_hidden_layers'] == _GEMMA_27B_LAYERS[fields.name]
+  return keys['hidden_size'] // keys['num_attention_heads'] if largest else keys['head_dim']
+
+
+def _gemma3(fields):
+  fields.refuse('attention.sliding_window_pattern', 6)
+  fields.refuse('attn_logit_softcapping', 0.0)
+  keys = _whole_heads(fields)
+  return {
+    **keys,
+    'rope_theta': fields.number('rope.freq_base', 1e6),
+    'rope_local_base_freq': fields.number('rope.freq_base_swa', 1e4),
+    'query_pre_attn_scalar': _query_scalar(fields, keys),
+    'sliding_window': fields.size('attention.sliding_window', 4096),
+    'final_logit_softcapping': fields.number('final_logit_softcapping', 0.0) or None,
+  }
+
+
+def _olmo2(fields):
+  """OLMo 2; a file of OLMo 3, which has windows, says so in the same architecture."""
+  fields.refuse('attention.sliding_window', 0)
+  return {**_whole_heads(fields), **_biases(fields)}
+
+
+def _granite(fields):
+  keys = {**_whole_heads(fields), **_biases(fields)}
+  values = {ours: fields.number(key, 0.0) for key, ours in _MULTIPLIERS['granite'].items()}
+  own = {'attention_multiplier': keys['head_dim'] ** -0.5}
+  return {**keys, **own, **{ours: value for ours, value in values.items() if value}}
 
 
 def _phi3(fields):
@@ -150,6 +191,10 @@ def _rotary_fraction(fields, head_width):
 
 _KEYS = {
   'llama': _llama,
+  'smollm3': lambda fields: {**_whole_heads(fields), **_biases(fields)},
+  'granite': _granite,
+  'olmo2': _olmo2,
+  'gemma3': _gemma3,
   'qwen2': _whole_heads,
   'qwen3': _qwen3,
   'gemma2': _gemma2,

@@ -9,18 +9,22 @@ from model.config import ModelConfig
 from model.hf_names import fields
 from model.hf_names.family import Entry, Family, Layout, entries
 from model.hf_names.gemma2 import GEMMA2
+from model.hf_names.gemma3 import GEMMA3
 from model.hf_names.gpt2 import GPT2
 from model.hf_names.gpt_neox import GPT_NEOX
 from model.hf_names.gpt_oss import GPT_OSS
+from model.hf_names.granite import GRANITE
 from model.hf_names.granitemoe import GRANITE_MOE, GRANITE_MOE_SHARED
 from model.hf_names.llama import LLAMA, MISTRAL
 from model.hf_names.mixtral import MIXTRAL
+from model.hf_names.olmo2 import OLMO2
 from model.hf_names.olmoe import OLMOE
 from model.hf_names.phi3 import PHI3
 from model.hf_names.qwen2 import QWEN2
 from model.hf_names.qwen2_moe import QWEN2_MOE
 from model.hf_names.qwen3 import QWEN3
 from model.hf_names.qwen3_moe import QWEN3_MOE
+from model.hf_names.smollm3 import SMOLLM3
 from model.hf_names.stored import FLOATS, select_tensors
 from model.layers.block import LayerConfig
 
@@ -42,7 +46,8 @@ __all__ = [
 FAMILIES = {
   family.model_type: family
   for family in (
-    *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, PHI3, GPT2, GPT_NEOX),
+    *(LLAMA, MISTRAL, SMOLLM3, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, GRANITE, PHI3),
+    *(GPT2, GPT_NEOX),
     *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITE_MOE, GRANITE_MOE_SHARED, GPT_OSS),
   )
 }
@@ -148,10 +153,12 @@ def _traits(layer: LayerConfig) -> dict[str, Any]:
 
 def _normal(config: ModelConfig) -> ModelConfig:
   """The same model, with None for each value that None stands for."""
-  return config.replace(layers=tuple(map(_normal_layer, config.layers)))
+  return config.replace(layers=tuple(_normal_layer(layer, config) for layer in config.layers))
 
 
-def _normal_layer(layer):
+def _normal_layer(layer, config):
+  if layer.mixer.rope == config.rope:
+    layer = layer.with_mixer(rope=None)
   if layer.mixer.query_scale == layer.mixer.head_width**-0.5:
     layer = layer.with_mixer(query_scale=None)
   if layer.mixer.rotary_width == layer.mixer.head_width:

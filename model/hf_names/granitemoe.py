@@ -1,18 +1,15 @@
-"""Granite-MoE, without and with a shared expert: Llama with experts, and four multipliers.
+"""Granite-MoE, without and with a shared expert: Granite with experts.
 
-They multiply embeddings, scores of attention and what each sub-layer adds to the stream, and divide
-logits. The experts of a layer are one tensor. transformers: models/granitemoe, granitemoeshared
-(5.24).
+The experts of a layer are one tensor. transformers: models/granitemoe, granitemoeshared (5.24).
 """
 
 import dataclasses
 
-from model.hf_names import fields, llama, moe, rope
+from model.hf_names import fields, granite, llama, moe
 from model.hf_names.family import TRANSPOSE, Family, Layout, Row
 from model.layers.mixers.attention import AttentionConfig
 from model.layers.routed import RoutedConfig
 
-DEFAULTS = llama.Defaults()
 MOE, SHARED_MLP = 'model.layers.{l}.block_sparse_moe', 'model.layers.{l}.shared_mlp'
 SHARED = 'layers.{l}.ffn.shared'
 COMMON = (
@@ -30,27 +27,12 @@ IN_MEMORY = (*COMMON, Row(f'{MOE}.router', moe.ROUTER, TRANSPOSE), *moe.fused(f'
 
 
 def _from_hf(hf, family, **shared):
-  llama.only_whole_heads(hf)
   fields.refuse(hf, 'norm_topk_prob', True, None)
-  biased = fields.flag(hf, 'attention_bias', False)
-  mixer = {
-    'qkv_bias': biased,
-    'output_bias': biased,
-    'query_scale': fields.positive(hf, 'attention_multiplier', 1.0),
-  }
-  added = fields.positive(hf, 'residual_multiplier', 1.0)
-  layers = llama.blocks(hf, DEFAULTS, mixer=mixer, residual_scale=added)
+  layers = granite.blocks(hf)
   router = {'score': 'softmax_of_chosen'}
   width = layers[0].ffn.width
   experts = moe.routed(hf, experts=8, choices=2, width=width, router=router, **shared)
-  return llama.decoder(
-    hf,
-    family,
-    DEFAULTS,
-    moe.everywhere(layers, experts),
-    embedding_scale=fields.positive(hf, 'embedding_multiplier', 1.0),
-    logit_divisor=fields.positive(hf, 'logits_scaling', 1.0),
-  )
+  return granite.decoder(hf, family, moe.everywhere(layers, experts))
 
 
 def _shared_from_hf(hf):
@@ -59,15 +41,9 @@ def _shared_from_hf(hf):
 
 
 def _to_hf(config):
-  layer, heads = config.layers[0], config.layers[0].mixer
+  layer = config.layers[0]
   return {
-    **llama.decoder_to_hf(config),
-    **rope.to_hf(config.rope),
-    'attention_bias': heads.qkv_bias,
-    'attention_multiplier': heads.query_scale or heads.head_width**-0.5,
-    'residual_multiplier': layer.residual_scale,
-    'embedding_multiplier': config.embedding_scale,
-    'logits_scaling': config.logit_divisor,
+    **granite.to_hf(config),
     'num_local_experts': layer.ffn.experts,
     'num_experts_per_tok': layer.ffn.router.choices,
   }

@@ -67,7 +67,8 @@ def decoder(
     norm_eps=fields.number(hf, 'rms_norm_eps', defaults.eps),
     tied=fields.flag(hf, 'tie_word_embeddings', defaults.tied),
     **fields.tokens(hf, defaults.bos, defaults.eos, defaults.pad, vocab_size=vocab_size),
-    **{'rope': rope.from_hf(hf, max_positions), **traits},
+    **({} if 'rope' in traits else {'rope': rope.from_hf(hf, max_positions)}),
+    **traits,
   )
 
 

@@ -9,11 +9,11 @@ from model.hf_names import fields, llama, qwen2, rope
 from model.hf_names.family import Family, Row
 
 DEFAULTS = dataclasses.replace(qwen2.DEFAULTS, head_width=128)
-ROWS = (
-  *llama.ROWS,
+QK_NORMS = (
   Row('model.layers.{l}.self_attn.q_norm', ('layers.{l}.attention.query_norm',)),
   Row('model.layers.{l}.self_attn.k_norm', ('layers.{l}.attention.key_norm',)),
 )
+ROWS = (*llama.ROWS, *QK_NORMS)
 
 
 def _from_hf(hf):

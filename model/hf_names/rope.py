@@ -23,11 +23,15 @@ def from_hf(
   max_positions: int,
   *,
   theta_key: str = 'rope_theta',
+  theta: float = 10000.0,
   types: tuple[str, ...] = tuple(KINDS),
 ) -> RopeConfig:
-  """The rotary embedding of a config.json; `types` are those that the family supports."""
+  """The rotary embedding of a config.json.
+
+  `theta` is the base where there is none; `types` are the ones that the family supports.
+  """
   scaling = parameters(hf)
-  theta = fields.number(scaling, 'rope_theta', fields.number(hf, theta_key, 10000.0))
+  theta = fields.number(scaling, 'rope_theta', fields.number(hf, theta_key, theta))
   name = scaling.get('rope_type', scaling.get('type', 'default'))
   if name not in types:
     raise ValueError(

@@ -9,7 +9,7 @@ from model.layers.basic import Norm, StreamConfig
 from model.layers.cache import Cache
 from model.layers.checks import check_positive
 from model.layers.sublayer import FfnConfig, MixerConfig, SubLayerConfig, Units
-from model.layers.wiring import Wiring, Write
+from model.layers.wiring import Edge, Normed, Streamed, Wiring, Write
 from ops.masks import AttentionMask
 
 
@@ -19,7 +19,8 @@ class LayerConfig:
 
   mixer: MixerConfig
   ffn: FfnConfig
-  post_norms: bool = False  # a second norm after each sub-layer (Gemma 2)
+  pre_norms: bool = True  # a norm before each sub-layer; OLMo 2 has none
+  post_norms: bool = False  # a norm after each sub-layer (Gemma 2)
   parallel: bool = False  # both sub-layers read the same input (GPT-NeoX)
   residual_scale: float = 1.0  # of what each sub-layer adds to the stream (Granite)
 
@@ -43,13 +44,19 @@ class LayerConfig:
     """How the linear layers of the block are connected."""
     parts = self.sublayers.items()
     return Wiring(
-      edges=tuple(edge for name, part in parts for edge in part.edges(name)),
+      edges=tuple(self._edge(edge) for name, part in parts for edge in part.edges(name)),
       writes=tuple(
         Write(layer=layer, norm=f'{name}_post_norm' if self.post_norms else None)
         for name, part in parts
         for layer in part.writers(name)
       ),
     )
+
+  def _edge(self, edge: Edge) -> Edge:
+    """An edge of a sub-layer as it is in this block."""
+    if self.pre_norms or not isinstance(edge.through, Normed):
+      return edge
+    return dataclasses.replace(edge, producer=None, through=Streamed())
 
   @property
   def units(self) -> tuple[Units, ...]:
@@ -75,17 +82,17 @@ class LayerConfig:
 
 
 class Block(nnx.Module):
-  """One decoder layer: a mixer and a feed-forward network, each after a norm."""
+  """One decoder layer: a mixer and a feed-forward network, with norms before or after."""
 
   def __init__(self, stream: StreamConfig, layer: LayerConfig, *, rngs, dtype):
     self.layer = layer
-    norm = lambda: Norm(stream.width, stream, dtype=dtype)
-    self.attention_norm = norm()
+    norm = lambda there: Norm(stream.width, stream, dtype=dtype) if there else None
+    self.attention_norm = norm(layer.pre_norms)
     self.attention = layer.mixer.build(stream, rngs=rngs, dtype=dtype)
-    self.attention_post_norm = norm() if layer.post_norms else None
-    self.ffn_norm = norm()
+    self.attention_post_norm = norm(layer.post_norms)
+    self.ffn_norm = norm(layer.pre_norms)
     self.ffn = layer.ffn.build(stream, rngs=rngs, dtype=dtype)
-    self.ffn_post_norm = norm() if layer.post_norms else None
+    self.ffn_post_norm = norm(layer.post_norms)
 
   def __call__(self, x_BTD, angles, mask: AttentionMask, cache: Cache | None = None):
     """Returns (x_BTD, cache)."""
@@ -93,14 +100,21 @@ class Block(nnx.Module):
 
   def run(self, x_BTD, angles, mask: AttentionMask, cache: Cache | None = None):
     """Returns (x_BTD, cache, z_BTD), where z_BTD is what the feed-forward network has read."""
-    y_BTD, cache = self.attention(self.attention_norm(x_BTD), angles, mask, cache)
+    y_BTD, cache = self.attention(self.mixer_input(x_BTD), angles, mask, cache)
     attended_BTD = x_BTD + self._written(self.attention_post_norm, y_BTD)
     source_BTD = x_BTD if self.layer.parallel else attended_BTD
-    z_BTD = self.ffn_norm(source_BTD)
+    z_BTD = _normed(self.ffn_norm, source_BTD)
     return attended_BTD + self._written(self.ffn_post_norm, self.ffn(z_BTD)), cache, z_BTD
+
+  def mixer_input(self, x_BTD):
+    """What the mixer reads of the stream."""
+    return _normed(self.attention_norm, x_BTD)
 
   def _written(self, norm: Norm | None, y_BTD):
     """What the output of a sub-layer adds to the stream."""
-    y_BTD = y_BTD if norm is None else norm(y_BTD)
-    scale = self.layer.residual_scale
+    y_BTD, scale = _normed(norm, y_BTD), self.layer.residual_scale
     return y_BTD if scale == 1.0 else y_BTD * jnp.asarray(scale, y_BTD.dtype)
+
+
+def _normed(norm: Norm | None, x_BTD):
+  return x_BTD if norm is None else norm(x_BTD)

@@ -33,5 +33,12 @@ def from_json(data: Mapping[str, Any], kinds: Mapping[str, type[SubLayerConfig]]
   if kind not in kinds:
     raise ValueError(f'this version knows no {kind!r}; the kinds are {", ".join(kinds)}')
   types = typing.get_type_hints(kinds[kind])
-  read = lambda name, value: types[name](**value) if isinstance(value, Mapping) else value
+  read = lambda name, value: (
+    _config_type(types[name])(**value) if isinstance(value, Mapping) else value
+  )
   return kinds[kind](**{name: read(name, value) for name, value in fields.items()})
+
+
+def _config_type(hint) -> type:
+  """The type of a config within another, which may also be None there."""
+  return next((one for one in typing.get_args(hint) if one is not type(None)), hint)

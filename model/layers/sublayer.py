@@ -14,6 +14,7 @@ from flax import nnx
 from model.layers.basic import StreamConfig
 from model.layers.cache import Cache, CacheFormat
 from model.layers.wiring import Edge
+from ops.rope import RopeConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,8 @@ class SubLayerConfig(abc.ABC):
   def edges(self, name: str) -> tuple[Edge, ...]:
     """The wiring in running order; `name` is that of the module in its block.
 
-    The norm before the sub-layer is `{name}_norm`, the linear layers are `{name}.*`.
+    The norm before the sub-layer is `{name}_norm`, the linear layers are `{name}.*`. In a block
+    without that norm, its edge becomes one of the residual stream (`block.LayerConfig`).
     """
 
   @abc.abstractmethod
@@ -68,6 +70,7 @@ class MixerConfig(SubLayerConfig):
   """
 
   window: int | None  # how many keys a query sees, itself included; None: all before it
+  rope: RopeConfig | None  # of this layer; None: the model's
 
   @property
   @abc.abstractmethod

@@ -22,6 +22,11 @@ class Normed:
   """The producer is a norm of the residual stream, and the consumers read its output."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+  """The consumers read the residual stream as it is, so there is no one producer."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attended:
   """Tokens are mixed, head by head; channels are not.
@@ -54,17 +59,17 @@ class Activated:
   function: str
 
 
-Through = Normed | Attended | Gated | Activated
+Through = Normed | Streamed | Attended | Gated | Activated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Edge:
   """The linear layers that read one input, and the norm or linear layer that it comes from.
 
-  All names are paths within the block.
+  All names are paths within the block. The residual stream has no producer.
   """
 
-  producer: str
+  producer: str | None
   through: Through
   consumers: tuple[str, ...]
 
@@ -74,6 +79,8 @@ class Edge:
 
     relu(x / s) = relu(x) / s, and no other activation commutes with scales.
     """
+    if isinstance(self.through, Streamed):
+      return 'no norm comes before it'
     if isinstance(self.through, Activated) and self.through.function != 'relu':
       return f'{self.through.function} does not commute with scales'
     if isinstance(self.through, Gated) and not self.through.linear:

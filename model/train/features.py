@@ -185,7 +185,7 @@ def projections(
   for block in layers[: index % len(layers)]:
     x_BTD, _ = context.run(block, x_BTD)
   block = layers[index]
-  return block.attention.project(block.attention_norm(x_BTD))
+  return block.attention.project(block.mixer_input(x_BTD))
 
 
 def _log_relations(q, k, seen_BTS):

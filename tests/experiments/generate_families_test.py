@@ -24,6 +24,10 @@ TINY = {
   'head_dim': 16,
   'max_position_embeddings': 64,
 }
+TRAITS = {
+  'Gemma3': {'sliding_window': 4, 'layer_types': ['sliding_attention', 'full_attention']},
+  'SmolLM3': {'no_rope_layers': [1, 0]},
+}
 GPT = {'n_embd': 48, 'n_layer': 2, 'n_head': 4, 'n_positions': 64}
 
 
@@ -86,6 +90,9 @@ CASES = {
   'llama, no class': ('Llama', _sentencepiece, {'add_bos_token': True}, 1),
   'mistral, sentencepiece': ('Mistral', _sentencepiece, {**LLAMA, 'legacy': False}, 1),
   'gemma2': ('Gemma2', _gemma, {'tokenizer_class': 'GemmaTokenizer', 'add_bos_token': True}, 2),
+  'gemma3': ('Gemma3', _gemma, {'tokenizer_class': 'GemmaTokenizer', 'add_bos_token': True}, 2),
+  'smollm3': ('SmolLM3', lambda: _byte_level(True), NAMED, 0),
+  'olmo2': ('Olmo2', lambda: _byte_level(False), NAMED, None),
   'phi3': ('Phi3', _sentencepiece, {**LLAMA, 'add_bos_token': False}, None),
   'qwen2': ('Qwen2', lambda: _byte_level(False), NAMED, None),
   'gpt2': ('GPT2', lambda: _byte_level(False), NAMED, None),
@@ -105,18 +112,25 @@ def folder(request, tmp_path):
   files = {**vocabulary(), 'tokenizer_config.json': json.dumps(settings).encode()}
   for name, data in files.items():
     (tmp_path / name).write_bytes(data)
-  (tmp_path / 'config.json').write_text(json.dumps({'model_type': family.lower()}))
+  (tmp_path / 'config.json').write_text(
+    json.dumps({'model_type': _config_class(family).model_type})
+  )
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
   model = _model(family, tokenizer)
   model.save_pretrained(tmp_path)
   return tmp_path, model, tokenizer, bos
 
 
+def _config_class(family):
+  return getattr(transformers, f'{family}TextConfig' if family == 'Gemma3' else f'{family}Config')
+
+
 def _model(family, tokenizer):
   torch.manual_seed(0)
   sizes = GPT if family == 'GPT2' else TINY
-  config = getattr(transformers, f'{family}Config')(
-    vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=0, eos_token_id=1, **sizes
+  special = {'pad_token_id': 0, 'bos_token_id': 0, 'eos_token_id': 1}
+  config = _config_class(family)(
+    vocab_size=len(tokenizer), **special, **sizes, **TRAITS.get(family, {})
   )
   name = 'GPT2LMHeadModel' if family == 'GPT2' else f'{family}ForCausalLM'
   model = getattr(transformers, name)(config).eval()

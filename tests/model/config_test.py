@@ -29,6 +29,10 @@ MIXERS = {
   'no rotation': ({'rotary_width': 0}, 'within 1 and the head width 8, not 0'),
   'scale': ({'query_scale': 0.0}, r'query_scale must be a positive number, not 0\.0'),
   'cap': ({'softcap': math.nan}, 'softcap must be a positive number, not nan'),
+  'a rope that nothing reads': (
+    {'rotates': False, 'rope': RopeConfig()},
+    'does not rotate has no rope or rotary_width of its own',
+  ),
   'norm': ({'qk_norm_over': 'heads'}, "qk_norm_over 'heads' is not one of head, all"),
 }
 FFNS = {

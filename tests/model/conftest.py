@@ -26,7 +26,7 @@ def _shapes(config):
 def _attention(config, layer):
   mixer, width = layer.mixer, config.width
   queries, keys = mixer.query_heads * mixer.head_width, mixer.kv_heads * mixer.head_width
-  shapes = _norm('attention_norm', config)
+  shapes = _norm('attention_norm', config) if layer.pre_norms else {}
   shapes |= _linear('attention.query', width, queries, mixer.qkv_bias)
   shapes |= _linear('attention.key', width, keys, mixer.qkv_bias)
   shapes |= _linear('attention.value', width, keys, mixer.qkv_bias)
@@ -40,7 +40,7 @@ def _attention(config, layer):
 
 def _feed_forward(config, layer):
   ffn, width = layer.ffn, config.width
-  shapes = _norm('ffn_norm', config)
+  shapes = _norm('ffn_norm', config) if layer.pre_norms else {}
   for name in ('gate', 'up') if ffn.gated else ('up',):
     shapes |= _linear(f'ffn.{name}', width, ffn.width, ffn.bias)
   shapes |= _linear('ffn.down', ffn.width, width, ffn.bias)

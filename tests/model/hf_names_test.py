@@ -19,6 +19,10 @@ CONFIG_CLASSES = {
   'qwen2': transformers.Qwen2Config,
   'qwen3': transformers.Qwen3Config,
   'gemma2': transformers.Gemma2Config,
+  'gemma3_text': transformers.Gemma3TextConfig,
+  'smollm3': transformers.SmolLM3Config,
+  'olmo2': transformers.Olmo2Config,
+  'granite': transformers.GraniteConfig,
   'phi3': transformers.Phi3Config,
   'gpt2': transformers.GPT2Config,
   'gpt_neox': transformers.GPTNeoXConfig,
@@ -97,6 +101,29 @@ def test_both_spellings_of_rope_mean_the_same(keys):
   )
 
 
+def test_both_spellings_of_two_ropes_mean_the_same():
+  older = {
+    'rope_theta': 5e5,
+    'rope_local_base_freq': 2e4,
+    'rope_scaling': {'rope_type': 'linear', 'factor': 8.0},
+    'sliding_window_pattern': 2,
+  }
+  newer = {
+    'rope_parameters': {
+      'full_attention': {'rope_type': 'linear', 'factor': 8.0, 'rope_theta': 5e5},
+      'sliding_attention': {'rope_type': 'default', 'rope_theta': 2e4},
+    },
+    'layer_types': ['sliding_attention', 'full_attention'] * 13,
+  }
+  read = lambda keys: hf_names.config_from_hf({'model_type': 'gemma3_text', **keys})
+  assert read(older) == read(newer)
+  theirs = transformers.Gemma3TextConfig(**older).to_dict()
+  assert read(theirs) == read(newer)
+  assert read(older).rope == RopeConfig(theta=5e5, kind='linear', factor=8.0)
+  own = [layer.mixer.rope for layer in read(older).layers[:4]]
+  assert own == [RopeConfig(theta=2e4), None] * 2
+
+
 def test_pythia_keys_of_older_versions():
   hf = {'model_type': 'gpt_neox', 'rotary_pct': 0.5, 'rotary_emb_base': 5000}
   config = hf_names.config_from_hf(
@@ -143,6 +170,20 @@ def test_yarn_without_an_original_length_uses_the_maximum():
     ('qwen2', {'layer_types': ['linear_attention'] * 32}, 'supported: full_attention, sliding'),
     ('qwen3', {'layer_types': ['full_attention']}, '1 entries, but there are 32 layers'),
     ('gemma2', {'use_bidirectional_attention': True}, 'use_bidirectional_attention = True'),
+    ('gemma3_text', {'use_bidirectional_attention': True}, 'use_bidirectional_attention = True'),
+    ('gemma3_text', {'attn_logit_softcapping': 50.0}, 'attn_logit_softcapping = 50.0'),
+    ('gemma3_text', {'rope_scaling': {'rope_type': 'yarn', 'factor': 2}}, "'yarn'.*: default, lin"),
+    ('gemma3_text', {'rope_parameters': {'rope_theta': 1e4}}, 'must have full_attention and slid'),
+    (
+      'gemma3_text',
+      {'rope_parameters': {'sliding_attention': {'rope_type': 'linear', 'factor': 2}}},
+      "'linear'.*supported: default$",
+    ),
+    ('gemma3_text', {'sliding_window': None}, 'no sliding_window is set'),
+    ('smollm3', {'no_rope_layers': [1, 0]}, 'no_rope_layers .* 2 entries, but there are 36 layers'),
+    ('smollm3', {'no_rope_layers': [2] * 36}, 'no_rope_layers .* list of 0 and 1'),
+    ('smollm3', {'layer_types': ['sliding_attention'] * 36}, 'set use_sliding_window to true'),
+    ('granite', {'logits_scaling': 0}, 'logits_scaling .* must be above 0'),
     ('gpt2', {'add_cross_attention': True}, 'add_cross_attention = True'),
     ('gpt2', {'n_head': 11}, 'n_embd 768 .* no multiple of n_head 11'),
     ('lama', {}, r"'lama' is not supported; supported: gemma2, .*did you mean llama"),
@@ -199,6 +240,13 @@ def _with_layer(family, index, *, mixer=None, ffn=None, **changes) -> ModelConfi
     (_with_layer('gpt_neox', 1, parallel=False), 'layers 1: parallel'),
     (_with_layer('gpt2', 1, mixer={'query_scale': 0.3}), r'layers 1: mixer\.query_scale = 0\.3'),
     (_with_layer('gemma2', 0, mixer={'query_scale': 0.3}), 'query_scale'),
+    (_with_layer('llama', 1, mixer={'rotates': False}), r'layers 1: mixer\.rotates = False'),
+    (
+      _with_layer('llama', 1, mixer={'rope': RopeConfig(theta=9.0)}),
+      r'layers 1: mixer\.rope = Rop',
+    ),
+    (_with_layer('olmo2', 2, pre_norms=True), r'layers 2: pre_norms = True'),
+    (_with_layer('gemma3_text', 1, mixer={'rope': None}), r'layers 1: mixer\.rope = None'),
     (_config('llama', norm='layer'), r"norm = 'layer' \(it would be 'rms'\)"),
     (_config('llama', logit_softcap=3.0), r'logit_softcap = 3.0'),
     (_config('llama', head_bias=True), 'head_bias'),

@@ -13,7 +13,8 @@ import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from model import hf, transformer
+from model import hf, kv_cache, transformer
+from model.layers.mixers import slots
 
 # Both compute in float32 and add in different orders; logits are of order 1.
 LOGIT_TOLERANCE = 1e-4
@@ -70,6 +71,19 @@ _YARN_FULL = _rope(
   truncate=False,
 )
 _YARN_FULL['rope_parameters']['rope_theta'] = 20.0  # so that the ramp has inner points
+_TWO_ROPES = {
+  'layer_types': ['sliding_attention', 'full_attention'],
+  'rope_parameters': {
+    'sliding_attention': {'rope_type': 'default', 'rope_theta': 20.0},
+    'full_attention': {'rope_type': 'linear', 'rope_theta': 500.0, 'factor': 4.0},
+  },
+}
+_MULTIPLIERS = {
+  'embedding_multiplier': 3.0,
+  'logits_scaling': 2.0,
+  'residual_multiplier': 0.4,
+  'attention_multiplier': 0.3,
+}
 CASES = {
   'llama-mha': ('Llama', TINY),
   'llama-gqa': ('Llama', GROUPED),
@@ -114,6 +128,26 @@ CASES = {
       'tie_word_embeddings': False,
     },
   ),
+  'gemma3': (
+    'Gemma3Text',
+    {**GROUPED, 'head_dim': 24, 'query_pre_attn_scalar': 40, 'sliding_window': 8, **_TWO_ROPES},
+  ),
+  'gemma3-plain': ('Gemma3Text', {**GROUPED, 'head_dim': 16, 'final_logit_softcapping': 3.0}),
+  'smollm3': ('SmolLM3', {**FOUR_LAYERS, **_rope('default'), 'tie_word_embeddings': True}),
+  'smollm3-window': (
+    'SmolLM3',
+    {
+      **GROUPED,
+      'no_rope_layers': [0, 1],
+      'use_sliding_window': True,
+      'sliding_window': 8,
+      'attention_bias': True,
+      'mlp_bias': True,
+    },
+  ),
+  'olmo2': ('Olmo2', {**GROUPED, 'attention_bias': True}),
+  'olmo2-head-dim': ('Olmo2', {**GROUPED, 'head_dim': 24}),
+  'granite': ('Granite', {**GROUPED, **_MULTIPLIERS, 'mlp_bias': True}),
   'phi3-window': ('Phi3', {**GROUPED, 'sliding_window': 8}),
   'phi3-partial': (
     'Phi3',
@@ -219,6 +253,31 @@ def test_logits_match_transformers(case, checkpoint):
   ours, tokenizer = hf.load_pretrained(folder)
   assert tokenizer is None
   np.testing.assert_allclose(_our_logits(ours), _their_logits(theirs), atol=LOGIT_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize('case', ['gemma3', 'smollm3-window', 'olmo2', 'granite'])
+def test_logits_over_a_cache_match_transformers(case, checkpoint):
+  """A prefill in two parts, then tokens one by one, past window and spare."""
+  folder, theirs = checkpoint(case)
+  model, _ = hf.load_pretrained(folder)
+  windows = [layer.mixer.window for layer in model.config.layers if layer.mixer.window]
+  assert all(window + slots.SPARE + 20 < LENGTH for window in windows)
+  graphdef, state = nnx.split(model)
+
+  @jax.jit
+  def step(state, tokens_BT, positions_BT, cache):
+    model = nnx.merge(graphdef, state)
+    x_BTD, cache = model.hidden(tokens_BT, positions_BT=positions_BT, cache=cache)
+    return model.logits(x_BTD), cache
+
+  tokens_BT = jnp.asarray(_tokens(), jnp.int32)
+  positions_BT = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), tokens_BT.shape)
+  cache, found = kv_cache.init(model.config, 2, LENGTH), []
+  for part in (slice(10), slice(10, 25), *(slice(t, t + 1) for t in range(25, LENGTH))):
+    logits_BTV, cache = step(state, tokens_BT[:, part], positions_BT[:, part], cache)
+    found.append(logits_BTV)
+  actual, expected = np.concatenate(found, 1), _their_logits(theirs)
+  np.testing.assert_allclose(actual, expected, atol=LOGIT_TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize('case', CASES)

@@ -10,13 +10,17 @@ from model.eval import cost
 
 MODEL_CLASSES = {
   'gemma2': (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+  'gemma3_text': (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
   'gpt2': (transformers.GPT2Config, transformers.GPT2LMHeadModel),
   'gpt_neox': (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM),
+  'granite': (transformers.GraniteConfig, transformers.GraniteForCausalLM),
   'llama': (transformers.LlamaConfig, transformers.LlamaForCausalLM),
   'mistral': (transformers.MistralConfig, transformers.MistralForCausalLM),
+  'olmo2': (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
   'olmoe': (transformers.OlmoeConfig, transformers.OlmoeForCausalLM),
   'phi3': (transformers.Phi3Config, transformers.Phi3ForCausalLM),
   'qwen3': (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+  'smollm3': (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
 }
 
 

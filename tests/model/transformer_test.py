@@ -17,6 +17,7 @@ from model.layers.mixers.attention import AttentionConfig
 from model.transformer import Transformer
 from ops.linear import Weight
 from ops.quantized import quantize
+from ops.rope import RopeConfig
 
 # Logits of order 1 in float32, summed in another order.
 CACHED = 1e-4
@@ -51,6 +52,10 @@ TRAITS = {
     dataclasses.replace(LAYER, post_norms=True).with_mixer(softcap=5.0, query_scale=0.3),
     logit_softcap=3.0,
     norm_offset=1.0,
+  ),
+  'post norms alone, two ropes': _config(
+    dataclasses.replace(LAYER, pre_norms=False, post_norms=True).with_mixer(rotates=False),
+    LAYER.with_mixer(rope=RopeConfig(theta=50.0)),
   ),
   'qk norm': _config(LAYER.with_mixer(qk_norm=True)),
   'biases': _config(BIASED, head_bias=True),

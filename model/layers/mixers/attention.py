@@ -20,6 +20,7 @@ from model.layers.wiring import Attended, Edge, Normed
 from ops import rope
 from ops.attention import attention
 from ops.masks import AttentionMask
+from ops.rope import RopeConfig
 
 NormSpan = Literal['head', 'all']
 
@@ -35,6 +36,8 @@ class AttentionConfig(MixerConfig):
   kv_heads: int
   head_width: int
   window: int | None = None  # keys that a query sees, itself included; None: all before it
+  rotates: bool = True  # queries and keys, where the model has a rope; some of SmolLM3's do not
+  rope: RopeConfig | None = None  # of this layer; None: the model's
   rotary_width: int | None = None  # leading part of a head that rotates; None: the whole head
   query_scale: float | None = None  # None: head_width ** -0.5
   softcap: float | None = None  # of the scores
@@ -59,6 +62,8 @@ class AttentionConfig(MixerConfig):
         f'rotary_width must be within 1 and the head width {self.head_width}, not '
         f'{self.rotary_width}; None rotates the whole head'
       )
+    if not self.rotates and (self.rope, self.rotary_width) != (None, None):
+      raise ValueError('a layer that does not rotate has no rope or rotary_width of its own')
     for name in ('query_scale', 'softcap'):
       check_positive(name, getattr(self, name))
     check_choice('qk_norm_over', self.qk_norm_over, get_args(NormSpan))
@@ -100,7 +105,7 @@ class AttentionConfig(MixerConfig):
 
   @property
   def rotated(self):
-    return self.rotary_width or self.head_width
+    return (self.rotary_width or self.head_width) if self.rotates else None
 
   def cache(self, batch, capacity, dtype, format):
     """Of layers with a window, the formats that store token by token hold the window alone."""

@@ -127,7 +127,12 @@ def test_a_rotated_and_quantized_model_is_saved_and_loaded(rng, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'name, message', [('tiny-gpt2', 'layer norm'), ('tiny-gemma2', 'norms after attention')]
+  'name, message',
+  [
+    ('tiny-gpt2', 'layer norm'),
+    ('tiny-gemma2', 'norms after attention'),
+    ('tiny-olmo2', 'rotate: the scales of norms after attention'),
+  ],
 )
 def test_models_that_do_not_commute_with_rotations_are_refused(name, message):
   model = Transformer(presets.preset(name), rngs=nnx.Rngs(0))

@@ -74,9 +74,10 @@ def test_the_share_of_the_squares_gives_the_factor():
 
 
 def test_what_cannot_be_sliced_is_refused(tiny_of):
-  model = tiny_of('gemma2')
-  with pytest.raises(ValueError, match='recipe x: slice: the scales of norms after attention'):
-    pipeline.check(model, _recipe(), _tokens(model))
+  for family in ('gemma2', 'olmo2'):
+    model = tiny_of(family)
+    with pytest.raises(ValueError, match='recipe x: slice: the scales of norms after attention'):
+      pipeline.check(model, _recipe(), _tokens(model))
   model = tiny_of('llama')
   with pytest.raises(ValueError, match='recipe x: slice needs calibration text'):
     pipeline.check(model, _recipe())

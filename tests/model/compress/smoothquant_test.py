@@ -11,7 +11,7 @@ from flax import nnx
 from model import hf
 from model.compress import contracts, folding, pipeline, recipe, smoothquant
 from model.compress.smoothquant import ActivationSpec, SmoothQuantSpec, Stored
-from model.transformer import matrices
+from model.transformer import Transformer, matrices
 from ops.activations import ActivationQuantized
 from ops.linear import dense
 
@@ -190,6 +190,20 @@ def test_layers_that_cannot_be_scaled_are_in_the_ledger(tiny, tokens_BT):
   why = 'not scaled, because attention.value.weight is a QuantizedTensor'
   assert found >= {('layers.0.attention.query', why), ('layers.0.attention.key', why)}
   assert isinstance(compressed.layers[0].attention.key.weight.get_value(), ActivationQuantized)
+
+
+def test_without_norms_before_the_layers_only_the_other_groups_are_smoothed(tiny, tokens_BT):
+  config = tiny(layers=1).config
+  layer = dataclasses.replace(config.layers[0], pre_norms=False, post_norms=True)
+  model = Transformer(config.replace(layers=(layer,)), rngs=nnx.Rngs(0))
+  with pytest.raises(
+    ValueError, match=r'smoothquant: fold: norms folds .* and this model has none'
+  ):
+    pipeline.check(model, _parse({'smoothquant': {}}), tokens_BT)
+  _, ledger = pipeline.compress(model, _parse({'smoothquant': {'fold': 'all'}}), tokens_BT)
+  why = 'not scaled, because no norm comes before it'
+  found = {event.layer.removeprefix('layers.0.') for event in ledger.events if event.event == why}
+  assert found == {f'attention.{x}' for x in ('query', 'key', 'value')} | {'ffn.gate', 'ffn.up'}
 
 
 @pytest.mark.parametrize(

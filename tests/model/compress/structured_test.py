@@ -287,6 +287,13 @@ def test_what_cannot_work_is_refused_before_any_work(tiny_of, monkeypatch, case)
     pipeline.compress(model, _recipe(*steps), _tokens(model))
 
 
+def test_a_width_without_norms_before_its_readers_is_not_scored(tiny_of):
+  model = tiny_of('olmo2')
+  with pytest.raises(ValueError, match=r'recipe x: prune_width: .* some layers lack; prune_ffn'):
+    pipeline.check(model, _recipe({'prune_width': {}}), _tokens(model))
+  pipeline.check(model, _recipe({'prune_ffn': {}}, {'drop_layers': {'ratio': 0.5}}), _tokens(model))
+
+
 def test_only_some_importances_need_calibration_text(tiny_of):
   model = tiny_of('llama')
   with pytest.raises(ValueError, match='prune_ffn needs calibration text'):

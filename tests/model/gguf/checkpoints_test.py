@@ -61,6 +61,32 @@ CASES = {
     'Gemma2',
     {**SHAPE, 'head_dim': 24, 'query_pre_attn_scalar': 24, 'sliding_window': 8},
   ),
+  'gemma3': (
+    'Gemma3Text',
+    {
+      **SHAPE,
+      'num_hidden_layers': 6,
+      'head_dim': 24,
+      'query_pre_attn_scalar': 24,
+      'sliding_window': 8,
+      'rope_parameters': {
+        'full_attention': {'rope_type': 'linear', 'factor': 4.0, 'rope_theta': 1e6},
+        'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4},
+      },
+    },
+  ),
+  'smollm3': ('SmolLM3', {**SHAPE, 'num_hidden_layers': 4, **_rope('default')}),
+  'olmo2': ('Olmo2', SHAPE),
+  'granite': (
+    'Granite',
+    {
+      **SHAPE,
+      'embedding_multiplier': 3.0,
+      'logits_scaling': 2.0,
+      'residual_multiplier': 0.5,
+      'attention_multiplier': 0.25,
+    },
+  ),
   'phi3-window': ('Phi3', {**SHAPE, 'sliding_window': 8}),
   'phi3-partial': ('Phi3', {**SHAPE, **_rope('default', partial_rotary_factor=0.75)}),
   'gpt2': (
@@ -115,7 +141,7 @@ def _our_logits(model):
 
 
 def test_every_architecture_has_a_case():
-  names = {'GPTNeoX': 'gptneox', 'Mistral': 'llama'}
+  names = {'GPTNeoX': 'gptneox', 'Mistral': 'llama', 'Gemma3Text': 'gemma3'}
   covered = {names.get(family, family.lower()) for family, _ in CASES.values()}
   assert covered == set(architectures.ARCHITECTURES)
 

@@ -16,6 +16,7 @@ import tokenizers
 import torch
 
 _PERMUTED = ('q_proj.weight', 'q_proj.bias', 'k_proj.weight', 'k_proj.bias')
+_LLAMAS = ('llama', 'smollm3', 'granite')
 _TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
 
 
@@ -134,7 +135,7 @@ def lines():
 
 
 def _write(model, path, kind=gguf.GGMLQuantizationType.F32, change=None, tokenizer=None, **more):
-  name = {'gpt_neox': 'gptneox', 'mistral': 'llama'}.get(
+  name = {'gpt_neox': 'gptneox', 'mistral': 'llama', 'gemma3_text': 'gemma3'}.get(
     model.config.model_type, model.config.model_type
   )
   writer = gguf.GGUFWriter(path, name)
@@ -189,6 +190,13 @@ def _write_config(writer, config):
 def _write_heads_and_rope(writer, config):
   head = getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads
   rope = config.rope_parameters
+  if config.model_type == 'gemma3_text':
+    rope = rope['full_attention']
+  if config.model_type == 'granite':
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_embedding_scale(config.embedding_multiplier)
+    writer.add_residual_scale(config.residual_multiplier)
+    writer.add_logit_scale(config.logits_scaling)
   if config.model_type == 'gemma2':
     writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
     writer.add_final_logit_softcapping(config.final_logit_softcapping)
@@ -197,9 +205,9 @@ def _write_heads_and_rope(writer, config):
   else:
     writer.add_key_length(head)
     writer.add_value_length(head)
-  if config.model_type in ('gemma2', 'phi3'):
+  if config.model_type in ('gemma2', 'gemma3_text', 'phi3'):
     writer.add_sliding_window(config.sliding_window or 0)
-  if config.model_type == 'llama':
+  if config.model_type in _LLAMAS:
     writer.add_vocab_size(config.vocab_size)
     writer.add_rope_dimension_count(head)
   if config.model_type != 'gemma2':
@@ -221,11 +229,11 @@ def _tensors(model, name):
     if key in model._tied_weights_keys and config.tie_word_embeddings:
       continue
     array = tensor.float().numpy()
-    if name == 'llama' and key.endswith(_PERMUTED):
+    if name in _LLAMAS and key.endswith(_PERMUTED):
       kv = '.k_proj.' in key
       heads = config.num_key_value_heads if kv else config.num_attention_heads
       array = _permute(array, heads)
-    if name == 'gemma2' and key.endswith('norm.weight'):
+    if name in ('gemma2', 'gemma3') and key.endswith('norm.weight'):
       array = array + np.float32(1)
     if name == 'gpt2' and key.endswith(_TRANSPOSED):
       array = array.T

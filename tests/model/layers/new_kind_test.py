@@ -127,8 +127,7 @@ def _inputs(model, tokens_BT):
   block, tokens_BT = model.layers[0], jnp.asarray(tokens_BT)
   context = transformer.Context.of(model.config, tokens_BT)
   x_BTD = model.embed(tokens_BT)
-  mixer = block.layer.mixer
-  angles = context.angles[mixer.rotated]
+  angles = context.angles[model.config.rope, block.layer.mixer.rotated]
   y_BTD, _ = block.attention(block.attention_norm(x_BTD), angles, context.mask)
   x_TD = np.float64(block.ffn_norm(x_BTD + y_BTD).reshape(-1, CONFIG.width))
   seen = [x_TD[e::EXPERTS] for e in range(EXPERTS)]

@@ -1,5 +1,7 @@
 """What blocks say of their wiring, against pictures and against the built blocks."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -9,7 +11,7 @@ from model.compress import calibrate, statistics
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
 from model.layers.mixers.attention import AttentionConfig
-from model.layers.wiring import Activated, Attended, Edge, Gated, Normed, Write
+from model.layers.wiring import Activated, Attended, Edge, Gated, Normed, Streamed, Write
 
 LLAMA = LayerConfig(
   mixer=AttentionConfig(query_heads=6, kv_heads=2, head_width=4), ffn=FeedForwardConfig(width=24)
@@ -31,6 +33,15 @@ def test_the_picture_of_a_llama():
   )
   assert LLAMA.wiring.scores == (QUERY, KEY)
   assert all(edge.obstacle is None for edge in LLAMA.wiring.edges)
+
+
+def test_without_norms_before_them_layers_read_the_stream_and_nothing_folds_into_it():
+  layer = dataclasses.replace(LLAMA, pre_norms=False, post_norms=True)
+  edges, stages = layer.wiring.edges, layer.wiring.stages
+  assert [edge.producer for edge in edges] == [None, VALUE, None, 'ffn.up']
+  assert edges[0] == Edge(producer=None, through=Streamed(), consumers=(QUERY, KEY, VALUE))
+  assert edges[0].obstacle == 'no norm comes before it'
+  assert stages == LLAMA.wiring.stages and layer.wiring.norms == {}
 
 
 @pytest.mark.parametrize('activation', ['relu', 'silu', 'gelu'])
