@@ -345,9 +345,9 @@ def test_interrupted_after_a_change_of_shapes_it_is_not_made_again(tiny_of, tmp_
   with pytest.raises(KeyboardInterrupt):
     run(resume=folder, progress=stop)
   assert sorted(path.name for path in folder.iterdir()) == [
+    'model_1.json',
+    'model_1.safetensors',
     'plan.json',
-    'rebuilt_1.json',
-    'rebuilt_1.safetensors',
   ]
   monkeypatch.setattr(Measurements, 'influence', None)
   again, ledger = run(resume=folder)
