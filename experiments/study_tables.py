@@ -162,8 +162,9 @@ def fine_tuning(path: pathlib.Path) -> str:
   """The held-out loss of fine-tuning by each method, before, on the way and at the end."""
   rows = records.read(path)
   name = 'held_out_loss_{}'.format
-  steps = rows[0].config['steps']
-  shown = [steps // 3, 2 * steps // 3, steps]
+  steps = sorted(int(key.split('_')[-1]) for key in rows[0].metrics if name('after_') in key)
+  every = max(1, len(steps) // 3)
+  shown = steps[every - 1 :: every]
   lines = [
     f'| method | rank | trained, M | before | {" | ".join(f"after {s}" for s in shown)} | merged |',
     f'| --- |{" ---: |" * (4 + len(shown))}',

@@ -331,11 +331,9 @@ PARTS = (
     generate=study_tables.training,
     results=('training_gpu.jsonl',),
   ),
-  Part(
-    file=TRAINING,
-    name='finetune_smollm2_gpu',
-    generate=study_tables.fine_tuning,
-    results=('finetune_smollm2_gpu.jsonl',),
+  *(
+    Part(file=TRAINING, name=name, generate=study_tables.fine_tuning, results=(f'{name}.jsonl',))
+    for name in ('finetune_smollm2_gpu', 'finetune_smollm2_cpu')
   ),
   Part(
     file=TRAINING,
