@@ -6,8 +6,9 @@ r"""Measures what a long text costs: prefill, decoding and memory, by context, m
 
 The model is a preset with random weights; only time and memory are measured. The mixers:
 
-  dense     every query sees all tokens before it
-  windowN   every query of every layer sees N tokens, itself included; the cache holds no more
+  dense             every query sees all tokens before it
+  window1024        every query of every layer sees so many tokens, itself included, and the cache
+                    holds no more; so for all sparse patterns, joined by + (ops/patterns.py)
 
 Rounds are interleaved among the mixers and caches of a context. `prefill` reads a prompt that is as
 long as the context, `decode` writes --tokens tokens after it. Memory is the compiled programs' own
@@ -18,7 +19,6 @@ Device: any. Minutes: 6 on two CPU cores.
 
 import dataclasses
 import itertools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +36,12 @@ from model.eval.records import Metric, Record
 from model.infer import bench
 from model.infer.bench import Bench
 from model.transformer import Transformer
+from ops import patterns
+from ops.patterns import Pattern
 
 SHAPE = shapes.define()
 CONTEXTS = flags.DEFINE_list('contexts', ['1024', '4096', '16384'], 'Tokens of the prompts.')
-MIXERS = flags.DEFINE_list('mixers', ['dense', 'window1024'], 'dense, or window and a number.')
+MIXERS = flags.DEFINE_list('mixers', ['dense', 'window1024'], 'dense, or sparse patterns.')
 CACHES = flags.DEFINE_list('kv_caches', ['float', 'int8'], f'Of {", ".join(kv_cache.FORMATS)}.')
 DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Type of the model.')
 TOKENS = flags.DEFINE_integer('tokens', 32, 'Tokens to decode per round.', lower_bound=1)
@@ -58,8 +60,8 @@ class Case:
   context: int
 
   @property
-  def window(self) -> int | None:
-    return None if self.mixer == 'dense' else int(self.mixer.removeprefix('window'))
+  def pattern(self) -> Pattern | None:
+    return None if self.mixer == 'dense' else patterns.parse(self.mixer)
 
 
 def main() -> None:
@@ -82,12 +84,19 @@ def _cases() -> list[Case]:
   for length in lengths:
     common.check_positive(contexts=length)
   for name in mixers:
-    if name != 'dense' and not re.fullmatch(r'window[1-9]\d*', name):
-      raise ValueError(f'--mixers has {name!r}; it must be dense, or window and a number')
+    if name != 'dense':
+      _parsed(name)
   for name in CACHES.value:
     kv_cache.check_format(name)
   product = itertools.product(lengths, mixers, CACHES.value)
   return [Case(context=n, mixer=mixer, kv_cache=name) for n, mixer, name in product]
+
+
+def _parsed(name: str) -> Pattern:
+  try:
+    return patterns.parse(name)
+  except ValueError as error:
+    raise ValueError(f'--mixers: {error}; or dense') from None
 
 
 def _measure(shape: ModelConfig, cases: list[Case]) -> list[Record]:
@@ -114,7 +123,7 @@ def _measure(shape: ModelConfig, cases: list[Case]) -> list[Record]:
 
 
 def _bench(shape: ModelConfig, case: Case) -> Bench:
-  layers = tuple(layer.with_mixer(window=case.window) for layer in shape.layers)
+  layers = tuple(layer.with_mixer(window=None, sparse=case.pattern) for layer in shape.layers)
   needed = case.context + TOKENS.value
   config = shape.replace(layers=layers, max_positions=max(shape.max_positions, needed))
   return bench.prepare(

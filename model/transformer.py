@@ -101,7 +101,7 @@ class Context:
   """The positions, rotary angles and mask that all blocks of one forward pass share.
 
   `of` builds it once per pass. Layers with the same rope and rotary width share their angles, and
-  each layer sets its own window in the mask.
+  each layer sets its own pattern in the mask.
   """
 
   def __init__(self, config: ModelConfig, mask: AttentionMask):
@@ -140,7 +140,7 @@ class Context:
 
   def _own(self, block):
     angles = self.angles.get(self._rotation(block.layer))
-    return angles, dataclasses.replace(self.mask, window=block.layer.mixer.window)
+    return angles, dataclasses.replace(self.mask, pattern=block.layer.mixer.pattern)
 
   def _rotation(self, layer) -> tuple[RopeConfig, int] | None:
     """The rope of a layer and how much of a head it rotates, if it does."""

@@ -8,9 +8,10 @@ that counts in the denominator and has no value (gpt-oss, https://arxiv.org/abs/
 The implementations differ in memory and in scope:
 
   reference  stores all scores, [B, N, T, S] in float32, for the forward and the backward pass; a
-             window saves neither work nor memory
-  blocked    stores none, and computes those of blocks that some query sees (ops/blocked.py); from
-             `LONG` queries on, where a loop over blocks pays on the platform
+             sparse pattern saves neither work nor memory
+  blocked    stores none, and computes those of blocks that some query sees (ops/blocked.py, and
+             ops/layouts.py for sparse patterns); from `LONG` queries on, where a loop over blocks
+             pays on the platform
   cudnn      stores no scores; NVIDIA GPUs, causal or windowed self-attention in bfloat16 or float16
   native     stores no scores; CPUs, a few queries per row over a cache, which may be in int8
 """
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from ops import axes, blocked
+from ops import axes, layouts
 from ops.kernels.cpu import attend
 from ops.masks import AttentionMask
 
@@ -66,8 +67,8 @@ def attention(
   if impl == 'reference':
     return reference(*arguments)
   kernels = {
-    'blocked': functools.partial(blocked.attention, scale=scale, softcap=softcap),
-    'cudnn': functools.partial(_cudnn, window=mask.window, scale=scale),
+    'blocked': functools.partial(layouts.attention, scale=scale, softcap=softcap),
+    'cudnn': functools.partial(_cudnn, window=_window(mask), scale=scale),
     'native': functools.partial(_native, scale, softcap),
   }
   if impl not in ('auto', *kernels):
@@ -160,6 +161,8 @@ def cudnn_obstacle(q_BTNH, k_BSKH, mask, *, softcap=None, sinks_N=None) -> str |
     return f'cuDNN takes bfloat16 or float16, not {q_BTNH.dtype} with {k_BSKH.dtype}'
   if not mask.contiguous:
     return 'cuDNN takes whole sequences from position 0 on, not arbitrary positions or segments'
+  if mask.recent is None or mask.recent[1]:
+    return f'cuDNN has windows, but no {mask.pattern}'
   if softcap is not None:
     return f'cuDNN has no soft cap (asked for: {softcap})'
   if sinks_N is not None:
@@ -250,6 +253,10 @@ def _native(scale, softcap, q_BTNH, k_BSKH, v_BSKH, mask, sinks_N):
 def _native_jvp(scale, softcap, primals, tangents):
   reference = jax.checkpoint(functools.partial(_reference, scale=scale, softcap=softcap))
   return jax.jvp(reference, primals, tangents)
+
+
+def _window(mask: AttentionMask) -> int | None:
+  return None if mask.recent is None else mask.recent[0]
 
 
 def _cudnn(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, *, window, scale):

@@ -9,18 +9,24 @@ window cost nothing: causal attention takes half of the products, and a window a
 
 Which blocks are visited follows from the smallest and the largest position in each, so any mask is
 exact, and masks whose positions are sorted are fast. All sums are in float32.
+
+Parts of the keys can be attended to one by one, in any layout: `partial` gives what is found in a
+part, with the logarithms of its sums, and `merged` puts the parts together.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 from ops.masks import AttentionMask
+from ops.patterns import Pattern
 
-SIZES = {1024: (128, 128), 4096: (256, 256)}  # up to so many keys -> queries and keys of a block
+# Up to so many keys that a query sees -> queries and keys of a block.
+SIZES = {1024: (128, 128), 4096: (256, 256)}
 LARGEST = (256, 512)
 MASKED = -1e30  # far below any score, but finite
 BEFORE_ALL = -1  # the position of a query that sees no key
@@ -33,12 +39,12 @@ class Scores:
 
   scale: float
   softcap: float | None
-  window: int | None
+  pattern: Pattern | None
   queries: int
   keys: int
 
 
-def attention(
+def partial(
   q_BTNH: jax.Array,
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
@@ -48,22 +54,42 @@ def attention(
   scale: float,
   softcap: float | None,
   sizes: tuple[int, int] | None = None,
-) -> jax.Array:
-  """Computes `ops.attention.attention`; see there.
+) -> tuple[jax.Array, jax.Array]:
+  """`ops.attention.attention` to some of the keys: (y_BTNH, logs_BTN).
 
-  `sizes` are the queries and keys of a block (None: what was fastest on a CPU).
+  `logs_BTN` are the logarithms of the sums over these keys that normalise the softmax, float32;
+  below -1e29 for a query that sees none of them. `sizes` are the queries and keys of a block (None:
+  what was fastest on a CPU).
   """
   keys = k_BSKH.shape[1]
-  of_block = sizes or next((size for most, size in SIZES.items() if keys <= most), LARGEST)
+  seen = keys if mask.pattern is None else mask.pattern.seen(keys)
+  of_block = sizes or next((size for most, size in SIZES.items() if seen <= most), LARGEST)
   scores = Scores(
-    scale=scale, softcap=softcap, window=mask.window, queries=of_block[0], keys=of_block[1]
+    scale=scale,
+    softcap=softcap,
+    pattern=mask.pattern,
+    queries=of_block[0],
+    keys=min(of_block[1], keys),
   )
   length, kv_heads = q_BTNH.shape[1], k_BSKH.shape[2]
   q_BKGTH = rearrange(q_BTNH, 'B T (K G) H -> B K G T H', K=kv_heads)
   sinks_KG = None if sinks_N is None else rearrange(sinks_N, '(K G) -> K G', K=kv_heads)
-  marks = _marks(mask)
-  y_BKGTH = _attend(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks)
-  return rearrange(y_BKGTH[..., :length, :], 'B K G T H -> B T (K G) H')
+  found = _attend(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, _marks(mask))
+  y_BKGTH, logs_BKGT = (part[:, :, :, :length] for part in found)
+  y_BTNH = rearrange(y_BKGTH, 'B K G T H -> B T (K G) H')
+  return y_BTNH, rearrange(logs_BKGT, 'B K G T -> B T (K G)')
+
+
+def merged(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+  """Attention to all keys from that to disjoint parts of them, as `partial` gives it."""
+  (y_BTNH, logs_BTN), *others = parts
+  dtype, y_BTNH = y_BTNH.dtype, y_BTNH.astype(jnp.float32)
+  for new_BTNH, new_BTN in others:
+    both_BTN = jnp.logaddexp(logs_BTN, new_BTN)
+    shares = (jnp.exp(one - both_BTN)[..., None] for one in (logs_BTN, new_BTN))
+    y_BTNH = sum(share * one for share, one in zip(shares, (y_BTNH, new_BTNH)))
+    logs_BTN = both_BTN
+  return y_BTNH.astype(dtype), logs_BTN
 
 
 def _marks(mask: AttentionMask):
@@ -91,7 +117,8 @@ def _forward(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks):
     start = MASKED / 2  # above what is masked, so that its weight is exactly zero
     shape = q.shape[:-1]
     sums = jnp.full(shape, start), jnp.zeros(shape), jnp.zeros(q.shape, jnp.float32)
-    peak, total, out = jax.lax.fori_loop(*keys.seen(scores.window, q_marks), add, sums)
+    blocks, count = keys.seen(scores.pattern, q_marks)
+    peak, total, out = jax.lax.fori_loop(0, count, lambda i, sums: add(blocks[i], sums), sums)
     if sinks_KG is not None:
       sink = jnp.broadcast_to(sinks_KG.astype(jnp.float32)[None, :, :, None], shape)
       top = jnp.maximum(peak, sink)
@@ -102,13 +129,14 @@ def _forward(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks):
 
   _, (y, logs) = jax.lax.scan(one, None, queries)
   y_BKGTH, logs_BKGT = _joined(y), rearrange(logs, 'i B K G T -> B K G (i T)')
-  return y_BKGTH, (q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks, y_BKGTH, logs_BKGT)
+  found = y_BKGTH, logs_BKGT
+  return found, (q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks, *found)
 
 
-def _backward(scores, saved, y_bar):
+def _backward(scores, saved, bars):
   q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks, y_BKGTH, logs_BKGT = saved
-  y_bar = y_bar.astype(jnp.float32)
-  delta_BKGT = jnp.sum(y_bar * y_BKGTH.astype(jnp.float32), -1)
+  y_bar, logs_bar = (bar.astype(jnp.float32) for bar in bars)
+  delta_BKGT = jnp.sum(y_bar * y_BKGTH.astype(jnp.float32), -1) - logs_bar
   queries = _query_blocks(q_BKGTH, marks[0], scores.queries)
   cut = lambda x: rearrange(x, 'B K G (i T) ... -> i B K G T ...', T=scores.queries)
   keys = _Keys.of(k_BSKH, v_BSKH, marks[1], scores.keys)
@@ -131,7 +159,8 @@ def _backward(scores, saved, y_bar):
       return q_bar, _added(k_bar, new_k, j), _added(v_bar, new_v, j)
 
     start = jnp.zeros(q.shape, jnp.float32), *sums
-    q_bar, *sums = jax.lax.fori_loop(*keys.seen(scores.window, q_marks), add, start)
+    blocks, count = keys.seen(scores.pattern, q_marks)
+    q_bar, *sums = jax.lax.fori_loop(0, count, lambda i, sums: add(blocks[i], sums), start)
     return tuple(sums), q_bar
 
   nothing = jnp.zeros(keys.k_BSKH.shape, jnp.float32)
@@ -166,7 +195,7 @@ def _scores(scores: Scores, q, k, q_marks, k_marks):
     found = scores.softcap * jnp.tanh(found / scores.softcap)
   (q_positions_BT, q_segments_BT), (k_positions_BS, k_segments_BS) = q_marks, k_marks
   mask = AttentionMask(
-    q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, window=scores.window
+    q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, pattern=scores.pattern
   )
   return jnp.where(mask.dense()[:, None, None], found, MASKED)
 
@@ -199,21 +228,19 @@ class _Keys:
     cut = lambda a: jax.lax.dynamic_slice_in_dim(a, j * self.size, self.size, axis=1)
     return cut(self.k_BSKH), cut(self.v_BSKH), jax.tree.map(cut, self.marks)
 
-  def seen(self, window, q_marks) -> tuple[jax.Array, jax.Array]:
-    """The first block that some query of a block may see, and the one after the last."""
+  def seen(self, pattern: Pattern | None, q_marks) -> tuple[jax.Array, jax.Array]:
+    """The blocks that some query of a block may see, in order, and how many there are."""
     q_positions_BT, k_positions_BS = q_marks[0], self.marks[0]
     k_positions = rearrange(k_positions_BS, 'B (j S) -> j (B S)', S=self.size)
     # A padded query sees nothing, so it has no say in the first block.
     real_BT = q_positions_BT != BEFORE_ALL
     last, first = q_positions_BT.max(), jnp.where(real_BT, q_positions_BT, AFTER_ALL).min()
     within = k_positions.min(1) <= last
-    if window is not None:
-      # Slots that hold no key lie after all; they do not make a block reach into the window.
+    if pattern is not None:
+      # Slots that hold no key lie after all; they do not make a block reach into the pattern.
       held = jnp.where(k_positions == AFTER_ALL, BEFORE_ALL, k_positions)
-      within &= held.max(1) > first - window
-    number = jnp.arange(len(within), dtype=jnp.int32)
-    begin = jnp.where(within, number, len(within)).min()
-    return begin, jnp.where(within, number + 1, begin).max()
+      within &= pattern.touches((first, last), (k_positions.min(1), held.max(1)))
+    return jnp.nonzero(within, size=len(within))[0], within.sum()
 
 
 def _query_blocks(q_BKGTH, marks, size):

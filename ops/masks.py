@@ -1,4 +1,4 @@
-"""Describes which keys a query may see by positions, a sliding window and segments.
+"""Describes which keys a query may see by positions, a sparse pattern and segments.
 
 An `AttentionMask` holds two or four small integer arrays. `dense` expands them to [B, T, S]
 booleans for the reference attention; kernels that mask by position do not need these. Segments
@@ -12,22 +12,23 @@ import jax
 import jax.numpy as jnp
 
 from ops import axes
+from ops.patterns import Pattern
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
-  """Lets a query at position q see a key at position k if 0 <= q - k < window and segments agree.
+  """Lets a query at position q see a key at position k <= q by the pattern, if segments agree.
 
-  `window` counts the query itself; None means no window. `contiguous` states that queries and keys
-  both have the positions 0..T-1 and no segments, so that the causal flag and the window of a kernel
-  describe the whole mask. It cannot be checked under jit; `causal` sets it.
+  Without a pattern it sees all of these. `contiguous` states that queries and keys both have the
+  positions 0..T-1 and no segments, so that the causal flag and the window of a kernel describe the
+  whole mask. It cannot be checked under jit; `causal` sets it.
   """
 
   q_positions_BT: jax.Array
   k_positions_BS: jax.Array
   q_segments_BT: jax.Array | None = None
   k_segments_BS: jax.Array | None = None
-  window: int | None = None
+  pattern: Pattern | None = None
   contiguous: bool = False
 
   def __post_init__(self):
@@ -35,19 +36,25 @@ class AttentionMask:
       raise ValueError('queries and keys must both have segments, or neither')
     if self.contiguous and self.q_segments_BT is not None:
       raise ValueError('a mask with segments is not contiguous')
-    if self.window is not None and self.window < 1:
-      raise ValueError(f'a window holds at least one key, not {self.window}')
 
   def dense(self) -> jax.Array:
     """Returns the mask as booleans [B, T, S]: True where the query sees the key."""
     axes.check('BT,BS,BT,BS', *self._arrays())
-    distance_BTS = self.q_positions_BT[:, :, None] - self.k_positions_BS[:, None, :]
-    seen_BTS = distance_BTS >= 0
-    if self.window is not None:
-      seen_BTS &= distance_BTS < self.window
+    q_BT1, k_B1S = self.q_positions_BT[:, :, None], self.k_positions_BS[:, None, :]
+    seen_BTS = k_B1S <= q_BT1
+    if self.pattern is not None:
+      seen_BTS &= self.pattern.sees(q_BT1, k_B1S)
     if self.q_segments_BT is not None:
       seen_BTS &= self.q_segments_BT[:, :, None] == self.k_segments_BS[:, None, :]
     return seen_BTS
+
+  @property
+  def recent(self) -> tuple[int | None, int] | None:
+    """(window, first) if a query sees its last `window` keys (None: all) and the first `first`.
+
+    None: the pattern is another one.
+    """
+    return (None, 0) if self.pattern is None else self.pattern.recent
 
   def _arrays(self):
     return self.q_positions_BT, self.k_positions_BS, self.q_segments_BT, self.k_segments_BS
@@ -56,26 +63,26 @@ class AttentionMask:
 jax.tree_util.register_dataclass(
   AttentionMask,
   data_fields=['q_positions_BT', 'k_positions_BS', 'q_segments_BT', 'k_segments_BS'],
-  meta_fields=['window', 'contiguous'],
+  meta_fields=['pattern', 'contiguous'],
 )
 
 
-def causal(batch: int, length: int, *, window: int | None = None) -> AttentionMask:
+def causal(batch: int, length: int, *, pattern: Pattern | None = None) -> AttentionMask:
   """Builds the causal mask of whole sequences, at the positions 0..length-1."""
   positions_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
-  return AttentionMask(positions_BT, positions_BT, window=window, contiguous=True)
+  return AttentionMask(positions_BT, positions_BT, pattern=pattern, contiguous=True)
 
 
 def packed(
-  positions_BT: jax.Array, segments_BT: jax.Array, *, window: int | None = None
+  positions_BT: jax.Array, segments_BT: jax.Array, *, pattern: Pattern | None = None
 ) -> AttentionMask:
   """Builds the causal mask of rows of several documents, each of which sees itself only."""
   axes.check('BT,BT', positions_BT, segments_BT)
-  return AttentionMask(positions_BT, positions_BT, segments_BT, segments_BT, window=window)
+  return AttentionMask(positions_BT, positions_BT, segments_BT, segments_BT, pattern=pattern)
 
 
 def over_cache(
-  q_positions_BT: jax.Array, cache_length: int, *, window: int | None = None
+  q_positions_BT: jax.Array, cache_length: int, *, pattern: Pattern | None = None
 ) -> AttentionMask:
   """Builds the causal mask of queries over a cache whose slot s holds the key of position s.
 
@@ -85,4 +92,4 @@ def over_cache(
   k_positions_BS = jnp.broadcast_to(
     jnp.arange(cache_length, dtype=q_positions_BT.dtype)[None], (batch, cache_length)
   )
-  return AttentionMask(q_positions_BT, k_positions_BS, window=window)
+  return AttentionMask(q_positions_BT, k_positions_BS, pattern=pattern)

@@ -43,12 +43,23 @@ def array(axes: str) -> Any:
   return dataclasses.field(metadata={'axes': axes})
 
 
+def static(**options) -> Any:
+  """A field of a cache that holds no array, and is the same for all rows."""
+  return dataclasses.field(metadata={'static': True}, **options)
+
+
 def register(cls):
   """Makes a dataclass of arrays, and of other such dataclasses, a pytree. A class decorator."""
-  names = [field.name for field in dataclasses.fields(cls)]
-  return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+  fields = dataclasses.fields(cls)
+  names = lambda static: [field.name for field in fields if _is_static(field) == static]
+  return jax.tree_util.register_dataclass(cls, data_fields=names(False), meta_fields=names(True))
 
 
 def _letters(value):
   of = lambda field: field.metadata.get('axes') or _letters(getattr(value, field.name))
-  return dataclasses.replace(value, **{f.name: of(f) for f in dataclasses.fields(value)})
+  fields = [field for field in dataclasses.fields(value) if not _is_static(field)]
+  return dataclasses.replace(value, **{field.name: of(field) for field in fields})
+
+
+def _is_static(field: dataclasses.Field) -> bool:
+  return field.metadata.get('static', False)

@@ -9,6 +9,8 @@ from model.layers.feed_forward import FeedForwardConfig
 from model.layers.mixers.attention import AttentionConfig
 from model.layers.routed import RoutedConfig
 from model.layers.sublayer import FfnConfig, MixerConfig, SubLayerConfig
+from ops import patterns
+from ops.patterns import Pattern
 
 MIXERS: dict[str, type[MixerConfig]] = {'attention': AttentionConfig}
 FFNS: dict[str, type[FfnConfig]] = {'dense': FeedForwardConfig, 'routed': RoutedConfig}
@@ -22,8 +24,8 @@ def to_json(config: SubLayerConfig) -> dict[str, Any]:
   names = {cls: name for name, cls in (MIXERS | FFNS).items()}
   if type(config) not in names:
     raise ValueError(f'{type(config).__name__} has no name in model/layers/kinds.py; add its row')
-  kind = names[type(config)]
-  return {'kind': kind, **dataclasses.asdict(config)}
+  fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+  return {'kind': names[type(config)], **{name: _plain(value) for name, value in fields.items()}}
 
 
 def from_json(data: Mapping[str, Any], kinds: Mapping[str, type[SubLayerConfig]]) -> SubLayerConfig:
@@ -33,10 +35,19 @@ def from_json(data: Mapping[str, Any], kinds: Mapping[str, type[SubLayerConfig]]
   if kind not in kinds:
     raise ValueError(f'this version knows no {kind!r}; the kinds are {", ".join(kinds)}')
   types = typing.get_type_hints(kinds[kind])
-  read = lambda name, value: (
-    _config_type(types[name])(**value) if isinstance(value, Mapping) else value
-  )
-  return kinds[kind](**{name: read(name, value) for name, value in fields.items()})
+  return kinds[kind](**{name: _read(types[name], value) for name, value in fields.items()})
+
+
+def _plain(value):
+  if isinstance(value, Pattern):
+    return str(value)
+  return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+
+
+def _read(hint, value):
+  if isinstance(value, Mapping):
+    return _config_type(hint)(**value)
+  return patterns.parse(value) if _config_type(hint) is Pattern and value is not None else value
 
 
 def _config_type(hint) -> type:

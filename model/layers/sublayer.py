@@ -14,6 +14,7 @@ from flax import nnx
 from model.layers.basic import StreamConfig
 from model.layers.cache import Cache, CacheFormat
 from model.layers.wiring import Edge
+from ops.patterns import Pattern
 from ops.rope import RopeConfig
 
 
@@ -69,8 +70,12 @@ class MixerConfig(SubLayerConfig):
   The cache is its own (`cache`), or None.
   """
 
-  window: int | None  # how many keys a query sees, itself included; None: all before it
   rope: RopeConfig | None  # of this layer; None: the model's
+
+  @property
+  @abc.abstractmethod
+  def pattern(self) -> Pattern | None:
+    """Which of the keys before it a query sees; None: all of them."""
 
   @property
   @abc.abstractmethod

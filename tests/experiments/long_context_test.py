@@ -20,7 +20,7 @@ def test_a_smoke_run_measures_every_case(script, tmp_path):
 @pytest.mark.parametrize(
   'flag, message',
   [
-    ('--mixers=window0', "--mixers has 'window0'; it must be dense, or window and a number"),
+    ('--mixers=window0', "--mixers: 'window0' is no sparse pattern; there are window512"),
     ('--contexts=1k', '--contexts must be integers, not 1k'),
     ('--kv_caches=int3', "'int3' is not a cache format"),
   ],

@@ -9,6 +9,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from ops import attention, masks
 from ops.masks import AttentionMask
+from ops.patterns import Window
 
 FLOAT32 = 2e-6  # sums of at most 64 products of order one
 GRADIENT = 2e-5
@@ -48,20 +49,22 @@ def loops(q, k, v, mask, *, scale, softcap=None, sinks=None):
 
 def late(*, window=None, keys=11):
   """Returns the mask of three queries at late positions, different in two rows of a cache."""
-  return masks.over_cache(jnp.asarray([[6, 7, 8], [1, 2, 3]]), keys, window=window)
+  return masks.over_cache(
+    jnp.asarray([[6, 7, 8], [1, 2, 3]]), keys, pattern=window and Window(window)
+  )
 
 
 def documents(*, window=None):
   positions = jnp.asarray([[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 0, 1]])
   segments = jnp.asarray([[1, 1, 1, 1, 2, 2, 2], [5, 5, 3, 3, 3, 4, 4]])
-  return masks.packed(positions, segments, window=window)
+  return masks.packed(positions, segments, pattern=window and Window(window))
 
 
 MASKS = {
   'causal': lambda: masks.causal(2, 7),
-  'window': lambda: masks.causal(2, 7, window=3),
-  'window of one': lambda: masks.causal(2, 7, window=1),
-  'window past the text': lambda: masks.causal(2, 7, window=20),
+  'window': lambda: masks.causal(2, 7, pattern=Window(3)),
+  'window of one': lambda: masks.causal(2, 7, pattern=Window(1)),
+  'window past the text': lambda: masks.causal(2, 7, pattern=Window(20)),
   'late': late,
   'late, window': functools.partial(late, window=4),
   'late, more window than keys': functools.partial(late, window=64),
@@ -118,25 +121,25 @@ def effective_mask(mask):
 
 
 def test_a_window_has_the_given_width():
-  assert effective_mask(masks.causal(1, 5, window=2)) == [
+  assert effective_mask(masks.causal(1, 5, pattern=Window(2))) == [
     *('X....', 'XX...', '.XX..', '..XX.', '...XX')
   ]
 
 
 def test_a_window_wider_than_the_number_of_keys():
-  assert effective_mask(masks.causal(1, 3, window=4)) == ['X..', 'XX.', 'XXX']
+  assert effective_mask(masks.causal(1, 3, pattern=Window(4))) == ['X..', 'XX.', 'XXX']
 
 
 def test_queries_late_in_a_cache_see_all_earlier_keys():
-  mask = masks.over_cache(jnp.asarray([[4, 5]]), 7, window=3)
+  mask = masks.over_cache(jnp.asarray([[4, 5]]), 7, pattern=Window(3))
   assert effective_mask(mask) == ['..XXX..', '...XXX.']
 
 
 def test_decoding_token_by_token_equals_one_pass(rng):
   q, k, v = qkv(rng)
-  whole = attend(q, k, v, masks.causal(2, 7, window=3), scale=SCALE)
+  whole = attend(q, k, v, masks.causal(2, 7, pattern=Window(3)), scale=SCALE)
   for t in range(7):
-    mask = masks.over_cache(jnp.full((2, 1), t), 7, window=3)
+    mask = masks.over_cache(jnp.full((2, 1), t), 7, pattern=Window(3))
     step = attend(q[:, t : t + 1], k, v, mask, scale=SCALE)
     np.testing.assert_allclose(step[:, 0], whole[:, t], atol=FLOAT32)
 
@@ -206,7 +209,10 @@ def cudnn(monkeypatch):
 
 def test_auto_picks_cudnn_only_on_a_gpu(cudnn):
   q, k = shapes()
-  picks = [attention.pick(q, k, masks.causal(2, 16, window=3), platform=p) for p in ('gpu', 'cuda')]
+  picks = [
+    attention.pick(q, k, masks.causal(2, 16, pattern=Window(3)), platform=p)
+    for p in ('gpu', 'cuda')
+  ]
   assert picks == ['cudnn', 'cudnn']
   for platform in ('cpu', 'tpu', 'rocm'):
     assert attention.pick(q, k, masks.causal(2, 16), platform=platform) == 'reference'
@@ -259,7 +265,7 @@ def lowered(fn, platform, length):
 @pytest.mark.parametrize('window', [None, 5])
 def test_the_kernel_is_chosen_when_the_program_is_lowered(cudnn, window, length):
   fn = lambda q, k, v: attention.attention(
-    q, k, v, masks.causal(2, length, window=window), scale=SCALE
+    q, k, v, masks.causal(2, length, pattern=window and Window(window)), scale=SCALE
   )
   loss = lambda *arrays: jnp.sum(fn(*arrays).astype(jnp.float32))
   scores = f'2x2x2x{length}x{length}xf32'
@@ -282,7 +288,10 @@ def test_the_arguments_for_cudnn_describe_the_same_attention(
   monkeypatch.setattr(
     jax.nn, 'dot_product_attention', lambda *a, **k: kernel(*a, **(k | {'implementation': 'xla'}))
   )
-  arrays, mask = qkv(rng, queries=length, keys=length), masks.causal(2, length, window=window)
+  arrays, mask = (
+    qkv(rng, queries=length, keys=length),
+    masks.causal(2, length, pattern=window and Window(window)),
+  )
   arrays = [a.astype(jnp.bfloat16) for a in arrays]
   expected = loops(*arrays, mask, scale=SCALE)
   actual = attention.attention(*arrays, mask, scale=SCALE, impl='cudnn')
@@ -291,7 +300,7 @@ def test_the_arguments_for_cudnn_describe_the_same_attention(
 
 
 def test_auto_runs_on_a_cpu_where_cudnn_could_be_lowered(rng, cudnn):
-  arrays, mask = qkv(rng, dtype=jnp.bfloat16), masks.causal(2, 7, window=3)
+  arrays, mask = qkv(rng, dtype=jnp.bfloat16), masks.causal(2, 7, pattern=Window(3))
   assert attention.pick(*arrays[:2], mask, platform='gpu') == 'cudnn'
   run = lambda impl: jax.value_and_grad(
     lambda q: jnp.sum(attention.attention(q, *arrays[1:], mask, scale=SCALE, impl=impl) ** 2)

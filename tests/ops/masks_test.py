@@ -5,6 +5,7 @@ import pytest
 
 from ops import masks
 from ops.masks import AttentionMask
+from ops.patterns import Window
 
 
 def picture(mask, row=0):
@@ -20,12 +21,18 @@ def test_causal():
 
 
 def test_a_window_counts_the_query_itself():
-  assert picture(masks.causal(1, 5, window=2)) == ['X....', 'XX...', '.XX..', '..XX.', '...XX']
-  assert picture(masks.causal(1, 3, window=1)) == ['X..', '.X.', '..X']
+  assert picture(masks.causal(1, 5, pattern=Window(2))) == [
+    'X....',
+    'XX...',
+    '.XX..',
+    '..XX.',
+    '...XX',
+  ]
+  assert picture(masks.causal(1, 3, pattern=Window(1))) == ['X..', '.X.', '..X']
 
 
 def test_a_window_longer_than_the_text_hides_nothing():
-  assert picture(masks.causal(1, 3, window=9)) == picture(masks.causal(1, 3))
+  assert picture(masks.causal(1, 3, pattern=Window(9))) == picture(masks.causal(1, 3))
 
 
 def test_packed_documents_see_only_themselves():
@@ -34,18 +41,18 @@ def test_packed_documents_see_only_themselves():
 
 
 def test_packed_documents_with_a_window():
-  mask = masks.packed(ints([0, 1, 0, 1, 2]), ints([1, 1, 2, 2, 2]), window=2)
+  mask = masks.packed(ints([0, 1, 0, 1, 2]), ints([1, 1, 2, 2, 2]), pattern=Window(2))
   assert picture(mask) == ['X....', 'XX...', '..X..', '..XX.', '...XX']
 
 
 def test_late_queries_over_a_cache():
-  mask = masks.over_cache(ints([3, 4], [1, 2]), 6, window=3)
+  mask = masks.over_cache(ints([3, 4], [1, 2]), 6, pattern=Window(3))
   assert picture(mask, row=0) == ['.XXX..', '..XXX.']
   assert picture(mask, row=1) == ['XX....', 'XXX...']
 
 
 def test_keys_in_any_order_as_in_a_ring_buffer():
-  mask = AttentionMask(ints([6]), ints([4, 5, 6, 3]), window=3)
+  mask = AttentionMask(ints([6]), ints([4, 5, 6, 3]), pattern=Window(3))
   assert picture(mask) == ['XXX.']
 
 
@@ -55,13 +62,13 @@ def test_only_causal_is_contiguous():
   assert not masks.packed(ints([0, 1, 2]), ints([0, 0, 0])).contiguous
 
 
-def test_is_a_pytree_whose_window_is_static():
-  mask = masks.causal(1, 4, window=2)
+def test_is_a_pytree_whose_pattern_is_static():
+  mask = masks.causal(1, 4, pattern=Window(2))
   assert len(jax.tree.leaves(mask)) == 2
-  traced = jax.jit(lambda m: (m.dense(), m.window + 0))(mask)
+  traced = jax.jit(lambda m: (m.dense(), m.pattern.size + 0))(mask)
   np.testing.assert_array_equal(traced[0], mask.dense())
   back = jax.tree.unflatten(jax.tree.structure(mask), jax.tree.leaves(mask))
-  assert (back.window, back.contiguous, back.q_segments_BT) == (2, True, None)
+  assert (back.pattern, back.contiguous, back.q_segments_BT) == (Window(2), True, None)
 
 
 def test_an_inconsistent_mask_is_refused():
@@ -71,6 +78,6 @@ def test_an_inconsistent_mask_is_refused():
   with pytest.raises(ValueError, match='not contiguous'):
     AttentionMask(positions, positions, positions, positions, contiguous=True)
   with pytest.raises(ValueError, match='not 0'):
-    masks.causal(1, 2, window=0)
+    masks.causal(1, 2, pattern=Window(0))
   with pytest.raises(ValueError, match='axis S'):
     AttentionMask(positions, positions, positions, ints([0, 1, 2])).dense()

@@ -20,6 +20,7 @@ from model.layers.wiring import Attended, Edge, Normed
 from ops import rope
 from ops.attention import attention
 from ops.masks import AttentionMask
+from ops.patterns import Pattern, Window
 from ops.rope import RopeConfig
 
 NormSpan = Literal['head', 'all']
@@ -36,6 +37,7 @@ class AttentionConfig(MixerConfig):
   kv_heads: int
   head_width: int
   window: int | None = None  # keys that a query sees, itself included; None: all before it
+  sparse: Pattern | None = None  # in place of a window
   rotates: bool = True  # queries and keys, where the model has a rope; some of SmolLM3's do not
   rope: RopeConfig | None = None  # of this layer; None: the model's
   rotary_width: int | None = None  # leading part of a head that rotates; None: the whole head
@@ -62,6 +64,8 @@ class AttentionConfig(MixerConfig):
         f'rotary_width must be within 1 and the head width {self.head_width}, not '
         f'{self.rotary_width}; None rotates the whole head'
       )
+    if self.window is not None and self.sparse is not None:
+      raise ValueError(f'a layer has either a window or a sparse pattern, not both: {self.sparse}')
     if not self.rotates and (self.rope, self.rotary_width) != (None, None):
       raise ValueError('a layer that does not rotate has no rope or rotary_width of its own')
     for name in ('query_scale', 'softcap'):
@@ -107,31 +111,35 @@ class AttentionConfig(MixerConfig):
   def rotated(self):
     return (self.rotary_width or self.head_width) if self.rotates else None
 
+  @property
+  def pattern(self):
+    return Window(self.window) if self.window is not None else self.sparse
+
   def cache(self, batch, capacity, dtype, format):
     """Of layers with a window, the formats that store token by token hold the window alone."""
     shape = (batch, capacity, self.kv_heads, self.head_width)
     if format not in SIDES:
       return PagedCache.empty(shape, dtype)
-    rolling = self.window is not None and self.window + slots.SPARE < capacity
+    window, first = (self.pattern and self.pattern.recent) or (capacity, 0)
+    held = first + window + slots.SPARE
+    rolling = held < capacity
     if rolling:
-      shape = (batch, self.window + slots.SPARE, *shape[2:])
+      shape = (batch, held, *shape[2:])
     sides = [SIDES[format].empty(shape, dtype) for _ in range(2)]
-    return RollingCache.of(*sides) if rolling else SlotCache(*sides)
+    return RollingCache.of(*sides, first) if rolling else SlotCache(*sides)
 
   @property
   def cached(self):
     return 2 * self.kv_heads * self.head_width
 
   def seen(self, context):
-    return min(context, self.window or context)
+    return context if self.pattern is None else self.pattern.seen(context)
 
   def decode_flops(self, context):
     return self._flops(self.seen(context))
 
   def prefill_flops(self, length):
-    # The mean over t = 1..length of min(t, window).
-    w = self.seen(length)
-    return self._flops((w * (w + 1) / 2 + (length - w) * w) / length)
+    return self._flops((length + 1) / 2 if self.pattern is None else self.pattern.mean(length))
 
   def _flops(self, keys: float) -> float:
     return 4 * self.query_heads * self.head_width * keys  # two products

@@ -26,6 +26,6 @@ class KVCache(Cache):
   ) -> tuple[Self, jax.Array]:
     """Adds T new tokens to each row, and attends from them to all tokens of their row so far.
 
-    Of the mask, the positions of the queries and the window count. Returns the cache and what
+    Of the mask, the positions of the queries and the pattern count. Returns the cache and what
     `ops.attention.attention` returns for these queries, y_BTNH.
     """

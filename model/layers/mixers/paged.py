@@ -133,7 +133,7 @@ class PagedCache(KVCache):
 
   def attend(self, q_BTNH, k_BTKH, v_BTKH, mask: AttentionMask, **scores):
     new, k_BSKH, v_BSKH = self.update(k_BTKH, v_BTKH, mask.q_positions_BT)
-    seen = masks.over_cache(mask.q_positions_BT, self.capacity, window=mask.window)
+    seen = masks.over_cache(mask.q_positions_BT, self.capacity, pattern=mask.pattern)
     return new, attention(q_BTNH, k_BSKH, v_BSKH, seen, **scores)
 
   def update(self, k_BTKH, v_BTKH, positions_BT):

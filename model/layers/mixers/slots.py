@@ -1,7 +1,8 @@
 """Caches of keys and values in slots, of which each holds one token.
 
   SlotCache      slot s of a row holds position s
-  RollingCache   slot s holds the last position p with p % slots == s, for layers with a window
+  RollingCache   holds the last positions alone, and the first ones for good, for layers that see
+                 no others: a window, with sinks or without
 
 In both, slots past the end of a row come after every query, so causality hides them, and slots
 with padding are overwritten when the row reaches them.
@@ -39,7 +40,7 @@ class SlotCache(KVCache):
 
   def attend(self, q_BTNH, k_BTKH, v_BTKH, mask: AttentionMask, **scores):
     new = self.written(k_BTKH, v_BTKH, mask.q_positions_BT)
-    seen = masks.over_cache(mask.q_positions_BT, self.capacity, window=mask.window)
+    seen = masks.over_cache(mask.q_positions_BT, self.capacity, pattern=mask.pattern)
     return new, new.keys.attended(new.values, q_BTNH, seen, **scores)
 
   def written(self, k_BTKH, v_BTKH, positions_BT) -> 'SlotCache':
@@ -54,20 +55,25 @@ class SlotCache(KVCache):
 @cache.register
 @dataclasses.dataclass(frozen=True)
 class RollingCache(KVCache):
-  """Keys and values of the last positions, with the position that each slot holds."""
+  """Keys and values of the `first` positions and of the last ones.
+
+  Slot s < first holds position s. The other slots take turns: position p is in slot
+  first + (p - first) % (slots - first). `positions_BS` are the positions that the slots hold.
+  """
 
   keys: Side
   values: Side
   positions_BS: jax.Array = cache.array('BS')
+  first: int = cache.static(default=0)
 
   def __post_init__(self):
     _check(self.keys, self.values)
 
   @classmethod
-  def of(cls, keys: Side, values: Side) -> 'RollingCache':
+  def of(cls, keys: Side, values: Side, first: int = 0) -> 'RollingCache':
     """An empty cache of two empty sides."""
     batch = jax.tree.leaves(keys)[0].shape[0]
-    return cls(keys, values, jnp.full((batch, keys.slots), NOWHERE, jnp.int32))
+    return cls(keys, values, jnp.full((batch, keys.slots), NOWHERE, jnp.int32), first)
 
   @property
   def capacity(self):
@@ -77,7 +83,7 @@ class RollingCache(KVCache):
     new = self._written(k_BTKH, v_BTKH, mask.q_positions_BT)
     # With several tokens, the last may have taken the places of what the first ones see.
     source = new if q_BTNH.shape[1] == 1 else self._before_and(k_BTKH, v_BTKH, mask.q_positions_BT)
-    seen = AttentionMask(mask.q_positions_BT, source.positions_BS, window=mask.window)
+    seen = AttentionMask(mask.q_positions_BT, source.positions_BS, pattern=mask.pattern)
     return new, source.keys.attended(source.values, q_BTNH, seen, **scores)
 
   def _before_and(self, k_BTKH, v_BTKH, positions_BT) -> 'RollingCache':
@@ -85,19 +91,23 @@ class RollingCache(KVCache):
     earlier_BS = jnp.where(self.positions_BS < positions_BT[:, :1], self.positions_BS, NOWHERE)
     new_BT = jnp.where(_is_token(positions_BT), positions_BT, NOWHERE)
     before = dataclasses.replace(self, positions_BS=earlier_BS)
-    new = RollingCache(self.keys.of(k_BTKH), self.values.of(v_BTKH), new_BT)
+    new = RollingCache(self.keys.of(k_BTKH), self.values.of(v_BTKH), new_BT, self.first)
     return jax.tree.map(lambda *both: jnp.concatenate(both, 1), before, new)
 
   def _written(self, k_BTKH, v_BTKH, positions_BT) -> 'RollingCache':
-    slots = self.keys.slots
-    new = RollingCache(self.keys.of(k_BTKH), self.values.of(v_BTKH), positions_BT)
+    first, turns = self.first, self.keys.slots - self.first
+    new = RollingCache(self.keys.of(k_BTKH), self.values.of(v_BTKH), positions_BT, first)
     if positions_BT.shape[1] == 1:
-      at_B = positions_BT[:, 0] % slots
+      at_B = positions_BT[:, 0]
+      at_B = jnp.where(at_B < first, at_B, first + (at_B - first) % turns)
       return jax.tree.map(lambda all_, one: rows.write(all_, one, at_B), self, new)
-    # Slot s takes the last new position p with p % slots == s, if there is one.
-    first_B1, last_B1 = positions_BT[:, :1], positions_BT[:, -1:]
-    slot_BS = jnp.arange(slots, dtype=jnp.int32)[None]
-    token_BS = last_B1 - (last_B1 - slot_BS) % slots - first_B1
+    # A slot takes the last new position that belongs to it, if there is one.
+    begin_B1, last_B1 = positions_BT[:, :1], positions_BT[:, -1:]
+    slot_BS = jnp.arange(self.keys.slots, dtype=jnp.int32)[None]
+    held_BS = last_B1 - (last_B1 - slot_BS) % turns
+    held_BS = jnp.where(slot_BS < first, jnp.where(slot_BS <= last_B1, slot_BS, -1), held_BS)
+    belongs_BS = (held_BS >= first) | (slot_BS < first)
+    token_BS = jnp.where(belongs_BS, held_BS - begin_B1, -1)
     return jax.tree.map(lambda all_, one: _taken(all_, one, token_BS), self, new)
 
 

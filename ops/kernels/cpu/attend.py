@@ -35,6 +35,8 @@ def obstacle(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask) -> str | None:
     )
   if q_BTNH.shape[1] > MOST_QUERIES:
     return f'native attention takes up to {MOST_QUERIES} queries a row, not {q_BTNH.shape[1]}'
+  if mask.recent is None or mask.recent[1]:
+    return f'native attention has windows, but no {mask.pattern}'
   if mask.q_segments_BT is not None:
     return 'native attention takes no segments'
   if {mask.q_positions_BT.dtype, mask.k_positions_BS.dtype} != {jnp.dtype(jnp.int32)}:
@@ -77,5 +79,5 @@ def attend(
     scale=np.float32(scale),
     softcap=np.float32(softcap or 0),
     threads=np.int64(threads),
-    window=np.int64(mask.window or 0),
+    window=np.int64(mask.recent[0] or 0),
   )

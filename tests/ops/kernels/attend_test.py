@@ -11,6 +11,7 @@ from ops import attention, masks
 from ops.kernels import cpu
 from ops.kernels.cpu import attend
 from ops.masks import AttentionMask
+from ops.patterns import Window
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.why_not() or 'available')
 instruction_sets = pytest.mark.parametrize('name', cpu.instruction_sets() or [None])
@@ -61,7 +62,7 @@ def _check(actual, expected, dtype):
 def test_it_is_the_definition(shape, dtype, name):
   q, k, v, positions, sinks = _arrays(shape, dtype)
   for window, softcap, sunk in ((None, None, None), (7, None, sinks), (None, 0.8, sinks)):
-    mask = masks.over_cache(positions, k.shape[1], window=window)
+    mask = masks.over_cache(positions, k.shape[1], pattern=window and Window(window))
     actual = run(q, k, v, mask, sunk, scale=SCALE, softcap=softcap, instruction_set=name)
     _check(actual, _definition(q, k, v, mask, sunk, softcap), dtype)
 
@@ -79,7 +80,7 @@ def _coded(x):
 def test_codes_are_read_as_they_are_stored(shape, name):
   q, k, v, positions, sinks = _arrays(shape)
   (k, k_scales, wide_k), (v, v_scales, wide_v) = _coded(k), _coded(v)
-  mask = masks.over_cache(positions, k.shape[1], window=7)
+  mask = masks.over_cache(positions, k.shape[1], pattern=Window(7))
   for dtype in (jnp.float32, jnp.bfloat16):
     one, scales = q.astype(dtype), (k_scales, v_scales)
     options = {'scales_BSK': scales, 'scale': SCALE, 'softcap': 0.8, 'instruction_set': name}
