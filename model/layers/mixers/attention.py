@@ -188,11 +188,15 @@ class Attention(nnx.Module):
       'softcap': self.config.softcap,
       'sinks_N': None if self.sinks is None else self.sinks.logits.get_value(),
     }
-    if cache is None:
-      y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, **scores)
-    else:
-      cache, y_BTNH = cache.attend(q_BTNH, k_BTKH, v_BTKH, mask, **scores)
+    cache, y_BTNH = self.attend(x_BTD, q_BTNH, k_BTKH, v_BTKH, mask, cache, **scores)
     return self.output(rearrange(y_BTNH, 'B T N H -> B T (N H)')), cache
+
+  def attend(self, x_BTD, q_BTNH, k_BTKH, v_BTKH, mask, cache, **scores):
+    """Returns (cache, y_BTNH); what layers that attend in another way replace."""
+    del x_BTD
+    if cache is None:
+      return None, attention(q_BTNH, k_BTKH, v_BTKH, mask, **scores)
+    return cache.attend(q_BTNH, k_BTKH, v_BTKH, mask, **scores)
 
   def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The queries, keys and values of all heads as the matrices give them: each [B, T, O]."""
