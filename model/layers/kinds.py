@@ -7,10 +7,16 @@ from typing import Any
 
 from model.layers.feed_forward import FeedForwardConfig
 from model.layers.mixers.attention import AttentionConfig
+from model.layers.mixers.delta import GatedDeltaConfig
+from model.layers.mixers.linear import LinearConfig
 from model.layers.routed import RoutedConfig
 from model.layers.sublayer import FfnConfig, MixerConfig, SubLayerConfig
 
-MIXERS: dict[str, type[MixerConfig]] = {'attention': AttentionConfig}
+MIXERS: dict[str, type[MixerConfig]] = {
+  'attention': AttentionConfig,
+  'linear': LinearConfig,
+  'gated_delta': GatedDeltaConfig,
+}
 FFNS: dict[str, type[FfnConfig]] = {'dense': FeedForwardConfig, 'routed': RoutedConfig}
 
 
