@@ -187,7 +187,7 @@ def _over_chunks(body: Callable, tokens, state_BNHZ, starts_BT, chunk: int):
   """Runs `body(chunk, state, *tokens) -> (y, state)` over the chunks of a sequence."""
   if chunk < 1 or chunk & (chunk - 1):
     raise ValueError(f'a chunk is a power of two of tokens, not {chunk}')
-  dtype, (batch, length) = tokens[2].dtype, tokens[2].shape[:2]
+  dtype, length = tokens[2].dtype, tokens[2].shape[1]
   q_BTNH, *rest = tokens
   rest, state_BNHZ, starts_BT = _prepared(rest, state_BNHZ, starts_BT)
   tokens = (q_BTNH.astype(jnp.float32), *rest)

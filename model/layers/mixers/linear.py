@@ -72,7 +72,7 @@ class LinearConfig(MixerConfig):
   def edges(self, name):
     at = lambda *names: tuple(f'{name}.{one}' for one in names)
     readers = ('query', 'key', 'value', *(['gate'] if self.gated else []))
-    slow = self.decay_in == 'channel'
+    slow = self.decay == 'channel'
     scores, (value, output) = at('query', 'key'), at('value', 'output')
     down, up = at('decay_in', 'decay_out')
     if self.gated:

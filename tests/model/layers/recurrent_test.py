@@ -81,7 +81,7 @@ def _silu(x):
 def _by_hand(kind, module, x_BTD):
   """The output of a mixer by the formulas of the papers, pair by pair of tokens, in float64."""
   params = {p: np.float64(v.get_value()) for p, v in transformer.parameters(module).items()}
-  config, x = MIXERS[kind], np.float64(x_BTD)
+  x = np.float64(x_BTD)
   of = lambda name, x=x: x @ params[f'{name}.weight'] + params.get(f'{name}.bias', 0)
   split = lambda a, width: a.reshape(*a.shape[:2], -1, width)
   q, k = (split(of(one), 6) for one in ('query', 'key'))
