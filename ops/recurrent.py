@@ -257,13 +257,50 @@ def _delta(chunk: _Chunk, state_BNHZ, q_BNTH, k_BNTH, v_BNTZ, log_decay, strengt
   decay_BNTS = chunk.between_BNTS
   alike_BNTS = jnp.einsum('BNTH,BNSH->BNTS', k_BNTH, k_BNTH) * decay_BNTS
   held_BNTZ = jnp.einsum('BNTH,BNHZ->BNTZ', k_BNTH * chunk.from_before_BNT_, state_BNHZ)
-  written_BNTZ = jax.scipy.linalg.solve_triangular(
-    strength_BNT_ * alike_BNTS,
-    strength_BNT_ * (v_BNTZ - held_BNTZ),
-    lower=True,
-    unit_diagonal=True,
-  )
+  written_BNTZ = _solve(strength_BNT_ * alike_BNTS, strength_BNT_ * (v_BNTZ - held_BNTZ))
   scores_BNTS = jnp.einsum('BNTH,BNSH->BNTS', q_BNTH, k_BNTH) * decay_BNTS
   y_BNTZ = jnp.einsum('BNTH,BNHZ->BNTZ', q_BNTH * chunk.from_before_BNT_, state_BNHZ)
   y_BNTZ += jnp.einsum('BNTS,BNSZ->BNTZ', scores_BNTS, written_BNTZ)
   return y_BNTZ, chunk.after(state_BNHZ, k_BNTH, written_BNTZ)
+
+
+@jax.custom_vjp
+def _solve(lower_BNTS: jax.Array, y_BNTZ: jax.Array) -> jax.Array:
+  """Returns x where (I + the part of `lower` below its diagonal) x = y."""
+  return _solve_forward(lower_BNTS, y_BNTZ)[0]
+
+
+def _solve_forward(lower_BNTS, y_BNTZ):
+  inverse_BNTS = _inverse(lower_BNTS)
+  x_BNTZ = jnp.einsum('BNTS,BNSZ->BNTZ', inverse_BNTS, y_BNTZ)
+  return x_BNTZ, (inverse_BNTS, x_BNTZ)
+
+
+def _solve_backward(kept, x_bar_BNTZ):
+  inverse_BNTS, x_BNTZ = kept
+  y_bar_BNTZ = jnp.einsum('BNTS,BNTZ->BNSZ', inverse_BNTS, x_bar_BNTZ)
+  return jnp.tril(-jnp.einsum('BNTZ,BNSZ->BNTS', y_bar_BNTZ, x_BNTZ), -1), y_bar_BNTZ
+
+
+_solve.defvjp(_solve_forward, _solve_backward)
+
+
+def _inverse(lower_BNTS: jax.Array) -> jax.Array:
+  """The inverse of I + the part below the diagonal, from those of blocks of twice the size.
+
+  [[A, 0], [C, B]] has the inverse [[A', 0], [-B' C A', B']]. These are products that every platform
+  is fast at; a triangular solver runs row by row, on CPUs in another library with its own threads.
+  """
+  batch, heads, length = lower_BNTS.shape[:3]
+  inverse = jnp.ones((batch, heads, length, 1, 1), lower_BNTS.dtype)
+  half = 1
+  while half < length:
+    split = 'B N (P row T) (O column S) -> row column B N P T O S'
+    blocks = rearrange(lower_BNTS, split, row=2, T=half, column=2, S=half)
+    below = jnp.einsum('BNPTPS->BNPTS', blocks[1, 0])
+    first, second = inverse[:, :, ::2], inverse[:, :, 1::2]
+    below = -jnp.einsum('BNPTI,BNPIO,BNPOS->BNPTS', second, below, first)
+    upper = jnp.concatenate([first, jnp.zeros_like(first)], -1)
+    inverse = jnp.concatenate([upper, jnp.concatenate([below, second], -1)], -2)
+    half *= 2
+  return inverse[:, :, 0]

@@ -1,9 +1,9 @@
 """Qwen3-Next: gated DeltaNet in three of four layers, gated attention in the fourth, and experts.
 
-The file keeps the projections of a DeltaNet layer together, key head by key head: `in_proj_qkvz` has
-the query, the key, the values and the gates of one key head, then those of the next, and
-`in_proj_ba` the strengths and the decays of its value heads. `q_proj` of attention has the query and
-the gate of each head. The layers that predict further tokens (`mtp`) are not read.
+The file keeps the projections of a DeltaNet layer together, key head by key head: `in_proj_qkvz`
+has the query, the key, the values and the gates of one key head, then those of the next, and
+`in_proj_ba` the strengths and the decays of its value heads. `q_proj` of attention has the query
+and the gate of each head. The layers that predict further tokens (`mtp`) are not read.
 
 transformers: models/qwen3_next (5.24).
 """

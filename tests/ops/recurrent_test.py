@@ -119,6 +119,18 @@ def test_strong_decays_neither_overflow_nor_lose_the_token_itself(rng, kind, str
   assert all(np.isfinite(slope).all() for slope in slopes(*tokens))
 
 
+def test_equal_keys_at_full_strength_replace_each_other(rng):
+  """The worst case of the triangular system: every token writes what the last one has written."""
+  q, k, v, decay, strength = _draw(rng, 'delta', 64)
+  k[:] = k[:, :1]
+  tokens = q, k, v, 0 * decay, np.ones_like(strength)
+  found, state = jax.jit(recurrent.delta)(*tokens)
+  read = np.einsum('BTNH,BTNH->BTN', q, k)
+  np.testing.assert_allclose(found, read[..., None] * v, atol=FLOAT32)
+  written = np.einsum('BNH,BNZ->BNHZ', k[:, 0], v[:, -1])
+  np.testing.assert_allclose(state, written, atol=FLOAT32)
+
+
 @kinds
 def test_gradients_are_those_of_the_definition(rng, kind):
   tokens, state, starts = _draw(rng, kind, 29), _state(rng), _starts(29)
