@@ -34,6 +34,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'V': 'model',
   'E': 'expert',
   'H': None,
+  'Z': None,
+  'R': None,
   'P': None,
   '_': None,
 }

@@ -24,9 +24,11 @@ from model.hf_names.qwen2 import QWEN2
 from model.hf_names.qwen2_moe import QWEN2_MOE
 from model.hf_names.qwen3 import QWEN3
 from model.hf_names.qwen3_moe import QWEN3_MOE
+from model.hf_names.qwen3_next import QWEN3_NEXT
 from model.hf_names.smollm3 import SMOLLM3
 from model.hf_names.stored import FLOATS, select_tensors
 from model.layers.block import LayerConfig
+from model.layers.mixers.attention import AttentionConfig
 
 __all__ = [
   'FAMILIES',
@@ -48,7 +50,7 @@ FAMILIES = {
   for family in (
     *(LLAMA, MISTRAL, SMOLLM3, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, GRANITE, PHI3),
     *(GPT2, GPT_NEOX),
-    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITE_MOE, GRANITE_MOE_SHARED, GPT_OSS),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, QWEN3_NEXT, OLMOE, GRANITE_MOE, GRANITE_MOE_SHARED, GPT_OSS),
   )
 }
 
@@ -157,6 +159,8 @@ def _normal(config: ModelConfig) -> ModelConfig:
 
 
 def _normal_layer(layer, config):
+  if not isinstance(layer.mixer, AttentionConfig):
+    return layer
   if layer.mixer.rope == config.rope:
     layer = layer.with_mixer(rope=None)
   if layer.mixer.query_scale == layer.mixer.head_width**-0.5:

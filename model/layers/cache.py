@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any, Literal, Self
 
 import jax
+import jax.numpy as jnp
 
 CacheFormat = Literal['float', 'bf16', 'int8', 'int4']
 
@@ -20,7 +21,8 @@ class Cache(abc.ABC):
 
   The rows may have different lengths. Row b takes T new tokens at the positions positions_BT[b],
   from its length or an earlier position on; the caller ensures that they fit. Padding comes after
-  the tokens of a row and repeats their last position.
+  the tokens of a row and repeats their last position. How far a row can be set back is a matter of
+  the kind: a cache of states (`model.layers.mixers.state`) only to its beginning.
   """
 
   @property
@@ -36,6 +38,12 @@ class Cache(abc.ABC):
   def letters(self) -> Self:
     """The letters of its axes in place of each array."""
     return _letters(self)
+
+
+def is_token(positions_BT: jax.Array) -> jax.Array:
+  """Whether a token is one, and no padding, which repeats the last position: bool [B, T]."""
+  later_BT = positions_BT[:, 1:] > positions_BT[:, :-1]
+  return jnp.pad(later_BT, ((0, 0), (1, 0)), constant_values=True)
 
 
 def array(axes: str) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 from model.layers.feed_forward import FeedForwardConfig
 from model.layers.mixers.attention import AttentionConfig
 from model.layers.mixers.linformer import LinformerConfig
+from model.layers.mixers.delta import GatedDeltaConfig
+from model.layers.mixers.linear import LinearConfig
 from model.layers.routed import RoutedConfig
 from model.layers.sublayer import FfnConfig, MixerConfig, SubLayerConfig
 from ops import patterns
@@ -16,6 +18,8 @@ from ops.patterns import Pattern
 MIXERS: dict[str, type[MixerConfig]] = {
   'attention': AttentionConfig,
   'linformer': LinformerConfig,
+  'linear': LinearConfig,
+  'gated_delta': GatedDeltaConfig,
 }
 FFNS: dict[str, type[FfnConfig]] = {'dense': FeedForwardConfig, 'routed': RoutedConfig}
 

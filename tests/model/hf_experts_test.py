@@ -52,6 +52,17 @@ YARN = {
   'beta_slow': 0.5,
   'truncate': False,
 }
+NEXT = {
+  **QWEN,
+  'num_hidden_layers': 4,
+  'head_dim': 24,
+  'shared_expert_intermediate_size': 40,
+  'linear_num_key_heads': 2,
+  'linear_num_value_heads': 6,
+  'linear_key_head_dim': 12,
+  'linear_value_head_dim': 8,
+  'rope_parameters': {'rope_type': 'default', 'rope_theta': 500.0, 'partial_rotary_factor': 0.25},
+}
 CASES = {
   'mixtral': ('Mixtral', {**TINY, 'num_local_experts': 4, 'sliding_window': 6}),
   'qwen3_moe': ('Qwen3Moe', {**QWEN, **SLIDING, 'head_dim': 24, 'norm_topk_prob': True}),
@@ -92,6 +103,21 @@ CASES = {
       'num_local_experts': 4,
       'shared_intermediate_size': 40,
       'attention_bias': True,
+      'tie_word_embeddings': True,
+    },
+  ),
+  'qwen3_next': ('Qwen3Next', NEXT),
+  'qwen3_next-dense': (
+    'Qwen3Next',
+    {
+      **NEXT,
+      'num_hidden_layers': 2,
+      'layer_types': ['full_attention', 'linear_attention'],
+      'mlp_only_layers': [0],
+      'linear_num_value_heads': 2,
+      'linear_conv_kernel_dim': 3,
+      'attention_bias': True,
+      'norm_topk_prob': False,
       'tie_word_embeddings': True,
     },
   ),
@@ -196,7 +222,7 @@ def test_logits_match_transformers(case, checkpoint):
   np.testing.assert_allclose(found, expected, atol=LOGIT_TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize('case', ['qwen3_moe', 'olmoe', 'granitemoe', 'gpt_oss'])
+@pytest.mark.parametrize('case', ['qwen3_moe', 'olmoe', 'granitemoe', 'gpt_oss', 'qwen3_next'])
 def test_decoded_logits_match_transformers(case, checkpoint):
   folder, _, expected = checkpoint(case)
   found = _decoded(hf.load_pretrained(folder)[0])
@@ -218,6 +244,15 @@ def test_both_layouts_are_read_and_that_of_the_hub_is_written(case, checkpoint, 
   with torch.no_grad():
     logits = loaded.eval()(torch.tensor(_tokens())).logits.numpy()
   np.testing.assert_allclose(logits, expected, atol=LOGIT_TOLERANCE, rtol=0)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(checkpoint, tmp_path):
+  folder = shutil.copytree(checkpoint('qwen3_next')[0], tmp_path / 'more')
+  tensors = load_file(folder / 'model.safetensors')
+  tensors |= {name: np.ones((3, 3), np.float32) for name in ('mtp.fc.weight', 'mtp.norm.weight')}
+  save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
+  found = _arrays(hf.load_pretrained(folder)[0])
+  _assert_same(found, _arrays(hf.load_pretrained(checkpoint('qwen3_next')[0])[0]))
 
 
 W3 = 'model.layers.1.block_sparse_moe.experts.2.w3.weight'
@@ -263,6 +298,7 @@ PUBLISHED = {
     20_914_757_184,
     4_187_440_704,
   ),
+  'Qwen3-Next-80B-A3B': ('qwen3_next', {}, 79_674_391_296, 3_874_929_408),
   'gpt-oss-120b': ('gpt_oss', {}, 116_829_156_672, 5_711_982_912),
   'granite-3.1-1b-a400m': (
     'granitemoe',
@@ -287,8 +323,9 @@ PUBLISHED = {
 def test_published_parameters_to_the_unit(name):
   family, sizes, total, active = PUBLISHED[name]
   config = hf_names.config_from_hf({'model_type': family, **sizes})
-  alike = len(set(config.layers))  # 2: windows on every other layer
+  depth = len(config.layers)
+  alike = next(n for n in range(1, depth + 1) if config.layers == config.layers[:n] * (depth // n))
   few, more = (cost.parameters(config.replace(layers=config.layers[: n * alike])) for n in (1, 2))
-  steps = len(config.layers) // alike - 1
+  steps = depth // alike - 1
   assert few.total + steps * (more.total - few.total) == total
   assert few.active + steps * (more.active - few.active) == active

@@ -170,6 +170,7 @@ def test_bad_lengths_and_nothing():
 @pytest.mark.parametrize('name', names())
 def test_the_shapes_of_a_real_model_are_those_by_hand(name, shapes_by_hand):
   config = preset(name)
+  config = config.replace(layers=config.layers[:8])
   assert cost.parameter_shapes(config) == shapes_by_hand(config)
 
 
