@@ -35,6 +35,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'E': 'expert',
   'H': None,
   'P': None,
+  'R': None,
+  'W': None,
   '_': None,
 }
 

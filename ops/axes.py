@@ -27,7 +27,7 @@ ALPHABET = {
   'C': 'expert capacity',
   'X': 'experts that a token chooses',
   'M': 'rows that experts multiply, one for each choice of each token',
-  'R': 'adapter rank',
+  'R': 'rank of an adapter or of a latent',
   'I': 'matrix input',
   'O': 'matrix output',
   'J': 'groups along the matrix input',

@@ -28,6 +28,16 @@ class Streamed:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Passed:
+  """The consumers read the producer's channels as they are, within a sub-layer.
+
+  `normed`: the producer is a norm; otherwise it is a linear layer.
+  """
+
+  normed: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Attended:
   """Tokens are mixed, head by head; channels are not.
 
@@ -59,7 +69,7 @@ class Activated:
   function: str
 
 
-Through = Normed | Streamed | Attended | Gated | Activated
+Through = Normed | Streamed | Passed | Attended | Gated | Activated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
