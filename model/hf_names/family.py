@@ -18,15 +18,16 @@ import numpy as np
 from model.config import ModelConfig
 from model.layers.feed_forward import FeedForwardConfig
 from model.layers.mixers.attention import AttentionConfig
-from model.layers.sublayer import SubLayerConfig
+from model.layers.sublayer import MixerConfig, SubLayerConfig
 from ops.formats import FormatName
 
 # The arrays of a module, and what their names end in on disk: as in modules of PyTorch, or in
 # parameters that belong to the module above. Codes and their scales are arrays of one weight.
 LEAVES = {'table': '.weight', 'scale': '.weight', 'weight': '.weight', 'bias': '.bias'}
+CHOICE_BIAS = {'choice_bias': '.e_score_correction_bias'}
 BARE = {'weight': '', 'bias': '_bias', 'logits': ''}
 # How many axes each has; those of experts have one more in front.
-RANKS = {'table': 2, 'scale': 1, 'weight': 2, 'bias': 1, 'logits': 1}
+RANKS = {'table': 2, 'scale': 1, 'weight': 2, 'bias': 1, 'logits': 1, 'choice_bias': 1}
 RANKS |= {'weight.values': 2, 'weight.scales': 2}
 
 
@@ -39,6 +40,8 @@ class Codec:
   alternating: the parts alternate element by element (gpt-oss).
   paired: the two elements of a head that rotate together are neighbours (2i, 2i + 1), where ours
     are half a head apart (GGUF's llama).
+  runs: the parts alternate head by head, with so many elements of each (DeepSeek).
+  tail: the number of elements of a head of theirs, and how many of the last are `paired`.
   offset: a constant that theirs contain and ours do not (GGUF's Gemma: the 1 of the norm scales).
   block: theirs have the inputs in blocks of so many, (O, I / block, block).
   raw: theirs are bytes, the bits of what ours are.
@@ -48,6 +51,8 @@ class Codec:
   interleaved: bool = False
   alternating: bool = False
   paired: bool = False
+  runs: tuple[int, ...] | None = None
+  tail: tuple[int, int] | None = None
   offset: float = 0.0
   block: int | None = None
   raw: bool = False
@@ -65,10 +70,11 @@ class Codec:
     parts = [self._shifted(self._paired(self._turn(a), head_width), self.offset) for a in arrays]
     if len(parts) == 1:
       joined = parts[0]
-    elif run := self._run(head_width):
-      joined = self._alternate(parts, run)
+    elif runs := self._runs(head_width, len(parts)):
+      joined = self._alternate(parts, runs)
     else:
       joined = np.concatenate(parts, self._axis)
+    joined = self._with_tails(joined, lambda width: (2, width // 2))
     joined = joined.view(np.uint8) if self.raw else joined
     return joined.reshape(self.shape([a.shape for a in arrays]))
 
@@ -76,28 +82,41 @@ class Codec:
     """Makes ours from theirs, as views if possible; `shapes` are those of ours."""
     if self.block is not None:
       array = array.reshape(len(array), -1)
-    if run := self._run(head_width):
-      parts = self._taken_apart(array, len(shapes), run)
+    array = self._with_tails(array, lambda width: (width // 2, 2))
+    if runs := self._runs(head_width, len(shapes)):
+      parts = self._taken_apart(array, runs)
     else:
       ends = np.cumsum([shape[-1] for shape in shapes])[:-1]
       parts = np.split(array, ends, self._axis)
     return [self._shifted(self._turn(self._halved(p, head_width)), -self.offset) for p in parts]
 
-  def _run(self, head_width) -> int | None:
-    """How many elements of a part follow each other, if the parts alternate."""
-    return 1 if self.alternating else head_width if self.interleaved else None
+  def _runs(self, head_width, count) -> tuple[int, ...] | None:
+    """How many elements of each part follow each other, if the parts alternate."""
+    if self.alternating or self.interleaved:
+      return (1 if self.alternating else head_width,) * count
+    return self.runs
 
-  def _alternate(self, parts, run):
+  def _alternate(self, parts, runs):
     parts = [np.moveaxis(part, self._axis, 0) for part in parts]
     rows = parts[0].shape[1:]
-    joined = np.stack([p.reshape(-1, run, *rows) for p in parts], 1).reshape(-1, *rows)
-    return np.moveaxis(joined, 0, self._axis)
+    heads = [part.reshape(-1, run, *rows) for part, run in zip(parts, runs, strict=True)]
+    return np.moveaxis(np.concatenate(heads, 1).reshape(-1, *rows), 0, self._axis)
 
-  def _taken_apart(self, array, count, run):
+  def _taken_apart(self, array, runs):
     array = np.moveaxis(array, self._axis, 0)
-    runs = array.reshape(-1, count, run, *array.shape[1:])
-    parts = [runs[:, i].reshape(-1, *array.shape[1:]) for i in range(count)]
-    return [np.moveaxis(part, 0, self._axis) for part in parts]
+    heads = array.reshape(-1, sum(runs), *array.shape[1:])
+    parts = np.split(heads, np.cumsum(runs)[:-1], axis=1)
+    return [np.moveaxis(part.reshape(-1, *array.shape[1:]), 0, self._axis) for part in parts]
+
+  def _with_tails(self, array, groups):
+    """Moves the last rows of each head between neighbouring pairs and two halves."""
+    if self.tail is None:
+      return array
+    head, width = self.tail
+    array = np.moveaxis(array, self._axis, 0)
+    front, back = np.split(array.reshape(-1, head, *array.shape[1:]), [head - width], axis=1)
+    back = self._regroup(back.reshape(-1, *array.shape[1:]), groups(width)).reshape(back.shape)
+    return np.moveaxis(np.concatenate([front, back], 1).reshape(array.shape), 0, self._axis)
 
   @property
   def _axis(self):
@@ -136,12 +155,13 @@ class Row:
 
   `{l}` stands for the number of the layer, and `{e}` for that of an expert, where theirs has the
   matrices of each expert by themselves. `stacked`: ours have experts, and theirs has all of them
-  along a leading axis. Other rows are of modules without experts.
+  along a leading axis. Other rows are of modules without experts. A codec may depend on the mixer
+  of the layer, where a head has several widths.
   """
 
   theirs: str
   ours: tuple[str, ...]
-  codec: Codec = PLAIN
+  codec: Codec | Callable[[MixerConfig], Codec] = PLAIN
   leaves: Mapping[str, str] = dataclasses.field(default_factory=lambda: LEAVES)
   stacked: bool = False
 
@@ -262,11 +282,12 @@ def entries(
 
 def _of_module(row, leaf, l, paths, shapes, config) -> list[Entry]:
   """The tensors of theirs for arrays of ours: one, or one for each expert."""
-  width, count = config.layers[l].mixer.head_width, shapes[0][0]
+  mixer, count = config.layers[l].mixer, shapes[0][0]
+  codec = row.codec if isinstance(row.codec, Codec) else row.codec(mixer)
   if row.of_experts:
     shapes = tuple(shape[1:] for shape in shapes)
-  shape = row.codec.shape(list(shapes))
-  common = {'ours': paths, 'codec': row.codec, 'head_width': width, 'shapes': shapes}
+  shape = codec.shape(list(shapes))
+  common = {'ours': paths, 'codec': codec, 'head_width': mixer.head_width, 'shapes': shapes}
   name = lambda **numbers: row.theirs.format(l=l, **numbers) + leaf
   if row.stacked:
     return [Entry(theirs=name(), shape=(count, *shape), stacked=True, **common)]
