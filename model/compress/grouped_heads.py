@@ -39,7 +39,7 @@ class GroupedHeadsSpec:
 def _reshapes(model: Transformer, spec: GroupedHeadsSpec) -> ModelConfig:
   config, layers = model.config, []
   for l, layer in enumerate(config.layers):
-    if not isinstance(layer.mixer, AttentionConfig):
+    if type(layer.mixer) is not AttentionConfig:
       raise ValueError(f'layer {l} has a {type(layer.mixer).__name__}; only attention has groups')
     if layer.mixer.kv_heads % spec.kv_heads:
       raise ValueError(

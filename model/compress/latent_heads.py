@@ -116,13 +116,13 @@ def _latent(config: ModelConfig, l: int, spec: LatentHeadsSpec, pairs) -> LayerC
 
 def _check(l: int, heads) -> None:
   """Raises ValueError for attention that latent heads cannot compute."""
-  if not isinstance(heads, AttentionConfig):
+  if type(heads) is not AttentionConfig:
     raise ValueError(f'layer {l} has a {type(heads).__name__}, and latents replace attention alone')
   for trait, what in (
     ('qk_norm', 'norms of queries and keys'),
     ('sinks', 'sinks'),
     ('softcap', 'a soft cap'),
-    ('window', 'a window'),
+    ('pattern', 'a window or a sparse pattern'),
   ):
     if getattr(heads, trait):
       raise ValueError(f'layer {l} has {what}, which latent attention does not')
