@@ -9,6 +9,7 @@ import difflib
 import math
 from collections.abc import Callable
 
+from model import deepseek
 from model.config import ModelConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
@@ -20,6 +21,9 @@ from ops.rope import RopeConfig
 
 # A tied head counts once.
 PARAMETERS = {
+  'deepseek-v2': 235_741_434_880,
+  'deepseek-v2-lite': 15_706_484_224,
+  'deepseek-v3': 671_026_419_200,  # with the biases of the choice of experts
   'gemma-2-2b': 2_614_341_888,
   'gemma-3-1b': 999_885_952,
   'gpt2': 124_439_808,
@@ -36,6 +40,7 @@ PARAMETERS = {
   'smollm2-135m': 134_515_008,
   'smollm3-3b': 3_075_098_624,
   'tinyllama-1.1b': 1_100_048_384,
+  'tiny-deepseek-v3': 143_288,
   'tiny-gemma2': 102_976,
   'tiny-gemma3': 103_040,
   'tiny-gpt2': 124_672,
@@ -234,6 +239,7 @@ _LLAMA3_ROPE = RopeConfig(theta=5e5, kind='llama3', factor=8.0, original_max_pos
 _TINY = {'vocab_size': 256, 'width': 64, 'max_positions': 128}
 
 _BUILDERS: dict[str, Callable[[], ModelConfig]] = {
+  **deepseek.PRESETS,
   'gemma-2-2b': lambda: _gemma2(
     26, _sizes(8, 4, 256, 9216), 4096, vocab_size=256_000, width=2304, max_positions=8192
   ),

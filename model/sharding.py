@@ -35,8 +35,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'E': 'expert',
   'H': None,
   'Z': None,
-  'R': None,
   'P': None,
+  'R': None,
+  'W': None,
   '_': None,
 }
 

@@ -29,7 +29,7 @@ ALPHABET = {
   'C': 'expert capacity',
   'X': 'experts that a token chooses',
   'M': 'rows that experts multiply, one for each choice of each token',
-  'R': 'rank of an adapter or of a gate',
+  'R': 'rank of an adapter, of a gate or of a latent',
   'I': 'matrix input',
   'O': 'matrix output',
   'J': 'groups along the matrix input',

@@ -5,8 +5,8 @@ commutes with every rotation. Once the scale is merged into the matrices after t
 residual stream can be rotated by rotating the embedding, all matrices that read the stream and all
 matrices that write it, without changing the logits. The values of each head are rotated in the
 value projection and back in the output projection. Other inputs must be rotated while the model
-runs (`online`): that of the down projection, which comes after a nonlinearity, and the heads before
-the output projection.
+runs (`online`): that of the down projection, which comes after a nonlinearity, the heads before the
+output projection, and latents, which have a norm of their own.
 
 Experts are matrices like others; the router reads the rotated stream, and chooses as before.
 
@@ -108,8 +108,10 @@ def _rotate_block(block, signs_D, online):
     for name, linear in zip(edge.consumers, consumers):
       if name in writers:
         _write(linear, signs_D)
-    if online and not isinstance(edge.through, Normed):
-      _rotate_inputs(consumers, edge.through)
+  # Afterwards, for a matrix that reads a latent may also be one whose outputs are rotated.
+  for edge in wiring.edges if online else ():
+    if not isinstance(edge.through, Normed):
+      _rotate_inputs([layers[name] for name in edge.consumers], edge.through)
 
 
 def _turns(through) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.hf_names import fields
+from model.hf_names.deepseek_v2 import DEEPSEEK_V2
+from model.hf_names.deepseek_v3 import DEEPSEEK_V3
 from model.hf_names.family import Entry, Family, Layout, entries
 from model.hf_names.gemma2 import GEMMA2
 from model.hf_names.gemma3 import GEMMA3
@@ -51,6 +53,7 @@ FAMILIES = {
     *(LLAMA, MISTRAL, SMOLLM3, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, GRANITE, PHI3),
     *(GPT2, GPT_NEOX),
     *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, QWEN3_NEXT, OLMOE, GRANITE_MOE, GRANITE_MOE_SHARED, GPT_OSS),
+    *(DEEPSEEK_V2, DEEPSEEK_V3),
   )
 }
 
@@ -165,6 +168,7 @@ def _normal_layer(layer, config):
     layer = layer.with_mixer(rope=None)
   if layer.mixer.query_scale == layer.mixer.head_width**-0.5:
     layer = layer.with_mixer(query_scale=None)
-  if layer.mixer.rotary_width == layer.mixer.head_width:
+  heads = layer.mixer
+  if isinstance(heads, AttentionConfig) and heads.rotary_width == heads.head_width:
     layer = layer.with_mixer(rotary_width=None)
   return layer

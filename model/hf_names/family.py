@@ -24,9 +24,10 @@ from ops.formats import FormatName
 # The arrays of a module, and what their names end in on disk: as in modules of PyTorch, or in
 # parameters that belong to the module above. Codes and their scales are arrays of one weight.
 LEAVES = {'table': '.weight', 'scale': '.weight', 'weight': '.weight', 'bias': '.bias'}
+CHOICE_BIAS = {'choice_bias': '.e_score_correction_bias'}
 BARE = {'weight': '', 'bias': '_bias', 'logits': ''}
 # How many axes each has; those of experts have one more in front.
-RANKS = {'table': 2, 'scale': 1, 'weight': 2, 'bias': 1, 'logits': 1}
+RANKS = {'table': 2, 'scale': 1, 'weight': 2, 'bias': 1, 'logits': 1, 'choice_bias': 1}
 RANKS |= {'weight.values': 2, 'weight.scales': 2, 'kernel': 2, 'log_rate': 1}
 
 
@@ -43,10 +44,11 @@ class Codec:
 
   transpose: theirs are (O, I), as in torch.nn.Linear; otherwise (I, O) like ours.
   interleaved: the parts alternate head by head (GPT-NeoX); otherwise they follow each other. A part
-    may have more elements of a head than another (Qwen3-Next).
+    may have more elements of a head than another (Qwen3-Next, DeepSeek).
   alternating: the parts alternate element by element (gpt-oss).
   paired: the two elements of a head that rotate together are neighbours (2i, 2i + 1), where ours
     are half a head apart (GGUF's llama).
+  tail: the number of elements of a head of theirs, and how many of the last are `paired`.
   offset: a constant that theirs contain and ours do not (GGUF's Gemma: the 1 of the norm scales).
   block: theirs have the inputs in blocks of so many, (O, I / block, block).
   depthwise: theirs are kernels of a convolution that has one input per output, (O, 1, I).
@@ -57,6 +59,7 @@ class Codec:
   interleaved: bool = False
   alternating: bool = False
   paired: bool = False
+  tail: tuple[int, int] | None = None
   offset: float = 0.0
   block: int | None = None
   depthwise: bool = False
@@ -81,6 +84,7 @@ class Codec:
       joined = self._alternate(parts, count)
     else:
       joined = np.concatenate(parts, self._axis)
+    joined = self._with_tails(joined, lambda width: (2, width // 2))
     joined = joined.view(np.uint8) if self.raw else joined
     return joined.reshape(self.shape([a.shape for a in arrays]))
 
@@ -88,6 +92,7 @@ class Codec:
     """Makes ours from theirs, as views if possible; `shapes` are those of ours."""
     if self.block is not None or self.depthwise:
       array = array.reshape(len(array), -1)
+    array = self._with_tails(array, lambda width: (width // 2, 2))
     sizes = np.array([shape[-1] for shape in shapes])
     if count := self._runs(sizes[0], heads):
       parts = self._taken_apart(array, sizes, count)
@@ -110,6 +115,16 @@ class Codec:
     runs = array.reshape(count, -1, *array.shape[1:])
     parts = np.split(runs, np.cumsum(sizes // count)[:-1], 1)
     return [np.moveaxis(part.reshape(-1, *array.shape[1:]), 0, self._axis) for part in parts]
+
+  def _with_tails(self, array, groups):
+    """Moves the last rows of each head between neighbouring pairs and two halves."""
+    if self.tail is None:
+      return array
+    head, width = self.tail
+    array = np.moveaxis(array, self._axis, 0)
+    front, back = np.split(array.reshape(-1, head, *array.shape[1:]), [head - width], axis=1)
+    back = self._regroup(back.reshape(-1, *array.shape[1:]), groups(width)).reshape(back.shape)
+    return np.moveaxis(np.concatenate([front, back], 1).reshape(array.shape), 0, self._axis)
 
   @property
   def _axis(self):
@@ -149,13 +164,14 @@ class Row:
 
   `{l}` stands for the number of the layer, and `{e}` for that of an expert, where theirs has the
   matrices of each expert by themselves. `stacked`: ours have experts, and theirs has all of them
-  along a leading axis. Other rows are of modules without experts.
+  along a leading axis. Other rows are of modules without experts. A codec may depend on the mixer
+  of the layer, where a head has several widths.
   kind: of a sub-layer; the row is one of layers that have such a one.
   """
 
   theirs: str
   ours: tuple[str, ...]
-  codec: Codec = PLAIN
+  codec: Codec | Callable[[MixerConfig], Codec] = PLAIN
   leaves: Mapping[str, str] = dataclasses.field(default_factory=lambda: LEAVES)
   stacked: bool = False
   kind: type[SubLayerConfig] = SubLayerConfig
@@ -273,7 +289,9 @@ def entries(
         paths = tuple(f'{module.format(l=l)}.{leaf}' for module in row.ours)
         if all(path in left and len(left[path]) == rank for path in paths):
           own = tuple(left.pop(path) for path in paths)
-          result += _of_module(row, their_leaf, l, paths, own, family.heads(layer.mixer))
+          codec = row.codec if isinstance(row.codec, Codec) else row.codec(layer.mixer)
+          heads = family.heads(layer.mixer)
+          result += _of_module(row, codec, their_leaf, l, paths, own, heads)
   if left:
     raise ValueError(
       f'a {family.model_type} checkpoint has no names for {len(left)} parameters of this model: '
@@ -282,13 +300,13 @@ def entries(
   return result
 
 
-def _of_module(row, leaf, l, paths, shapes, heads) -> list[Entry]:
+def _of_module(row, codec, leaf, l, paths, shapes, heads) -> list[Entry]:
   """The tensors of theirs for arrays of ours: one, or one for each expert."""
   count = shapes[0][0]
   if row.of_experts:
     shapes = tuple(shape[1:] for shape in shapes)
-  shape = row.codec.shape(list(shapes))
-  common = {'ours': paths, 'codec': row.codec, 'heads': heads, 'shapes': shapes}
+  shape = codec.shape(list(shapes))
+  common = {'ours': paths, 'codec': codec, 'heads': heads, 'shapes': shapes}
   name = lambda **numbers: row.theirs.format(l=l, **numbers) + leaf
   if row.stacked:
     return [Entry(theirs=name(), shape=(count, *shape), stacked=True, **common)]

@@ -28,6 +28,16 @@ class Streamed:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Passed:
+  """The consumers read the producer's channels as they are, within a sub-layer.
+
+  `normed`: the producer is a norm; otherwise it is a linear layer.
+  """
+
+  normed: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Attended:
   """Tokens are mixed, head by head; channels are not.
 
@@ -56,11 +66,6 @@ class HeadNormed:
   head_width: int
   copies: int
   scores: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Passed:
-  """The consumers read the output of a linear layer as it is."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

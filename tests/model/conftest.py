@@ -15,7 +15,8 @@ def _shapes(config):
   if config.rope is None:
     shapes['positions.table'] = (config.max_positions, width)
   for l, layer in enumerate(config.layers):
-    mixer = _delta if hasattr(layer.mixer, 'value_heads') else _attention
+    kinds = {'value_heads': _delta, 'rank': _latent}
+    mixer = next((one for name, one in kinds.items() if hasattr(layer.mixer, name)), _attention)
     own = mixer(config, layer) | _feed_forward(config, layer)
     shapes |= {f'layers.{l}.{path}': shape for path, shape in own.items()}
   shapes |= _norm('final_norm', config)
@@ -53,6 +54,24 @@ def _delta(config, layer):
     shapes[f'attention.{name}_conv.kernel'] = (mixer.conv_width, outputs)
   shapes['attention.rates.log_rate'] = (mixer.value_heads,)
   shapes['attention.head_norm.scale'] = (mixer.value_width,)
+
+
+def _latent(config, layer):
+  """With the norms before it and of its latents, without biases."""
+  mixer, width = layer.mixer, config.width
+  queries = mixer.query_heads * (mixer.still_width + mixer.rotary_width)
+  shapes = _norm('attention_norm', config) | {'attention.kv_norm.scale': (mixer.rank,)}
+  if mixer.query_rank is None:
+    shapes |= _linear('attention.query', width, queries, False)
+  else:
+    shapes['attention.query_norm.scale'] = (mixer.query_rank,)
+    shapes |= _linear('attention.query_down', width, mixer.query_rank, False)
+    shapes |= _linear('attention.query_up', mixer.query_rank, queries, False)
+  shapes |= _linear('attention.kv_down', width, mixer.rank, False)
+  shapes |= _linear('attention.rotary_key', width, mixer.rotary_width, False)
+  shapes |= _linear('attention.key_up', mixer.rank, mixer.kv_heads * mixer.still_width, False)
+  values = mixer.kv_heads * mixer.value_width
+  shapes |= _linear('attention.value_up', mixer.rank, values, False)
   return shapes | _linear('attention.output', values, width, False)
 
 
@@ -65,10 +84,12 @@ def _feed_forward(config, layer):
   if hasattr(ffn, 'experts'):
     shapes = {p: s if 'norm' in p else (ffn.experts, *s) for p, s in shapes.items()}
     shapes |= _linear('ffn.router', width, ffn.experts, ffn.router_bias)
+    shapes |= {'ffn.choice_bias': (ffn.experts,)} if ffn.choice_bias else {}
     if ffn.shared_width:
-      for name, sides in {'gate': (0, 1), 'up': (0, 1), 'down': (1, 0)}.items():
-        sizes = width, ffn.shared_width
-        shapes |= _linear(f'ffn.shared.{name}', *(sizes[side] for side in sides), False)
+      for name in ('gate', 'up'):
+        shapes |= _linear(f'ffn.shared.{name}', width, ffn.shared_width, ffn.bias)
+      shapes |= _linear('ffn.shared.down', ffn.shared_width, width, ffn.bias)
+    if ffn.shared_gate:
       shapes |= _linear('ffn.shared_gate', width, 1, False)
   return shapes | (_norm('ffn_post_norm', config) if layer.post_norms else {})
 

@@ -102,8 +102,7 @@ class AttentionConfig(MixerConfig):
     Elements within a head are no units: a rope rotates them in pairs at frequencies that depend on
     their place. Where one norm spans all heads, those that stay are normed without the others.
     """
-    runs = {'K': self.head_width, 'N': self.copies * self.head_width, 'Q': self.copies}
-    return Units(letter='K', count=self.kv_heads, runs=runs)
+    return Units(letter='K', count=self.kv_heads, axes=('K', 'N', 'Q'))
 
   def resized(self, count):
     return dataclasses.replace(self, kv_heads=count, query_heads=count * self.copies)

@@ -95,8 +95,7 @@ class GatedDeltaConfig(MixerConfig):
   @property
   def units(self):
     """Key heads, each with the value heads that share it."""
-    runs = {'K': self.key_width, 'N': self.copies * self.value_width, 'Y': self.copies}
-    return Units(letter='K', count=self.key_heads, runs=runs)
+    return Units(letter='K', count=self.key_heads, axes=('K', 'N', 'Y'))
 
   def resized(self, count):
     return dataclasses.replace(self, key_heads=count, value_heads=count * self.copies)

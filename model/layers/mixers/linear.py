@@ -87,7 +87,7 @@ class LinearConfig(MixerConfig):
         through=Normed(),
         consumers=(*at(*readers), *((down,) if slow else ())),
       ),
-      *((Edge(producer=down, through=Passed(), consumers=(up,)),) if slow else ()),
+      *((Edge(producer=down, through=Passed(normed=False), consumers=(up,)),) if slow else ()),
       last,
     )
 
@@ -97,8 +97,7 @@ class LinearConfig(MixerConfig):
   @property
   def units(self):
     """Heads."""
-    runs = {'K': self.key_width, 'N': self.value_width, 'Y': 1}
-    return Units(letter='K', count=self.heads, runs=runs)
+    return Units(letter='K', count=self.heads, axes=('K', 'N', 'Y'))
 
   def resized(self, count):
     return dataclasses.replace(self, heads=count)
