@@ -45,7 +45,7 @@ def test_the_picture_of_mixers_whose_heads_are_normed():
   wiring = dataclasses.replace(LLAMA, mixer=linear.gla(3, 4, 5)).wiring
   assert wiring.edges[:3] == (
     Edge(producer='attention_norm', through=Normed(), consumers=(*readers[:4], low[0])),
-    Edge(producer=low[0], through=Passed(), consumers=low[1:]),
+    Edge(producer=low[0], through=Passed(normed=False), consumers=low[1:]),
     Edge(producer=norm, through=dataclasses.replace(heads, copies=3), consumers=(output,)),
   )
   assert wiring.scores == (QUERY, KEY) and all(edge.obstacle is None for edge in wiring.edges)
