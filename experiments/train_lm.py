@@ -29,10 +29,10 @@ retnet and gla, and without --attention_every no layer has attention:
 
 OUT/model is a Hugging Face folder of the Llama family, with experts of the Mixtral family, which
 `experiments.compress --model` and transformers load; with shared experts, or with one expert per
-token, or with biases of the choice, or with other mixers, it is in the format of Lissom. OUT/run holds checkpoints, and
-the loss and the use of experts of every update (loss.jsonl), which OUT/loss.png and OUT/experts.png
-show. A killed run that is started again with the same flags resumes and ends with the same bits.
-OUT/records.jsonl gets one line per run.
+token, or with biases of the choice, or with other mixers, it is in the format of Lissom. OUT/run
+holds checkpoints, and the loss and the use of experts of every update (loss.jsonl), which
+OUT/loss.png and OUT/experts.png show. A killed run that is started again with the same flags
+resumes and ends with the same bits. OUT/records.jsonl gets one line per run.
 
 Device: any. Minutes: 2 with the defaults on two CPU cores. Expect about 2 bits per byte of held-out
 text with the defaults.
