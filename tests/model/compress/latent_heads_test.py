@@ -55,8 +55,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('importance', ['weights', 'outputs'])
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize(
+  ('case', 'importance'),
+  [*((case, 'outputs') for case in CASES), ('partly rotated', 'weights')],
+)
 def test_with_all_pairs_at_full_rank_nothing_changes(tokens_BT, case, importance):
   name, traits = CASES[case]
   model = _model(name, **traits)
@@ -72,7 +74,12 @@ YARN = RopeConfig(theta=100.0, kind='yarn', factor=4.0, original_max_positions=3
 
 
 @pytest.mark.parametrize(
-  ('choice', 'pairs'), [('high', [0, 1, 2]), ('low', [5, 6, 7]), ('uniform', [0, 2, 5])]
+  ('choice', 'pairs'),
+  [
+    ('uniform', [0, 2, 5]),
+    pytest.param('high', [0, 1, 2], marks=pytest.mark.slow),
+    pytest.param('low', [5, 6, 7], marks=pytest.mark.slow),
+  ],
 )
 def test_pairs_that_are_left_out_do_not_rotate_and_the_others_do(tokens_BT, choice, pairs):
   """The original attention, with the angles of those pairs set to zero."""

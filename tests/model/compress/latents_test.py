@@ -106,7 +106,7 @@ def test_what_cancels_out_changes_no_logit(model, tokens_BT, step):
   ('step', 'kind'),
   [
     ({'gptq': {'format': 'int4', 'group_size': 16}}, 'QuantizedTensor'),
-    ({'wanda': {'n': 2, 'm': 4}}, 'SparseTensor'),
+    pytest.param({'wanda': {'n': 2, 'm': 4}}, 'SparseTensor', marks=pytest.mark.slow),
   ],
   ids=['gptq', 'wanda'],
 )
@@ -150,7 +150,7 @@ def _single(values):
 @pytest.mark.parametrize(
   ('step', 'sizes'),
   [
-    ({'prune_heads': {'ratio': 0.25}}, (32, 3, 16)),
+    pytest.param({'prune_heads': {'ratio': 0.25}}, (32, 3, 16), marks=pytest.mark.slow),
     ({'prune_heads': {'ratio': 0.5, 'importance': 'taylor', 'refit': True}}, (32, 2, 16)),
     ({'slice': {'ratio': 0.25, 'multiple': 8}}, (24, 4, 16)),
   ],

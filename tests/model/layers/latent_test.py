@@ -55,7 +55,8 @@ MIXERS = {
   'still': dataclasses.replace(DEEPSEEK, rotary_width=0),
   'turned': dataclasses.replace(CONVERTED, still_width=0),
 }
-mixers = pytest.mark.parametrize('name', MIXERS)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ('still', 'turned')]
+mixers = pytest.mark.parametrize('name', ['deepseek', 'converted', *SLOW])
 
 
 def _config(mixer, layers=2) -> ModelConfig:
@@ -284,7 +285,7 @@ def test_devices_share_its_heads(tokens_BT, name):
   assert caches[0].letters().tokens.x_BSKH == 'BSKH'
 
 
-@mixers
+@pytest.mark.parametrize('name', MIXERS)
 def test_its_config_is_written_and_read(name):
   config = _config(MIXERS[name])
   assert from_json(to_json(config)) == config
