@@ -9,6 +9,9 @@ window cost nothing: causal attention takes half of the products, and a window a
 
 Which blocks are visited follows from the smallest and the largest position in each, so any mask is
 exact, and masks whose positions are sorted are fast. All sums are in float32.
+
+On CPUs the forward pass can be the native one (`ops.kernels.cpu.attend.prefill`), which saves the
+same for the backward pass.
 """
 
 import dataclasses
@@ -18,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from ops.kernels.cpu import attend
 from ops.masks import AttentionMask
 
 SIZES = {1024: (128, 128), 4096: (256, 256)}  # up to so many keys -> queries and keys of a block
@@ -36,6 +40,7 @@ class Scores:
   window: int | None
   queries: int
   keys: int
+  native: bool
 
 
 def attention(
@@ -48,22 +53,29 @@ def attention(
   scale: float,
   softcap: float | None,
   sizes: tuple[int, int] | None = None,
+  native: bool = False,
 ) -> jax.Array:
   """Computes `ops.attention.attention`; see there.
 
-  `sizes` are the queries and keys of a block (None: what was fastest on a CPU).
+  `sizes` are the queries and keys of a block (None: what was fastest on a CPU). With `native`, the
+  forward pass on CPUs is the native kernel, which must have no `obstacle`.
   """
   keys = k_BSKH.shape[1]
   of_block = sizes or next((size for most, size in SIZES.items() if keys <= most), LARGEST)
   scores = Scores(
-    scale=scale, softcap=softcap, window=mask.window, queries=of_block[0], keys=of_block[1]
+    scale=scale,
+    softcap=softcap,
+    window=mask.window,
+    queries=of_block[0],
+    keys=of_block[1],
+    native=native,
   )
-  length, kv_heads = q_BTNH.shape[1], k_BSKH.shape[2]
+  kv_heads = k_BSKH.shape[2]
   q_BKGTH = rearrange(q_BTNH, 'B T (K G) H -> B K G T H', K=kv_heads)
   sinks_KG = None if sinks_N is None else rearrange(sinks_N, '(K G) -> K G', K=kv_heads)
   marks = _marks(mask)
   y_BKGTH = _attend(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks)
-  return rearrange(y_BKGTH[..., :length, :], 'B K G T H -> B T (K G) H')
+  return rearrange(y_BKGTH, 'B K G T H -> B T (K G) H')
 
 
 def _marks(mask: AttentionMask):
@@ -77,7 +89,37 @@ def _attend(scores: Scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks):
   return _forward(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks)[0]
 
 
-def _forward(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks):
+def _forward(scores, *arrays):
+  in_blocks = functools.partial(_in_blocks, scores)
+  if scores.native:
+    native = functools.partial(_native, scores)
+    y_BKGTH, logs_BKGT = jax.lax.platform_dependent(*arrays, cpu=native, default=in_blocks)
+  else:
+    y_BKGTH, logs_BKGT = in_blocks(*arrays)
+  return y_BKGTH, (*arrays, y_BKGTH, logs_BKGT)
+
+
+def _native(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks):
+  kv_heads = q_BKGTH.shape[1]
+  (q_positions_BT, q_segments_BT), (k_positions_BS, k_segments_BS) = marks
+  mask = AttentionMask(
+    q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, window=scores.window
+  )
+  y_BTNH, logs_BNT = attend.prefill(
+    rearrange(q_BKGTH, 'B K G T H -> B T (K G) H'),
+    k_BSKH,
+    v_BSKH,
+    mask,
+    None if sinks_KG is None else sinks_KG.reshape(-1),
+    scale=scores.scale,
+    softcap=scores.softcap,
+  )
+  y_BKGTH = rearrange(y_BTNH, 'B T (K G) H -> B K G T H', K=kv_heads)
+  return y_BKGTH, rearrange(logs_BNT, 'B (K G) T -> B K G T', K=kv_heads)
+
+
+def _in_blocks(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks):
+  length = q_BKGTH.shape[3]
   queries = _query_blocks(q_BKGTH, marks[0], scores.queries)
   keys = _Keys.of(k_BSKH, v_BSKH, marks[1], scores.keys)
 
@@ -101,8 +143,8 @@ def _forward(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks):
     return None, ((out / total[..., None]).astype(q_BKGTH.dtype), peak + jnp.log(total))
 
   _, (y, logs) = jax.lax.scan(one, None, queries)
-  y_BKGTH, logs_BKGT = _joined(y), rearrange(logs, 'i B K G T -> B K G (i T)')
-  return y_BKGTH, (q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks, y_BKGTH, logs_BKGT)
+  logs_BKGT = rearrange(logs, 'i B K G T -> B K G (i T)')
+  return _joined(y)[..., :length, :], logs_BKGT[..., :length]
 
 
 def _backward(scores, saved, y_bar):
@@ -110,7 +152,8 @@ def _backward(scores, saved, y_bar):
   y_bar = y_bar.astype(jnp.float32)
   delta_BKGT = jnp.sum(y_bar * y_BKGTH.astype(jnp.float32), -1)
   queries = _query_blocks(q_BKGTH, marks[0], scores.queries)
-  cut = lambda x: rearrange(x, 'B K G (i T) ... -> i B K G T ...', T=scores.queries)
+  filled = lambda x: _filled(x, scores.queries, 3)
+  cut = lambda x: rearrange(filled(x), 'B K G (i T) ... -> i B K G T ...', T=scores.queries)
   keys = _Keys.of(k_BSKH, v_BSKH, marks[1], scores.keys)
 
   def one(sums, block):
