@@ -21,7 +21,7 @@ from ops.kernels import cpu
 from ops.masks import AttentionMask
 
 MOST_QUERIES = 8  # a row, of `attend`
-MOST_SHARING = 240  # query heads that read one key/value head, of `prefill`
+MOST_SHARING = 480  # query heads that read one key/value head, of `prefill`
 DTYPES = (jnp.float32, jnp.bfloat16)
 NO_SINKS = np.zeros((0,), np.float32)
 NO_SCALES = np.zeros((0, 0, 0), np.float16)

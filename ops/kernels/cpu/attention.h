@@ -62,7 +62,7 @@ struct Partial {
 constexpr int kSpan = 16;                  // neighbouring keys that have bounds of their own
 constexpr int kBlockKeys = 128;            // that are held at a time, a whole number of spans
 constexpr int kMostStrip = 48;             // rows of scores side by side, on any instruction set
-constexpr int kMostRows = 5 * kMostStrip;  // of one task
+constexpr int kMostRows = 10 * kMostStrip;  // of one task
 constexpr int kMostDeep = 8;               // numbers of a value that meet a strip at a time
 
 // What the positions and segments of some queries, or of the keys of a span, have in common. A key

@@ -191,7 +191,7 @@ def test_it_is_picked_for_few_queries_on_a_cpu():
   text = jax.jit(attention.attention, static_argnames='scale').lower(q, k, v, mask, scale=1.0)
   assert cpu.ATTENTION in text.as_text()
   assert 'float16' in attend.obstacle(q.astype(jnp.float16), k, v, mask)
-  queries = jnp.zeros((1, 1, 241, 64))
-  assert 'up to 240 query heads a key head, not 241' in attend.obstacle(
+  queries = jnp.zeros((1, 1, 481, 64))
+  assert 'up to 480 query heads a key head, not 481' in attend.obstacle(
     queries, k[:, :, :1], v[:, :, :1], mask
   )
