@@ -12,6 +12,9 @@ exact, and masks whose positions are sorted are fast. All sums are in float32.
 
 Parts of the keys can be attended to one by one, in any layout: `partial` gives what is found in a
 part, with the logarithms of its sums, and `merged` puts the parts together.
+
+On CPUs the forward pass can be the native one (`ops.kernels.cpu.attend.prefill`), which saves the
+same for the backward pass.
 """
 
 import dataclasses
@@ -22,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from ops.kernels.cpu import attend
 from ops.masks import AttentionMask
 from ops.patterns import Pattern
 
@@ -42,6 +46,7 @@ class Scores:
   pattern: Pattern | None
   queries: int
   keys: int
+  native: bool
 
 
 def partial(
@@ -54,12 +59,14 @@ def partial(
   scale: float,
   softcap: float | None,
   sizes: tuple[int, int] | None = None,
+  native: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """`ops.attention.attention` to some of the keys: (y_BTNH, logs_BTN).
 
   `logs_BTN` are the logarithms of the sums over these keys that normalise the softmax, float32;
   below -1e29 for a query that sees none of them. `sizes` are the queries and keys of a block (None:
-  what was fastest on a CPU).
+  what was fastest on a CPU). With `native`, the forward pass on CPUs is the native kernel, which
+  must have no `obstacle`.
   """
   keys = k_BSKH.shape[1]
   seen = keys if mask.pattern is None else mask.pattern.seen(keys)
@@ -70,12 +77,13 @@ def partial(
     pattern=mask.pattern,
     queries=of_block[0],
     keys=min(of_block[1], keys),
+    native=native,
   )
-  length, kv_heads = q_BTNH.shape[1], k_BSKH.shape[2]
+  kv_heads = k_BSKH.shape[2]
   q_BKGTH = rearrange(q_BTNH, 'B T (K G) H -> B K G T H', K=kv_heads)
   sinks_KG = None if sinks_N is None else rearrange(sinks_N, '(K G) -> K G', K=kv_heads)
   found = _attend(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, _marks(mask))
-  y_BKGTH, logs_BKGT = (part[:, :, :, :length] for part in found)
+  y_BKGTH, logs_BKGT = found
   y_BTNH = rearrange(y_BKGTH, 'B K G T H -> B T (K G) H')
   return y_BTNH, rearrange(logs_BKGT, 'B K G T -> B T (K G)')
 
@@ -103,7 +111,38 @@ def _attend(scores: Scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks):
   return _forward(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks)[0]
 
 
-def _forward(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks):
+def _forward(scores, *arrays):
+  in_blocks = functools.partial(_in_blocks, scores)
+  if scores.native:
+    native = functools.partial(_native, scores)
+    y_BKGTH, logs_BKGT = jax.lax.platform_dependent(*arrays, cpu=native, default=in_blocks)
+  else:
+    y_BKGTH, logs_BKGT = in_blocks(*arrays)
+  found = y_BKGTH, logs_BKGT
+  return found, (*arrays, *found)
+
+
+def _native(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks):
+  kv_heads = q_BKGTH.shape[1]
+  (q_positions_BT, q_segments_BT), (k_positions_BS, k_segments_BS) = marks
+  mask = AttentionMask(
+    q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, pattern=scores.pattern
+  )
+  y_BTNH, logs_BNT = attend.prefill(
+    rearrange(q_BKGTH, 'B K G T H -> B T (K G) H'),
+    k_BSKH,
+    v_BSKH,
+    mask,
+    None if sinks_KG is None else sinks_KG.reshape(-1),
+    scale=scores.scale,
+    softcap=scores.softcap,
+  )
+  y_BKGTH = rearrange(y_BTNH, 'B T (K G) H -> B K G T H', K=kv_heads)
+  return y_BKGTH, rearrange(logs_BNT, 'B (K G) T -> B K G T', K=kv_heads)
+
+
+def _in_blocks(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks):
+  length = q_BKGTH.shape[3]
   queries = _query_blocks(q_BKGTH, marks[0], scores.queries)
   keys = _Keys.of(k_BSKH, v_BSKH, marks[1], scores.keys)
 
@@ -128,9 +167,8 @@ def _forward(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks):
     return None, ((out / total[..., None]).astype(q_BKGTH.dtype), peak + jnp.log(total))
 
   _, (y, logs) = jax.lax.scan(one, None, queries)
-  y_BKGTH, logs_BKGT = _joined(y), rearrange(logs, 'i B K G T -> B K G (i T)')
-  found = y_BKGTH, logs_BKGT
-  return found, (q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks, *found)
+  logs_BKGT = rearrange(logs, 'i B K G T -> B K G (i T)')
+  return _joined(y)[..., :length, :], logs_BKGT[..., :length]
 
 
 def _backward(scores, saved, bars):
@@ -138,7 +176,8 @@ def _backward(scores, saved, bars):
   y_bar, logs_bar = (bar.astype(jnp.float32) for bar in bars)
   delta_BKGT = jnp.sum(y_bar * y_BKGTH.astype(jnp.float32), -1) - logs_bar
   queries = _query_blocks(q_BKGTH, marks[0], scores.queries)
-  cut = lambda x: rearrange(x, 'B K G (i T) ... -> i B K G T ...', T=scores.queries)
+  filled = lambda x: _filled(x, scores.queries, 3)
+  cut = lambda x: rearrange(filled(x), 'B K G (i T) ... -> i B K G T ...', T=scores.queries)
   keys = _Keys.of(k_BSKH, v_BSKH, marks[1], scores.keys)
 
   def one(sums, block):
