@@ -116,6 +116,7 @@ DROP_ORDER = flags.DEFINE_enum(
   'What finds room first: earlier tokens, or first choices, which then depend on later tokens.',
 )
 MESH = common.define_mesh()
+CONTEXT_STRATEGY = common.define_context_strategy()
 SEED = flags.DEFINE_integer('seed', 0, 'Seed of the initial weights, the order and the passages.')
 
 
@@ -147,7 +148,7 @@ def main() -> None:
   plan = _plan()
   common.check_positive(**{name: getattr(plan, name) for name in PLAN_FLAGS if 'warm' not in name})
   fit_config, mesh = _fit_config(plan), common.mesh(MESH)
-  expert_parallel.make(fit_config.step.dispatch, _with_experts(embedded.config(plan)), mesh)
+  training.check_mesh(mesh, fit_config.step, [_with_experts(embedded.config(plan))], plan.seq_len)
   texts = corpus.load(TEXT.value)
   out = common.out(OUT.value)
   check_replaceable(out / 'model')
@@ -197,6 +198,7 @@ def _fit_config(plan) -> FitConfig:
       compute_dtype=DTYPE.value,
       accumulation=ACCUMULATION.value,
       dispatch=_dispatch(),
+      context=CONTEXT_STRATEGY.value,
     ),
     checkpoint_every=CHECKPOINT_EVERY.value,
   )
