@@ -207,8 +207,8 @@ def fit(
 ) -> FitResult:
   """Places the models on the mesh and trains.
 
-  Raises ValueError, before any work, if the mesh does not divide the experts, the batch or its rows;
-  and if the loss is not finite.
+  Raises ValueError, before any work, if the mesh does not divide the experts, the batch or its
+  rows; and if the loss is not finite.
   """
   configs = [each.config for each in (model, *task.references.values())]
   check_mesh(mesh, config.step, configs, data.seq_len)

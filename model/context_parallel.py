@@ -1,24 +1,26 @@
-"""Long rows on several devices: each has a part of the tokens, and attention brings keys to queries.
+"""Long rows on several devices: each has a part of the tokens, and attention fetches the keys.
 
-The tokens of a row are divided among the P devices of the mesh axis 'context', S / P on each. Norms,
-products with weights and losses take tokens one by one, so attention alone needs others. Its forms:
+The P devices of the mesh axis 'context' divide the tokens of a row, S / P on each. Norms, products
+with weights and losses take tokens one by one, so attention alone needs tokens of other devices.
+Its forms, and how many numbers per element of a key or value a device gets:
 
-  gather  Each device gets all keys and values. Any pattern. 2 S (P - 1) / P numbers per key/value
-          element and device, as many again for their gradients, and all keys are held at once.
-  ring    The keys and values of a device go around, P - 1 steps, and what each step finds is merged
-          by the logarithms of its sums. Any pattern. As many numbers as `gather`; the backward pass
-          sends the keys and values around again, and their gradients in float32 with them, three
-          times as many in all. Two parts of the keys are held at a time.
+  gather  Each device gets all keys and values. Any pattern. 2 S (P - 1) / P numbers, and as many
+          for the gradients. All keys and values are held at once.
+  ring    The keys and values of a device go around in P - 1 steps, and what each step finds is
+          merged by the logarithms of its sums. Any pattern. As many numbers as `gather`; the
+          backward pass sends the keys and values around again, and their gradients in float32 with
+          them: three times as many in all. Two parts of the keys are held at a time.
   halo    A window of W keys: a device gets the last W - 1 of the device before it, and W - 1 is at
-          most S / P. First tokens (sinks) of the documents come from all devices, a few each.
-          2 (W - 1) numbers per key/value element and device, as many again for their gradients.
+          most S / P. 2 (W - 1) numbers, and as many for the gradients. With the first F tokens of a
+          text, which StreamingLLM keeps, each device also gives those of its last document: 2 P F.
 
-Causal attention gives a device the more work the later its tokens are. For `gather` and `ring` a row
-is therefore cut into 2 P chunks, of which device r takes r and 2 P - 1 - r (zigzag); `halo` needs the
-tokens in order. Positions and segments travel with the keys, so packed documents are exact.
+A device whose tokens come later has more work in causal attention. For `gather` and `ring` a row is
+therefore cut into 2 P chunks, of which device r takes chunks r and 2 P - 1 - r (zigzag); `halo`
+needs the tokens in order. Positions and segments travel with the keys, so packed documents are
+exact.
 
-Ring: Liu et al. (2023), https://arxiv.org/abs/2310.01889. Zigzag and gathered keys: Llama 3 (Dubey et
-al., 2024, section 3.3.2, https://arxiv.org/abs/2407.21783).
+Ring: Liu et al. (2023), https://arxiv.org/abs/2310.01889. Gathered keys in zigzag order: Llama 3
+(Dubey et al., 2024, section 3.3.2, https://arxiv.org/abs/2407.21783).
 """
 
 import dataclasses
@@ -69,8 +71,9 @@ class Divided:
   def pick(self, pattern: Pattern | None, length: int, group: int) -> Strategy:
     """The form for rows of `length` tokens, where `group` query heads read a key/value head.
 
-    'auto' takes `halo` where it can. Otherwise it takes `gather` if all keys and values have no more
-    numbers than a device's own queries and outputs, 2 S K H <= 2 (S / P) N H, and else `ring`.
+    'auto' takes `halo` where it can. Otherwise it takes `gather` if all keys and values have no
+    more numbers than a device's own queries and outputs, 2 S K H <= 2 (S / P) N H, that is P <= N /
+    K, and else `ring`.
 
     Raises ValueError if the tokens do not divide, or `halo` is asked for and cannot do it.
     """
@@ -100,15 +103,16 @@ class Divided:
       return form(scores, q_BTNH, (k_BTKH, v_BTKH, *marks), sinks_N)
 
     rows, heads = self._dividing(self.rows, batch), self._dividing((HEADS,), kv_heads)
+    # Axes that do not divide their arrays stay with the compiler; axes of one device divide all.
+    single = tuple(name for name, size in self.mesh.shape.items() if size == 1)
+    rows = (*rows, *(name for name in single if name not in (AXIS, *rows, *heads)))
     wide, narrow = PartitionSpec(rows, AXIS, heads), PartitionSpec(rows, AXIS)
-    # Axes that do not divide their arrays stay with the compiler.
-    single = {name for name, size in self.mesh.shape.items() if size == 1}
     divided = jax.shard_map(
       local,
       mesh=self.mesh,
       in_specs=(wide, wide, wide, narrow, PartitionSpec(heads)),
       out_specs=wide,
-      axis_names={AXIS, *rows, *heads, *single},
+      axis_names={AXIS, *rows, *heads},
       check_vma=False,
     )
     return divided(q_BTNH, k_BTKH, v_BTKH, (mask.q_positions_BT, mask.q_segments_BT), sinks_N)

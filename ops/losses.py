@@ -35,8 +35,8 @@ def over_tokens(fn: Callable[..., Any], *arrays_BT: jax.Array, chunk: int = 1024
   if chunk < 1:
     raise ValueError(f'chunk must be at least 1 token, not {chunk}')
   batch, length = jax.tree.leaves(arrays_BT)[0].shape[:2]
-  # Chunks split T and not B, and the positions of a chunk lie at equal distances, so that each chunk
-  # has tokens of all devices among which rows or positions are divided.
+  # Chunks split T and not B, and the positions of a chunk lie at equal distances, so that each
+  # chunk has tokens of all devices among which rows or positions are divided.
   columns = min(max(1, chunk // batch), length)
   chunks = jax.tree.map(lambda a: _chunked(a, columns), arrays_BT)
   found = jax.lax.map(jax.checkpoint(lambda parts: fn(*parts)), chunks)
