@@ -130,6 +130,7 @@ ATTENTION_EVERY = flags.DEFINE_integer(
   lower_bound=0,
 )
 MESH = common.define_mesh()
+CONTEXT_STRATEGY = common.define_context_strategy()
 SEED = flags.DEFINE_integer('seed', 0, 'Seed of the initial weights, the order and the passages.')
 
 
@@ -161,7 +162,7 @@ def main() -> None:
   plan = _plan()
   common.check_positive(**{name: getattr(plan, name) for name in PLAN_FLAGS if 'warm' not in name})
   fit_config, mesh = _fit_config(plan), common.mesh(MESH)
-  expert_parallel.make(fit_config.step.dispatch, _with_flags(embedded.config(plan)), mesh)
+  training.check_mesh(mesh, fit_config.step, [_with_flags(embedded.config(plan))], plan.seq_len)
   texts = corpus.load(TEXT.value)
   out = common.out(OUT.value)
   check_replaceable(out / 'model')
@@ -211,6 +212,7 @@ def _fit_config(plan) -> FitConfig:
       compute_dtype=DTYPE.value,
       accumulation=ACCUMULATION.value,
       dispatch=_dispatch(),
+      context=CONTEXT_STRATEGY.value,
     ),
     checkpoint_every=CHECKPOINT_EVERY.value,
   )

@@ -88,6 +88,17 @@ def test_experts_on_several_devices_with_a_capacity_and_biases(script, tmp_path)
   assert record.config['balancing'] == {'balance': 0.0, 'z': 0.001, 'bias_rate': 0.01}
 
 
+@pytest.mark.slow
+def test_rows_on_several_devices_are_learned_as_on_one(script, tmp_path):
+  losses = []
+  for ways in (1, 4):
+    out = tmp_path / f'lm{ways}'
+    script('--smoke', f'--out={out}', '--steps=6', '--layers=1', f'--mesh_context={ways}')
+    log = (out / 'run' / 'loss.jsonl').read_text()
+    losses.append([json.loads(line)['loss'] for line in log.splitlines()])
+  assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 @pytest.mark.parametrize(
   'arguments, message',
   [
@@ -96,6 +107,8 @@ def test_experts_on_several_devices_with_a_capacity_and_biases(script, tmp_path)
     (['--experts=4', '--capacity_factor=-1'], 'capacity_factor must be above 0, not -1'),
     (['--attention_every=2'], 'choose another mixer: linear, retnet, gla, gated_delta'),
     (['--mixer=gla', '--attention_every=1'], 'attention_every = 1 leaves no layer for gla'),
+    (['--mesh_context=3'], '64 tokens of a row do not divide among 3 devices'),
+    (['--mesh_context=2', '--context_strategy=halo'], 'not all keys before a query'),
     (['--text=none'], 'no such file'),
     (['--query_heads=3', '--kv_heads=2'], '3 query heads do not divide'),
     (['--steps=0'], '--steps must be above 0'),

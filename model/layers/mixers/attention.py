@@ -1,6 +1,7 @@
 """Multi-head attention with grouped key/value heads: the mixer of kind 'attention'."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
@@ -157,7 +158,11 @@ class Sinks(nnx.Module):
 
 
 class Attention(nnx.Module):
-  """Multi-head attention with an optional key/value cache."""
+  """Multi-head attention with an optional key/value cache.
+
+  `compute` is called as `ops.attention.attention` is, for whole sequences. Training with the tokens
+  of a row on several devices sets another function (`model.context_parallel`).
+  """
 
   def __init__(self, config: AttentionConfig, stream: StreamConfig, *, rngs, dtype):
     self.config = config
@@ -177,6 +182,7 @@ class Attention(nnx.Module):
       for letter, span in spans[config.qk_norm_over]
     )
     self.sinks = Sinks(config, dtype=dtype) if config.sinks else None
+    self.compute: Callable[..., jax.Array] = attention
 
   def __call__(self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None):
     """Returns (y_BTD, cache). `angles` is (cos, sin) or None."""
@@ -202,7 +208,7 @@ class Attention(nnx.Module):
     """Returns (cache, y_BTNH); what layers that attend in another way replace."""
     del x_BTD
     if cache is None:
-      return None, attention(q_BTNH, k_BTKH, v_BTKH, mask, **scores)
+      return None, self.compute(q_BTNH, k_BTKH, v_BTKH, mask, **scores)
     return cache.attend(q_BTNH, k_BTKH, v_BTKH, mask, **scores)
 
   def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
