@@ -89,7 +89,7 @@ class RollingCache(KVCache):
   def _before_and(self, k_BTKH, v_BTKH, positions_BT) -> 'RollingCache':
     """The tokens before the new ones, and after them the new ones in slots of their own."""
     earlier_BS = jnp.where(self.positions_BS < positions_BT[:, :1], self.positions_BS, NOWHERE)
-    new_BT = jnp.where(_is_token(positions_BT), positions_BT, NOWHERE)
+    new_BT = jnp.where(is_token(positions_BT), positions_BT, NOWHERE)
     before = dataclasses.replace(self, positions_BS=earlier_BS)
     new = RollingCache(self.keys.of(k_BTKH), self.values.of(v_BTKH), new_BT, self.first)
     return jax.tree.map(lambda *both: jnp.concatenate(both, 1), before, new)
@@ -119,7 +119,7 @@ def _taken(all_: jax.Array, new: jax.Array, token_BS: jax.Array) -> jax.Array:
   return jnp.where((token_BS >= 0).reshape(at.shape), taken, all_)
 
 
-def _is_token(positions_BT: jax.Array) -> jax.Array:
+def is_token(positions_BT: jax.Array) -> jax.Array:
   """Whether a token is one, and no padding, which repeats the last position."""
   later_BT = positions_BT[:, 1:] > positions_BT[:, :-1]
   return jnp.pad(later_BT, ((0, 0), (1, 0)), constant_values=True)
