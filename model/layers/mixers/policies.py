@@ -85,9 +85,9 @@ class SnapKV(Policy):
     length = queries.q_BTNH.shape[1]
     if length == 1:
       return tokens.scores_BS
-    window = min(self.window, length)
-    recent_BS = tokens.held_BS & (tokens.positions_BS > queries.positions_BT[:, -1:] - window)
-    received_BS = queries.last(window).received(tokens)
+    ends_B1 = queries.positions_BT[:, -1:]
+    recent_BS = tokens.held_BS & (tokens.positions_BS > ends_B1 - self.window)
+    received_BS = queries.last(min(self.window, length)).received(tokens)
     received_BS = jnp.where(recent_BS | ~tokens.held_BS, 0.0, received_BS)
     return jnp.where(recent_BS, jnp.inf, _pooled(received_BS, tokens.positions_BS, self.pool))
 

@@ -77,7 +77,7 @@ class _Head:
       for s in self.scores:
         self.scores[s] += received[:, :, s].sum(0).mean()
     if isinstance(policy, SnapKV) and length > 1:
-      window = min(policy.window, length)
+      window = policy.window
       sums = received[-window:].sum(0).mean(0)
       held, last = sorted(self.scores), start + length - 1
       prefix = [sums[s] if s <= last - window else 0.0 for s in held]
@@ -144,7 +144,7 @@ def _held(cache):
 FEEDS = {
   'a prompt, then one by one': [25] + [1] * 15,
   'one by one': [1] * LENGTH,
-  'prompts between': [9, 1, 1, 1, 1, 9, 1, 1, 1, 9, 1, 1, 1, 1, 1, 1],
+  'prompts between': [9, 1, 1, 1, 1, 9, 1, 1, 1, 3, 6, 1, 1, 1, 1, 1, 1],
 }
 
 
