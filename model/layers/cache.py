@@ -44,7 +44,10 @@ def array(axes: str) -> Any:
 
 
 def rows(axes: str) -> Any:
-  """A field of a cache that holds another such dataclass, with these axes in place of its rows."""
+  """A field of a cache that holds another such dataclass, with these axes in place of its rows.
+
+  Where one of them is an axis within too, of size 1, it is left out there.
+  """
   return dataclasses.field(metadata={'rows': axes})
 
 
@@ -71,8 +74,7 @@ def _field_letters(value, field: dataclasses.Field):
   if 'axes' in field.metadata:
     return field.metadata['axes']
   inner, rows = _letters(getattr(value, field.name)), field.metadata.get('rows', 'B')
-  # An axis that is already among the rows has the size 1 within.
-  own = lambda letters: ''.join('_' if letter in rows else letter for letter in letters[1:])
+  own = lambda letters: ''.join(letter for letter in letters[1:] if letter not in rows)
   return jax.tree.map(lambda letters: rows + own(letters), inner)
 
 

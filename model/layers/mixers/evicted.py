@@ -71,7 +71,7 @@ class Queries:
   q_BTNH: jax.Array
   positions_BT: jax.Array
   counted_BT: jax.Array  # those that are no padding
-  sinks_BN: jax.Array | None
+  sinks_KG: jax.Array | None  # of the heads of one text; its key heads are rows here
   pattern: Pattern | None
   scale: float
   softcap: float | None
@@ -89,6 +89,8 @@ class Queries:
 
   def received(self, tokens: Tokens) -> jax.Array:
     """The attention that each of the tokens receives from all of the queries: float32 [B, S]."""
+    sinks_KG = self.sinks_KG
+    texts = sinks_KG is not None and len(self.q_BTNH) // len(sinks_KG)
     found_BKS = received.received(
       self.q_BTNH,
       tokens.keys.floats(self.q_BTNH.dtype),
@@ -96,11 +98,11 @@ class Queries:
       self.counted_BT,
       scale=self.scale,
       softcap=self.softcap,
-      sinks_BN=self.sinks_BN,
+      sinks_BN=None if sinks_KG is None else jnp.tile(sinks_KG, (texts, 1)),
     )
     return found_BKS[:, 0]
 
-  def attended(self, tokens: Tokens, sinks_KG: jax.Array | None) -> jax.Array:
+  def attended(self, tokens: Tokens) -> jax.Array:
     """What the queries find: y_BTNH."""
 
     def attend(q_BTNH, tokens, mask, sinks_N):
@@ -108,10 +110,11 @@ class Queries:
       return tokens.keys.attended(tokens.values, q_BTNH, mask, **scores)
 
     arguments = self.q_BTNH, tokens, self._over(tokens)
-    if sinks_KG is None:
+    if self.sinks_KG is None:
       return attend(*arguments, None)
-    by_head = jax.tree.map(lambda a: a.reshape(-1, len(sinks_KG), *a.shape[1:]), arguments)
-    y = jax.vmap(attend, in_axes=(1, 1, 1, 0), out_axes=1)(*by_head, sinks_KG)
+    heads = len(self.sinks_KG)
+    by_head = jax.tree.map(lambda a: a.reshape(-1, heads, *a.shape[1:]), arguments)
+    y = jax.vmap(attend, in_axes=(1, 1, 1, 0), out_axes=1)(*by_head, self.sinks_KG)
     return y.reshape(self.q_BTNH.shape)
 
   def _over(self, tokens):
@@ -142,7 +145,10 @@ class Policy(abc.ABC):
 @cache.register
 @dataclasses.dataclass(frozen=True)
 class EvictedCache(KVCache):
-  """As many tokens of each key/value head as the policy's budget."""
+  """As many tokens of each key/value head as the policy's budget.
+
+  All arrays of `tokens` are [B, K, S, ...] here, and B is texts; keys and values have no other K.
+  """
 
   tokens: Tokens = cache.rows('BK')
   policy: Policy = cache.static()
@@ -152,7 +158,7 @@ class EvictedCache(KVCache):
     """An empty cache in the form of another one, of which the shapes and types count."""
 
     def empty(a):  # [B, S, K, ...]
-      return jnp.zeros((a.shape[0], a.shape[2], policy.budget, 1, *a.shape[3:]), a.dtype)
+      return jnp.zeros((a.shape[0], a.shape[2], policy.budget, *a.shape[3:]), a.dtype)
 
     keys, values = (jax.tree.map(empty, side) for side in (slots.keys, slots.values))
     shape = jax.tree.leaves(keys)[0].shape[:3]
@@ -166,43 +172,62 @@ class EvictedCache(KVCache):
   def attend(self, q_BTNH, k_BTKH, v_BTKH, mask: AttentionMask, *, scale, softcap, sinks_N):
     heads = k_BTKH.shape[2]
     row_each = lambda x: rearrange(x, 'B T (K N) H -> (B K) T N H', K=heads)
-    sinks_KG = None if sinks_N is None else rearrange(sinks_N, '(K G) -> K G', K=heads)
     positions_BT = jnp.repeat(mask.q_positions_BT, heads, axis=0)
     queries = Queries(
       q_BTNH=row_each(q_BTNH),
       positions_BT=positions_BT,
       counted_BT=is_token(positions_BT),
-      sinks_BN=None if sinks_KG is None else jnp.tile(sinks_KG, (len(q_BTNH), 1)),
+      sinks_KG=None if sinks_N is None else rearrange(sinks_N, '(K G) -> K G', K=heads),
       pattern=mask.pattern,
       scale=scale,
       softcap=softcap,
     )
-    old = jax.tree.map(lambda a: rearrange(a, 'B K ... -> (B K) ...'), self.tokens)
+    old = _folded(self.tokens).before(positions_BT[:, :1])
     new = self._arrived(old, row_each(k_BTKH), row_each(v_BTKH), queries)
-    add = self._one if k_BTKH.shape[1] == 1 else self._several
-    kept, y_BTNH = add(old.before(positions_BT[:, :1]), new, queries, sinks_KG)
-    split = lambda a: rearrange(a, '(B K) ... -> B K ...', K=heads)
-    y_BTNH = rearrange(y_BTNH, '(B K) T N H -> B T (K N) H', K=heads)
-    return EvictedCache(jax.tree.map(split, kept), self.policy), y_BTNH
+    if k_BTKH.shape[1] == 1:
+      slots_B = self.policy.ranks(old, positions_BT).argmin(1)
+      seen = _put(old, new, slots_B, heads)
+      kept = self._scored(seen, queries)
+    else:
+      seen = old.joined(new)
+      kept = self._chosen(self._scored(seen, queries), positions_BT[:, -1:])
+    y_BTNH = rearrange(queries.attended(seen), '(B K) T N H -> B T (K N) H', K=heads)
+    return EvictedCache(_unfolded(kept, heads), self.policy), y_BTNH
 
   def _arrived(self, old: Tokens, k_BTKH, v_BTKH, queries: Queries) -> Tokens:
     positions_BT = jnp.where(queries.counted_BT, queries.positions_BT, NOWHERE)
     scores_BT = self.policy.arrival(k_BTKH)
     return Tokens(old.keys.of(k_BTKH), old.values.of(v_BTKH), positions_BT, scores_BT)
 
-  def _one(self, old: Tokens, new: Tokens, queries: Queries, sinks_KG):
-    """A new token takes the slot of the least important one."""
-    slot_B = self.policy.ranks(old, queries.positions_BT).argmin(1)
-    kept = jax.tree.map(lambda all_, one: rows.write(all_, one, slot_B), old, new)
-    return self._scored(kept, queries), queries.attended(kept, sinks_KG)
-
-  def _several(self, old: Tokens, new: Tokens, queries: Queries, sinks_KG):
-    """The most important ones stay of both, in the order of their slots."""
-    both = old.joined(new)
-    scored = self._scored(both, queries)
-    ranks_BS = self.policy.ranks(scored, queries.positions_BT[:, -1:])
-    _, slots_BC = jax.lax.top_k(ranks_BS, self.policy.budget)
-    return scored.taken(jnp.sort(slots_BC, 1)), queries.attended(both, sinks_KG)
-
   def _scored(self, tokens: Tokens, queries: Queries) -> Tokens:
     return dataclasses.replace(tokens, scores_BS=self.policy.scores(queries, tokens))
+
+  def _chosen(self, tokens: Tokens, last_B1) -> Tokens:
+    """The most important ones, in the order in which they are."""
+    _, slots_BC = jax.lax.top_k(self.policy.ranks(tokens, last_B1), self.policy.budget)
+    return tokens.taken(jnp.sort(slots_BC, 1))
+
+
+def _put(tokens: Tokens, one: Tokens, slots_B, heads: int) -> Tokens:
+  """One token into a slot of each row."""
+  # Unfolded: a native write into a folded view would copy all of it.
+  slots_BK = slots_B.reshape(-1, heads)
+  put = lambda all_, new: rows.put(all_, new[:, :, 0], slots_BK)
+  return _folded(jax.tree.map(put, _unfolded(tokens, heads), _unfolded(one, heads)))
+
+
+def _folded(tokens: Tokens) -> Tokens:
+  """The form in which each key head of a text is a row, and the K of keys and values is 1."""
+  side = lambda a: rearrange(a, 'B K S ... -> (B K) S 1 ...')
+  return _each(tokens, side, lambda a: rearrange(a, 'B K S -> (B K) S'))
+
+
+def _unfolded(tokens: Tokens, heads: int) -> Tokens:
+  """The form in which tokens are stored."""
+  side = lambda a: rearrange(a, '(B K) S 1 ... -> B K S ...', K=heads)
+  return _each(tokens, side, lambda a: rearrange(a, '(B K) S -> B K S', K=heads))
+
+
+def _each(tokens: Tokens, side, flat) -> Tokens:
+  keys, values = (jax.tree.map(side, one) for one in (tokens.keys, tokens.values))
+  return Tokens(keys, values, flat(tokens.positions_BS), flat(tokens.scores_BS))

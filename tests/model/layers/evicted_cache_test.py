@@ -291,8 +291,17 @@ def test_the_bytes_are_those_of_the_budget(format, slot):
   assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) == B * K * 12 * (slot + 8)
   letters = cache.letters().tokens
   assert letters.positions_BS == letters.scores_BS == 'BKS'
-  assert jax.tree.leaves(letters.keys)[0] == 'BKS_H'
+  assert jax.tree.leaves(letters.keys)[0] == 'BKSH'
   assert [len(a) for a in jax.tree.leaves(letters)] == [a.ndim for a in jax.tree.leaves(cache)]
+
+
+def test_a_donated_cache_is_written_in_place(rng):
+  cache = _cache(dataclasses.replace(POLICIES['snapkv'], budget=999))
+  token = [x[:, :1] for x in _draw(rng)]
+  arguments = cache, *token, jnp.full((B, 1), 50)
+  compiled = jax.jit(_attend.__wrapped__, donate_argnums=0).lower(*arguments).compile()
+  side = cache.tokens.keys.x_BSKH.nbytes
+  assert compiled.memory_analysis().temp_size_in_bytes < side
 
 
 @pytest.mark.parametrize('budget, layers', [(1024, 30), (45, 4), (41, 7), (500, 1), (40, 3)])
