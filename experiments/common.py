@@ -16,7 +16,7 @@ import tqdm
 from absl import app, flags, logging
 
 from experiments import compilation
-from model import context_parallel, corpus, gguf, hf, sharding
+from model import cache_spec, context_parallel, corpus, gguf, hf, sharding
 from model.tokenizer import WINDOW_BOS, Tokenizer
 from model.transformer import Transformer
 
@@ -157,6 +157,20 @@ def check_positive(**values: float | None) -> None:
 def define_out(default: str, text: str) -> flags.FlagHolder:
   """The --out flag; `out` reads it."""
   return flags.DEFINE_string('out', default, text)
+
+
+class _KVCache(flags.ArgumentParser):
+  """A text that `model.cache_spec` understands, kept as it is."""
+
+  def parse(self, argument):
+    cache_spec.of(argument)
+    return argument
+
+
+def define_kv_cache(default: str | None, text: str) -> flags.FlagHolder:
+  """The --kv_cache flag: a format of keys and values, and which tokens stay."""
+  text = f'{text} One of {cache_spec.FORMS}.'
+  return flags.DEFINE(_KVCache(), 'kv_cache', default, text)
 
 
 def define_plugins() -> flags.FlagHolder:

@@ -29,7 +29,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import common, shapes
-from model import kv_cache, presets, rounds
+from model import cache_spec, presets, rounds
 from model.config import ModelConfig
 from model.eval import records, timing
 from model.eval.records import Metric, Record
@@ -42,7 +42,7 @@ from ops.patterns import Pattern
 SHAPE = shapes.define()
 CONTEXTS = flags.DEFINE_list('contexts', ['1024', '4096', '16384'], 'Tokens of the prompts.')
 MIXERS = flags.DEFINE_list('mixers', ['dense', 'window1024'], 'dense, or sparse patterns.')
-CACHES = flags.DEFINE_list('kv_caches', ['float', 'int8'], f'Of {", ".join(kv_cache.FORMATS)}.')
+CACHES = flags.DEFINE_list('kv_caches', ['float', 'int8'], f'Of {cache_spec.FORMS}.')
 DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Type of the model.')
 TOKENS = flags.DEFINE_integer('tokens', 32, 'Tokens to decode per round.', lower_bound=1)
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Interleaved rounds.', lower_bound=timing.MIN_ROUNDS)
@@ -87,7 +87,7 @@ def _cases() -> list[Case]:
     if name != 'dense':
       _parsed(name)
   for name in CACHES.value:
-    kv_cache.check_format(name)
+    cache_spec.of(name)
   product = itertools.product(lengths, mixers, CACHES.value)
   return [Case(context=n, mixer=mixer, kv_cache=name) for n, mixer, name in product]
 

@@ -51,6 +51,14 @@ def array(axes: str) -> Any:
   return dataclasses.field(metadata={'axes': axes})
 
 
+def rows(axes: str) -> Any:
+  """A field of a cache that holds another such dataclass, with these axes in place of its rows.
+
+  Where one of them is an axis within too, of size 1, it is left out there.
+  """
+  return dataclasses.field(metadata={'rows': axes})
+
+
 def static(**options) -> Any:
   """A field of a cache that holds no array, and is the same for all rows."""
   return dataclasses.field(metadata={'static': True}, **options)
@@ -64,9 +72,18 @@ def register(cls):
 
 
 def _letters(value):
-  of = lambda field: field.metadata.get('axes') or _letters(getattr(value, field.name))
   fields = [field for field in dataclasses.fields(value) if not _is_static(field)]
-  return dataclasses.replace(value, **{field.name: of(field) for field in fields})
+  return dataclasses.replace(
+    value, **{field.name: _field_letters(value, field) for field in fields}
+  )
+
+
+def _field_letters(value, field: dataclasses.Field):
+  if 'axes' in field.metadata:
+    return field.metadata['axes']
+  inner, rows = _letters(getattr(value, field.name)), field.metadata.get('rows', 'B')
+  own = lambda letters: ''.join(letter for letter in letters[1:] if letter not in rows)
+  return jax.tree.map(lambda letters: rows + own(letters), inner)
 
 
 def _is_static(field: dataclasses.Field) -> bool:

@@ -191,7 +191,7 @@ def test_all_letters_are_in_the_alphabet():
     sharding.sharding(sharding.make_mesh(data=8), 'DF', (4,))
 
 
-@pytest.mark.parametrize('format', kv_cache.FORMATS)
+@pytest.mark.parametrize('format', [*kv_cache.FORMATS, 'int8+h2o16'])
 def test_a_mesh_divides_the_rows_and_the_heads_of_caches(format):
   mesh = sharding.make_mesh(data=2, model=2)
   config = presets.preset('tiny-gemma2')

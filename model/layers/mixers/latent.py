@@ -283,7 +283,7 @@ class Latent(nnx.Module):
   def _over_all(self, q_BTNH, cache: LatentCache, positions_BT) -> jax.Array:
     """The expanded form over all tokens of a cache."""
     c = self.config
-    token_BSH = cache.tokens.read()[:, :, 0].astype(q_BTNH.dtype)
+    token_BSH = cache.tokens.floats(q_BTNH.dtype)[:, :, 0]
     c_BSR, k_BSO = jnp.split(token_BSH, [c.rank], axis=-1)
     k_BSKW = k_BSO.reshape(*k_BSO.shape[:2], c.rotary_heads, c.rotary_width)
     return self._expanded(q_BTNH, c_BSR, k_BSKW, cache.mask(positions_BT))

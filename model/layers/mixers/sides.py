@@ -33,7 +33,7 @@ class Side(Protocol):
   def of(self, new_BTKH: jax.Array) -> Self:
     """New tokens in the form in which this side stores them."""
 
-  def read(self) -> jax.Array:
+  def floats(self, dtype) -> jax.Array:
     """What is stored, as floating-point numbers [B, S, K, H]."""
 
   def attended(self, values: Self, q_BTNH: jax.Array, mask: AttentionMask, **scores) -> jax.Array:
@@ -59,8 +59,8 @@ class Floats:
   def of(self, new_BTKH):
     return Floats(new_BTKH.astype(self.x_BSKH.dtype))
 
-  def read(self):
-    return self.x_BSKH
+  def floats(self, dtype):
+    return self.x_BSKH.astype(dtype)
 
   def attended(self, values, q_BTNH, mask, **scores):
     return attention(q_BTNH, self.x_BSKH, values.x_BSKH, mask, **scores)
@@ -101,8 +101,9 @@ class Codes8:
     steps = new_BTKH / scales_BTK.astype(jnp.float32)[..., None]
     return Codes8(jnp.clip(jnp.round(steps), -127, 127).astype(jnp.int8), scales_BTK)
 
-  def read(self):
-    return self.codes_BSKH.astype(jnp.float32) * self.scales_BSK.astype(jnp.float32)[..., None]
+  def floats(self, dtype):
+    scales = self.scales_BSK.astype(jnp.float32)[..., None]
+    return (self.codes_BSKH.astype(jnp.float32) * scales).astype(dtype)
 
   def attended(self, values, q_BTNH, mask, **scores):
     codes = self.codes_BSKH, values.codes_BSKH
