@@ -47,6 +47,15 @@ def nll(
   A row is a text from position 0 on. Raises ValueError if it is longer than the positions that the
   model has learned, or has a token outside of its vocabulary.
   """
+  x_BTD = hidden(model, tokens_BT, progress=progress)
+  with jax.default_matmul_precision('highest'):
+    return np.asarray(_nll(*nnx.split(model), tokens_BT, x_BTD))
+
+
+def hidden(
+  model: Transformer, tokens_BT: np.ndarray, *, progress: Callable[[list], Iterator] = iter
+) -> jax.Array:
+  """The hidden states after the last block, before the final norm: x_BTD. Raises as `nll` does."""
   tokens_BT = np.asarray(tokens_BT, np.int32)
   if tokens_BT.ndim != 2 or tokens_BT.shape[1] < 2:
     raise ValueError(f'texts are rows [B, T] of at least 2 tokens, not {tokens_BT.shape}')
@@ -56,7 +65,7 @@ def nll(
     x_BTD = _embed(graphdef, state, tokens_BT)
     for block in progress(list(model.layers)):
       x_BTD = _run(model.config, *nnx.split(block), tokens_BT, x_BTD)
-    return np.asarray(_nll(graphdef, state, tokens_BT, x_BTD))
+  return x_BTD
 
 
 def spans(nll_BT: np.ndarray, edges: Sequence[int]) -> list[Span]:
