@@ -74,6 +74,9 @@ TEXTS = flags.DEFINE_integer('texts', 1, 'Texts of the longest context to predic
 HAYSTACKS = flags.DEFINE_integer(
   'haystacks', 2, 'Texts of each context with needles.', lower_bound=0
 )
+NEEDLES = flags.DEFINE_list(
+  'needles', None, 'Lengths of the texts with needles, of --contexts. Default: all of them.'
+)
 COSTS = flags.DEFINE_bool('costs', True, 'Measure time and memory.')
 PHASES = flags.DEFINE_multi_enum('phase', ['prefill', 'decode'], PHASE_NAMES, 'What is timed.')
 CACHES = flags.DEFINE_list('kv_caches', ['float', 'int8'], f'Of {", ".join(kv_cache.FORMATS)}.')
@@ -159,12 +162,7 @@ def _cases() -> list[Case]:
   contexts = ['32', '64'] if SMOKE.value and not MODEL.value else CONTEXTS.value
   usual = [OWN] if MODEL.value else [DENSE, 'window8' if SMOKE.value else 'window1024']
   mixers = MIXERS.value or usual
-  try:
-    lengths = sorted(map(int, contexts))
-  except ValueError:
-    raise ValueError(f'--contexts must be integers, not {",".join(contexts)}') from None
-  for length in lengths:
-    common.check_positive(contexts=length)
+  lengths = _lengths('contexts', contexts)
   for name in mixers:
     if name not in (OWN, DENSE):
       _parsed(name)
@@ -178,6 +176,16 @@ def _cases() -> list[Case]:
   caches = CACHES.value if COSTS.value else CACHES.value[:1]
   product = itertools.product(lengths, names, mixers, caches)
   return [Case(context=n, model=one, mixer=m, kv_cache=name) for n, one, m, name in product]
+
+
+def _lengths(flag: str, words: list[str]) -> list[int]:
+  try:
+    lengths = sorted(map(int, words))
+  except ValueError:
+    raise ValueError(f'--{flag} must be integers, not {",".join(words)}') from None
+  for length in lengths:
+    common.check_positive(**{flag: length})
+  return lengths
 
 
 def _mixed(config: ModelConfig, mixer: str) -> ModelConfig:
@@ -205,13 +213,16 @@ def _probe(sources, cases) -> Probe | None:
         f'{first.config.vocab_size}; only models with the same tokens can be compared'
       )
   contexts = sorted({case.context for case in cases})
+  hidden_in = contexts if NEEDLES.value is None else _lengths('needles', NEEDLES.value)
+  if not set(hidden_in) <= set(contexts):
+    raise ValueError(f'--needles={",".join(NEEDLES.value)} are not all of --contexts')
   return long_quality.probe(
     TEXT.value,
     first.tokenizer,
     first.config,
     contexts,
     rows=TEXTS.value,
-    haystacks=HAYSTACKS.value,
+    haystacks=dict.fromkeys(hidden_in, HAYSTACKS.value),
   )
 
 

@@ -29,6 +29,7 @@ class Probe:
   """The texts that are measured: rows for perplexity, and haystacks by context."""
 
   rows_BT: np.ndarray
+  contexts: tuple[int, ...]
   haystacks: Mapping[int, list[Haystack]]
   about: dict  # for the records
 
@@ -40,11 +41,12 @@ def probe(
   contexts: Sequence[int],
   *,
   rows: int,
-  haystacks: int,
+  haystacks: Mapping[int, int],
 ) -> Probe:
   """Cuts the held-out part of a text into rows of the longest context, and makes haystacks of it.
 
-  `config` says whether rows begin with a BOS. Raises ValueError if the text is too short.
+  `haystacks` says how many there are of each length, which is one of the contexts; `config`
+  whether rows begin with a BOS. Raises ValueError if the text is too short.
   """
   split, longest = corpus.load(text), max(contexts)
   bos_id = window_bos(tokenizer, config, 'auto')
@@ -63,12 +65,13 @@ def probe(
   )
   return Probe(
     rows_BT=rows_BT,
-    haystacks={context: [make(context, i) for i in range(haystacks)] for context in contexts},
+    contexts=tuple(sorted(contexts)),
+    haystacks={length: [make(length, i) for i in range(n)] for length, n in haystacks.items()},
     about={
       'text': split.source,
       'text_fingerprint': split.fingerprint,
       'rows': rows,
-      'haystacks': haystacks,
+      'haystacks': max(haystacks.values(), default=0),
       'bos': 'none' if bos_id is None else 'window',
     },
   )
@@ -80,9 +83,8 @@ def measure(model: Transformer, found: Probe, name: str) -> dict[int, dict[str, 
   nll_BT = np.concatenate(
     [positions.nll(model, row[None]) for row in common.progress(list(found.rows_BT), name)]
   )
-  contexts = sorted(found.haystacks)
   metrics = {}
-  for span in positions.spans(nll_BT, [0, *contexts]):
+  for span in positions.spans(nll_BT, [0, *found.contexts]):
     metrics[span.end] = {'ppl': Metric(span.ppl, '1', n=span.tokens)}
   for context, stacks in found.haystacks.items():
     if stacks:
