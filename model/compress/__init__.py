@@ -13,6 +13,7 @@ from model.compress import owl as owl
 from model.compress import rotate as rotate
 from model.compress import slicing as slicing
 from model.compress import smoothquant as smoothquant
+from model.compress import sparse_attention as sparse_attention
 from model.compress import structured as structured
 from model.compress import techniques as techniques
 from model.compress import upcycling as upcycling
