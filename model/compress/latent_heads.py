@@ -252,7 +252,7 @@ def decompose(
 def _contributions(q_INH, k_IKH, covariance_II, pairs: int) -> np.ndarray:
   """How much each pair of elements contributes to scores, over all heads."""
   copies = q_INH.shape[1] // k_IKH.shape[1]
-  square = lambda w: np.einsum('Inh,Inh->nh', w, np.tensordot(covariance_II, w, 1))
+  square = lambda w: np.einsum('INH,INH->NH', w, np.tensordot(covariance_II, w, 1))
   both = lambda x: x[:, :pairs] + x[:, pairs : 2 * pairs]
   q_N_, k_K_ = (np.sqrt(np.maximum(both(square(w)), 0)) for w in (q_INH, k_IKH))
   return (q_N_ * np.repeat(k_K_, copies, axis=0)).sum(0)

@@ -289,6 +289,16 @@ class Latent(nnx.Module):
     return self._expanded(q_BTNH, c_BSR, k_BSKW, cache.mask(positions_BT))
 
   def _absorbed(self, q_BTNH, cache: LatentCache, positions_BT) -> jax.Array:
+    """Attention in the space of the latents, over all tokens of a cache."""
+    q_BTNH = self._into_latents(q_BTNH)
+    found_BTNR = cache.attended(q_BTNH, positions_BT, scale=self._scale)[..., : self.config.rank]
+    found_BTKGR = rearrange(found_BTNR, 'B T (K G) R -> B T K G R', K=self.config.kv_heads)
+    values_RKH = self._of_heads(self.value_up, found_BTKGR)
+    y_BTKGH = jnp.einsum('BTKGR,RKH->BTKGH', found_BTKGR, values_RKH)
+    return rearrange(y_BTKGH, 'B T K G H -> B T (K G) H')
+
+  def _into_latents(self, q_BTNH: jax.Array) -> jax.Array:
+    """Queries whose products with the vectors of a cache are those with the keys of their heads."""
     c = self.config
     q_BTKGH = rearrange(q_BTNH, 'B T (K G) H -> B T K G H', K=c.kv_heads)
     still, turned = jnp.split(q_BTKGH, [c.still_width], axis=-1)
@@ -299,14 +309,8 @@ class Latent(nnx.Module):
     if not c.shared_rotary:
       # Each group of heads reads the rotated key of its own, and zeros meet the others.
       own = jnp.eye(c.kv_heads, dtype=turned.dtype)[None, None, :, None, :, None]
-      turned = rearrange(turned[:, :, :, :, None] * own, 'B T K G k W -> B T K G (k W)')
-    q_BTKGH = jnp.concatenate([q_BTKGR, turned], axis=-1)
-    q_BTNH = rearrange(q_BTKGH, 'B T K G H -> B T (K G) H')
-    found_BTNH = cache.attended(q_BTNH, positions_BT, scale=self._scale)[..., : c.rank]
-    found_BTKGR = rearrange(found_BTNH, 'B T (K G) R -> B T K G R', K=c.kv_heads)
-    values_RKH = self._of_heads(self.value_up, found_BTKGR)
-    y_BTKGH = jnp.einsum('BTKGR,RKH->BTKGH', found_BTKGR, values_RKH)
-    return rearrange(y_BTKGH, 'B T K G H -> B T (K G) H')
+      turned = rearrange(turned[:, :, :, :, None] * own, 'B T K G all W -> B T K G (all W)')
+    return rearrange(jnp.concatenate([q_BTKGR, turned], -1), 'B T K G H -> B T (K G) H')
 
   def _of_heads(self, up: Linear, like: jax.Array) -> jax.Array:
     """The matrix of each head, [R, K, H]."""

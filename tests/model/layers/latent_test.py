@@ -20,7 +20,6 @@ from model.layers.mixers.attention import AttentionConfig
 from model.layers.mixers.latent import LatentConfig
 from model.transformer import Transformer, linears, parameters
 from ops import masks, rope
-from ops.quantized import quantize
 
 # Both add the same products in another order, in float32; outputs are of order 1.
 TOLERANCE = 1e-5
@@ -243,15 +242,6 @@ def test_the_last_token_reads_what_int8_stored(tokens_BT):
   positions = np.full((2, 1), LENGTH - 1, np.int32)
   found = own._absorbed(q_BTNH[:, -1:], coded, jnp.asarray(positions))
   np.testing.assert_allclose(found[:, 0], expected, atol=TOLERANCE)
-
-
-def test_decoding_with_a_quantized_matrix_reads_the_matrix_that_it_stands_for(tokens_BT):
-  model = _model(DEEPSEEK, layers=1)
-  for path, linear in linears(model).items():
-    if path.endswith('_up'):
-      linear.weight.set_value(quantize(linear.weight.get_value(), 'int4', group_size=4))
-  found, _ = _fed(model, tokens_BT, [1] * 3)
-  np.testing.assert_allclose(found, _logits(model, tokens_BT[:, :3]), atol=10 * TOLERANCE)
 
 
 def test_there_is_no_4_bit_cache_of_latents():

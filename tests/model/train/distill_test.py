@@ -12,6 +12,7 @@ from einops import rearrange
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from model import presets
 from model.config import ModelConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
@@ -333,6 +334,11 @@ def _config(**changes):
       Distillation(features=(Relations(heads=16),)),
       _config(),
       '16 relation heads do not divide the 8 numbers of the student: kv_heads 1 of width 8',
+    ),
+    (
+      Distillation(features=(Relations(heads=2),)),
+      presets.preset('tiny-deepseek-v3').replace(vocab_size=32),
+      'layer -1 of the teacher does not have as matrices give them: it has a LatentConfig',
     ),
   ],
 )
