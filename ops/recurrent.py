@@ -34,6 +34,8 @@ from einops import rearrange
 from ops import axes
 
 CHUNK = 64  # tokens
+# The triangular system multiplies errors, and accelerators round the factors of products by default.
+_exact = functools.partial(jnp.einsum, precision='highest')
 
 
 def linear(
@@ -272,14 +274,14 @@ def _solve(lower_BNTS: jax.Array, y_BNTZ: jax.Array) -> jax.Array:
 
 def _solve_forward(lower_BNTS, y_BNTZ):
   inverse_BNTS = _inverse(lower_BNTS)
-  x_BNTZ = jnp.einsum('BNTS,BNSZ->BNTZ', inverse_BNTS, y_BNTZ)
+  x_BNTZ = _exact('BNTS,BNSZ->BNTZ', inverse_BNTS, y_BNTZ)
   return x_BNTZ, (inverse_BNTS, x_BNTZ)
 
 
 def _solve_backward(kept, x_bar_BNTZ):
   inverse_BNTS, x_BNTZ = kept
-  y_bar_BNTZ = jnp.einsum('BNTS,BNTZ->BNSZ', inverse_BNTS, x_bar_BNTZ)
-  return jnp.tril(-jnp.einsum('BNTZ,BNSZ->BNTS', y_bar_BNTZ, x_BNTZ), -1), y_bar_BNTZ
+  y_bar_BNTZ = _exact('BNTS,BNTZ->BNSZ', inverse_BNTS, x_bar_BNTZ)
+  return jnp.tril(-_exact('BNTZ,BNSZ->BNTS', y_bar_BNTZ, x_BNTZ), -1), y_bar_BNTZ
 
 
 _solve.defvjp(_solve_forward, _solve_backward)
@@ -299,7 +301,7 @@ def _inverse(lower_BNTS: jax.Array) -> jax.Array:
     blocks = rearrange(lower_BNTS, split, row=2, T=half, column=2, S=half)
     below = jnp.einsum('BNPTPS->BNPTS', blocks[1, 0])
     first, second = inverse[:, :, ::2], inverse[:, :, 1::2]
-    below = -jnp.einsum('BNPTI,BNPIO,BNPOS->BNPTS', second, below, first)
+    below = -_exact('BNPTI,BNPIO,BNPOS->BNPTS', second, below, first)
     upper = jnp.concatenate([first, jnp.zeros_like(first)], -1)
     inverse = jnp.concatenate([upper, jnp.concatenate([below, second], -1)], -2)
     half *= 2
