@@ -34,7 +34,7 @@ class Passed:
   `normed`: the producer is a norm; otherwise it is a linear layer.
   """
 
-  normed: bool
+  normed: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
