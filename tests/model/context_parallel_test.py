@@ -188,7 +188,8 @@ def _updated(config, batch, mesh=None, references=(), **step):
   optimizer = optax.sgd(0.3, momentum=0.9)
   setup, state, frozen = step_lib.init(models[0], optimizer, task, StepConfig(**step))
   update = step_lib.make_step(setup, state).lower(state, frozen, batch).compile()
-  assert not re.findall(r'= f32.*all-gather\(', update.as_text())  # of activations
+  gathered = re.findall(r'= f32\[(\d+,\d+,[\d,]+)\]\S* all-gather\(', update.as_text())
+  assert all(shape.endswith(',2,8') for shape in gathered)  # keys and values alone
   found = []
   for _ in range(UPDATES):
     state, metrics = update(state, frozen, batch)
@@ -213,7 +214,7 @@ def _rows(whole):
     (ALL_KEYS, 'ring', {'context': 4, 'model': 2}, {'remat': 'block'}),
     pytest.param(WINDOWS, 'halo', {'context': 4, 'data': 2}, {}, marks=pytest.mark.slow),
     pytest.param(
-      ALL_KEYS, 'auto', {'context': 2, 'fsdp': 2}, {'loss_chunk': 24}, marks=pytest.mark.slow
+      ALL_KEYS, 'auto', {'context': 2, 'data': 2}, {'loss_chunk': 16}, marks=pytest.mark.slow
     ),
   ],
 )
@@ -230,7 +231,7 @@ def test_a_teacher_is_divided_too():
 
 
 def _assert_learned(found, expected, losses):
-  assert losses[0] - losses[-1] > 0.3
+  assert losses[-1] < 0.9 * losses[0]
   np.testing.assert_allclose(found[1], losses, rtol=TOLERANCE)
   for path, array in expected.items():
     np.testing.assert_allclose(found[0][path], array, atol=TOLERANCE, err_msg=path)
