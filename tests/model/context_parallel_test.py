@@ -18,8 +18,9 @@ from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
 from model.layers.mixers.attention import AttentionConfig
 from model.layers.mixers.linformer import LinformerConfig
+from model.train import loop
 from model.train import step as step_lib
-from model.train.data import Batch
+from model.train.data import Batch, PackedDataset
 from model.train.distill import Distillation
 from model.train.step import StepConfig, Task
 from model.transformer import Transformer
@@ -235,6 +236,18 @@ def _assert_learned(found, expected, losses):
   np.testing.assert_allclose(found[1], losses, rtol=TOLERANCE)
   for path, array in expected.items():
     np.testing.assert_allclose(found[0][path], array, atol=TOLERANCE, err_msg=path)
+
+
+def test_held_out_text_is_divided_too():
+  rng = np.random.default_rng(3)
+  ids = [rng.integers(1, 48, length) for length in rng.integers(3, 60, 30)]
+  data = PackedDataset.from_ids(ids, eos_id=0, seq_len=32, batch_size=4)
+  model = Transformer(ALL_KEYS, rngs=nnx.Rngs(0))
+  expected = loop.mean_nll(model, data)
+  sharding.shard(model, sharding.make_mesh(context=2))
+  assert loop.mean_nll(model, data) == pytest.approx(expected, rel=TOLERANCE)
+  with pytest.raises(ValueError, match='32 tokens of a row do not divide among 3 devices'):
+    _plan(ALL_KEYS, devices=3).placed(data.batch(0))
 
 
 def _plan(*configs, strategy='auto', devices=4):
