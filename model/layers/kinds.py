@@ -7,12 +7,16 @@ from typing import Any
 
 from model.layers.feed_forward import FeedForwardConfig
 from model.layers.mixers.attention import AttentionConfig
+from model.layers.mixers.linformer import LinformerConfig
 from model.layers.routed import RoutedConfig
 from model.layers.sublayer import FfnConfig, MixerConfig, SubLayerConfig
 from ops import patterns
 from ops.patterns import Pattern
 
-MIXERS: dict[str, type[MixerConfig]] = {'attention': AttentionConfig}
+MIXERS: dict[str, type[MixerConfig]] = {
+  'attention': AttentionConfig,
+  'linformer': LinformerConfig,
+}
 FFNS: dict[str, type[FfnConfig]] = {'dense': FeedForwardConfig, 'routed': RoutedConfig}
 
 

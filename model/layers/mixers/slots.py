@@ -80,16 +80,21 @@ class RollingCache(KVCache):
     return None
 
   def attend(self, q_BTNH, k_BTKH, v_BTKH, mask: AttentionMask, **scores):
-    new = self._written(k_BTKH, v_BTKH, mask.q_positions_BT)
-    # With several tokens, the last may have taken the places of what the first ones see.
-    source = new if q_BTNH.shape[1] == 1 else self._before_and(k_BTKH, v_BTKH, mask.q_positions_BT)
+    new, source = self.taken(k_BTKH, v_BTKH, mask.q_positions_BT)
     seen = AttentionMask(mask.q_positions_BT, source.positions_BS, pattern=mask.pattern)
     return new, source.keys.attended(source.values, q_BTNH, seen, **scores)
+
+  def taken(self, k_BTKH, v_BTKH, positions_BT) -> tuple['RollingCache', 'RollingCache']:
+    """Stores new tokens; returns the cache, and one that has all which the new tokens see."""
+    new = self._written(k_BTKH, v_BTKH, positions_BT)
+    # With several tokens, the last may have taken the places of what the first ones see.
+    one = k_BTKH.shape[1] == 1
+    return new, new if one else self._before_and(k_BTKH, v_BTKH, positions_BT)
 
   def _before_and(self, k_BTKH, v_BTKH, positions_BT) -> 'RollingCache':
     """The tokens before the new ones, and after them the new ones in slots of their own."""
     earlier_BS = jnp.where(self.positions_BS < positions_BT[:, :1], self.positions_BS, NOWHERE)
-    new_BT = jnp.where(_is_token(positions_BT), positions_BT, NOWHERE)
+    new_BT = jnp.where(is_token(positions_BT), positions_BT, NOWHERE)
     before = dataclasses.replace(self, positions_BS=earlier_BS)
     new = RollingCache(self.keys.of(k_BTKH), self.values.of(v_BTKH), new_BT, self.first)
     return jax.tree.map(lambda *both: jnp.concatenate(both, 1), before, new)
@@ -119,8 +124,8 @@ def _taken(all_: jax.Array, new: jax.Array, token_BS: jax.Array) -> jax.Array:
   return jnp.where((token_BS >= 0).reshape(at.shape), taken, all_)
 
 
-def _is_token(positions_BT: jax.Array) -> jax.Array:
-  """Whether a token is one, and no padding, which repeats the last position."""
+def is_token(positions_BT: jax.Array) -> jax.Array:
+  """Whether a token of a row is one, and no padding, which repeats the last position: [B, T]."""
   later_BT = positions_BT[:, 1:] > positions_BT[:, :-1]
   return jnp.pad(later_BT, ((0, 0), (1, 0)), constant_values=True)
 
