@@ -277,8 +277,10 @@ def _with_experts(config):
 
 
 def _data(plan, texts, tokenizer) -> PackedDataset:
-  needed = plan.steps * plan.batch_size * plan.seq_len * training.CHARACTERS_A_TOKEN
-  documents = excerpts(texts.train, needed, seed=SEED.value)
+  row = plan.seq_len * training.CHARACTERS_A_TOKEN
+  documents = excerpts(
+    texts.train, plan.steps * plan.batch_size * row, seed=SEED.value, shortest=row
+  )
   return PackedDataset.from_texts(
     documents, tokenizer, seq_len=plan.seq_len, batch_size=plan.batch_size, seed=SEED.value
   )
