@@ -33,6 +33,8 @@ CONFIG_CLASSES = {
   'granitemoe': transformers.GraniteMoeConfig,
   'granitemoeshared': transformers.GraniteMoeSharedConfig,
   'gpt_oss': transformers.GptOssConfig,
+  'deepseek_v2': transformers.DeepseekV2Config,
+  'deepseek_v3': transformers.DeepseekV3Config,
 }
 HEADS = Heads(2, 2)
 LLAMA3 = {
@@ -186,7 +188,7 @@ def test_yarn_without_an_original_length_uses_the_maximum():
     ('granite', {'logits_scaling': 0}, 'logits_scaling .* must be above 0'),
     ('gpt2', {'add_cross_attention': True}, 'add_cross_attention = True'),
     ('gpt2', {'n_head': 11}, 'n_embd 768 .* no multiple of n_head 11'),
-    ('lama', {}, r"'lama' is not supported; supported: gemma2, .*did you mean llama"),
+    ('lama', {}, r"'lama' is not supported; supported: deepseek_v2, .*did you mean llama"),
     ('ministral', {}, 'did you mean mistral'),
     ('mixtral', {'num_experts_per_tok': 9}, 'cannot choose 9 experts of 8'),
     ('mixtral', {'num_local_experts': 0}, 'num_local_experts .* at least 1'),
@@ -218,7 +220,7 @@ def test_what_cannot_be_computed_is_named(family, keys, message):
 
 
 def test_a_config_without_model_type_is_refused():
-  with pytest.raises(ValueError, match='no model_type; supported: gemma2'):
+  with pytest.raises(ValueError, match='no model_type; supported: deepseek_v2'):
     hf_names.config_from_hf({})
 
 
