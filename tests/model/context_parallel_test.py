@@ -212,7 +212,9 @@ def _rows(whole):
   'config, strategy, mesh, step',
   [
     (MIXED, 'auto', {'context': 8}, {'accumulation': 2, 'loss_chunk': 32}),
-    (ALL_KEYS, 'ring', {'context': 4, 'model': 2}, {'remat': 'block'}),
+    pytest.param(
+      ALL_KEYS, 'ring', {'context': 4, 'model': 2}, {'remat': 'block'}, marks=pytest.mark.slow
+    ),
     pytest.param(WINDOWS, 'halo', {'context': 4, 'data': 2}, {}, marks=pytest.mark.slow),
     pytest.param(
       ALL_KEYS, 'auto', {'context': 2, 'data': 2}, {'loss_chunk': 16}, marks=pytest.mark.slow

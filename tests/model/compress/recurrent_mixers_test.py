@@ -73,6 +73,7 @@ def _compressed(model, *steps, tokens_BT=None):
   return pipeline.compress(model, recipe.parse({'name': 'x', 'steps': list(steps)}), tokens_BT)
 
 
+@pytest.mark.slow
 def test_scales_fold_into_every_edge_and_each_part_of_it_matters(rng, tokens_BT):
   model = _model()
   expected, partly = _logits(model, tokens_BT), _model()

@@ -103,6 +103,7 @@ def test_first_tokens_can_stay_near(model):
   assert difference[:, :6].max() < EXACT and difference[:, 6:].max() > 0.01
 
 
+@pytest.mark.slow
 def test_layers_that_need_all_keys_most_can_be_measured(model):
   """Against whole models, each with one layer changed."""
   nll = lambda one: float(

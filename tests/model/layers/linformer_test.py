@@ -47,7 +47,7 @@ def _step(model):
   return step
 
 
-@pytest.mark.parametrize('weights', ['static', 'dynamic'])
+@pytest.mark.parametrize('weights', [pytest.param('static', marks=pytest.mark.slow), 'dynamic'])
 def test_decoding_in_pieces_equals_one_pass_and_rows_begin_anew(weights):
   model = _model(_shape(weights))
   step = _step(model)
@@ -117,6 +117,7 @@ def test_configs_and_folders_keep_the_kind(tmp_path):
     hf_names.config_to_hf(shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('weights', ['static', 'dynamic'])
 def test_its_matrices_are_compressed_and_its_weights_of_sums_are_not(weights):
   model = _model(_shape(weights))
