@@ -42,7 +42,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import common, shapes, study
-from model import hf, kv_cache, presets, rounds
+from model import hf, presets, rounds
 from model.compress import pipeline
 from model.compress import recipe as recipe_module
 from model.compress.recipe import Recipe
@@ -65,9 +65,7 @@ PEERS = flags.DEFINE_multi_string('peer', [], 'A command to time in every round;
 PROMPT = flags.DEFINE_integer('prompt', 512, 'Tokens of the prompt.', lower_bound=1)
 TOKENS = flags.DEFINE_integer('tokens', 64, 'Tokens to decode per round.', lower_bound=1)
 BATCHES = flags.DEFINE_list('batches', ['1'], 'Batch sizes.')
-KV_CACHE = flags.DEFINE_enum(
-  'kv_cache', 'bf16', list(kv_cache.FORMATS), 'The format of the key/value cache.'
-)
+KV_CACHE = common.define_kv_cache('bf16', 'The key/value cache.')
 DTYPE = flags.DEFINE_enum(
   'dtype', 'float32', ['float32', 'bfloat16'], 'Type of the base model and of all activations.'
 )

@@ -7,6 +7,7 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Callable, Iterable
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import tqdm
 from absl import app, flags, logging
 
 from experiments import compilation
-from model import corpus, gguf, hf, sharding
+from model import cache_spec, context_parallel, corpus, gguf, hf, sharding
 from model.tokenizer import WINDOW_BOS, Tokenizer
 from model.transformer import Transformer
 
@@ -158,6 +159,20 @@ def define_out(default: str, text: str) -> flags.FlagHolder:
   return flags.DEFINE_string('out', default, text)
 
 
+class _KVCache(flags.ArgumentParser):
+  """A text that `model.cache_spec` understands, kept as it is."""
+
+  def parse(self, argument):
+    cache_spec.of(argument)
+    return argument
+
+
+def define_kv_cache(default: str | None, text: str) -> flags.FlagHolder:
+  """The --kv_cache flag: a format of keys and values, and which tokens stay."""
+  text = f'{text} One of {cache_spec.FORMS}.'
+  return flags.DEFINE(_KVCache(), 'kv_cache', default, text)
+
+
 def define_plugins() -> flags.FlagHolder:
   """The --plugins flag."""
   return flags.DEFINE_list(
@@ -182,11 +197,22 @@ def define_mesh() -> dict[str, flags.FlagHolder]:
     'fsdp': 'split the batch and the parameters',
     'model': 'split heads, feed-forward layers and vocabulary',
     'expert': 'split the experts of routed layers',
+    'context': 'split the tokens of a row in training',
   }
   return {
     axis: flags.DEFINE_integer(f'mesh_{axis}', 1, f'Devices that {text}.', lower_bound=1)
     for axis, text in what.items()
   }
+
+
+def define_context_strategy() -> flags.FlagHolder:
+  """The --context_strategy flag."""
+  return flags.DEFINE_enum(
+    'context_strategy',
+    'auto',
+    get_args(context_parallel.Strategy),
+    'How keys get to queries with --mesh_context; see model/context_parallel.py.',
+  )
 
 
 def mesh(holders: dict[str, flags.FlagHolder]) -> jax.sharding.Mesh:

@@ -29,7 +29,7 @@ from absl import flags
 
 from experiments import base as embedded
 from experiments import common
-from model import corpus, hf, kv_cache, sharding
+from model import corpus, hf, sharding
 from model.eval import cost, perplexity, routing
 from model.infer.prepare import prepare
 from model.tokenizer import window_bos
@@ -51,11 +51,8 @@ DTYPE = flags.DEFINE_enum(
 )
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON line instead of words.')
 SMOKE = flags.DEFINE_bool('smoke', False, 'Measure the tiny base model on a little text.')
-KV_CACHE = flags.DEFINE_enum(
-  'kv_cache',
-  None,
-  list(kv_cache.FORMATS),
-  'Read keys and values from a cache of this format; without it there is none.',
+KV_CACHE = common.define_kv_cache(
+  None, 'Read keys and values from such a cache; without it there is none.'
 )
 WIDENED = flags.DEFINE_bool(
   'widened', False, 'Multiply by weights widened to floating point, not by the fast products.'

@@ -2,7 +2,7 @@ r"""Continues a prompt with a model, compressed or not.
 
   python -m experiments.generate --model=DIR --prompt='import os' --max_new_tokens=64
   python -m experiments.generate --model=DIR --prompt='Hello' --chat --temperature=0.7 --top_p=0.9
-  python -m experiments.generate --model=DIR --prompt='import os' --kv_cache=int8
+  python -m experiments.generate --model=DIR --prompt='import os' --kv_cache=int8+snapkv512
 
 Several prompts, as repeated --prompt flags, run as one batch, and each gives what it gives alone.
 --temperature=0 is greedy, and gives the same tokens every time; a draw follows from --seed. The
@@ -20,7 +20,7 @@ from absl import flags
 
 from experiments import base as embedded
 from experiments import common
-from model import kv_cache, sharding
+from model import sharding
 from model.infer import generate as generation
 from model.text_stream import TextStream
 from ops.sampling import SamplingConfig
@@ -39,9 +39,7 @@ DTYPE = flags.DEFINE_enum(
 )
 SPEED = flags.DEFINE_bool('speed', False, 'Report tokens a second on stderr, compilation included.')
 SMOKE = flags.DEFINE_bool('smoke', False, 'A few tokens from the tiny base model.')
-KV_CACHE = flags.DEFINE_enum(
-  'kv_cache', 'float', list(kv_cache.FORMATS), 'How keys and values of past tokens are kept.'
-)
+KV_CACHE = common.define_kv_cache('float', 'How keys and values of past tokens are kept.')
 MESH = common.define_mesh()
 PLUGINS = common.define_plugins()
 

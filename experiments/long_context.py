@@ -1,48 +1,85 @@
-r"""Measures what a long text costs: prefill, decoding and memory, by context, mixer and cache.
+r"""Measures what a long text costs and how well it is read, by context, mixer and cache.
 
   python -m experiments.long_context
   python -m experiments.long_context --contexts=1024,4096,16384,65536 --mixers=window1024 \
     --kv_caches=float,int8 --output=out/long.jsonl --figure=out/long.png
 
-The model is a preset with random weights; only time and memory are measured. The mixers:
+A preset has random weights; only time and memory are measured. Models of yours are measured as they
+are, or with other mixers, and with --text their quality is, too:
 
+  python -m experiments.long_context --model=DIR --mixers=dense,window512+first4,window512 \
+    --full_every=4 --text=python-docs --contexts=2048,8192,12288 --kv_caches=float
+  python -m experiments.long_context --model=DIR,OUT/models/windows512 --text=FILE --nocosts
+
+The mixers:
+
+  own               those of the model
   dense             every query sees all tokens before it
   window1024        every query of every layer sees so many tokens, itself included, and the cache
-                    holds no more; so for all sparse patterns, joined by + (ops/patterns.py)
+                    holds no more; so for all sparse patterns, joined by + (ops/patterns.py).
+                    With --full_every=4 the last of every four layers stays dense
 
-Rounds are interleaved among the mixers and caches of a context. `prefill` reads a prompt that is as
-long as the context, `decode` writes --tokens tokens after it. Memory is the compiled programs' own
-account, with the weights.
+Costs: rounds are interleaved among the models, mixers and caches of a context. `prefill` reads a
+prompt that is as long as the context, `decode` writes --tokens tokens after it. Memory is the
+compiled programs' own account, with the weights.
 
-Device: any. Minutes: 6 on two CPU cores.
+Quality (experiments/long_quality.py), on the held-out part of the text: the perplexity of the
+tokens from the context before to this one, and how likely the right words of needles are.
+
+Device: any. Minutes: 6 on two CPU cores with the defaults, some 40 with a model of 135 M.
 """
 
 import dataclasses
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from experiments import common, shapes
-from model import kv_cache, presets, rounds
+from experiments import common, long_quality, shapes
+from experiments.long_quality import Probe
+from model import cache_spec, presets, rounds, units
 from model.config import ModelConfig
-from model.eval import records, timing
+from model.eval import long_figure, records, timing
 from model.eval.records import Metric, Record
 from model.infer import bench
 from model.infer.bench import Bench
-from model.transformer import Transformer
+from model.layers.mixers.attention import AttentionConfig
+from model.tokenizer import Tokenizer
+from model.transformer import Transformer, parameters
 from ops import patterns
 from ops.patterns import Pattern
 
+PHASE_NAMES = ('prefill', 'decode')
 SHAPE = shapes.define()
 CONTEXTS = flags.DEFINE_list('contexts', ['1024', '4096', '16384'], 'Tokens of the prompts.')
-MIXERS = flags.DEFINE_list('mixers', ['dense', 'window1024'], 'dense, or sparse patterns.')
-CACHES = flags.DEFINE_list('kv_caches', ['float', 'int8'], f'Of {", ".join(kv_cache.FORMATS)}.')
+MODEL = flags.DEFINE_list(
+  'model', [], 'Folders, hub ids or .gguf files, in place of a preset with random weights.'
+)
+MIXERS = flags.DEFINE_list(
+  'mixers',
+  None,
+  'own, dense, or sparse patterns. Default: own with --model, else dense and window1024.',
+)
+FULL_EVERY = flags.DEFINE_integer(
+  'full_every', None, 'With a sparse pattern, one of so many layers stays dense.', lower_bound=2
+)
+TEXT = flags.DEFINE_string(
+  'text', None, 'Text file or folder, python-source or python-docs: measures quality on it.'
+)
+TEXTS = flags.DEFINE_integer('texts', 1, 'Texts of the longest context to predict.', lower_bound=1)
+HAYSTACKS = flags.DEFINE_integer(
+  'haystacks', 2, 'Texts of each context with needles.', lower_bound=0
+)
+NEEDLES = flags.DEFINE_list(
+  'needles', None, 'Lengths of the texts with needles, of --contexts. Default: all of them.'
+)
+COSTS = flags.DEFINE_bool('costs', True, 'Measure time and memory.')
+PHASES = flags.DEFINE_multi_enum('phase', ['prefill', 'decode'], PHASE_NAMES, 'What is timed.')
+CACHES = flags.DEFINE_list('kv_caches', ['float', 'int8'], f'Of {cache_spec.FORMS}.')
 DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Type of the model.')
 TOKENS = flags.DEFINE_integer('tokens', 32, 'Tokens to decode per round.', lower_bound=1)
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Interleaved rounds.', lower_bound=timing.MIN_ROUNDS)
@@ -51,113 +88,232 @@ FIGURE = flags.DEFINE_string('figure', None, 'A PNG to draw the costs over the c
 SMOKE = flags.DEFINE_bool('smoke', False, 'A tiny model and short texts.')
 
 
+OWN, DENSE = 'own', 'dense'
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
   """A model whose layers have one mixer, with one format of its cache."""
 
+  model: str
   mixer: str
   kv_cache: str
   context: int
 
   @property
-  def pattern(self) -> Pattern | None:
-    return None if self.mixer == 'dense' else patterns.parse(self.mixer)
+  def variant(self) -> str:
+    """The model and its mixer, as far as they differ among the cases."""
+    pattern = self.mixer not in (OWN, DENSE)
+    layers = (
+      f' in {FULL_EVERY.value - 1} of {FULL_EVERY.value}' if pattern and FULL_EVERY.value else ''
+    )
+    several = len(MODEL.value) > 1 or self.mixer == OWN
+    names = [pathlib.Path(self.model).name] if several else []
+    return ' '.join([*names, *([] if self.mixer == OWN else [self.mixer + layers])])
+
+  @property
+  def label(self) -> str:
+    return f'{self.variant}, {self.kv_cache}'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+  """Where the models come from: configs, and weights where there are some."""
+
+  config: ModelConfig
+  weights: Transformer | None = None
+  tokenizer: Tokenizer | None = None
+
+  def variant(self, case: Case, longest: int) -> Transformer:
+    """The model with the mixer of a case, and positions for the longest text."""
+    config = _mixed(self.config, case.mixer)
+    config = config.replace(max_positions=max(config.max_positions, longest))
+    if self.weights is None:
+      return Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(DTYPE.value))
+    if self.weights.positions is not None:  # learned ones end where they end
+      config = config.replace(max_positions=self.config.max_positions)
+    values = {path: param.get_value() for path, param in parameters(self.weights).items()}
+    return units.build(config, values, self.weights.dtype)
 
 
 def main() -> None:
-  shape = presets.preset('tiny-llama') if SMOKE.value else shapes.config(SHAPE)
-  cases = _cases()
+  cases, sources = _cases(), _sources()
+  probe = _probe(sources, cases)
+  quality = _qualities(sources, cases, probe)
   found = []
   for _, of_one in itertools.groupby(cases, lambda case: case.context):
-    found += _measure(shape, list(of_one))
+    found += _measure(sources, list(of_one), quality, {} if probe is None else probe.about)
   if FIGURE.value:
-    _draw(found, FIGURE.value)
+    long_figure.write(found, FIGURE.value)
+
+
+def _sources() -> dict[str, Source]:
+  if not MODEL.value:
+    name = 'tiny-llama' if SMOKE.value else SHAPE['preset'].value
+    return {name: Source(config=presets.preset(name) if SMOKE.value else shapes.config(SHAPE))}
+  loaded = {name: common.load_model(name, jnp.dtype(DTYPE.value)) for name in MODEL.value}
+  return {
+    name: Source(config=model.config, weights=model, tokenizer=tokenizer)
+    for name, (model, tokenizer) in loaded.items()
+  }
 
 
 def _cases() -> list[Case]:
-  contexts = ['32', '64'] if SMOKE.value else CONTEXTS.value
-  mixers = ['dense', 'window8'] if SMOKE.value else MIXERS.value
-  try:
-    lengths = sorted(map(int, contexts))
-  except ValueError:
-    raise ValueError(f'--contexts must be integers, not {",".join(contexts)}') from None
-  for length in lengths:
-    common.check_positive(contexts=length)
+  contexts = ['32', '64'] if SMOKE.value and not MODEL.value else CONTEXTS.value
+  usual = [OWN] if MODEL.value else [DENSE, 'window8' if SMOKE.value else 'window1024']
+  mixers = MIXERS.value or usual
+  lengths = _lengths('contexts', contexts)
   for name in mixers:
-    if name != 'dense':
+    if name not in (OWN, DENSE):
       _parsed(name)
   for name in CACHES.value:
-    kv_cache.check_format(name)
-  product = itertools.product(lengths, mixers, CACHES.value)
-  return [Case(context=n, mixer=mixer, kv_cache=name) for n, mixer, name in product]
+    cache_spec.of(name)
+  if TEXT.value and not MODEL.value:
+    raise ValueError('--text needs a --model; random weights predict nothing')
+  if not (COSTS.value or TEXT.value):
+    raise ValueError('--nocosts without --text measures nothing')
+  names = MODEL.value or ['tiny-llama' if SMOKE.value else SHAPE['preset'].value]
+  caches = CACHES.value if COSTS.value else CACHES.value[:1]
+  product = itertools.product(lengths, names, mixers, caches)
+  return [Case(context=n, model=one, mixer=m, kv_cache=name) for n, one, m, name in product]
+
+
+def _lengths(flag: str, words: list[str]) -> list[int]:
+  try:
+    lengths = sorted(map(int, words))
+  except ValueError:
+    raise ValueError(f'--{flag} must be integers, not {",".join(words)}') from None
+  for length in lengths:
+    common.check_positive(**{flag: length})
+  return lengths
+
+
+def _mixed(config: ModelConfig, mixer: str) -> ModelConfig:
+  """The config with another mixer. Raises ValueError for layers that are no attention."""
+  if mixer == OWN:
+    return config
+  layers = list(config.layers)
+  for l, layer in enumerate(layers):
+    if not isinstance(layer.mixer, AttentionConfig):
+      raise ValueError(f'layer {l} is no attention, so --mixers can only be own')
+    full = mixer == DENSE or (FULL_EVERY.value and l % FULL_EVERY.value == FULL_EVERY.value - 1)
+    layers[l] = layer.with_mixer(window=None, sparse=None if full else patterns.parse(mixer))
+  return config.replace(layers=tuple(layers))
+
+
+def _probe(sources, cases) -> Probe | None:
+  """What quality is measured on. All models have the tokens of the first."""
+  if TEXT.value is None:
+    return None
+  first = next(iter(sources.values()))
+  for name, source in sources.items():
+    if source.config.vocab_size != first.config.vocab_size:
+      raise ValueError(
+        f'{name} has a vocabulary of {source.config.vocab_size}, the first model one of '
+        f'{first.config.vocab_size}; only models with the same tokens can be compared'
+      )
+  contexts = sorted({case.context for case in cases})
+  hidden_in = contexts if NEEDLES.value is None else _lengths('needles', NEEDLES.value)
+  if not set(hidden_in) <= set(contexts):
+    raise ValueError(f'--needles={",".join(NEEDLES.value)} are not all of --contexts')
+  return long_quality.probe(
+    TEXT.value,
+    first.tokenizer,
+    first.config,
+    contexts,
+    rows=TEXTS.value,
+    haystacks=dict.fromkeys(hidden_in, HAYSTACKS.value),
+  )
+
+
+def _qualities(sources, cases: list[Case], probe: Probe | None) -> dict:
+  """The metrics of each model, mixer and context."""
+  found, longest = {}, max(case.context for case in cases)
+  for case in cases if probe is not None else ():
+    key = case.model, case.mixer
+    if key not in found:
+      model = sources[case.model].variant(case, longest)
+      found[key] = long_quality.measure(model, probe, case.variant)
+  return found
 
 
 def _parsed(name: str) -> Pattern:
   try:
     return patterns.parse(name)
   except ValueError as error:
-    raise ValueError(f'--mixers: {error}; or dense') from None
+    raise ValueError(f'--mixers: {error}; or own or dense') from None
 
 
-def _measure(shape: ModelConfig, cases: list[Case]) -> list[Record]:
+def _measure(sources, cases: list[Case], quality, about: dict) -> list[Record]:
   """Times all cases of one context in turn."""
-  benches = {case: _bench(shape, case) for case in cases}
+  longest = cases[0].context + TOKENS.value
+  benches = (
+    {case: _bench(sources[case.model].variant(case, longest), case) for case in cases}
+    if COSTS.value
+    else {}
+  )
   calls = {
-    (case, phase): getattr(one, phase)
-    for case, one in benches.items()
-    for phase in ('prefill', 'decode')
+    (case, phase): getattr(one, phase) for case, one in benches.items() for phase in PHASES.value
   }
   for call in calls.values():
     for _ in range(rounds.MIN_WARMUP if cases[0].context < 4096 else 1):
       jax.block_until_ready(call())
   samples = {key: [] for key in calls}
-  for _ in common.progress(range(ROUNDS.value), f'{cases[0].context} tokens'):
+  for _ in common.progress(range(ROUNDS.value if calls else 0), f'{cases[0].context} tokens'):
     for key, call in calls.items():
       samples[key].append(rounds.seconds(call))
-  found = [_record(shape, case, benches[case], samples, cases[0]) for case in cases]
-  for record in found:
+  found = []
+  for case in cases:
+    metrics = _costs(case, benches[case], samples, cases[0]) if benches else {}
+    if case.kv_cache == 'float':  # quality is that of the model without a cache
+      metrics |= quality.get((case.model, case.mixer), {}).get(case.context, {})
+    record = _record(case, metrics, sources[case.model].config, cases[0], about)
     print(_words(record), flush=True)
     if OUTPUT.value:
       records.append(OUTPUT.value, record)
+    found.append(record)
   return found
 
 
-def _bench(shape: ModelConfig, case: Case) -> Bench:
-  layers = tuple(layer.with_mixer(window=None, sparse=case.pattern) for layer in shape.layers)
-  needed = case.context + TOKENS.value
-  config = shape.replace(layers=layers, max_positions=max(shape.max_positions, needed))
+def _bench(model: Transformer, case: Case) -> Bench:
   return bench.prepare(
-    Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(DTYPE.value)),
+    model,
     prompt_length=case.context,
     steps=4 if SMOKE.value else TOKENS.value,
     cache_format=case.kv_cache,
   )
 
 
-def _record(shape, case: Case, own: Bench, samples, base: Case) -> Record:
-  prefill_s, decode_s = (np.array(samples[case, phase]) for phase in ('prefill', 'decode'))
+def _costs(case: Case, own: Bench, samples, base: Case) -> dict[str, Metric]:
   metrics = {
-    'prefill_s': timing.summarize(prefill_s, 's'),
-    'prefill_tokens_per_s': timing.summarize(case.context / prefill_s, 'token/s'),
-    'decode_tokens_per_s': timing.summarize(own.steps / decode_s, 'token/s'),
     'cache_bytes': Metric(own.cache_bytes, 'byte'),
     'prefill_peak_bytes': Metric(own.prefill_peak_bytes, 'byte'),
     'decode_peak_bytes': Metric(own.decode_peak_bytes, 'byte'),
   }
-  for phase, seconds in (('prefill', prefill_s), ('decode', decode_s)):
-    speedup = np.divide(samples[base, phase], seconds)
-    metrics[f'{phase}_speedup'] = timing.summarize(speedup, '1')
+  for phase in PHASES.value:
+    seconds = np.array(samples[case, phase])
+    tokens = case.context if phase == 'prefill' else own.steps
+    metrics |= {
+      f'{phase}_s': timing.summarize(seconds, 's'),
+      f'{phase}_tokens_per_s': timing.summarize(tokens / seconds, 'token/s'),
+      f'{phase}_speedup': timing.summarize(np.divide(samples[base, phase], seconds), '1'),
+    }
+  return metrics
+
+
+def _record(case: Case, metrics, config: ModelConfig, base: Case, about: dict) -> Record:
   return Record(
     experiment='long_context',
-    recipe=f'{case.mixer}, {case.kv_cache}',
+    recipe=case.label,
     command=common.command(),
     config={
       **dataclasses.asdict(case),
-      'model': 'tiny-llama' if SMOKE.value else SHAPE['preset'].value,
-      'layers': len(shape.layers),
+      **about,
+      'full_every': FULL_EVERY.value,
+      'layers': len(config.layers),
       'dtype': DTYPE.value,
-      'tokens': own.steps,
-      'base': f'{base.mixer}, {base.kv_cache}',
+      'tokens': 4 if SMOKE.value else TOKENS.value,
+      'base': base.label,
     },
     environment=records.environment(),
     seed=0,
@@ -166,33 +322,22 @@ def _record(shape, case: Case, own: Bench, samples, base: Case) -> Record:
 
 
 def _words(record: Record) -> str:
-  value = record.value
-  return (
-    f'{record.config["context"]:>6} tokens, {record.recipe:<18} prefill {value("prefill_s"):8.3f} s'
-    f' ({value("prefill_speedup"):.2f} x), decode {value("decode_tokens_per_s"):7.1f} tokens/s'
-    f' ({value("decode_speedup"):.2f} x), cache {value("cache_bytes") / 1e6:8.1f} MB, '
-    f'prefill holds {value("prefill_peak_bytes") / 1e6:8.1f} MB'
-  )
-
-
-def _draw(found: list[Record], path: str) -> None:
-  panels = {
-    'prefill, s': lambda r: r.value('prefill_s'),
-    'decode, tokens/s': lambda r: r.value('decode_tokens_per_s'),
-    'cache, MB': lambda r: r.value('cache_bytes') / 1e6,
-  }
-  figure = Figure(figsize=(10, 3.2), layout='constrained')
-  FigureCanvasAgg(figure)
-  for axes, (title, of) in zip(figure.subplots(1, len(panels)), panels.items()):
-    for name in dict.fromkeys(record.recipe for record in found):
-      rows = [record for record in found if record.recipe == name]
-      axes.plot([r.config['context'] for r in rows], [of(r) for r in rows], marker='o', label=name)
-    axes.set(title=title, xlabel='context, tokens', xscale='log', yscale='log')
-    contexts = sorted({record.config['context'] for record in found})
-    axes.set_xticks(contexts, [f'{context:,}' for context in contexts])
-    axes.minorticks_off()
-  axes.legend(fontsize=8)
-  figure.savefig(path, dpi=120)
+  value, words = record.value, [f'{record.config["context"]:>6} tokens, {record.recipe:<18}']
+  if 'prefill_s' in record.metrics:
+    words.append(f'prefill {value("prefill_s"):8.3f} s ({value("prefill_speedup"):.2f} x)')
+  if 'decode_s' in record.metrics:
+    speed = value('decode_tokens_per_s')
+    words.append(f'decode {speed:7.1f} tokens/s ({value("decode_speedup"):.2f} x)')
+  if 'cache_bytes' in record.metrics:
+    words += [
+      f'cache {value("cache_bytes") / 1e6:8.1f} MB',
+      f'prefill holds {value("prefill_peak_bytes") / 1e6:8.1f} MB',
+    ]
+  if 'ppl' in record.metrics:
+    words.append(f'perplexity up to here {value("ppl"):.3f}')
+  if 'needle_probability' in record.metrics:
+    words.append(f'needle {value("needle_probability"):.3f}, found {value("needle_found"):.0%}')
+  return ', '.join(words)
 
 
 if __name__ == '__main__':

@@ -36,8 +36,8 @@ def config(holders: dict[str, flags.FlagHolder]) -> ModelConfig:
 def scaled(shape: ModelConfig, factor: int) -> ModelConfig:
   """Returns a config with `factor` times the width, heads and feed-forward, and the same depth."""
   wider = tuple(
-    layer.with_ffn(width=factor * layer.ffn.width).with_mixer(
-      query_heads=factor * layer.mixer.query_heads, kv_heads=factor * layer.mixer.kv_heads
+    layer.with_ffn(width=factor * layer.ffn.width).resized(
+      layer.mixer.units.letter, factor * layer.mixer.units.count
     )
     for layer in shape.layers
   )

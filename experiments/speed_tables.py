@@ -85,6 +85,55 @@ def long_texts(path: pathlib.Path) -> str:
   return '\n'.join(lines)
 
 
+def retrofit(path: pathlib.Path, page: str) -> str:
+  """The records of runs of `long_context` on one model with several mixers as a table."""
+  rows = records.read(path)
+  names = dict.fromkeys(row.recipe for row in rows)
+  found = {name: {} for name in names}  # -> {(context, metric): value}
+  for row in rows:
+    found[row.recipe] |= {(row.config['context'], key): m for key, m in row.metrics.items()}
+  columns = _retrofit_columns(found)
+  lines = [
+    f'| mixer, cache | {" | ".join(columns)} |',
+    f'| --- |{" ---: |" * len(columns)}',
+  ]
+  for name in names:
+    cells = [_cell(found[name].get(key), form) for key, form in columns.values()]
+    lines.append(f'| {" | ".join([name, *cells])} |')
+  commands = ', '.join(f'`{command}`' for command in dict.fromkeys(row.command for row in rows))
+  lines.append(
+    f'\nFloat32, {rows[0].config["text"]}; {commands} on {machine(rows[0])}; records: '
+    f'{link(path, page)}.'
+  )
+  return '\n'.join(lines)
+
+
+def _retrofit_columns(found) -> dict[str, tuple]:
+  """The title of each column -> (context, metric), and how its number is written."""
+  keys = sorted({key for metrics in found.values() for key in metrics}, key=lambda key: key[0])
+  of = lambda metric: [context for context, name in keys if name == metric]
+  columns, before = {}, 0
+  for context in of('ppl'):
+    columns[f'perplexity {before:,} to {context:,}'] = (context, 'ppl'), '.3f'
+    before = context
+  for context in of('needle_probability'):
+    columns[f'needle in {context:,}'] = (context, 'needle_probability'), '.3f'
+  for context in of('decode_speedup'):
+    columns[f'cache at {context:,}, MB'] = (context, 'cache_bytes'), 'MB'
+    columns[f'decode at {context:,}, vs dense'] = (context, 'decode_speedup'), '±'
+  return columns
+
+
+def _cell(metric: records.Metric | None, form: str) -> str:
+  if metric is None:
+    return ''
+  if form == 'MB':
+    return f'{metric.value / 1e6:,.1f}'
+  if form == '±':
+    return f'{metric.value:.2f} ± {metric.spread / 2:.2f}'
+  return f'{metric.value:{form}}'
+
+
 def _size(config: Mapping[str, Any]) -> str:
   """What stands in records of models with experts: depth, and parameters in all and of a token."""
   if config.get('active_parameters', 0) == config.get('parameters', 0):

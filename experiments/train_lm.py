@@ -22,12 +22,17 @@ among those of a mesh axis:
   python -m experiments.train_lm --experts=8 --mesh_data=2 --mesh_expert=4 \
       --expert_dispatch=all_to_all --capacity_factor=1.25
 
+With a gated DeltaNet in three of four layers and attention in the fourth; other mixers are linear,
+retnet and gla, and without --attention_every no layer has attention:
+
+  python -m experiments.train_lm --layers=4 --mixer=gated_delta --attention_every=4
+
 OUT/model is a Hugging Face folder of the Llama family, with experts of the Mixtral family, which
 `experiments.compress --model` and transformers load; with shared experts, or with one expert per
-token, or with biases of the choice, it is in the format of Lissom. OUT/run holds checkpoints, and
-the loss and the use of experts of every update (loss.jsonl), which OUT/loss.png and OUT/experts.png
-show. A killed run that is started again with the same flags resumes and ends with the same bits.
-OUT/records.jsonl gets one line per run.
+token, or with biases of the choice, or with other mixers, it is in the format of Lissom. OUT/run
+holds checkpoints, and the loss and the use of experts of every update (loss.jsonl), which
+OUT/loss.png and OUT/experts.png show. A killed run that is started again with the same flags
+resumes and ends with the same bits. OUT/records.jsonl gets one line per run.
 
 Device: any. Minutes: 2 with the defaults on two CPU cores. Expect about 2 bits per byte of held-out
 text with the defaults.
@@ -41,7 +46,7 @@ from absl import flags
 from flax import nnx
 
 from experiments import base as embedded
-from experiments import common, training
+from experiments import common, mixers, training
 from model import corpus, expert_parallel, hf
 from model import tokenizer as tokenizer_lib
 from model.eval import cost, experts_figure, loss_figure, perplexity, records
@@ -115,7 +120,17 @@ DROP_ORDER = flags.DEFINE_enum(
   get_args(DropOrder),
   'What finds room first: earlier tokens, or first choices, which then depend on later tokens.',
 )
+MIXER = flags.DEFINE_enum(
+  'mixer', mixers.ATTENTION, mixers.NAMES, 'What moves information between tokens.'
+)
+ATTENTION_EVERY = flags.DEFINE_integer(
+  'attention_every',
+  0,
+  'Every so many-th layer has attention in place of --mixer; 0: none has.',
+  lower_bound=0,
+)
 MESH = common.define_mesh()
+CONTEXT_STRATEGY = common.define_context_strategy()
 SEED = flags.DEFINE_integer('seed', 0, 'Seed of the initial weights, the order and the passages.')
 
 
@@ -147,7 +162,7 @@ def main() -> None:
   plan = _plan()
   common.check_positive(**{name: getattr(plan, name) for name in PLAN_FLAGS if 'warm' not in name})
   fit_config, mesh = _fit_config(plan), common.mesh(MESH)
-  expert_parallel.make(fit_config.step.dispatch, _with_experts(embedded.config(plan)), mesh)
+  training.check_mesh(mesh, fit_config.step, [_with_flags(embedded.config(plan))], plan.seq_len)
   texts = corpus.load(TEXT.value)
   out = common.out(OUT.value)
   check_replaceable(out / 'model')
@@ -197,6 +212,7 @@ def _fit_config(plan) -> FitConfig:
       compute_dtype=DTYPE.value,
       accumulation=ACCUMULATION.value,
       dispatch=_dispatch(),
+      context=CONTEXT_STRATEGY.value,
     ),
     checkpoint_every=CHECKPOINT_EVERY.value,
   )
@@ -233,7 +249,12 @@ def _model_config(plan, tokenizer):
   config = config.replace(
     vocab_size=tokenizer.vocab_size, max_positions=max(config.max_positions, plan.seq_len)
   )
-  return _with_experts(config)
+  return _with_flags(config)
+
+
+def _with_flags(config):
+  """The same model with the mixers and the experts of the flags."""
+  return _with_experts(mixers.replaced(config, MIXER.value, ATTENTION_EVERY.value))
 
 
 def _with_experts(config):
@@ -286,6 +307,8 @@ def _record(plan, texts, result, quality, train_s) -> records.Record:
       'shared_experts': SHARED_EXPERTS.value if EXPERTS.value else None,
       'balancing': dataclasses.asdict(_balanced()) if EXPERTS.value else None,
       'dispatch': dataclasses.asdict(_dispatch()) if EXPERTS.value else None,
+      'mixer': MIXER.value,
+      'attention_every': ATTENTION_EVERY.value,
       'text': texts.source,
       'text_fingerprint': texts.fingerprint,
     },

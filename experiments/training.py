@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 import jax
@@ -11,7 +11,8 @@ from absl import flags
 
 from experiments import base as embedded
 from experiments import common
-from model import corpus, expert_parallel, hf, sharding, stacked
+from model import context_parallel, corpus, expert_parallel, hf, sharding, stacked
+from model.config import ModelConfig
 from model.eval.records import Metric
 from model.tokenizer import Tokenizer
 from model.train import chats, loop, split
@@ -40,6 +41,7 @@ class Settings:
   dtype: str = 'float32'
   accumulation: int = 1
   remat: str = 'none'
+  context_strategy: str = 'auto'
   checkpoint_every: int = 100
   evaluate_every: int = 0  # 0: held-out text is measured before and after alone
   seed: int = 0
@@ -60,6 +62,7 @@ class Settings:
         compute_dtype=self.dtype,
         accumulation=self.accumulation,
         remat=self.remat,
+        context=self.context_strategy,
         seed=self.seed,
       ),
       checkpoint_every=self.checkpoint_every,
@@ -100,6 +103,7 @@ def define(defaults: Settings) -> dict[str, flags.FlagHolder]:
   holders['remat'] = flags.DEFINE_enum(
     'remat', defaults.remat, stacked.REMATS, 'What the backward pass computes again.'
   )
+  holders['context_strategy'] = common.define_context_strategy()
   return holders
 
 
@@ -182,6 +186,15 @@ def _chats(data: str, tokenizer: Tokenizer, settings: Settings) -> Text:
   )
 
 
+def check_mesh(
+  mesh: jax.sharding.Mesh, step: StepConfig, configs: Sequence[ModelConfig], seq_len: int
+) -> None:
+  """Raises ValueError if the mesh does not divide the experts of the first model, or the rows."""
+  expert_parallel.make(step.dispatch, configs[0], mesh)
+  axes = expert_parallel.batch_axes(step.dispatch)
+  context_parallel.plan(step.context, configs, mesh, axes).picks(seq_len)
+
+
 def fit(
   model: Transformer,
   data: PackedDataset,
@@ -194,10 +207,11 @@ def fit(
 ) -> FitResult:
   """Places the models on the mesh and trains.
 
-  Raises ValueError, before any work, if the mesh does not divide the experts or the batch; and if
-  the loss is not finite.
+  Raises ValueError, before any work, if the mesh does not divide the experts, the batch or its
+  rows; and if the loss is not finite.
   """
-  expert_parallel.make(config.step.dispatch, model.config, mesh)
+  configs = [each.config for each in (model, *task.references.values())]
+  check_mesh(mesh, config.step, configs, data.seq_len)
   axes = expert_parallel.batch_axes(config.step.dispatch)
   devices = math.prod(mesh.shape[axis] for axis in axes)
   if data.batch_size % devices:

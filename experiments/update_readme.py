@@ -22,7 +22,7 @@ from absl import flags
 
 from experiments import common, study_tables
 from experiments import lessons as lessons  # its techniques
-from experiments.speed_tables import decoding, grouped, link, long_texts, machine, spread
+from experiments.speed_tables import decoding, grouped, link, long_texts, machine, retrofit, spread
 from model.compress import registry
 from model.eval import columns, records
 from model.eval.records import BASE, Record
@@ -343,6 +343,12 @@ PARTS = (
   ),
   Part(
     file='docs/measuring.md', name='long', generate=long_texts, results=('long_context_cpu.jsonl',)
+  ),
+  Part(
+    file=COMPRESSING,
+    name='retrofit',
+    generate=functools.partial(retrofit, page=COMPRESSING),
+    results=('retrofit_smollm2_cpu.jsonl',),
   ),
   Part(file='docs/techniques.md', name='techniques', generate=techniques),
   Part(file='docs/tree.md', name='tree', generate=tree),

@@ -1,26 +1,30 @@
-"""The caches of a whole model, one for each layer, in one of several formats.
+"""The caches of a whole model, one for each layer, as a `CacheSpec` or its text says.
 
   float        the requested dtype
   bf16         bfloat16, whatever the dtype of the model
   int8, int4   low-bit codes (`model.layers.mixers.sides` and `paged`)
+  ...+h2o512   a fixed number of tokens (`model.cache_spec`)
 
-Slot s of a row holds position s of that row. The rows of a batch may have different lengths: a
-query sees only slots up to its own position, so slots past the end of a row are never read, and
-slots with padding are overwritten when the row reaches them. Layers with a window hold no more than
-that (`model.layers.mixers.slots`).
+Where all tokens stay, slot s of a row holds position s of that row. The rows of a batch may have
+different lengths: a query sees only slots up to its own position, so slots past the end of a row
+are never read, and slots with padding are overwritten when the row reaches them. Layers with a
+window hold no more than that (`model.layers.mixers.slots`), whatever the policy of the others.
 """
 
-from typing import get_args
-
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from model import sharding
+from model import cache_spec, sharding
+from model.cache_spec import CacheSpec
 from model.config import ModelConfig
-from model.layers.cache import CacheFormat
+from model.layers.cache import Cache
+from model.layers.mixers.policies import METHODS
+from model.layers.mixers.slots import SlotCache
+from model.layers.sublayer import MixerConfig
 from model.transformer import Caches
 
-FORMATS = get_args(CacheFormat)
+FORMATS = cache_spec.FORMATS
 
 
 def init(
@@ -28,7 +32,7 @@ def init(
   batch: int,
   capacity: int,
   dtype=jnp.float32,
-  format: CacheFormat = 'float',
+  format: CacheSpec | str = 'float',
   *,
   mesh: Mesh | None = None,
 ) -> Caches:
@@ -36,10 +40,46 @@ def init(
 
   `dtype` is that of the floating-point keys and values that a format stores; 'bf16' ignores it.
   'int4' rounds the capacity up to whole pages. A mesh divides the rows and the heads.
+
+  Raises:
+    ValueError: there is no such format, or a layer cannot give tokens up.
   """
-  check_format(format)
-  make = lambda: tuple(layer.mixer.cache(batch, capacity, dtype, format) for layer in config.layers)
+  layers = range(len(config.layers))
+  make = lambda: tuple(of_layer(config, i, batch, capacity, dtype, format) for i in layers)
+  cache_spec.of(format)
   return make() if mesh is None else sharding.make_caches(make, mesh)
+
+
+def of_layer(
+  config: ModelConfig, layer: int, batch: int, capacity: int, dtype, format: CacheSpec | str
+) -> Cache:
+  """`init` for one of the layers."""
+  spec, mixer = cache_spec.of(format), config.layers[layer].mixer
+  make = lambda: mixer.cache(batch, capacity, dtype, spec.format)
+  if spec.eviction is None:
+    return make()
+  evicting = [i for i, one in enumerate(config.layers) if _evicts(one.mixer)]
+  if layer not in evicting:
+    return make()
+  budget = spec.eviction.budgets(len(evicting))[evicting.index(layer)]
+  if capacity <= budget:
+    return make()
+  slots = jax.eval_shape(make)
+  if not isinstance(slots, SlotCache):
+    raise ValueError(f'{type(slots).__name__} of layer {layer} cannot give tokens up: {spec}')
+  return METHODS[spec.eviction.method].make(slots, budget)
+
+
+def _evicts(mixer: MixerConfig) -> bool:
+  """Whether a layer needs a policy; those with a window hold no more than that.
+
+  Raises ValueError for a sparse pattern of another kind.
+  """
+  if mixer.pattern is None:
+    return True
+  if mixer.pattern.recent is None:
+    raise ValueError(f'layers that see {mixer.pattern} cannot give tokens up; use all of them')
+  return False
 
 
 def insert(caches: Caches, row, one: Caches) -> Caches:
@@ -47,7 +87,6 @@ def insert(caches: Caches, row, one: Caches) -> Caches:
   return tuple(cache.insert(row, other) for cache, other in zip(caches, one, strict=True))
 
 
-def check_format(format: str) -> None:
-  """Raises ValueError if there is no cache format of this name."""
-  if format not in FORMATS:
-    raise ValueError(f'{format!r} is not a cache format; the formats are {", ".join(FORMATS)}')
+def check_format(format: CacheSpec | str) -> None:
+  """Raises ValueError if there is no such cache."""
+  cache_spec.of(format)

@@ -150,7 +150,7 @@ def _problem(module, names, stored, entries, config) -> str | None:
 def _attach(model, entry, arrays, module, config):
   a_RI, b_OR, *magnitude = (array.astype(np.float32) for array in arrays)
   codec = dataclasses.replace(entry.codec, transpose=True)
-  split = lambda array, shapes: codec.split(array, shapes, entry.head_width)
+  split = lambda array, shapes: codec.split(array, shapes, entry.heads)
   outputs = [shape[-1] for shape in entry.shapes]
   sides = split(b_OR, [(len(a_RI), o) for o in outputs])
   lengths = split(magnitude[0], [(o,) for o in outputs]) if magnitude else [None] * len(sides)
@@ -215,14 +215,14 @@ def _joined(entry: Entry, parts: list[Matrix | None]) -> tuple[Arrays, float]:
     a_IR, rows = first[0], [side[1] for side in sides]
   else:
     a_IR, rows = _added_up(plain, sides, [shape[-1] for shape in entry.shapes], scale)
-  arrays = {A: a_IR.T, B: codec.join(rows, entry.head_width)}
+  arrays = {A: a_IR.T, B: codec.join(rows, entry.heads)}
   if any(isinstance(part, DoraTensor) for part in parts):
     lengths = [
       np.asarray(part.magnitude_O, np.float32) if part is not None else None for part in parts
     ]
     if any(length is None for length in lengths):
       raise ValueError(f'{entry.theirs} is adapted by DoRA in a part of its layers only')
-    arrays[MAGNITUDE] = codec.join(lengths, entry.head_width)
+    arrays[MAGNITUDE] = codec.join(lengths, entry.heads)
   return arrays, scale
 
 

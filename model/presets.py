@@ -9,16 +9,21 @@ import difflib
 import math
 from collections.abc import Callable
 
+from model import deepseek
 from model.config import ModelConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
 from model.layers.mixers.attention import AttentionConfig
+from model.layers.mixers.delta import GatedDeltaConfig
 from model.layers.routed import RoutedConfig
 from ops.moe import Router
 from ops.rope import RopeConfig
 
 # A tied head counts once.
 PARAMETERS = {
+  'deepseek-v2': 235_741_434_880,
+  'deepseek-v2-lite': 15_706_484_224,
+  'deepseek-v3': 671_026_419_200,  # with the biases of the choice of experts
   'gemma-2-2b': 2_614_341_888,
   'gemma-3-1b': 999_885_952,
   'gpt2': 124_439_808,
@@ -31,9 +36,11 @@ PARAMETERS = {
   'phi-3-mini': 3_821_079_552,
   'pythia-70m': 70_426_624,
   'qwen3-0.6b': 596_049_920,
+  'qwen3-next-80b-a3b': 79_674_391_296,
   'smollm2-135m': 134_515_008,
   'smollm3-3b': 3_075_098_624,
   'tinyllama-1.1b': 1_100_048_384,
+  'tiny-deepseek-v3': 143_288,
   'tiny-gemma2': 102_976,
   'tiny-gemma3': 103_040,
   'tiny-gpt2': 124_672,
@@ -44,6 +51,7 @@ PARAMETERS = {
   'tiny-olmoe': 173_632,
   'tiny-phi3': 124_224,
   'tiny-qwen3': 99_712,
+  'tiny-qwen3-next': 325_544,
   'tiny-smollm3': 182_848,
 }
 
@@ -118,6 +126,30 @@ def _qwen3(depth: int, sizes: _Sizes, **fields) -> ModelConfig:
   rope = RopeConfig(theta=1e6)
   return ModelConfig(
     family='qwen3', layers=(layer,) * depth, norm_eps=1e-6, rope=rope, tied=True, **fields
+  )
+
+
+def _qwen3_next(
+  depth: int, sizes: _Sizes, delta: GatedDeltaConfig, experts: int, choices: int, **fields
+) -> ModelConfig:
+  heads = AttentionConfig(
+    **sizes.mixer, rotary_width=sizes.mixer['head_width'] // 4, qk_norm=True, gated=True
+  )
+  ffn = RoutedConfig(
+    experts=experts,
+    width=sizes.ffn,
+    router=Router(choices=choices, renormalize=True),
+    shared_width=sizes.ffn,
+    shared_gate=True,
+  )
+  mixers = [delta if (l + 1) % 4 else heads for l in range(depth)]
+  return ModelConfig(
+    family='qwen3_next',
+    layers=tuple(LayerConfig(mixer=mixer, ffn=ffn) for mixer in mixers),
+    norm_eps=1e-6,
+    norm_offset=1.0,
+    rope=RopeConfig(theta=1e7),
+    **fields,
   )
 
 
@@ -207,6 +239,7 @@ _LLAMA3_ROPE = RopeConfig(theta=5e5, kind='llama3', factor=8.0, original_max_pos
 _TINY = {'vocab_size': 256, 'width': 64, 'max_positions': 128}
 
 _BUILDERS: dict[str, Callable[[], ModelConfig]] = {
+  **deepseek.PRESETS,
   'gemma-2-2b': lambda: _gemma2(
     26, _sizes(8, 4, 256, 9216), 4096, vocab_size=256_000, width=2304, max_positions=8192
   ),
@@ -296,6 +329,18 @@ _BUILDERS: dict[str, Callable[[], ModelConfig]] = {
     bos_id=151_643,
     eos_ids=(151_645,),
   ),
+  'qwen3-next-80b-a3b': lambda: _qwen3_next(
+    48,
+    _sizes(16, 2, 256, 512),
+    GatedDeltaConfig(key_heads=16, value_heads=32, key_width=128, value_width=128),
+    512,
+    10,
+    vocab_size=151_936,
+    width=2048,
+    max_positions=262_144,
+    bos_id=151_643,
+    eos_ids=(151_645,),
+  ),
   'smollm2-135m': lambda: _llama(
     30,
     _sizes(9, 3, 64, 1536),
@@ -330,5 +375,13 @@ _BUILDERS: dict[str, Callable[[], ModelConfig]] = {
   'tiny-olmoe': lambda: _olmoe(2, _sizes(4, 4, 16, 32), 8, 2, **_TINY | {'vocab_size': 320}),
   'tiny-phi3': lambda: _llama(2, _sizes(4, 4, 16, 152), 64, family='phi3', **_TINY),
   'tiny-qwen3': lambda: _qwen3(2, _sizes(4, 2, 16, 152), **_TINY),
+  'tiny-qwen3-next': lambda: _qwen3_next(
+    4,
+    _sizes(4, 2, 16, 32),
+    GatedDeltaConfig(key_heads=2, value_heads=4, key_width=16, value_width=16),
+    8,
+    2,
+    **_TINY,
+  ),
   'tiny-smollm3': lambda: _smollm3(4, _sizes(4, 2, 16, 152), **_TINY),
 }

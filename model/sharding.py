@@ -7,7 +7,7 @@ run on one device or on many. An axis whose size is not a multiple of its mesh a
 experts must be a multiple, because whoever divides them counts on it.
 
 Mesh axes: `data` splits the batch; `fsdp` the batch and the parameters; `model` heads, feed-forward
-and vocabulary; `expert` the experts.
+and vocabulary; `expert` the experts; `context` the tokens of a row (`model.context_parallel`).
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from ops.linear import Matrix, Weight
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
   'B': ('data', 'fsdp'),
+  'T': 'context',
   'S': None,
   'D': 'fsdp',
   'F': 'model',
@@ -34,17 +35,26 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'V': 'model',
   'E': 'expert',
   'H': None,
+  'Z': None,
   'P': None,
+  'R': None,
+  'W': None,
   '_': None,
 }
 
 
 def make_mesh(
-  *, data: int = 1, fsdp: int = 1, model: int = 1, expert: int = 1, devices=None
+  *,
+  data: int = 1,
+  fsdp: int = 1,
+  model: int = 1,
+  expert: int = 1,
+  context: int = 1,
+  devices=None,
 ) -> Mesh:
   """Arranges devices as a mesh. Raises ValueError if there are too few."""
   devices = jax.devices() if devices is None else devices
-  sizes = {'data': data, 'fsdp': fsdp, 'model': model, 'expert': expert}
+  sizes = {'data': data, 'fsdp': fsdp, 'model': model, 'expert': expert, 'context': context}
   shape, needed = tuple(sizes.values()), math.prod(sizes.values())
   if needed > len(devices):
     form = ' x '.join(map(str, shape))
@@ -122,8 +132,9 @@ def mesh_of(model: nnx.Module) -> Mesh | None:
 
 
 def batch_sharding(mesh: Mesh, axes: tuple[str, ...] = RULES['B']) -> NamedSharding:
-  """Returns the sharding of token batches [B, T], whose rows these mesh axes divide."""
-  return NamedSharding(mesh, PartitionSpec(axes))
+  """Returns the sharding of token batches [B, T, ...], whose rows these mesh axes divide."""
+  tokens = (RULES['T'],) if mesh.shape.get(RULES['T'], 1) > 1 else ()
+  return NamedSharding(mesh, PartitionSpec(axes, *tokens))
 
 
 def _param_shardings(mesh, module, param):

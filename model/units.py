@@ -3,8 +3,8 @@
 A unit is a feed-forward channel ('F'), a key/value head with the query heads that read it ('K'), a
 dimension of the residual stream ('D') or a whole layer ('L'). Which arrays are cut for it, and
 along which axis, follows from the letters of their axes (`axes` of the modules in `model.layers`)
-and from `SubLayerConfig.units`: a key/value head takes a run of elements along every 'K' axis, and
-its query heads a run along every 'N' axis.
+and from `SubLayerConfig.units`: a key/value head takes an equal share of every 'K' axis, and its
+query heads one of every 'N' axis.
 
 What is left is a smaller dense model of the same class, with a config of its own.
 """
@@ -79,21 +79,23 @@ def layer_of(path: str) -> int | None:
 
 def cuts(model: Transformer, unit: Unit, layer: int | None = None) -> list[Cut]:
   """Returns every axis along which units 'F', 'K' or 'D' are cut, in one layer or in the model."""
-  found = []
+  found, params = [], parameters(model)
   for path, names in letters(model).items():
     l = layer_of(path)
     if layer is not None and l != layer:
       continue
-    runs = _runs(model.config.layers[l], unit) if l is not None else {unit: 1}
+    cut = (unit,) if l is None else _axes(model.config.layers[l], unit)
     for axis, letter in enumerate(names):
-      if letter in runs:
-        found.append(Cut(path=path, axis=axis, letter=letter, run=runs[letter]))
+      if letter in cut:
+        size = params[path].get_value().shape[axis]
+        elements = 1 if l is None else run(model.config.layers[l], letter, size)
+        found.append(Cut(path=path, axis=axis, letter=letter, run=elements))
   return found
 
 
-def _runs(layer: LayerConfig, unit: Unit) -> dict[str, int]:
-  """The letters of a unit in one layer, and how many elements a unit has along each."""
-  return {unit: 1} if unit == 'D' else _units(layer, unit).runs
+def _axes(layer: LayerConfig, unit: Unit) -> tuple[str, ...]:
+  """The letters of the axes in one layer that consist of this unit."""
+  return (unit,) if unit == 'D' else _units(layer, unit).axes
 
 
 def _units(layer: LayerConfig, unit: Unit) -> Units:
@@ -106,18 +108,18 @@ def _units(layer: LayerConfig, unit: Unit) -> Units:
 
 def unit_of(layer: LayerConfig, letter: str) -> str:
   """Returns the letter of the units that an axis of a matrix in this layer consists of."""
-  return next((units.letter for units in layer.units if letter in units.runs), letter)
+  return next((units.letter for units in layer.units if letter in units.axes), letter)
 
 
-def run(layer: LayerConfig, letter: str) -> int:
-  """Returns how many elements a unit has along an axis with this letter, in a layer."""
-  return next((units.runs[letter] for units in layer.units if letter in units.runs), 1)
+def run(layer: LayerConfig, letter: str, size: int) -> int:
+  """Returns how many elements a unit has along an axis of this letter and size, in a layer."""
+  return next((size // units.count for units in layer.units if letter in units.axes), 1)
 
 
 def readers(block: Block, unit: Unit) -> tuple[str, ...]:
   """Returns the linear layers of a block whose inputs are its units, by their paths in it."""
-  runs = _runs(block.layer, unit)
-  return tuple(path for path, linear in linears(block).items() if linear.axes[-2] in runs)
+  read = _axes(block.layer, unit)
+  return tuple(path for path, linear in linears(block).items() if linear.axes[-2] in read)
 
 
 def sizes(config: ModelConfig, unit: Unit) -> list[int]:
@@ -167,24 +169,25 @@ def cut(model: Transformer, kept: Kept) -> tuple[ModelConfig, dict[str, jax.Arra
     if l is not None and l not in place:
       continue
     value = param.get_value()
-    for axis, indices in _indices(model.config, kept, names[path], l):
+    for axis, indices in _indices(model.config, kept, names[path], value.shape, l):
       check_plain(path, value)
       value = jnp.take(value, indices, axis=axis)
     values[path if l is None else _renumbered(path, place[l])] = value
   return resized(model.config, kept), values
 
 
-def _indices(config, kept: Kept, names, l) -> Iterator[tuple[int, np.ndarray]]:
+def _indices(config, kept: Kept, names, shape, l) -> Iterator[tuple[int, np.ndarray]]:
   """The axes along which an array is cut, and the elements that stay."""
   chosen = {'D': kept.width}
   if l is not None:
     chosen |= {'F': kept.channels.get(l), 'K': kept.heads.get(l)}
   for unit, units in chosen.items():
     if units is not None:
-      runs = _runs(config.layers[l], unit) if l is not None else {unit: 1}
+      cut = (unit,) if l is None else _axes(config.layers[l], unit)
       for axis, letter in enumerate(names):
-        if letter in runs:
-          yield axis, elements(units, runs[letter])
+        if letter in cut:
+          own = 1 if l is None else run(config.layers[l], letter, shape[axis])
+          yield axis, elements(units, own)
 
 
 def elements(units: np.ndarray, run: int) -> np.ndarray:

@@ -13,7 +13,8 @@ The implementations differ in memory and in scope:
              ops/layouts.py for sparse patterns); from `LONG` queries on, where a loop over blocks
              pays on the platform
   cudnn      stores no scores; NVIDIA GPUs, causal or windowed self-attention in bfloat16 or float16
-  native     stores no scores; CPUs, a few queries per row over a cache, which may be in int8
+  native     stores no scores; CPUs, in float32 or bfloat16, and over caches in int8. Its gradients
+             are those of the reference below `LONG` queries, and those of blocks from there on
 """
 
 import functools
@@ -23,15 +24,15 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from ops import axes, layouts
+from ops import axes, blocked, layouts
 from ops.kernels.cpu import attend
 from ops.masks import AttentionMask
 
 Implementation = Literal['auto', 'reference', 'blocked', 'cudnn', 'native']
 
 PLATFORMS = {'cpu': 'native', 'cuda': 'cudnn', 'rocm': None, 'tpu': None}  # with its kernel
-# Queries; as timed on CPUs, and elsewhere so that scores do not fill the memory.
-LONG = {'cpu': 512, 'cuda': 4096, 'rocm': 4096, 'tpu': 4096}
+# Queries; as timed on CPUs with gradients, and elsewhere so that scores do not fill the memory.
+LONG = {'cpu': 128, 'cuda': 4096, 'rocm': 4096, 'tpu': 4096}
 
 # Far below any score, but finite: with -inf, a query that sees no key would give NaN.
 _MASKED = -1e30
@@ -66,10 +67,11 @@ def attention(
   arguments = (q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
   if impl == 'reference':
     return reference(*arguments)
+  long = q_BTNH.shape[1] >= LONG['cpu']
   kernels = {
     'blocked': functools.partial(layouts.attention, scale=scale, softcap=softcap),
     'cudnn': functools.partial(_cudnn, window=_window(mask), scale=scale),
-    'native': functools.partial(_native, scale, softcap),
+    'native': functools.partial(_native_long if long else _native, scale, softcap),
   }
   if impl not in ('auto', *kernels):
     raise ValueError(f'impl {impl!r} is not one of {", ".join(get_args(Implementation))}')
@@ -100,7 +102,7 @@ def attention_over_codes(
 ) -> jax.Array:
   """`attention` to keys and values (a pair of each) in int8, each token and head with its scale.
 
-  A few queries over a cache read the codes as they are, on CPUs; otherwise both are widened first.
+  On CPUs the codes are read as they are; otherwise both are widened first.
   """
   arguments = (q_BTNH, codes_BSKH, scales_BSK, mask, sinks_N)
   widened = functools.partial(_widened, scale=scale, softcap=softcap)
@@ -119,7 +121,7 @@ def _widened(q_BTNH, codes_BSKH, scales_BSK, mask, sinks_N, **scores):
 
 
 def _native_over_codes(q_BTNH, codes_BSKH, scales_BSK, mask, sinks_N, **scores):
-  return attend.attend(q_BTNH, *codes_BSKH, mask, sinks_N, scales_BSK=scales_BSK, **scores)
+  return attend.attention(q_BTNH, *codes_BSKH, mask, sinks_N, scales_BSK=scales_BSK, **scores)
 
 
 def pick(
@@ -244,9 +246,13 @@ def _exponentials(scores_BKGTS, sinks_N):
   return weights_BKGTS, jnp.where(total == 0, 1.0, total)
 
 
+def _native_long(scale, softcap, *arguments):
+  return blocked.partial(*arguments, scale=scale, softcap=softcap, native=True)[0]
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _native(scale, softcap, q_BTNH, k_BSKH, v_BSKH, mask, sinks_N):
-  return attend.attend(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, scale=scale, softcap=softcap)
+  return attend.attention(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, scale=scale, softcap=softcap)
 
 
 @_native.defjvp

@@ -11,7 +11,11 @@ Which blocks are visited follows from the smallest and the largest position in e
 exact, and masks whose positions are sorted are fast. All sums are in float32.
 
 Parts of the keys can be attended to one by one, in any layout: `partial` gives what is found in a
-part, with the logarithms of its sums, and `merged` puts the parts together.
+part, with the logarithms of its sums, and `merged` puts the parts together. `gradients` is the
+backward pass of a part, for callers whose own backward pass visits the parts again.
+
+On CPUs the forward pass can be the native one (`ops.kernels.cpu.attend.prefill`), which saves the
+same for the backward pass.
 """
 
 import dataclasses
@@ -22,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from ops.kernels.cpu import attend
 from ops.masks import AttentionMask
 from ops.patterns import Pattern
 
@@ -42,6 +47,7 @@ class Scores:
   pattern: Pattern | None
   queries: int
   keys: int
+  native: bool
 
 
 def partial(
@@ -54,28 +60,20 @@ def partial(
   scale: float,
   softcap: float | None,
   sizes: tuple[int, int] | None = None,
+  native: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """`ops.attention.attention` to some of the keys: (y_BTNH, logs_BTN).
 
   `logs_BTN` are the logarithms of the sums over these keys that normalise the softmax, float32;
   below -1e29 for a query that sees none of them. `sizes` are the queries and keys of a block (None:
-  what was fastest on a CPU).
+  what was fastest on a CPU). With `native`, the forward pass on CPUs is the native kernel, which
+  must have no `obstacle`.
   """
-  keys = k_BSKH.shape[1]
-  seen = keys if mask.pattern is None else mask.pattern.seen(keys)
-  of_block = sizes or next((size for most, size in SIZES.items() if seen <= most), LARGEST)
-  scores = Scores(
-    scale=scale,
-    softcap=softcap,
-    pattern=mask.pattern,
-    queries=of_block[0],
-    keys=min(of_block[1], keys),
-  )
-  length, kv_heads = q_BTNH.shape[1], k_BSKH.shape[2]
-  q_BKGTH = rearrange(q_BTNH, 'B T (K G) H -> B K G T H', K=kv_heads)
+  scores = _described(mask, k_BSKH.shape[1], sizes, scale=scale, softcap=softcap, native=native)
+  kv_heads = k_BSKH.shape[2]
   sinks_KG = None if sinks_N is None else rearrange(sinks_N, '(K G) -> K G', K=kv_heads)
-  found = _attend(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, _marks(mask))
-  y_BKGTH, logs_BKGT = (part[:, :, :, :length] for part in found)
+  found = _attend(scores, _by_head(q_BTNH, kv_heads), k_BSKH, v_BSKH, sinks_KG, _marks(mask))
+  y_BKGTH, logs_BKGT = found
   y_BTNH = rearrange(y_BKGTH, 'B K G T H -> B T (K G) H')
   return y_BTNH, rearrange(logs_BKGT, 'B K G T -> B T (K G)')
 
@@ -92,6 +90,41 @@ def merged(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax
   return y_BTNH.astype(dtype), logs_BTN
 
 
+def gradients(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  mask: AttentionMask,
+  found: tuple[jax.Array, jax.Array],
+  y_bar_BTNH: jax.Array,
+  *,
+  scale: float,
+  softcap: float | None,
+  sizes: tuple[int, int] | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Gradients of q, k and v through some of the keys, from that of the attention to all of them.
+
+  `found` is what `merged` gave of all parts. The gradients of q of all parts add up. In float32.
+  """
+  scores = _described(mask, k_BSKH.shape[1], sizes, scale=scale, softcap=softcap, native=False)
+  by_head = functools.partial(_by_head, kv_heads=k_BSKH.shape[2])
+  saved = (by_head(q_BTNH), k_BSKH, v_BSKH, _marks(mask), *map(by_head, found))
+  y_bar = by_head(y_bar_BTNH).astype(jnp.float32)
+  q_bar, k_bar, v_bar = _bars(scores, saved, y_bar, _delta(saved, y_bar))
+  return rearrange(q_bar, 'B K G T H -> B T (K G) H'), k_bar, v_bar
+
+
+def _described(mask: AttentionMask, keys: int, sizes: tuple[int, int] | None, **score) -> Scores:
+  seen = keys if mask.pattern is None else mask.pattern.seen(keys)
+  of_block = sizes or next((size for most, size in SIZES.items() if seen <= most), LARGEST)
+  keys = min(of_block[1], keys)
+  return Scores(pattern=mask.pattern, queries=of_block[0], keys=keys, **score)
+
+
+def _by_head(x_BTN, kv_heads: int):
+  return jnp.moveaxis(rearrange(x_BTN, 'B T (K G) ... -> B T K G ...', K=kv_heads), 1, 3)
+
+
 def _marks(mask: AttentionMask):
   """Positions and segments of the queries and of the keys: ((BT, BT or None), (BS, BS or None))."""
   queries = mask.q_positions_BT, mask.q_segments_BT
@@ -103,7 +136,38 @@ def _attend(scores: Scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks):
   return _forward(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks)[0]
 
 
-def _forward(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks):
+def _forward(scores, *arrays):
+  in_blocks = functools.partial(_in_blocks, scores)
+  if scores.native:
+    native = functools.partial(_native, scores)
+    y_BKGTH, logs_BKGT = jax.lax.platform_dependent(*arrays, cpu=native, default=in_blocks)
+  else:
+    y_BKGTH, logs_BKGT = in_blocks(*arrays)
+  found = y_BKGTH, logs_BKGT
+  return found, (*arrays, *found)
+
+
+def _native(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks):
+  kv_heads = q_BKGTH.shape[1]
+  (q_positions_BT, q_segments_BT), (k_positions_BS, k_segments_BS) = marks
+  mask = AttentionMask(
+    q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, pattern=scores.pattern
+  )
+  y_BTNH, logs_BNT = attend.prefill(
+    rearrange(q_BKGTH, 'B K G T H -> B T (K G) H'),
+    k_BSKH,
+    v_BSKH,
+    mask,
+    None if sinks_KG is None else sinks_KG.reshape(-1),
+    scale=scores.scale,
+    softcap=scores.softcap,
+  )
+  y_BKGTH = rearrange(y_BTNH, 'B T (K G) H -> B K G T H', K=kv_heads)
+  return y_BKGTH, rearrange(logs_BNT, 'B (K G) T -> B K G T', K=kv_heads)
+
+
+def _in_blocks(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks):
+  length = q_BKGTH.shape[3]
   queries = _query_blocks(q_BKGTH, marks[0], scores.queries)
   keys = _Keys.of(k_BSKH, v_BSKH, marks[1], scores.keys)
 
@@ -128,17 +192,30 @@ def _forward(scores, q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks):
     return None, ((out / total[..., None]).astype(q_BKGTH.dtype), peak + jnp.log(total))
 
   _, (y, logs) = jax.lax.scan(one, None, queries)
-  y_BKGTH, logs_BKGT = _joined(y), rearrange(logs, 'i B K G T -> B K G (i T)')
-  found = y_BKGTH, logs_BKGT
-  return found, (q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks, *found)
+  logs_BKGT = rearrange(logs, 'i B K G T -> B K G (i T)')
+  return _joined(y)[..., :length, :], logs_BKGT[..., :length]
 
 
 def _backward(scores, saved, bars):
-  q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks, y_BKGTH, logs_BKGT = saved
+  q_BKGTH, k_BSKH, v_BSKH, sinks_KG, marks, *found = saved
   y_bar, logs_bar = (bar.astype(jnp.float32) for bar in bars)
-  delta_BKGT = jnp.sum(y_bar * y_BKGTH.astype(jnp.float32), -1) - logs_bar
+  saved = (q_BKGTH, k_BSKH, v_BSKH, marks, *found)
+  delta_BKGT = _delta(saved, y_bar) - logs_bar
+  found_bars = _bars(scores, saved, y_bar, delta_BKGT)
+  cast = (bar.astype(x.dtype) for bar, x in zip(found_bars, (q_BKGTH, k_BSKH, v_BSKH)))
+  return *cast, _sinks_bar(sinks_KG, found[1], delta_BKGT), None
+
+
+def _delta(saved, y_bar):
+  return jnp.sum(y_bar * saved[4].astype(jnp.float32), -1)
+
+
+def _bars(scores, saved, y_bar, delta_BKGT):
+  """Gradients of q, k and v in float32."""
+  q_BKGTH, k_BSKH, v_BSKH, marks, _, logs_BKGT = saved
   queries = _query_blocks(q_BKGTH, marks[0], scores.queries)
-  cut = lambda x: rearrange(x, 'B K G (i T) ... -> i B K G T ...', T=scores.queries)
+  filled = lambda x: _filled(x, scores.queries, 3)
+  cut = lambda x: rearrange(filled(x), 'B K G (i T) ... -> i B K G T ...', T=scores.queries)
   keys = _Keys.of(k_BSKH, v_BSKH, marks[1], scores.keys)
 
   def one(sums, block):
@@ -166,11 +243,9 @@ def _backward(scores, saved, bars):
   nothing = jnp.zeros(keys.k_BSKH.shape, jnp.float32)
   blocks = (queries, cut(y_bar), cut(logs_BKGT), cut(delta_BKGT))
   (k_bar, v_bar), q_bar = jax.lax.scan(one, (nothing, nothing), blocks)
-  q_bar = _joined(q_bar)[..., : q_BKGTH.shape[3], :].astype(q_BKGTH.dtype)
-  k_bar, v_bar = (
-    bar[:, : like.shape[1]].astype(like.dtype) for bar, like in ((k_bar, k_BSKH), (v_bar, v_BSKH))
-  )
-  return q_bar, k_bar, v_bar, _sinks_bar(sinks_KG, logs_BKGT, delta_BKGT), None
+  q_bar = _joined(q_bar)[..., : q_BKGTH.shape[3], :]
+  k_bar, v_bar = (bar[:, : k_BSKH.shape[1]] for bar in (k_bar, v_bar))
+  return q_bar, k_bar, v_bar
 
 
 _attend.defvjp(_forward, _backward)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from ops import blocked, patterns
+from ops.kernels.cpu import attend
 from ops.masks import AttentionMask
 from ops.patterns import Pattern
 
@@ -58,7 +59,8 @@ def attention(
 
 
 def _in_blocks(compute, sinks_N, q, k, v, mask):
-  return compute(q, k, v, mask, sinks_N)
+  native = attend.obstacle(q, k, v, mask) is None
+  return compute(q, k, v, mask, sinks_N, native=native)
 
 
 def _parts(mask: AttentionMask) -> Iterator[tuple[Pattern | None, Callable]]:
@@ -113,10 +115,13 @@ def _folded(step: int, partial: Partial, q, k, v, mask):
     x = jnp.pad(x, pad, constant_values=value)
     return rearrange(x, 'B (T step) ... -> (B step) T ...', step=step)
 
+  pattern = mask.pattern
+  if isinstance(pattern, patterns.Window):  # all tokens of a row have one residue
+    pattern = patterns.Window(pattern.size * step)
   inner = AttentionMask(
     fold(mask.q_positions_BT, blocked.BEFORE_ALL),
     fold(mask.k_positions_BS, blocked.AFTER_ALL),
-    pattern=mask.pattern,
+    pattern=pattern,
   )
   found = partial(fold(q), fold(k), fold(v), inner)
   unfold = lambda x: rearrange(x, '(B step) T ... -> B (T step) ...', step=step)[:, :length]

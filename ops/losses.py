@@ -35,7 +35,8 @@ def over_tokens(fn: Callable[..., Any], *arrays_BT: jax.Array, chunk: int = 1024
   if chunk < 1:
     raise ValueError(f'chunk must be at least 1 token, not {chunk}')
   batch, length = jax.tree.leaves(arrays_BT)[0].shape[:2]
-  # Chunks split T and not B, so that a batch that is sharded over devices is not moved.
+  # Chunks split T and not B, and the positions of a chunk lie at equal distances, so that each
+  # chunk has tokens of all devices among which rows or positions are divided.
   columns = min(max(1, chunk // batch), length)
   chunks = jax.tree.map(lambda a: _chunked(a, columns), arrays_BT)
   found = jax.lax.map(jax.checkpoint(lambda parts: fn(*parts)), chunks)
@@ -81,17 +82,20 @@ def kl_divergence(p_logits: jax.Array, q_logits: jax.Array) -> jax.Array:
 
 
 def _chunked(array, columns):
-  """Splits [B, T, ...] into [chunks, B, columns, ...]; T is padded to a multiple of `columns`."""
+  """Splits [B, T, ...] into [chunks, B, columns, ...]; T is padded to a multiple of `columns`.
+
+  Chunk i has the positions i, i + chunks, i + 2 chunks, ...
+  """
   batch, length, *rest = array.shape
   widths = [(0, 0), (0, -length % columns)] + [(0, 0)] * len(rest)
   chunks = -(-length // columns)
-  return jnp.moveaxis(jnp.pad(array, widths).reshape(batch, chunks, columns, *rest), 1, 0)
+  return jnp.moveaxis(jnp.pad(array, widths).reshape(batch, columns, chunks, *rest), 2, 0)
 
 
 def _joined(chunks, length):
   """Joins [chunks, B, columns, ...] to [B, T, ...], without the padding."""
   count, batch, columns, *rest = chunks.shape
-  return jnp.moveaxis(chunks, 0, 1).reshape(batch, count * columns, *rest)[:, :length]
+  return jnp.moveaxis(chunks, 0, 2).reshape(batch, columns * count, *rest)[:, :length]
 
 
 def label_nll(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:

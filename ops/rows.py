@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ops.kernels import cpu
 
@@ -15,7 +16,7 @@ UNROLLED_ROWS = 8
 def write(rows: jax.Array, new: jax.Array, starts_B: jax.Array) -> jax.Array:
   """Writes new[b] into rows[b] from index starts_B[b] on, along the second axis; it must fit."""
   new = new.astype(rows.dtype)
-  on_cpu = _natively if cpu.available() else _as_integers
+  on_cpu = _natively if cpu.available() else functools.partial(_as_integers, write=_through_xla)
   return jax.lax.platform_dependent(rows, new, starts_B, cpu=on_cpu, default=_through_xla)
 
 
@@ -29,12 +30,12 @@ def _natively(rows, new, starts_B):
   return call(rows, new, starts_B.astype(jnp.int32))
 
 
-def _as_integers(rows, new, starts_B):
+def _as_integers(rows, new, starts, write):
   """Writes 16-bit floats as integers, because XLA:CPU would widen all of them for each row."""
   if rows.dtype not in (jnp.bfloat16, jnp.float16):
-    return _through_xla(rows, new, starts_B)
+    return write(rows, new, starts)
   bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
-  return jax.lax.bitcast_convert_type(_through_xla(bits(rows), bits(new), starts_B), rows.dtype)
+  return jax.lax.bitcast_convert_type(write(bits(rows), bits(new), starts), rows.dtype)
 
 
 def _through_xla(rows, new, starts_B):
@@ -45,6 +46,16 @@ def _through_xla(rows, new, starts_B):
   for b in range(len(rows)):
     rows = jax.lax.dynamic_update_slice(rows, new[b : b + 1], (b, starts_B[b], *rest))
   return rows
+
+
+def put(rows: jax.Array, new: jax.Array, at_BK: jax.Array) -> jax.Array:
+  """Writes new[b, k] into rows[b, k] at index at_BK[b, k], along the third axis."""
+  b, k = np.arange(len(at_BK))[:, None], np.arange(at_BK.shape[1])[None]
+
+  def through_xla(rows, new, at_BK):
+    return rows.at[b, k, at_BK].set(new, mode='promise_in_bounds', unique_indices=True)
+
+  return _as_integers(rows, new.astype(rows.dtype), at_BK, through_xla)
 
 
 def read(rows: jax.Array, starts_B: jax.Array, length: int) -> jax.Array:

@@ -3,8 +3,10 @@
 A group is an edge of the block's wiring (model/layers/wiring.py) along which scales pass:
 
   norm -> its readers
+  down -> up         of a latent, without a norm between them
   value -> output    attention mixes tokens, not channels; the query heads of one key/value head
                      share its scales
+  head norm -> output   of a recurrent mixer; all heads share the scales, as they share the norm's
   up -> down         if a gate multiplies it, or if the activation is relu, because
                      relu(x / s) = relu(x) / s
 
@@ -34,7 +36,7 @@ import jax.numpy as jnp
 
 from model.config import ModelConfig
 from model.layers.block import LayerConfig
-from model.layers.wiring import Attended, Edge, Normed
+from model.layers.wiring import Attended, Edge, HeadNormed, Normed, Passed
 from ops import experts
 from ops.linear import Matrix, Weight
 
@@ -96,10 +98,12 @@ def groups(config: ModelConfig, layer: LayerConfig) -> tuple[Group, ...]:
 def _group(edge: Edge, norm_offset: float) -> Group:
   make = functools.partial(Group, producer=edge.producer, consumers=edge.consumers)
   match edge.through:
-    case Normed():
+    case Normed() | Passed(normed=True):
       return make(norm_offset=norm_offset)
     case Attended(head_width=width, copies=copies):
       return make(copies=copies, run=width)
+    case HeadNormed(head_width=width, copies=copies):
+      return make(norm_offset=0.0, copies=copies, run=width)
     case _:
       return make()
 

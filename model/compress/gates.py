@@ -60,7 +60,8 @@ class GatedLoss:
   def __call__(self, values: Mapping[str, Matrix], gates: Gates, tokens_BT) -> jax.Array:
     gated = dict(values)
     for path, letter in self.readers:
-      gate_I, w_IO = self._gate(gates, path, letter), values[path]
+      w_IO = values[path]
+      gate_I = self._gate(gates, path, letter, w_IO.shape[-2])
       gate = jnp.broadcast_to(gate_I[:, None], w_IO.shape)  # the same one for every expert
       gated[path] = (w_IO.astype(jnp.float32) * gate).astype(w_IO.dtype)
     model = nnx.merge(self.graphdef, nnx.from_flat_state(_flat(gated)))
@@ -68,12 +69,12 @@ class GatedLoss:
     x_BTD = x_BTD * gates['D'][0].astype(x_BTD.dtype)[None, None]  # what the head reads
     return losses.cross_entropy(x_BTD[:, :-1], tokens_BT[:, 1:], model.logits).mean()
 
-  def _gate(self, gates, path, letter) -> jax.Array:
+  def _gate(self, gates, path, letter, inputs: int) -> jax.Array:
     """The gate of each input of a matrix."""
     l = units.layer_of(path)
     unit = units.unit_of(self.config.layers[l], letter)
     gate = gates[unit][0 if unit == 'D' else l]
-    return jnp.repeat(gate, units.run(self.config.layers[l], letter))
+    return jnp.repeat(gate, inputs // len(gate))
 
 
 def _is_gated(config: ModelConfig, path: str, letter: str) -> bool:

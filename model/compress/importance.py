@@ -71,8 +71,9 @@ def _of_layers(model, measurements, unit, importance) -> list:
   for block, measured in zip(model.layers, measurements.inputs(readers, (wanted,)), strict=True):
     ((layer, statistics),) = measured.items()
     linear = linears(block)[layer]
-    run = units.run(block.layer, linear.axes[-2])
-    found.append(_of_inputs(statistics, linear.weight.get_value(), run, importance))
+    w = linear.weight.get_value()
+    run = units.run(block.layer, linear.axes[-2], w.shape[-2])
+    found.append(_of_inputs(statistics, w, run, importance))
   return found
 
 

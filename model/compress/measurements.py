@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from model.compress import calibrate, expert_use, gates, statistics
 from model.compress.expert_use import ExpertUse
@@ -16,7 +17,7 @@ from model.compress.programs import compiled
 from model.compress.registry import Statistics
 from model.layers.block import Block
 from model.transformer import Transformer
-from ops import structure
+from ops import losses, structure
 
 
 class Measurements:
@@ -71,6 +72,28 @@ class Measurements:
     """Returns the mean over calibration rows of |d loss / d gate|; see `gates`."""
     return gates.slopes(self._model, self.tokens_BT)
 
+  def losses(self, other: Transformer, rows: int) -> tuple[float, np.ndarray]:
+    """Returns the loss of the model, and its loss with each block alone taken from another [L].
+
+    The loss is in nats per token, on the first `rows` of the calibration text. The other model has
+    the same sizes.
+    """
+    batches = calibrate.batches(self.tokens_BT[:rows], calibrate.CALIBRATION_BATCH)
+    stream, found = calibrate.Stream(self._model, batches), []
+    for l, block in enumerate(self._model.layers):
+      states = stream.batches
+      for one in (other.layers[l], *list(self._model.layers)[l + 1 :]):
+        states = list(calibrate.run(self._model.config, one, states))
+      found.append(self._loss(states))
+      stream.advance(block)
+    return self._loss(stream.batches), np.array(found)
+
+  def _loss(self, states: Sequence[calibrate.Batch]) -> float:
+    """The loss in nats per token from the hidden states after the last block."""
+    function, state = nnx.split(self._model)
+    total = sum(float(_nll(function, state, *batch)) for batch in states)
+    return total / sum(tokens_BT[:, 1:].size for tokens_BT, _ in states)
+
   def experts(self, outputs: bool = False) -> dict[int, ExpertUse]:
     """Returns what the experts of each routed layer do, by the number of the layer.
 
@@ -85,6 +108,14 @@ class Measurements:
   def _stream(self) -> calibrate.Stream:
     batches = calibrate.batches(self.tokens_BT, calibrate.CALIBRATION_BATCH)
     return calibrate.Stream(self._model, batches)
+
+
+@functools.partial(compiled, static_argnums=0)
+def _nll(graphdef, state, tokens_BT, x_BTD):
+  """The sum of the loss over all predicted tokens."""
+  model = nnx.merge(graphdef, state)
+  x_BTD = model.final_norm(x_BTD[:, :-1])
+  return losses.cross_entropy(x_BTD, tokens_BT[:, 1:], model.logits).sum()
 
 
 @compiled

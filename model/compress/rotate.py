@@ -5,14 +5,17 @@ commutes with every rotation. Once the scale is merged into the matrices after t
 residual stream can be rotated by rotating the embedding, all matrices that read the stream and all
 matrices that write it, without changing the logits. The values of each head are rotated in the
 value projection and back in the output projection. Other inputs must be rotated while the model
-runs (`online`): that of the down projection, which comes after a nonlinearity, and the heads before
-the output projection.
+runs (`online`): that of the down projection, which comes after a nonlinearity, the heads before the
+output projection, and latents, which have a norm of their own.
 
 Experts are matrices like others; the router reads the rotated stream, and chooses as before.
 
 Weights are rotated in float64 and rounded once. The authors' code also subtracts the mean of the
 embedding; this is not done here, because it is meant for layer norms and would change a model with
 RMS norms.
+
+Where a norm or a gate comes after the heads (recurrent mixers, Qwen3-Next), a rotation of a head
+does not pass, and all inputs of the output projection are rotated while the model runs.
 """
 
 import dataclasses
@@ -100,13 +103,20 @@ def _rotate_block(block, signs_D, online):
     consumers = [layers[name] for name in edge.consumers]
     if isinstance(edge.through, Normed):
       _read(getattr(block, edge.producer), consumers, signs_D)
-    if isinstance(edge.through, Attended):
+    if _turns(edge.through):
       _rotate_heads(layers[edge.producer], consumers, edge.through.head_width)
     for name, linear in zip(edge.consumers, consumers):
       if name in writers:
         _write(linear, signs_D)
-    if online and not isinstance(edge.through, Normed):
-      _rotate_inputs(consumers, edge.through)
+  # Afterwards, for a matrix that reads a latent may also be one whose outputs are rotated.
+  for edge in wiring.edges if online else ():
+    if not isinstance(edge.through, Normed):
+      _rotate_inputs([layers[name] for name in edge.consumers], edge.through)
+
+
+def _turns(through) -> bool:
+  """Whether a rotation of each head passes from the producer to the consumers."""
+  return isinstance(through, Attended) and not through.gated
 
 
 def _rotate_heads(value, consumers, head_width):
@@ -120,7 +130,7 @@ def _rotate_heads(value, consumers, head_width):
 
 def _rotate_inputs(consumers, through):
   """Rotates inputs while the model runs: across heads, whose channels are rotated, or all."""
-  inner = through.head_width if isinstance(through, Attended) else 1
+  inner = through.head_width if _turns(through) else 1
   for linear in consumers:
     w_IO = linear.weight.get_value()
     if w_IO.shape[-2] > inner:

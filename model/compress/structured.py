@@ -167,7 +167,8 @@ def _refitted(model, measurements, unit, kept) -> dict:
     inputs = {one: layers[f'layers.{l}.{one}'].weight.shape[-2] for one in measured}
     fed, _ = starvation.feed(measured, inputs, 'refit')
     for layer, statistics in fed.items():
-      run = units.run(model.config.layers[l], layers[f'layers.{l}.{layer}'].axes[-2])
+      letter = layers[f'layers.{l}.{layer}'].axes[-2]
+      run = units.run(model.config.layers[l], letter, inputs[layer])
       rows = jnp.asarray(units.elements(kept[l], run))
       path = f'layers.{l}.{layer}.weight'
       w_IO, covariance_II = params[path].get_value(), statistics['input_covariance']

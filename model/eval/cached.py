@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from model import kv_cache
-from model.layers.cache import CacheFormat
+from model.cache_spec import CacheSpec
 from model.layers.mixers.paged import PAGE
 from model.transformer import Transformer
 
@@ -22,7 +22,7 @@ PIECE = PAGE
 
 
 def hidden(
-  model: Transformer, tokens_BT: jax.Array, cache_format: CacheFormat, piece: int = PIECE
+  model: Transformer, tokens_BT: jax.Array, cache_format: CacheSpec | str, piece: int = PIECE
 ) -> jax.Array:
   """Returns the normalised last hidden states x_BTD, every row a document from position 0 on."""
   batch, length = tokens_BT.shape

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from model import kv_cache, transformer, units
+from model.cache_spec import CacheSpec
 from model.config import ModelConfig
 from model.eval.records import Metric
-from model.layers.cache import CacheFormat
 from ops.linear import Matrix
 
 EMBEDDING = 'embedding.table'
@@ -132,7 +132,7 @@ def kv_bytes_per_token(config: ModelConfig, dtype=jnp.bfloat16) -> int:
 
 
 def kv_cache_bytes(
-  config: ModelConfig, context: int, dtype=jnp.bfloat16, cache_format: CacheFormat = 'float'
+  config: ModelConfig, context: int, dtype=jnp.bfloat16, cache_format: CacheSpec | str = 'float'
 ) -> int:
   """Bytes of the keys and values that a token sees at this context, at most a window of them.
 
@@ -140,12 +140,12 @@ def kv_cache_bytes(
   """
   _positive('the context', context)
 
-  def held(layer):
-    one, slots = config.replace(layers=(layer,)), layer.mixer.seen(context)
-    cache = jax.eval_shape(lambda: kv_cache.init(one, 1, slots, dtype, cache_format))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+  def held(i, layer):
+    slots = layer.mixer.seen(context)
+    make = lambda: kv_cache.of_layer(config, i, 1, slots, dtype, cache_format)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(make)))
 
-  return sum(held(layer) for layer in config.layers)
+  return sum(held(i, layer) for i, layer in enumerate(config.layers))
 
 
 def touched(config: ModelConfig, path: str, rows: int) -> float:
@@ -163,7 +163,7 @@ def decode_bytes_per_step(
   weights: Mapping[str, Matrix],
   context: int,
   cache_dtype=jnp.bfloat16,
-  cache_format: CacheFormat = 'float',
+  cache_format: CacheSpec | str = 'float',
   batch: int = 1,
 ) -> int:
   """Bytes that one decode step of `batch` sequences must read: weights as stored, and the caches.
@@ -187,7 +187,7 @@ def decode_bytes_per_token(
   weights: Mapping[str, Matrix],
   context: int,
   cache_dtype=jnp.bfloat16,
-  cache_format: CacheFormat = 'float',
+  cache_format: CacheSpec | str = 'float',
 ) -> int:
   """Bytes that one decode step of one sequence must read; see `decode_bytes_per_step`."""
   return decode_bytes_per_step(config, weights, context, cache_dtype, cache_format)

@@ -23,8 +23,8 @@ import numpy as np
 from flax import nnx
 
 from model import kv_cache
+from model.cache_spec import CacheSpec
 from model.eval import cached
-from model.layers.cache import CacheFormat
 from model.transformer import Transformer
 from ops import losses
 
@@ -154,7 +154,7 @@ def evaluate(
   *,
   base: Transformer | None = None,
   base_hidden: Sequence[np.ndarray] | None = None,
-  cache_format: CacheFormat | None = None,
+  cache_format: CacheSpec | str | None = None,
   progress: Callable[[list], Iterator] = iter,
 ) -> Quality:
   """Measures a model on the windows, and against `base` if there is one.

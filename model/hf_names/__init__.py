@@ -7,6 +7,8 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.hf_names import fields
+from model.hf_names.deepseek_v2 import DEEPSEEK_V2
+from model.hf_names.deepseek_v3 import DEEPSEEK_V3
 from model.hf_names.family import Entry, Family, Layout, entries
 from model.hf_names.gemma2 import GEMMA2
 from model.hf_names.gemma3 import GEMMA3
@@ -24,9 +26,11 @@ from model.hf_names.qwen2 import QWEN2
 from model.hf_names.qwen2_moe import QWEN2_MOE
 from model.hf_names.qwen3 import QWEN3
 from model.hf_names.qwen3_moe import QWEN3_MOE
+from model.hf_names.qwen3_next import QWEN3_NEXT
 from model.hf_names.smollm3 import SMOLLM3
 from model.hf_names.stored import FLOATS, select_tensors
 from model.layers.block import LayerConfig
+from model.layers.mixers.attention import AttentionConfig
 
 __all__ = [
   'FAMILIES',
@@ -48,7 +52,8 @@ FAMILIES = {
   for family in (
     *(LLAMA, MISTRAL, SMOLLM3, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, GRANITE, PHI3),
     *(GPT2, GPT_NEOX),
-    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITE_MOE, GRANITE_MOE_SHARED, GPT_OSS),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, QWEN3_NEXT, OLMOE, GRANITE_MOE, GRANITE_MOE_SHARED, GPT_OSS),
+    *(DEEPSEEK_V2, DEEPSEEK_V3),
   )
 }
 
@@ -157,10 +162,13 @@ def _normal(config: ModelConfig) -> ModelConfig:
 
 
 def _normal_layer(layer, config):
+  if not isinstance(layer.mixer, AttentionConfig):
+    return layer
   if layer.mixer.rope == config.rope:
     layer = layer.with_mixer(rope=None)
   if layer.mixer.query_scale == layer.mixer.head_width**-0.5:
     layer = layer.with_mixer(query_scale=None)
-  if layer.mixer.rotary_width == layer.mixer.head_width:
+  heads = layer.mixer
+  if isinstance(heads, AttentionConfig) and heads.rotary_width == heads.head_width:
     layer = layer.with_mixer(rotary_width=None)
   return layer

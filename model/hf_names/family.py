@@ -11,23 +11,31 @@ model, and the one that fits a checkpoint is read.
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from model.config import ModelConfig
 from model.layers.feed_forward import FeedForwardConfig
 from model.layers.mixers.attention import AttentionConfig
-from model.layers.sublayer import SubLayerConfig
+from model.layers.sublayer import MixerConfig, SubLayerConfig
 from ops.formats import FormatName
 
 # The arrays of a module, and what their names end in on disk: as in modules of PyTorch, or in
 # parameters that belong to the module above. Codes and their scales are arrays of one weight.
 LEAVES = {'table': '.weight', 'scale': '.weight', 'weight': '.weight', 'bias': '.bias'}
+CHOICE_BIAS = {'choice_bias': '.e_score_correction_bias'}
 BARE = {'weight': '', 'bias': '_bias', 'logits': ''}
 # How many axes each has; those of experts have one more in front.
-RANKS = {'table': 2, 'scale': 1, 'weight': 2, 'bias': 1, 'logits': 1}
-RANKS |= {'weight.values': 2, 'weight.scales': 2}
+RANKS = {'table': 2, 'scale': 1, 'weight': 2, 'bias': 1, 'logits': 1, 'choice_bias': 1}
+RANKS |= {'weight.values': 2, 'weight.scales': 2, 'kernel': 2, 'log_rate': 1}
+
+
+class Heads(NamedTuple):
+  """How many heads the outputs of a module are divided into, and how many elements one has."""
+
+  count: int
+  width: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,12 +43,15 @@ class Codec:
   """How arrays of ours are concatenated to one of theirs, along the outputs.
 
   transpose: theirs are (O, I), as in torch.nn.Linear; otherwise (I, O) like ours.
-  interleaved: the parts alternate head by head (GPT-NeoX); otherwise they follow each other.
+  interleaved: the parts alternate head by head (GPT-NeoX); otherwise they follow each other. A part
+    may have more elements of a head than another (Qwen3-Next, DeepSeek).
   alternating: the parts alternate element by element (gpt-oss).
   paired: the two elements of a head that rotate together are neighbours (2i, 2i + 1), where ours
     are half a head apart (GGUF's llama).
+  tail: the number of elements of a head of theirs, and how many of the last are `paired`.
   offset: a constant that theirs contain and ours do not (GGUF's Gemma: the 1 of the norm scales).
   block: theirs have the inputs in blocks of so many, (O, I / block, block).
+  depthwise: theirs are kernels of a convolution that has one input per output, (O, 1, I).
   raw: theirs are bytes, the bits of what ours are.
   """
 
@@ -48,8 +59,10 @@ class Codec:
   interleaved: bool = False
   alternating: bool = False
   paired: bool = False
+  tail: tuple[int, int] | None = None
   offset: float = 0.0
   block: int | None = None
+  depthwise: bool = False
   raw: bool = False
 
   def shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
@@ -58,46 +71,60 @@ class Codec:
     outputs = sum(shape[-1] for shape in shapes)
     if self.block is not None:
       inputs = [inputs[0] // self.block, self.block]
+    if self.depthwise:
+      inputs = [1, *inputs]
     return (outputs, *inputs) if self.transpose else (*inputs, outputs)
 
-  def join(self, arrays: list[np.ndarray], head_width: int) -> np.ndarray:
+  def join(self, arrays: list[np.ndarray], heads: Heads) -> np.ndarray:
     """Makes theirs from ours."""
-    parts = [self._shifted(self._paired(self._turn(a), head_width), self.offset) for a in arrays]
+    parts = [self._shifted(self._paired(self._turn(a), heads.width), self.offset) for a in arrays]
     if len(parts) == 1:
       joined = parts[0]
-    elif run := self._run(head_width):
-      joined = self._alternate(parts, run)
+    elif count := self._runs(arrays[0].shape[-1], heads):
+      joined = self._alternate(parts, count)
     else:
       joined = np.concatenate(parts, self._axis)
+    joined = self._with_tails(joined, lambda width: (2, width // 2))
     joined = joined.view(np.uint8) if self.raw else joined
     return joined.reshape(self.shape([a.shape for a in arrays]))
 
-  def split(self, array: np.ndarray, shapes: list[tuple[int, ...]], head_width: int):
+  def split(self, array: np.ndarray, shapes: list[tuple[int, ...]], heads: Heads):
     """Makes ours from theirs, as views if possible; `shapes` are those of ours."""
-    if self.block is not None:
+    if self.block is not None or self.depthwise:
       array = array.reshape(len(array), -1)
-    if run := self._run(head_width):
-      parts = self._taken_apart(array, len(shapes), run)
+    array = self._with_tails(array, lambda width: (width // 2, 2))
+    sizes = np.array([shape[-1] for shape in shapes])
+    if count := self._runs(sizes[0], heads):
+      parts = self._taken_apart(array, sizes, count)
     else:
-      ends = np.cumsum([shape[-1] for shape in shapes])[:-1]
-      parts = np.split(array, ends, self._axis)
-    return [self._shifted(self._turn(self._halved(p, head_width)), -self.offset) for p in parts]
+      parts = np.split(array, np.cumsum(sizes)[:-1], self._axis)
+    return [self._shifted(self._turn(self._halved(p, heads.width)), -self.offset) for p in parts]
 
-  def _run(self, head_width) -> int | None:
-    """How many elements of a part follow each other, if the parts alternate."""
-    return 1 if self.alternating else head_width if self.interleaved else None
+  def _runs(self, size: int, heads: Heads) -> int | None:
+    """How many runs each part is divided into, if the parts alternate."""
+    return size if self.alternating else heads.count if self.interleaved else None
 
-  def _alternate(self, parts, run):
+  def _alternate(self, parts, count):
     parts = [np.moveaxis(part, self._axis, 0) for part in parts]
     rows = parts[0].shape[1:]
-    joined = np.stack([p.reshape(-1, run, *rows) for p in parts], 1).reshape(-1, *rows)
+    joined = np.concatenate([p.reshape(count, -1, *rows) for p in parts], 1).reshape(-1, *rows)
     return np.moveaxis(joined, 0, self._axis)
 
-  def _taken_apart(self, array, count, run):
+  def _taken_apart(self, array, sizes, count):
     array = np.moveaxis(array, self._axis, 0)
-    runs = array.reshape(-1, count, run, *array.shape[1:])
-    parts = [runs[:, i].reshape(-1, *array.shape[1:]) for i in range(count)]
-    return [np.moveaxis(part, 0, self._axis) for part in parts]
+    runs = array.reshape(count, -1, *array.shape[1:])
+    parts = np.split(runs, np.cumsum(sizes // count)[:-1], 1)
+    return [np.moveaxis(part.reshape(-1, *array.shape[1:]), 0, self._axis) for part in parts]
+
+  def _with_tails(self, array, groups):
+    """Moves the last rows of each head between neighbouring pairs and two halves."""
+    if self.tail is None:
+      return array
+    head, width = self.tail
+    array = np.moveaxis(array, self._axis, 0)
+    front, back = np.split(array.reshape(-1, head, *array.shape[1:]), [head - width], axis=1)
+    back = self._regroup(back.reshape(-1, *array.shape[1:]), groups(width)).reshape(back.shape)
+    return np.moveaxis(np.concatenate([front, back], 1).reshape(array.shape), 0, self._axis)
 
   @property
   def _axis(self):
@@ -127,6 +154,7 @@ class Codec:
 PLAIN = Codec()
 TRANSPOSE = Codec(transpose=True)
 INTERLEAVED = Codec(transpose=True, interleaved=True)
+DEPTHWISE = Codec(transpose=True, depthwise=True)
 PAIRED = Codec(transpose=True, paired=True)
 
 
@@ -136,14 +164,17 @@ class Row:
 
   `{l}` stands for the number of the layer, and `{e}` for that of an expert, where theirs has the
   matrices of each expert by themselves. `stacked`: ours have experts, and theirs has all of them
-  along a leading axis. Other rows are of modules without experts.
+  along a leading axis. Other rows are of modules without experts. A codec may depend on the mixer
+  of the layer, where a head has several widths.
+  kind: of a sub-layer; the row is one of layers that have such a one.
   """
 
   theirs: str
   ours: tuple[str, ...]
-  codec: Codec = PLAIN
+  codec: Codec | Callable[[MixerConfig], Codec] = PLAIN
   leaves: Mapping[str, str] = dataclasses.field(default_factory=lambda: LEAVES)
   stacked: bool = False
+  kind: type[SubLayerConfig] = SubLayerConfig
 
   @property
   def of_experts(self) -> bool:
@@ -173,6 +204,10 @@ class Layout:
     return sum(name.fullmatch(one) is not None for one in stored)
 
 
+def _heads_of_attention(mixer: MixerConfig) -> Heads:
+  return Heads(mixer.query_heads, mixer.head_width)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
   """A model family in the format of Hugging Face."""
@@ -187,6 +222,7 @@ class Family:
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> name in `rows`
   bos_in_windows: bool = False  # the model predicts badly where no BOS stands before the text
   kinds: tuple[type[SubLayerConfig], ...] = (AttentionConfig, FeedForwardConfig)  # of sub-layers
+  heads: Callable[[MixerConfig], Heads] = _heads_of_attention  # that codecs count in
   others: tuple[Layout, ...] = ()  # further layouts
 
   @property
@@ -209,7 +245,7 @@ class Entry:
   theirs: str
   ours: tuple[str, ...]
   codec: Codec
-  head_width: int
+  heads: Heads
   shape: tuple[int, ...]
   shapes: tuple[tuple[int, ...], ...]
   expert: int | None = None
@@ -221,14 +257,14 @@ class Entry:
 
   def split(self, array: np.ndarray) -> list[np.ndarray]:
     if not self.stacked:
-      return self.codec.split(array, self.shapes, self.head_width)
-    parts = zip(*(self.codec.split(one, self.shapes, self.head_width) for one in array))
+      return self.codec.split(array, self.shapes, self.heads)
+    parts = zip(*(self.codec.split(one, self.shapes, self.heads) for one in array))
     return [np.stack(part) for part in parts]
 
   def join(self, arrays: list[np.ndarray]) -> np.ndarray:
     if not self.stacked:
-      return self.codec.join(arrays, self.head_width)
-    return np.stack([self.codec.join(list(own), self.head_width) for own in zip(*arrays)])
+      return self.codec.join(arrays, self.heads)
+    return np.stack([self.codec.join(list(own), self.heads) for own in zip(*arrays)])
 
 
 def entries(
@@ -245,13 +281,17 @@ def entries(
   result, left = [], dict(shapes)
   for row in family.rows if layout is None else layout.rows:
     in_layers = '{l}' in row.theirs
-    for l in range(len(config.layers) if in_layers else 1):
+    for l, layer in enumerate(config.layers if in_layers else config.layers[:1]):
+      if not any(isinstance(part, row.kind) for part in layer.sublayers.values()):
+        continue
       for leaf, their_leaf in row.leaves.items():
         rank = RANKS[leaf] + row.of_experts
         paths = tuple(f'{module.format(l=l)}.{leaf}' for module in row.ours)
         if all(path in left and len(left[path]) == rank for path in paths):
           own = tuple(left.pop(path) for path in paths)
-          result += _of_module(row, their_leaf, l, paths, own, config)
+          codec = row.codec if isinstance(row.codec, Codec) else row.codec(layer.mixer)
+          heads = family.heads(layer.mixer)
+          result += _of_module(row, codec, their_leaf, l, paths, own, heads)
   if left:
     raise ValueError(
       f'a {family.model_type} checkpoint has no names for {len(left)} parameters of this model: '
@@ -260,13 +300,13 @@ def entries(
   return result
 
 
-def _of_module(row, leaf, l, paths, shapes, config) -> list[Entry]:
+def _of_module(row, codec, leaf, l, paths, shapes, heads) -> list[Entry]:
   """The tensors of theirs for arrays of ours: one, or one for each expert."""
-  width, count = config.layers[l].mixer.head_width, shapes[0][0]
+  count = shapes[0][0]
   if row.of_experts:
     shapes = tuple(shape[1:] for shape in shapes)
-  shape = row.codec.shape(list(shapes))
-  common = {'ours': paths, 'codec': row.codec, 'head_width': width, 'shapes': shapes}
+  shape = codec.shape(list(shapes))
+  common = {'ours': paths, 'codec': codec, 'heads': heads, 'shapes': shapes}
   name = lambda **numbers: row.theirs.format(l=l, **numbers) + leaf
   if row.stacked:
     return [Entry(theirs=name(), shape=(count, *shape), stacked=True, **common)]

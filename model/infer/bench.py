@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import kv_cache
+from model.cache_spec import CacheSpec
 from model.infer import generate
 from model.infer.prepare import prepare as prepare_weights
-from model.layers.cache import CacheFormat
 from model.transformer import Transformer
 from ops.sampling import GREEDY
 
@@ -48,7 +48,7 @@ def prepare(
   prompt_length: int = 128,
   steps: int = 16,
   seed: int = 0,
-  cache_format: CacheFormat = 'float',
+  cache_format: CacheSpec | str = 'float',
 ) -> Bench:
   """Packs the weights for the platform, and compiles all phases for random prompts."""
   program = generate.Program.of(prepare_weights(model))

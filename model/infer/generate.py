@@ -22,8 +22,8 @@ import numpy as np
 from flax import nnx
 
 from model import kv_cache, sharding
+from model.cache_spec import CacheSpec
 from model.infer.prepare import prepare
-from model.layers.cache import CacheFormat
 from model.transformer import Transformer
 from ops import sampling
 from ops.sampling import GREEDY, Sampling, SamplingConfig
@@ -147,7 +147,7 @@ def generate(
   sampling_config: SamplingConfig | Sequence[SamplingConfig] = GREEDY_CONFIG,
   seed: int | Sequence[int] = 0,
   on_tokens: Callable[[np.ndarray], None] | None = None,
-  cache_format: CacheFormat = 'float',
+  cache_format: CacheSpec | str = 'float',
 ) -> list[list[int]]:
   """Continues each prompt until an end token of the config or `max_new_tokens`.
 

@@ -6,7 +6,7 @@ network, which works on each token by itself. Read in this order:
   sublayer.py      what the config of a sub-layer says: its module, its wiring, its units
   wiring.py        which linear layers share an input, and where that input comes from
   basic.py         linear layers, norms, tables, and the residual stream between the blocks
-  attention.py     the mixer of kind 'attention'
+  mixers/          the kinds of mixers and what each keeps of past tokens: 'attention', 'latent'
   feed_forward.py  the feed-forward network of kind 'dense'
   kinds.py         the kinds by name, as they stand in files
   block.py         the block, which joins a mixer and a feed-forward network

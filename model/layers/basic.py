@@ -63,9 +63,10 @@ class Linear(nnx.Module):
 
   @property
   def decides(self) -> bool:
-    """Whether its outputs are no channels but decisions: scores of experts, or a gate of a token.
+    """Whether its outputs are no channels but decisions: scores of experts, or gates of a token.
 
-    It is small, and compression leaves it as it is, because an error changes which experts run.
+    It is small, and compression leaves it as it is, because an error changes which experts run, or
+    how long a head remembers.
     """
     return decides(self.axes)
 
@@ -83,7 +84,7 @@ class Linear(nnx.Module):
 
 def decides(axes: tuple[str, ...]) -> bool:
   """Whether a parameter with these letters takes part in a decision, by its last axis."""
-  return axes[-1] in ('E', '_')
+  return axes[-1] in ('E', 'Y', '_')
 
 
 def letters(module: nnx.Module, rank: int) -> tuple[str, ...]:

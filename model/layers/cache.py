@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any, Literal, Self
 
 import jax
+import jax.numpy as jnp
 
 CacheFormat = Literal['float', 'bf16', 'int8', 'int4']
 
@@ -20,7 +21,8 @@ class Cache(abc.ABC):
 
   The rows may have different lengths. Row b takes T new tokens at the positions positions_BT[b],
   from its length or an earlier position on; the caller ensures that they fit. Padding comes after
-  the tokens of a row and repeats their last position.
+  the tokens of a row and repeats their last position. How far a row can be set back is a matter of
+  the kind: a cache of states (`model.layers.mixers.state`) only to its beginning.
   """
 
   @property
@@ -38,9 +40,23 @@ class Cache(abc.ABC):
     return _letters(self)
 
 
+def is_token(positions_BT: jax.Array) -> jax.Array:
+  """Whether a token is one, and no padding, which repeats the last position: bool [B, T]."""
+  later_BT = positions_BT[:, 1:] > positions_BT[:, :-1]
+  return jnp.pad(later_BT, ((0, 0), (1, 0)), constant_values=True)
+
+
 def array(axes: str) -> Any:
   """A field of a cache that holds an array, with a letter for each axis; '_' is replicated."""
   return dataclasses.field(metadata={'axes': axes})
+
+
+def rows(axes: str) -> Any:
+  """A field of a cache that holds another such dataclass, with these axes in place of its rows.
+
+  Where one of them is an axis within too, of size 1, it is left out there.
+  """
+  return dataclasses.field(metadata={'rows': axes})
 
 
 def static(**options) -> Any:
@@ -56,9 +72,18 @@ def register(cls):
 
 
 def _letters(value):
-  of = lambda field: field.metadata.get('axes') or _letters(getattr(value, field.name))
   fields = [field for field in dataclasses.fields(value) if not _is_static(field)]
-  return dataclasses.replace(value, **{field.name: of(field) for field in fields})
+  return dataclasses.replace(
+    value, **{field.name: _field_letters(value, field) for field in fields}
+  )
+
+
+def _field_letters(value, field: dataclasses.Field):
+  if 'axes' in field.metadata:
+    return field.metadata['axes']
+  inner, rows = _letters(getattr(value, field.name)), field.metadata.get('rows', 'B')
+  own = lambda letters: ''.join(letter for letter in letters[1:] if letter not in rows)
+  return jax.tree.map(lambda letters: rows + own(letters), inner)
 
 
 def _is_static(field: dataclasses.Field) -> bool:

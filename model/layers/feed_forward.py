@@ -59,7 +59,7 @@ class FeedForwardConfig(FfnConfig):
   @property
   def units(self):
     """Channels."""
-    return Units(letter='F', count=self.width, runs={'F': 1})
+    return Units(letter='F', count=self.width, axes=('F',))
 
   def resized(self, count):
     return dataclasses.replace(self, width=count)

@@ -7,6 +7,9 @@ from typing import Any
 
 from model.layers.feed_forward import FeedForwardConfig
 from model.layers.mixers.attention import AttentionConfig
+from model.layers.mixers.delta import GatedDeltaConfig
+from model.layers.mixers.latent import LatentConfig
+from model.layers.mixers.linear import LinearConfig
 from model.layers.mixers.linformer import LinformerConfig
 from model.layers.routed import RoutedConfig
 from model.layers.sublayer import FfnConfig, MixerConfig, SubLayerConfig
@@ -15,7 +18,10 @@ from ops.patterns import Pattern
 
 MIXERS: dict[str, type[MixerConfig]] = {
   'attention': AttentionConfig,
+  'latent': LatentConfig,
   'linformer': LinformerConfig,
+  'linear': LinearConfig,
+  'gated_delta': GatedDeltaConfig,
 }
 FFNS: dict[str, type[FfnConfig]] = {'dense': FeedForwardConfig, 'routed': RoutedConfig}
 
@@ -51,6 +57,8 @@ def _plain(value):
 def _read(hint, value):
   if isinstance(value, Mapping):
     return _config_type(hint)(**value)
+  if isinstance(value, list):
+    return tuple(value)
   return patterns.parse(value) if _config_type(hint) is Pattern and value is not None else value
 
 

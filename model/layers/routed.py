@@ -98,7 +98,7 @@ class RoutedConfig(FfnConfig):
   @property
   def units(self):
     """Channels, of which all experts lose the same ones; shared experts keep theirs."""
-    return Units(letter='F', count=self.width, runs={'F': 1})
+    return Units(letter='F', count=self.width, axes=('F',))
 
   def resized(self, count):
     return dataclasses.replace(self, width=count)

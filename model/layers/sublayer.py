@@ -6,7 +6,6 @@ asks these questions, so it needs no change for a new kind of sub-layer.
 
 import abc
 import dataclasses
-from collections.abc import Mapping
 from typing import Self
 
 from flax import nnx
@@ -23,12 +22,13 @@ class Units:
   """The parts of a sub-layer that can be removed one by one, such as channels or heads.
 
   letter: names the units in `ops.axes`.  count: how many there are.
-  runs: how many consecutive elements a unit has along each axis that is cut, by the axis' letter.
+  axes: the letters of the axes that are cut. Each unit has an equal share of such an axis, in
+    consecutive elements.
   """
 
   letter: str
   count: int
-  runs: Mapping[str, int]
+  axes: tuple[str, ...]
 
 
 class SubLayerConfig(abc.ABC):

@@ -28,12 +28,39 @@ class Streamed:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Passed:
+  """The consumers read the producer's channels as they are, within a sub-layer.
+
+  `normed`: the producer is a norm; otherwise it is a linear layer.
+  """
+
+  normed: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Attended:
   """Tokens are mixed, head by head; channels are not.
 
   The inputs of the consumers are the producer's channels in runs of `head_width`, each run repeated
   `copies` times, once per query head of a key/value head. `scores` are the linear layers whose
-  outputs are multiplied with each other and go through a softmax.
+  outputs are multiplied with each other, and in attention go through a softmax.
+
+  gated: each channel is multiplied by a gate of its own afterwards, so that a rotation of a head
+    does not pass.
+  """
+
+  head_width: int
+  copies: int
+  scores: tuple[str, ...]
+  gated: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadNormed:
+  """The producer is a norm of each head, whose scale all heads share; a gate multiplies its output.
+
+  The inputs of the consumers are the producer's `head_width` channels `copies` times, once for each
+  head. `scores` as in `Attended`.
   """
 
   head_width: int
@@ -59,7 +86,7 @@ class Activated:
   function: str
 
 
-Through = Normed | Streamed | Attended | Gated | Activated
+Through = Normed | Streamed | Attended | HeadNormed | Passed | Gated | Activated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,6 +145,6 @@ class Wiring:
 
   @property
   def scores(self) -> tuple[str, ...]:
-    """The linear layers whose outputs meet in a softmax."""
-    throughs = [edge.through for edge in self.edges]
-    return tuple(name for one in throughs if isinstance(one, Attended) for name in one.scores)
+    """The linear layers whose outputs are multiplied with each other."""
+    heads = [e.through for e in self.edges if isinstance(e.through, Attended | HeadNormed)]
+    return tuple(name for one in heads for name in one.scores)

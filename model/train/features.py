@@ -26,6 +26,7 @@ from einops import rearrange
 
 from model import stacked
 from model.config import ModelConfig
+from model.layers.mixers.attention import AttentionConfig
 from model.train.data import Batch
 from model.train.objectives import Network
 from model.transformer import Context
@@ -161,6 +162,11 @@ class Relations(Feature):
       if not -count <= index < count:
         raise ValueError(f'the {who} has the layers 0 to {count - 1}, and {index} is none of them')
       mixer = config.layers[index].mixer
+      if not isinstance(mixer, AttentionConfig):
+        raise ValueError(
+          f'layer {index} of the {who} has no attention whose relations could be compared: it is a '
+          f'{type(mixer).__name__}'
+        )
       for what in ('query_heads', 'kv_heads'):
         width = getattr(mixer, what) * mixer.head_width
         if width % self.heads:

@@ -22,7 +22,7 @@ import tqdm
 from flax import nnx
 
 from model import config as model_config
-from model import fingerprint, stacked
+from model import context_parallel, expert_parallel, fingerprint, sharding, stacked
 from model.train import optimizer as optimizer_lib
 from model.train import step as step_lib
 from model.train.data import PackedDataset
@@ -141,19 +141,29 @@ def program_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def mean_nll(model: Transformer, dataset: PackedDataset, config: StepConfig | None = None) -> float:
-  """Measures the mean negative log likelihood over all labels of a data set, in nats."""
+  """Measures the mean negative log likelihood over all labels of a data set, in nats.
+
+  Where the mesh of the parameters divides the tokens of a row, it does so here too.
+  """
   graphdef, params = nnx.split(model)
+  config, mesh = config or StepConfig(), sharding.mesh_of(model)
+  rows = expert_parallel.batch_axes(config.dispatch)
+  context = context_parallel.plan(config.context, (model.config,), mesh, rows)
+  places = None if context.divided is None else sharding.batch_sharding(mesh, rows)
   total, count = 0.0, 0
   for batch in dataset.sequential():
-    total += float(_nll_sum(graphdef, config or StepConfig(), params, batch))
+    placed = jax.device_put(batch, places)
+    total += float(_nll_sum(graphdef, config, context, params, placed))
     count += int((batch.labels_BT >= 0).sum())
   return total / count
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _nll_sum(graphdef, config, params, batch):
-  student = step_lib.network(nnx.merge(graphdef, params), config)
-  return CrossEntropy()(Models(student, {}, {}, None), batch)['loss']
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _nll_sum(graphdef, config, context, params, batch):
+  model = nnx.merge(graphdef, params)
+  context.use(model)
+  student = step_lib.network(model, config)
+  return CrossEntropy()(Models(student, {}, {}, None), context.placed(batch))['loss']
 
 
 class _Loop:

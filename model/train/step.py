@@ -12,14 +12,16 @@ shardings of the old one.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from model import expert_parallel, stacked
+from model import context_parallel, expert_parallel, stacked
 from model.expert_parallel import DispatchConfig
+from model.layers.checks import check_choice
 from model.layers.routed import Dispatcher, Dropless
 from model.train import partition
 from model.train.data import Batch
@@ -47,6 +49,7 @@ class StepConfig:
   remat: stacked.Remat = 'none'  # what the backward pass computes again; see model/stacked.py
   scan: bool = False  # stack layers that are alike, and run them in one loop
   dispatch: DispatchConfig = DispatchConfig()  # how tokens get to their experts, if there are any
+  context: context_parallel.Strategy = 'auto'  # how keys get to queries of other devices
   seed: int = 0
 
   def __post_init__(self):
@@ -54,6 +57,7 @@ class StepConfig:
       raise ValueError(f'compute_dtype {self.compute_dtype!r} is not one of {", ".join(DTYPES)}')
     if self.remat not in stacked.REMATS:
       raise ValueError(f'remat {self.remat!r} is not one of {", ".join(stacked.REMATS)}')
+    check_choice('context', self.context, get_args(context_parallel.Strategy))
     if self.accumulation < 1 or self.loss_chunk < 1:
       raise ValueError(
         f'accumulation and loss_chunk must be at least 1, not {self.accumulation}, '
@@ -123,6 +127,7 @@ class Setup:
   optimizer: optax.GradientTransformation
   config: StepConfig
   dispatcher: Dispatcher = Dropless()
+  context: context_parallel.Plan = context_parallel.Plan(None)
 
   def model(self, trained: Arrays, frozen: Frozen) -> Transformer:
     """The student with these trained arrays; its layers are stacked if updates run in loops."""
@@ -138,6 +143,8 @@ class Setup:
     own = {n.removeprefix(OWN): a for n, a in trained.items() if n.startswith(OWN)}
     student = self.model(trained, frozen)
     expert_parallel.use(student, self.dispatcher)
+    for model in (student, *references.values()):
+      self.context.use(model)
     return Models(
       network(student, self.config),
       {name: network(model, self.config) for name, model in references.items()},
@@ -171,7 +178,8 @@ def init(
 
   Raises:
     ValueError: the selection does not fit the model (see `partition`), the objective does not suit
-      the models, or the experts do not fit the mesh (see `expert_parallel.make`).
+      the models, or the experts or the mixers do not fit the mesh (see `expert_parallel.make`,
+      `context_parallel.plan`).
   """
   task, config = task or Task(), config or StepConfig()
   configs = {name: reference.config for name, reference in task.references.items()}
@@ -188,8 +196,10 @@ def init(
   trained = {name: jnp.array(a, jnp.float32, copy=True) for name, a in trained.items()}
   split = {name: nnx.split(reference) for name, reference in references.items()}
   graphs = {name: graphdef for name, (graphdef, _) in split.items()}
-  dispatcher = expert_parallel.make(config.dispatch, model.config, _mesh(nnx.state(model)))
-  setup = Setup(structure, graphs, task.objective, optimizer, config, dispatcher)
+  mesh, rows = _mesh(nnx.state(model)), expert_parallel.batch_axes(config.dispatch)
+  dispatcher = expert_parallel.make(config.dispatch, model.config, mesh)
+  context = context_parallel.plan(config.context, (model.config, *configs.values()), mesh, rows)
+  setup = Setup(structure, graphs, task.objective, optimizer, config, dispatcher, context)
   buffers = {n: jnp.array(frozen.pop(n), jnp.float32, copy=True) for n in structure.buffers}
   state = TrainState(trained, optimizer.init(trained), jnp.zeros((), jnp.int32), buffers)
   read = Frozen(frozen, {name: state for name, (_, state) in split.items()})
@@ -208,6 +218,7 @@ def make_step(
   def step(state: TrainState, frozen: Frozen, batch: Batch):
     key = jax.random.fold_in(jax.random.key(setup.config.seed), state.step)
     read = dataclasses.replace(frozen, arrays=frozen.arrays | state.buffers)
+    batch = setup.context.placed(batch)
     sums, tokens, gradients = _gradients(setup, state.trained, read, batch, key)
     updates, opt_state = setup.optimizer.update(gradients, state.opt_state, state.trained)
     trained = optax.apply_updates(state.trained, updates)

@@ -48,6 +48,10 @@ def test_the_cache_is_measured_and_named(script, base, text, capsys):
   assert found['kl_to_base'] > 0
   assert found['kv_cache'] == 'int8'
   assert found['kv_cache_bytes'] == 2 * 2 * 64 * (64 + 2)  # two layers, one head of 64
+  script(*arguments, '--kv_cache=int8+h2o16')
+  kept = json.loads(capsys.readouterr().out)
+  assert kept['kv_cache'] == 'int8+h2o16' and kept['ppl'] != found['ppl']
+  assert kept['kv_cache_bytes'] == 2 * 16 * (2 * (64 + 2) + 8)
   assert 'kv_cache' not in plain
 
 

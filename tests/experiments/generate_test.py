@@ -38,7 +38,7 @@ def test_sampling_follows_the_seed(script, base, loaded, capsys):
   assert capsys.readouterr().out == ''.join(f'{text}\n' for text in expected)
 
 
-@pytest.mark.parametrize('format', ['int8', 'int4'])
+@pytest.mark.parametrize('format', ['int8+h2o16', 'int4'])
 def test_the_cache_has_the_format_asked_for(script, base, loaded, capsys, format):
   both = [f'--prompt={prompt}' for prompt in PROMPTS]
   script(f'--model={base}', *both, '--max_new_tokens=12', f'--kv_cache={format}')
@@ -90,7 +90,8 @@ def test_bad_input_is_refused(script, base, arguments, message):
 
 
 @pytest.mark.parametrize(
-  'argument', ['--temperature=-1', '--max_new_tokens=-1', '--top_k=many', '--kv_cache=int2']
+  'argument',
+  ['--temperature=-1', '--max_new_tokens=-1', '--top_k=many', '--kv_cache=int2', '--kv_cache=h2o3'],
 )
 def test_bad_flags_are_refused(script, argument):
   with pytest.raises(flags.Error):

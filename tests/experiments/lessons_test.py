@@ -223,3 +223,23 @@ def test_the_targets_of_adapters_survive_a_file():
   one = _recipe({'lora': {'targets': ['*.up', '*.down']}})
   assert recipe.parse(json.loads(json.dumps(one.to_dict()))) == one
   assert recipe.parse(yaml.safe_load(yaml.safe_dump(one.to_dict()))) == one
+
+
+def test_windows_are_healed_by_distillation(small):
+  """The model learns to predict with its window what the original predicts without one."""
+  window = {'sparse_attention': {'pattern': 'window4+first2', 'full_every': None}}
+  lesson = {'distill': {**TINY, 'steps': 12, 'learning_rate': 3e-4}}
+  rows_BT = np.asarray(small.rows(lessons.LessonSpec()).batch(0).tokens_BT)
+  expected = _log_softmax(small.original, rows_BT)
+  divergence = {}
+  for name, steps in {'before': (window,), 'after': (window, lesson)}.items():
+    model, ledger = pipeline.compress(small.original, _recipe(*steps), rows_BT, school=small)
+    assert [str(layer.mixer.pattern) for layer in model.config.layers] == ['window4+first2']
+    found = _log_softmax(model, rows_BT)
+    divergence[name] = (np.exp(expected) * (expected - found)).sum(-1).mean()
+  assert 0 < divergence['after'] < 0.9 * divergence['before']
+  assert [row.technique for row in ledger.events] == ['sparse_attention'] + ['distill'] * 3
+
+
+def _log_softmax(model, rows_BT):
+  return np.asarray(jax.nn.log_softmax(model(rows_BT)), np.float64)

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from model import corpus, hf
@@ -49,6 +50,29 @@ def test_experts_are_trained_saved_and_counted(script, tmp_path):
     assert (out / name).read_bytes().startswith(b'\x89PNG')
 
 
+def test_a_model_of_recurrent_layers_and_attention_is_trained_and_saved(script, tmp_path):
+  out = tmp_path / 'lm'
+  flags = ('--mixer=retnet', '--attention_every=2', '--ffn_width=32')
+  script('--smoke', f'--out={out}', '--steps=12', *flags)
+  model, _ = hf.load_pretrained(out / 'model')
+  retnet, attention = (layer.mixer for layer in model.config.layers)
+  assert (retnet.decay, retnet.heads, attention.query_heads) == ('constant', 2, 2)
+  decay_N = np.exp(model.layers[0].attention.decays.log_decay.get_value())
+  np.testing.assert_allclose(decay_N, [1 - 1 / 32, 1 - 1 / 64], rtol=1e-6)  # is not trained
+  lines = [json.loads(line) for line in (out / 'run' / 'loss.jsonl').read_text().splitlines()]
+  assert lines[-1]['loss'] < lines[0]['loss'] - 0.3
+  (record,) = records.read(out / 'records.jsonl')
+  assert (record.config['mixer'], record.config['attention_every']) == ('retnet', 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mixer', ['linear', 'gla', 'gated_delta'])
+def test_other_mixers_learn_too(script, tmp_path, mixer):
+  script('--smoke', f'--out={tmp_path / "lm"}', '--steps=12', f'--mixer={mixer}')
+  (record,) = records.read(tmp_path / 'lm' / 'records.jsonl')
+  assert record.value('ppl') < 500
+
+
 @pytest.mark.slow
 def test_experts_on_several_devices_with_a_capacity_and_biases(script, tmp_path):
   out = tmp_path / 'lm'
@@ -64,12 +88,27 @@ def test_experts_on_several_devices_with_a_capacity_and_biases(script, tmp_path)
   assert record.config['balancing'] == {'balance': 0.0, 'z': 0.001, 'bias_rate': 0.01}
 
 
+@pytest.mark.slow
+def test_rows_on_several_devices_are_learned_as_on_one(script, tmp_path):
+  losses = []
+  for ways in (1, 4):
+    out = tmp_path / f'lm{ways}'
+    script('--smoke', f'--out={out}', '--steps=6', '--layers=1', f'--mesh_context={ways}')
+    log = (out / 'run' / 'loss.jsonl').read_text()
+    losses.append([json.loads(line)['loss'] for line in log.splitlines()])
+  assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 @pytest.mark.parametrize(
   'arguments, message',
   [
     (['--experts=2', '--experts_per_token=3'], 'cannot choose 3 experts of 2'),
     (['--experts=4', '--mesh_expert=3'], 'the 4 experts of layer 0 do not divide among 3'),
     (['--experts=4', '--capacity_factor=-1'], 'capacity_factor must be above 0, not -1'),
+    (['--attention_every=2'], 'choose another mixer: linear, retnet, gla, gated_delta'),
+    (['--mixer=gla', '--attention_every=1'], 'attention_every = 1 leaves no layer for gla'),
+    (['--mesh_context=3'], '64 tokens of a row do not divide among 3 devices'),
+    (['--mesh_context=2', '--context_strategy=halo'], 'not all keys before a query'),
     (['--text=none'], 'no such file'),
     (['--query_heads=3', '--kv_heads=2'], '3 query heads do not divide'),
     (['--steps=0'], '--steps must be above 0'),

@@ -1,5 +1,6 @@
 """Families with experts against transformers on tiny random checkpoints, in each layout."""
 
+import collections
 import functools
 import json
 import shutil
@@ -52,6 +53,30 @@ YARN = {
   'beta_slow': 0.5,
   'truncate': False,
 }
+NEXT = {
+  **QWEN,
+  'num_hidden_layers': 4,
+  'head_dim': 24,
+  'shared_expert_intermediate_size': 40,
+  'linear_num_key_heads': 2,
+  'linear_num_value_heads': 6,
+  'linear_key_head_dim': 12,
+  'linear_value_head_dim': 8,
+  'rope_parameters': {'rope_type': 'default', 'rope_theta': 500.0, 'partial_rotary_factor': 0.25},
+}
+LATENT = {
+  **{key: value for key, value in TINY.items() if key != 'num_key_value_heads'},
+  'n_routed_experts': 8,
+  'moe_intermediate_size': 24,
+  'num_experts_per_tok': 3,
+  'n_shared_experts': 2,
+  'kv_lora_rank': 20,
+  'q_lora_rank': 12,
+  'qk_nope_head_dim': 10,
+  'qk_rope_head_dim': 8,
+  'v_head_dim': 14,
+}
+GROUPS = {'n_group': 4, 'topk_group': 2, 'routed_scaling_factor': 1.5}
 CASES = {
   'mixtral': ('Mixtral', {**TINY, 'num_local_experts': 4, 'sliding_window': 6}),
   'qwen3_moe': ('Qwen3Moe', {**QWEN, **SLIDING, 'head_dim': 24, 'norm_topk_prob': True}),
@@ -95,6 +120,47 @@ CASES = {
       'tie_word_embeddings': True,
     },
   ),
+  'qwen3_next': ('Qwen3Next', NEXT),
+  'qwen3_next-dense': (
+    'Qwen3Next',
+    {
+      **NEXT,
+      'num_hidden_layers': 2,
+      'layer_types': ['full_attention', 'linear_attention'],
+      'mlp_only_layers': [0],
+      'linear_num_value_heads': 2,
+      'linear_conv_kernel_dim': 3,
+      'attention_bias': True,
+      'norm_topk_prob': False,
+      'tie_word_embeddings': True,
+    },
+  ),
+  'deepseek_v2': (
+    'DeepseekV2',
+    {
+      **LATENT,
+      **GROUPS,
+      'topk_method': 'group_limited_greedy',
+      'num_hidden_layers': 3,
+      'first_k_dense_replace': 1,
+      'attention_bias': True,
+      'rope_parameters': {**YARN, 'mscale': 0.7, 'mscale_all_dim': 0.9},
+    },
+  ),
+  'deepseek_v2-lite': (
+    'DeepseekV2',
+    {**LATENT, 'q_lora_rank': None, 'topk_method': 'greedy', 'tie_word_embeddings': True},
+  ),
+  'deepseek_v3': (
+    'DeepseekV3',
+    {
+      **LATENT,
+      **GROUPS,
+      'num_key_value_heads': 4,
+      'first_k_dense_replace': 1,
+      'rope_parameters': {**YARN, 'mscale': 1.0, 'mscale_all_dim': 1.0},
+    },
+  ),
   'gpt_oss': (
     'GptOss',
     {**TINY, 'num_local_experts': 5, 'head_dim': 24, 'sliding_window': 6, 'rope_parameters': YARN},
@@ -124,6 +190,9 @@ def _random_(model, seed=0):
         parameter.add_(0.3 * noise)
       else:
         parameter.copy_(0.15 * noise)
+    for name, buffer in model.named_buffers():
+      if name.endswith('e_score_correction_bias'):
+        buffer.copy_(0.2 * torch.rand(buffer.shape, generator=generator))
   return model.eval()
 
 
@@ -196,7 +265,10 @@ def test_logits_match_transformers(case, checkpoint):
   np.testing.assert_allclose(found, expected, atol=LOGIT_TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize('case', ['qwen3_moe', 'olmoe', 'granitemoe', 'gpt_oss'])
+@pytest.mark.parametrize(
+  'case',
+  ['qwen3_moe', 'olmoe', 'granitemoe', 'gpt_oss', 'qwen3_next', 'deepseek_v2', 'deepseek_v3'],
+)
 def test_decoded_logits_match_transformers(case, checkpoint):
   folder, _, expected = checkpoint(case)
   found = _decoded(hf.load_pretrained(folder)[0])
@@ -218,6 +290,15 @@ def test_both_layouts_are_read_and_that_of_the_hub_is_written(case, checkpoint, 
   with torch.no_grad():
     logits = loaded.eval()(torch.tensor(_tokens())).logits.numpy()
   np.testing.assert_allclose(logits, expected, atol=LOGIT_TOLERANCE, rtol=0)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(checkpoint, tmp_path):
+  folder = shutil.copytree(checkpoint('qwen3_next')[0], tmp_path / 'more')
+  tensors = load_file(folder / 'model.safetensors')
+  tensors |= {name: np.ones((3, 3), np.float32) for name in ('mtp.fc.weight', 'mtp.norm.weight')}
+  save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
+  found = _arrays(hf.load_pretrained(folder)[0])
+  _assert_same(found, _arrays(hf.load_pretrained(checkpoint('qwen3_next')[0])[0]))
 
 
 W3 = 'model.layers.1.block_sparse_moe.experts.2.w3.weight'
@@ -245,6 +326,24 @@ def test_experts_that_are_missing_or_misshapen_are_named(
     hf.load_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+  ('family', 'keys', 'message'),
+  [
+    ('deepseek_v2', {'norm_topk_prob': True}, 'norm_topk_prob = True in config.json'),
+    ('deepseek_v2', {'topk_method': 'noaux_tc'}, "topk_method = 'noaux_tc'"),
+    ('deepseek_v2', {'attention_bias': True, 'q_lora_rank': None}, 'attention_bias in config.json'),
+    ('deepseek_v2', {'num_key_value_heads': 8}, 'num_key_value_heads = 8'),
+    ('deepseek_v2', {'moe_layer_freq': 2}, 'moe_layer_freq = 2'),
+    ('deepseek_v3', {'rope_interleave': False}, 'rope_interleave = False'),
+    ('deepseek_v3', {'scoring_func': 'softmax'}, "scoring_func = 'softmax'"),
+    ('deepseek_v3', {'kv_lora_rank': 0}, 'kv_lora_rank in config.json must be at least 1'),
+  ],
+)
+def test_what_the_families_with_latents_lack_is_refused(family, keys, message):
+  with pytest.raises(ValueError, match=message):
+    hf_names.config_from_hf({'model_type': family, **keys})
+
+
 # The sizes in config.json on the hub that are not the defaults of transformers, and the published
 # parameters, in total and met by a token, the embedding included.
 PUBLISHED = {
@@ -263,7 +362,24 @@ PUBLISHED = {
     20_914_757_184,
     4_187_440_704,
   ),
+  'Qwen3-Next-80B-A3B': ('qwen3_next', {}, 79_674_391_296, 3_874_929_408),
   'gpt-oss-120b': ('gpt_oss', {}, 116_829_156_672, 5_711_982_912),
+  'DeepSeek-V3': ('deepseek_v3', {}, 671_026_419_200, 37_552_297_472),
+  'DeepSeek-V2-Lite': (
+    'deepseek_v2',
+    {
+      'hidden_size': 2048,
+      'intermediate_size': 10944,
+      'moe_intermediate_size': 1408,
+      'num_hidden_layers': 27,
+      'num_attention_heads': 16,
+      'num_experts_per_tok': 6,
+      'q_lora_rank': None,
+      'first_k_dense_replace': 1,
+    },
+    15_706_484_224,
+    2_661_150_208,
+  ),
   'granite-3.1-1b-a400m': (
     'granitemoe',
     {
@@ -287,8 +403,13 @@ PUBLISHED = {
 def test_published_parameters_to_the_unit(name):
   family, sizes, total, active = PUBLISHED[name]
   config = hf_names.config_from_hf({'model_type': family, **sizes})
-  alike = len(set(config.layers))  # 2: windows on every other layer
-  few, more = (cost.parameters(config.replace(layers=config.layers[: n * alike])) for n in (1, 2))
-  steps = len(config.layers) // alike - 1
-  assert few.total + steps * (more.total - few.total) == total
-  assert few.active + steps * (more.active - few.active) == active
+  assert _counted(config, 'total') == total
+  assert _counted(config, 'active') == active
+
+
+def _counted(config, what):
+  """One of the counts of `cost.parameters`; each kind of layer is built once or twice."""
+  kinds = collections.Counter(config.layers)
+  count = lambda *layers: getattr(cost.parameters(config.replace(layers=layers)), what)
+  once = count(*kinds)
+  return once + sum((n - 1) * (count(*kinds, kind) - once) for kind, n in kinds.items())

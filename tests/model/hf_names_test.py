@@ -9,7 +9,7 @@ import transformers
 from model import hf_names, presets
 from model.config import ModelConfig
 from model.hf_names import rope
-from model.hf_names.family import INTERLEAVED, PAIRED, PLAIN, TRANSPOSE, Codec
+from model.hf_names.family import DEPTHWISE, INTERLEAVED, PAIRED, PLAIN, TRANSPOSE, Codec, Heads
 from ops.rope import RopeConfig
 
 CONFIG_CLASSES = {
@@ -28,11 +28,13 @@ CONFIG_CLASSES = {
   'gpt_neox': transformers.GPTNeoXConfig,
   'qwen2_moe': transformers.Qwen2MoeConfig,
   'qwen3_moe': transformers.Qwen3MoeConfig,
+  'qwen3_next': transformers.Qwen3NextConfig,
   'olmoe': transformers.OlmoeConfig,
   'granitemoe': transformers.GraniteMoeConfig,
   'granitemoeshared': transformers.GraniteMoeSharedConfig,
   'gpt_oss': transformers.GptOssConfig,
 }
+HEADS = Heads(2, 2)
 LLAMA3 = {
   'factor': 8.0,
   'low_freq_factor': 1.0,
@@ -71,9 +73,7 @@ def test_presets_survive_config_json(name):
   config = presets.preset(name)
   again = hf_names.config_from_hf(hf_names.config_to_hf(config))
   assert hf_names.config_to_hf(again) == hf_names.config_to_hf(config)
-  assert (
-    again.layers[0].mixer.kv_heads == config.layers[0].mixer.kv_heads and again.rope == config.rope
-  )
+  assert again.layers[0].mixer.units == config.layers[0].mixer.units and again.rope == config.rope
 
 
 @pytest.mark.parametrize(
@@ -195,6 +195,14 @@ def test_yarn_without_an_original_length_uses_the_maximum():
     ('qwen3_moe', {'num_experts': 8, 'n_routed_experts': 9}, 'num_experts = 8, n_routed_exp.* = 9'),
     ('qwen2_moe', {'scoring_func': 'sigmoid'}, "scoring_func = 'sigmoid'"),
     ('qwen2_moe', {'mlp_only_layers': 3}, 'mlp_only_layers .* numbers of layers, not 3'),
+    (
+      'qwen3_next',
+      {'layer_types': ['sliding_attention'] * 48},
+      'supported: full_attention, linear',
+    ),
+    ('qwen3_next', {'layer_types': ['full_attention']}, '1 entries, but there are 48 layers'),
+    ('qwen3_next', {'hidden_act': 'gelu'}, "hidden_act = 'gelu' .* supported: silu"),
+    ('qwen3_next', {'linear_num_value_heads': 24}, '24 value heads do not divide into 16 key'),
     ('olmoe', {'routed_scaling_factor': 2.5}, 'routed_scaling_factor = 2.5'),
     ('olmoe', {'clip_qkv': 8.0}, 'clip_qkv = 8.0'),
     ('olmoe', {'head_dim': 64}, 'head_dim is 64 for 16 heads and a hidden_size of 2048'),
@@ -247,6 +255,8 @@ def _with_layer(family, index, *, mixer=None, ffn=None, **changes) -> ModelConfi
     ),
     (_with_layer('olmo2', 2, pre_norms=True), r'layers 2: pre_norms = True'),
     (_with_layer('gemma3_text', 1, mixer={'rope': None}), r'layers 1: mixer\.rope = None'),
+    (_with_layer('qwen3_next', 1, mixer={'conv_width': 3}), r'layers 1: mixer\.conv_width = 3'),
+    (_config('qwen3_next', norm_offset=0.0), r'norm_offset = 0\.0 \(it would be 1\.0\)'),
     (_config('llama', norm='layer'), r"norm = 'layer' \(it would be 'rms'\)"),
     (_config('llama', logit_softcap=3.0), r'logit_softcap = 3.0'),
     (_config('llama', head_bias=True), 'head_bias'),
@@ -286,37 +296,54 @@ def test_parameters_without_a_name_are_listed():
 @pytest.mark.parametrize('codec', [PLAIN, TRANSPOSE])
 def test_fused_parts_lie_one_after_the_other(codec, rng):
   parts = [rng.normal(size=(5, n)) for n in (4, 2, 2)]
-  joined = codec.join(parts, head_width=2)
+  joined = codec.join(parts, HEADS)
   expected = np.concatenate(parts, 1)
   np.testing.assert_array_equal(joined, expected.T if codec.transpose else expected)
   assert codec.shape([p.shape for p in parts]) == joined.shape
-  for part, back in zip(parts, codec.split(joined, [p.shape for p in parts], head_width=2)):
+  for part, back in zip(parts, codec.split(joined, [p.shape for p in parts], HEADS)):
     np.testing.assert_array_equal(part, back)
 
 
 def test_interleaved_parts_alternate_head_by_head():
   # Two heads of width two: q0 q0 k0 k0 v0 v0 q1 q1 k1 k1 v1 v1.
   query, key, value = (np.arange(4) + 10 * part for part in (1, 2, 3))
-  joined = INTERLEAVED.join([query, key, value], head_width=2)
+  joined = INTERLEAVED.join([query, key, value], HEADS)
   assert joined.tolist() == [10, 11, 20, 21, 30, 31, 12, 13, 22, 23, 32, 33]
-  back = INTERLEAVED.split(joined, [(4,)] * 3, head_width=2)
+  back = INTERLEAVED.split(joined, [(4,)] * 3, HEADS)
   np.testing.assert_array_equal(back, [query, key, value])
+
+
+def test_interleaved_parts_may_have_more_of_a_head_than_others():
+  key, values = np.arange(2) + 10, np.arange(6) + 20
+  joined = INTERLEAVED.join([key, values], HEADS)
+  assert joined.tolist() == [10, 20, 21, 22, 11, 23, 24, 25]
+  for part, back in zip((key, values), INTERLEAVED.split(joined, [(2,), (6,)], HEADS)):
+    np.testing.assert_array_equal(part, back)
+
+
+def test_kernels_of_channels_have_one_input_more():
+  one, other = np.arange(6).reshape(3, 2), np.arange(3).reshape(3, 1) + 10
+  joined = DEPTHWISE.join([one, other], HEADS)
+  assert joined.tolist() == [[[0, 2, 4]], [[1, 3, 5]], [[10, 11, 12]]]
+  assert joined.shape == DEPTHWISE.shape([one.shape, other.shape])
+  for part, back in zip((one, other), DEPTHWISE.split(joined, [(3, 2), (3, 1)], HEADS)):
+    np.testing.assert_array_equal(part, back)
 
 
 def test_paired_rows_alternate_between_the_halves_of_a_head():
   # Two heads of width four; row n of theirs is written as n. Elements 0 and 2 of a head rotate
   # together in ours, 0 and 1 in theirs.
   ours_IO = np.arange(8)[None, :] + np.array([[0], [100]])
-  theirs_OI = PAIRED.join([ours_IO], head_width=4)
+  theirs_OI = PAIRED.join([ours_IO], Heads(2, 4))
   assert theirs_OI[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-  np.testing.assert_array_equal(PAIRED.split(theirs_OI, [(2, 8)], head_width=4)[0], ours_IO)
-  bias = PAIRED.join([np.arange(8)], head_width=4)
+  np.testing.assert_array_equal(PAIRED.split(theirs_OI, [(2, 8)], Heads(2, 4))[0], ours_IO)
+  bias = PAIRED.join([np.arange(8)], Heads(2, 4))
   assert bias.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_an_offset_is_theirs_alone():
   codec = Codec(offset=1.0)
   ours = np.array([0.25, -0.5], np.float16)
-  (back,) = codec.split(codec.join([ours], head_width=2), [(2,)], head_width=2)
-  assert codec.join([ours], head_width=2).tolist() == [1.25, 0.5]
+  (back,) = codec.split(codec.join([ours], HEADS), [(2,)], HEADS)
+  assert codec.join([ours], HEADS).tolist() == [1.25, 0.5]
   assert back.tolist() == ours.tolist() and back.dtype == np.float16

@@ -55,6 +55,18 @@ def test_ranges_of_rows_match_numpy(rng, batch, dtype, native, monkeypatch):
   np.testing.assert_array_equal(row_ops.read(found, starts_B, 4), new.astype(dtype))
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8'])
+def test_an_entry_of_each_head_matches_numpy(rng, dtype):
+  rows = (100 * _filled(rng, 2, 3, 7, 4)).astype(dtype)
+  new, at = _filled(rng, 2, 3, 4), rng.integers(0, 7, (2, 3))
+  written = np.array(rows)
+  for b, k in np.ndindex(2, 3):
+    written[b, k, at[b, k]] = new[b, k].astype(dtype)
+  found = jax.jit(row_ops.put)(rows, new, jnp.asarray(at))
+  assert found.dtype == rows.dtype
+  np.testing.assert_array_equal(found, written)
+
+
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_writing_does_not_change_rows_that_were_not_donated(rng, dtype):
   rows, new = _filled(rng, 3, 9, 2).astype(dtype), _filled(rng, 3, 1, 2)

@@ -176,11 +176,11 @@ def test_axes_that_do_not_divide_are_replicated():
 
 
 def test_a_mesh_needs_enough_devices():
-  with pytest.raises(ValueError, match='a 2 x 2 x 4 x 1 mesh needs 16 devices, not 8'):
+  with pytest.raises(ValueError, match='a 2 x 2 x 4 x 1 x 1 mesh needs 16 devices, not 8'):
     sharding.make_mesh(data=2, fsdp=2, model=4)
   with pytest.raises(ValueError, match='needs 2 devices, not 1'):
     sharding.make_mesh(data=2, devices=jax.devices()[:1])
-  assert sharding.make_mesh(data=2).devices.shape == (2, 1, 1, 1)
+  assert sharding.make_mesh(data=2).devices.shape == (2, 1, 1, 1, 1)
 
 
 def test_all_letters_are_in_the_alphabet():
@@ -191,7 +191,7 @@ def test_all_letters_are_in_the_alphabet():
     sharding.sharding(sharding.make_mesh(data=8), 'DF', (4,))
 
 
-@pytest.mark.parametrize('format', kv_cache.FORMATS)
+@pytest.mark.parametrize('format', [*kv_cache.FORMATS, 'int8+h2o16'])
 def test_a_mesh_divides_the_rows_and_the_heads_of_caches(format):
   mesh = sharding.make_mesh(data=2, model=2)
   config = presets.preset('tiny-gemma2')

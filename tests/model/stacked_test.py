@@ -1,5 +1,6 @@
 """Tests the stacked forward pass against the plain one, and how layers are divided into runs."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -10,6 +11,8 @@ import pytest
 from flax import nnx
 
 from model import presets, sharding, stacked, transformer
+from model.layers.mixers.delta import GatedDeltaConfig
+from model.layers.mixers.linear import linear_attention
 from model.stacked import Run
 from model.train import optimizer, partition
 from model.train.optimizer import OptimizerConfig
@@ -35,12 +38,23 @@ def _uneven():
   return config.replace(layers=(*config.layers[:2], narrow, *config.layers[3:]))
 
 
+def _recurrent():
+  config = _config('tiny-llama', 4)
+  mixers = (
+    GatedDeltaConfig(key_heads=1, value_heads=2, key_width=8, value_width=8),
+    linear_attention(2, 8, 8),
+  )
+  layers = (dataclasses.replace(config.layers[0], mixer=one) for one in mixers * 2)
+  return config.replace(layers=tuple(layers))
+
+
 CONFIGS = {
   'alike': _config('tiny-llama', 3),
   'alternating windows': _config('tiny-gemma2', 4),
   'learned positions': _config('tiny-gpt2', 3),
   'parallel': _config('tiny-neox', 2),
   'uneven': _uneven(),
+  'recurrent': _recurrent(),
 }
 
 

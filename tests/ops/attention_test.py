@@ -8,6 +8,7 @@ import torch
 from jax._src.cudnn import fused_attention_stablehlo
 
 from ops import attention, masks
+from ops.kernels import cpu
 from ops.masks import AttentionMask
 from ops.patterns import Window
 
@@ -214,8 +215,13 @@ def test_auto_picks_cudnn_only_on_a_gpu(cudnn):
     for p in ('gpu', 'cuda')
   ]
   assert picks == ['cudnn', 'cudnn']
-  for platform in ('cpu', 'tpu', 'rocm'):
-    assert attention.pick(q, k, masks.causal(2, 16), platform=platform) == 'reference'
+  others = {
+    'cpu': 'native' if cpu.available() else 'reference',
+    'tpu': 'reference',
+    'rocm': 'reference',
+  }
+  for platform, expected in others.items():
+    assert attention.pick(q, k, masks.causal(2, 16), platform=platform) == expected
 
 
 @pytest.mark.parametrize(
@@ -270,9 +276,11 @@ def test_the_kernel_is_chosen_when_the_program_is_lowered(cudnn, window, length)
   loss = lambda *arrays: jnp.sum(fn(*arrays).astype(jnp.float32))
   scores = f'2x2x2x{length}x{length}xf32'
   for program in (fn, jax.grad(loss, (0, 1, 2))):
-    gpu, cpu = lowered(program, 'cuda', length), lowered(program, 'cpu', length)
-    assert '__cudnn$fmhaSoftmax' in gpu and scores not in gpu
-    assert '__cudnn' not in cpu and scores in cpu
+    gpu, host, tpu = (lowered(program, name, length) for name in ('cuda', 'cpu', 'tpu'))
+    assert '__cudnn$fmhaSoftmax' in gpu and scores not in gpu and cpu.PREFILL not in gpu
+    assert '__cudnn' not in tpu and scores in tpu and cpu.PREFILL not in tpu
+    native = cpu.available() and program is fn
+    assert '__cudnn' not in host and (cpu.PREFILL in host) == native != (scores in host)
   flags = lowered(fn, 'cuda', length).replace('\\22', '').replace(' ', '')
   assert f'sliding_window_length:{window or 0}' in flags
   assert 'mask_type:CAUSAL' in flags

@@ -1,6 +1,7 @@
 """Multi-head attention with grouped key/value heads: the mixer of kind 'attention'."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
@@ -48,6 +49,7 @@ class AttentionConfig(MixerConfig):
   qk_norm: bool = False  # RMS norm of queries and keys (Qwen3)
   qk_norm_over: NormSpan = 'head'  # each head by itself, or all heads together (OLMoE)
   sinks: bool = False  # a logit of each query head that has no value (gpt-oss)
+  gated: bool = False  # the sigmoid of a gate multiplies what the heads find (Qwen3-Next)
 
   def __post_init__(self):
     for name in ('query_heads', 'kv_heads', 'head_width'):
@@ -77,9 +79,12 @@ class AttentionConfig(MixerConfig):
 
   def edges(self, name):
     query, key, value, output = (f'{name}.{one}' for one in ('query', 'key', 'value', 'output'))
-    heads = Attended(head_width=self.head_width, copies=self.copies, scores=(query, key))
+    gate = (f'{name}.gate',) if self.gated else ()
+    heads = Attended(
+      head_width=self.head_width, copies=self.copies, scores=(query, key), gated=self.gated
+    )
     return (
-      Edge(producer=f'{name}_norm', through=Normed(), consumers=(query, key, value)),
+      Edge(producer=f'{name}_norm', through=Normed(), consumers=(query, key, value, *gate)),
       Edge(producer=value, through=heads, consumers=(output,)),
     )
 
@@ -98,8 +103,7 @@ class AttentionConfig(MixerConfig):
     Elements within a head are no units: a rope rotates them in pairs at frequencies that depend on
     their place. Where one norm spans all heads, those that stay are normed without the others.
     """
-    runs = {'K': self.head_width, 'N': self.copies * self.head_width, 'Q': self.copies}
-    return Units(letter='K', count=self.kv_heads, runs=runs)
+    return Units(letter='K', count=self.kv_heads, axes=('K', 'N', 'Q'))
 
   def resized(self, count):
     return dataclasses.replace(self, kv_heads=count, query_heads=count * self.copies)
@@ -154,7 +158,11 @@ class Sinks(nnx.Module):
 
 
 class Attention(nnx.Module):
-  """Multi-head attention with an optional key/value cache."""
+  """Multi-head attention with an optional key/value cache.
+
+  `compute` is called as `ops.attention.attention` is, for whole sequences. Training with the tokens
+  of a row on several devices sets another function (`model.context_parallel`).
+  """
 
   def __init__(self, config: AttentionConfig, stream: StreamConfig, *, rngs, dtype):
     self.config = config
@@ -166,6 +174,7 @@ class Attention(nnx.Module):
     self.query = make((width, queries), ('D', 'N'), config.qkv_bias)
     self.key = make((width, keys), ('D', 'K'), config.qkv_bias)
     self.value = make((width, keys), ('D', 'K'), config.qkv_bias)
+    self.gate = make((width, queries), ('D', 'N'), config.qkv_bias) if config.gated else None
     self.output = make((queries, width), ('N', 'D'), config.output_bias, stddev=stream.write_stddev)
     spans = {'head': [('H', config.head_width)] * 2, 'all': [('N', queries), ('K', keys)]}
     self.query_norm, self.key_norm = (
@@ -173,11 +182,12 @@ class Attention(nnx.Module):
       for letter, span in spans[config.qk_norm_over]
     )
     self.sinks = Sinks(config, dtype=dtype) if config.sinks else None
+    self.compute: Callable[..., jax.Array] = attention
 
   def __call__(self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None):
     """Returns (y_BTD, cache). `angles` is (cos, sin) or None."""
     heads = lambda x: rearrange(x, 'B T (heads H) -> B T heads H', H=self.config.head_width)
-    q_BTN, k_BTK, v_BTK = self.project(x_BTD)
+    q_BTN, k_BTK, v_BTK, *gates = self._project(x_BTD)
     if self.config.qk_norm:
       q_BTN, k_BTK = _normed(self.query_norm, q_BTN), _normed(self.key_norm, k_BTK)
     q_BTNH, k_BTKH, v_BTKH = map(heads, (q_BTN, k_BTK, v_BTK))
@@ -189,18 +199,25 @@ class Attention(nnx.Module):
       'sinks_N': None if self.sinks is None else self.sinks.logits.get_value(),
     }
     cache, y_BTNH = self.attend(x_BTD, q_BTNH, k_BTKH, v_BTKH, mask, cache, **scores)
-    return self.output(rearrange(y_BTNH, 'B T N H -> B T (N H)')), cache
+    y_BTN = rearrange(y_BTNH, 'B T N H -> B T (N H)')
+    if gates:
+      y_BTN = y_BTN * jax.nn.sigmoid(gates[0])
+    return self.output(y_BTN), cache
 
   def attend(self, x_BTD, q_BTNH, k_BTKH, v_BTKH, mask, cache, **scores):
     """Returns (cache, y_BTNH); what layers that attend in another way replace."""
     del x_BTD
     if cache is None:
-      return None, attention(q_BTNH, k_BTKH, v_BTKH, mask, **scores)
+      return None, self.compute(q_BTNH, k_BTKH, v_BTKH, mask, **scores)
     return cache.attend(q_BTNH, k_BTKH, v_BTKH, mask, **scores)
 
   def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The queries, keys and values of all heads as the matrices give them: each [B, T, O]."""
-    return apply(x_BTD, self.query, self.key, self.value)
+    return self._project(x_BTD)[:3]
+
+  def _project(self, x_BTD) -> tuple[jax.Array, ...]:
+    gates = () if self.gate is None else (self.gate,)
+    return apply(x_BTD, self.query, self.key, self.value, *gates)
 
 
 def _normed(norm: Norm, x_BTO: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from model.layers.cache import Cache
 from model.layers.checks import check_choice, check_count
 from model.layers.mixers.attention import Attention, AttentionConfig
 from model.layers.mixers.sides import Floats
-from model.layers.mixers.slots import RollingCache, is_token
+from model.layers.mixers.slots import RollingCache
 from model.layers.wiring import Normed
 from ops import linformer, rows
 from ops.linformer import Sums
@@ -189,7 +189,7 @@ class Linformer(Attention):
       all_ = jnp.zeros((len(new), chunks * size, *new.shape[2:]), new.dtype)
       return rows.write(all_, new, first_B).reshape(len(new), chunks, size, *new.shape[2:])
 
-    real_BPS = cut(is_token(positions_BT).astype(jnp.int8)) > 0
+    real_BPS = cut(caches.is_token(positions_BT).astype(jnp.int8)) > 0
     keys, values = cut(k_BTKH), cut(v_BTKH)
     if self.chunks is not None:
       weights = self.chunks.keys.get_value(), self.chunks.values.get_value()

@@ -33,6 +33,9 @@ class Side(Protocol):
   def of(self, new_BTKH: jax.Array) -> Self:
     """New tokens in the form in which this side stores them."""
 
+  def floats(self, dtype) -> jax.Array:
+    """What is stored, as floating-point numbers [B, S, K, H]."""
+
   def attended(self, values: Self, q_BTNH: jax.Array, mask: AttentionMask, **scores) -> jax.Array:
     """What queries find in `values`, of which these are the keys, as `ops.attention` has it."""
 
@@ -55,6 +58,9 @@ class Floats:
 
   def of(self, new_BTKH):
     return Floats(new_BTKH.astype(self.x_BSKH.dtype))
+
+  def floats(self, dtype):
+    return self.x_BSKH.astype(dtype)
 
   def attended(self, values, q_BTNH, mask, **scores):
     return attention(q_BTNH, self.x_BSKH, values.x_BSKH, mask, **scores)
@@ -94,6 +100,10 @@ class Codes8:
     scales_BTK = stored_scale(jnp.abs(new_BTKH).max(-1) * (1 / 127))
     steps = new_BTKH / scales_BTK.astype(jnp.float32)[..., None]
     return Codes8(jnp.clip(jnp.round(steps), -127, 127).astype(jnp.int8), scales_BTK)
+
+  def floats(self, dtype):
+    scales = self.scales_BSK.astype(jnp.float32)[..., None]
+    return (self.codes_BSKH.astype(jnp.float32) * scales).astype(dtype)
 
   def attended(self, values, q_BTNH, mask, **scores):
     codes = self.codes_BSKH, values.codes_BSKH

@@ -94,7 +94,7 @@ class RollingCache(KVCache):
   def _before_and(self, k_BTKH, v_BTKH, positions_BT) -> 'RollingCache':
     """The tokens before the new ones, and after them the new ones in slots of their own."""
     earlier_BS = jnp.where(self.positions_BS < positions_BT[:, :1], self.positions_BS, NOWHERE)
-    new_BT = jnp.where(is_token(positions_BT), positions_BT, NOWHERE)
+    new_BT = jnp.where(cache.is_token(positions_BT), positions_BT, NOWHERE)
     before = dataclasses.replace(self, positions_BS=earlier_BS)
     new = RollingCache(self.keys.of(k_BTKH), self.values.of(v_BTKH), new_BT, self.first)
     return jax.tree.map(lambda *both: jnp.concatenate(both, 1), before, new)
@@ -122,12 +122,6 @@ def _taken(all_: jax.Array, new: jax.Array, token_BS: jax.Array) -> jax.Array:
   at = jnp.maximum(token_BS, 0).reshape(*token_BS.shape, *rest)
   taken = jnp.take_along_axis(new.astype(all_.dtype), at, axis=1)
   return jnp.where((token_BS >= 0).reshape(at.shape), taken, all_)
-
-
-def is_token(positions_BT: jax.Array) -> jax.Array:
-  """Whether a token of a row is one, and no padding, which repeats the last position: [B, T]."""
-  later_BT = positions_BT[:, 1:] > positions_BT[:, :-1]
-  return jnp.pad(later_BT, ((0, 0), (1, 0)), constant_values=True)
 
 
 def _check(keys, values):

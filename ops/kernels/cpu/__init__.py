@@ -19,8 +19,9 @@ import numpy as np
 PRODUCT = 'lissom_product'
 GROUPED_PRODUCT = 'lissom_grouped_product'
 ATTENTION = 'lissom_cache_attention'
+PREFILL = 'lissom_prefill_attention'
 WRITE_ROWS = 'lissom_write_rows'
-TARGETS = (PRODUCT, GROUPED_PRODUCT, ATTENTION, WRITE_ROWS)
+TARGETS = (PRODUCT, GROUPED_PRODUCT, ATTENTION, PREFILL, WRITE_ROWS)
 _MODULE = '_native'
 
 

@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 
 #include <immintrin.h>
+#include <math.h>
 #include <string.h>
 
 #include <utility>
@@ -17,6 +18,7 @@ LISSOM_TARGET_BEGIN("avx2,fma,f16c")
 #include "drive.h"
 
 #include "attend.h"
+#include "prefill.h"
 
 namespace lissom {
 namespace {
@@ -28,8 +30,8 @@ bool supported() {
 
 }  // namespace
 
-extern const Kernels kAvx2 = {"avx2",         supported, quantize, integer<Avx2>,
-                              floating<Avx2>, nullptr,   attend<Avx2>};
+extern const Kernels kAvx2 = {"avx2", supported, quantize, integer<Avx2>, floating<Avx2>, nullptr,
+                              attend<Avx2>, prefill<Avx2>};
 
 }  // namespace lissom
 

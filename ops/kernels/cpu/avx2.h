@@ -68,6 +68,16 @@ struct Avx2 {
   static inline Float negate(Float a) { return _mm256_sub_ps(_mm256_setzero_ps(), a); }
   static inline Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static inline Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  // Of NaN and a number the second, whichever it is. `times_power` multiplies a by 2^n, for an integer
+  // n to which 1.5 * 2^23 was added.
+  static inline Float subtract(Float a, Float b) { return _mm256_sub_ps(a, b); }
+  static inline Float divide(Float a, Float b) { return _mm256_div_ps(a, b); }
+  static inline Float largest(Float a, Float b) { return _mm256_max_ps(a, b); }
+  static inline Float smallest(Float a, Float b) { return _mm256_min_ps(a, b); }
+  static inline Float times_power(Float a, Float n) {
+    const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), power));
+  }
   static inline Float load_float(const float* p) { return _mm256_loadu_ps(p); }
   static inline void store_float(float* p, Float x) { _mm256_storeu_ps(p, x); }
 

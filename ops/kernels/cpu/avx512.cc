@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 
 #include <immintrin.h>
+#include <math.h>
 #include <string.h>
 
 #include <utility>
@@ -16,6 +17,7 @@ LISSOM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c
 #include "drive.h"
 
 #include "attend.h"
+#include "prefill.h"
 
 namespace lissom {
 namespace {
@@ -28,8 +30,8 @@ bool supported() {
 
 }  // namespace
 
-extern const Kernels kAvx512 = {"avx512_vnni",    supported, quantize, integer<Avx512>,
-                                floating<Avx512>, nullptr,   attend<Avx512>};
+extern const Kernels kAvx512 = {"avx512_vnni", supported, quantize, integer<Avx512>,
+                                floating<Avx512>, nullptr, attend<Avx512>, prefill<Avx512>};
 
 }  // namespace lissom
 

@@ -60,6 +60,14 @@ struct Avx512 {
   static inline Float negate(Float a) { return _mm512_sub_ps(_mm512_setzero_ps(), a); }
   static inline Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static inline Float subtract(Float a, Float b) { return _mm512_sub_ps(a, b); }
+  static inline Float divide(Float a, Float b) { return _mm512_div_ps(a, b); }
+  static inline Float largest(Float a, Float b) { return _mm512_max_ps(a, b); }
+  static inline Float smallest(Float a, Float b) { return _mm512_min_ps(a, b); }
+  static inline Float times_power(Float a, Float n) {
+    const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(n), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), power));
+  }
   static inline Float load_float(const float* p) { return _mm512_loadu_ps(p); }
   static inline void store_float(float* p, Float x) { _mm512_storeu_ps(p, x); }
 

@@ -121,10 +121,14 @@ void attend_512(const Attention& a, int64_t row, Range slots, Partial out) {
   kAvx512.attend(a, row, slots, out);
 }
 
+void prefill_512(const Attention& a, const Bounds* spans, Task task, float* memory) {
+  kAvx512.prefill(a, spans, task, memory);
+}
+
 }  // namespace
 
-extern const Kernels kAvx512Bf16 = {"avx512_bf16", supported, quantize,  integer_512,
-                                    floating_512,  half,      attend_512};
+extern const Kernels kAvx512Bf16 = {"avx512_bf16", supported, quantize, integer_512, floating_512,
+                                    half, attend_512, prefill_512};
 
 }  // namespace lissom
 

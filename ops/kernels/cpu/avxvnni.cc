@@ -4,6 +4,7 @@
 
 #include <cpuid.h>
 #include <immintrin.h>
+#include <math.h>
 #include <string.h>
 
 #include <utility>
@@ -18,6 +19,7 @@ LISSOM_TARGET_BEGIN("avxvnni,avx2,fma,f16c")
 #include "drive.h"
 
 #include "attend.h"
+#include "prefill.h"
 
 namespace lissom {
 namespace {
@@ -31,8 +33,8 @@ bool supported() {
 
 }  // namespace
 
-extern const Kernels kAvxVnni = {"avx_vnni",     supported, quantize, integer<Avx2>,
-                                 floating<Avx2>, nullptr,   attend<Avx2>};
+extern const Kernels kAvxVnni = {"avx_vnni", supported, quantize, integer<Avx2>, floating<Avx2>,
+                                 nullptr, attend<Avx2>, prefill<Avx2>};
 
 }  // namespace lissom
 

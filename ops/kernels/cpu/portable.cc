@@ -1,5 +1,6 @@
 // Plain C++ on vectors of the compiler's own: any architecture, and NEON where there is NEON.
 
+#include <math.h>
 #include <string.h>
 
 #include <utility>
@@ -15,6 +16,7 @@ struct Portable {
   typedef uint8_t Bytes __attribute__((vector_size(16)));
   typedef int32_t Int __attribute__((vector_size(16)));
   typedef float Float __attribute__((vector_size(16)));
+  typedef uint32_t Unsigned __attribute__((vector_size(16)));
 
   static inline Bytes load(const uint8_t* p) {
     Bytes c;
@@ -77,6 +79,24 @@ struct Portable {
   static inline Float negate(Float a) { return -a; }
   static inline Float multiply(Float a, Float b) { return a * b; }
   static inline Float fma(Float a, Float b, Float c) { return a * b + c; }
+  static inline Float subtract(Float a, Float b) { return a - b; }
+  static inline Float divide(Float a, Float b) { return a / b; }
+  static inline Float largest(Float a, Float b) {
+    for (int i = 0; i < kLanes; ++i) a[i] = a[i] > b[i] ? a[i] : b[i];
+    return a;
+  }
+  static inline Float smallest(Float a, Float b) {
+    for (int i = 0; i < kLanes; ++i) a[i] = a[i] < b[i] ? a[i] : b[i];
+    return a;
+  }
+  static inline Float times_power(Float a, Float n) {
+    Unsigned bits, power;
+    memcpy(&bits, &a, sizeof(a));
+    memcpy(&power, &n, sizeof(n));
+    bits += power << 23;
+    memcpy(&a, &bits, sizeof(a));
+    return a;
+  }
   static inline Float load_float(const float* p) {
     Float x;
     memcpy(&x, p, sizeof(x));
@@ -137,7 +157,6 @@ struct Portable {
   }
 
  private:
-  typedef uint32_t Unsigned __attribute__((vector_size(16)));
   static inline Unsigned as_unsigned(Int x) {
     Unsigned y;
     memcpy(&y, &x, sizeof(y));
@@ -184,6 +203,7 @@ struct Portable {
 #include "drive.h"
 
 #include "attend.h"
+#include "prefill.h"
 
 namespace lissom {
 namespace {
@@ -192,7 +212,7 @@ bool supported() { return true; }
 
 }  // namespace
 
-extern const Kernels kPortable = {"portable",         supported, quantize, integer<Portable>,
-                                  floating<Portable>, nullptr,   attend<Portable>};
+extern const Kernels kPortable = {"portable", supported, quantize, integer<Portable>,
+                                  floating<Portable>, nullptr, attend<Portable>, prefill<Portable>};
 
 }  // namespace lissom

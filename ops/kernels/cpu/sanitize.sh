@@ -11,7 +11,7 @@ build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 
 flags='-fsanitize=address,undefined -fno-sanitize-recover=all'
-for source in sanitize_main self_test product attention workers portable avx2 avxvnni avx512 avx512_bf16; do
+for source in sanitize_main self_test product attention prefill workers portable avx2 avxvnni avx512 avx512_bf16; do
   "${CXX:-c++}" -std=c++17 -O1 -w $flags -c "$source.cc" -o "$build/$source.o" &
   jobs="${jobs-} $!"
 done

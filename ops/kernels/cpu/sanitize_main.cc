@@ -53,7 +53,8 @@ int wrong_products() {
         }
     for (const lissom::AttentionShape shape :
          {lissom::AttentionShape{1, 1, 5, 1, 1, 1}, {3, 1, 70, 9, 3, 64}, {1, 8, 33, 5, 1, 21},
-          {2, 2, 1100, 4, 4, 16}})
+          {2, 2, 1100, 4, 4, 16},
+          {2, 70, 290, 6, 2, 37}})
       if (const char* wrong = attention_test(kernels, shape)) {
         printf("%s: %s is wrong, %d keys\n", kernels.name, wrong, static_cast<int>(shape.keys));
         ++failures;

@@ -1,5 +1,6 @@
 #include "self_test.h"
 
+#include <limits.h>
 #include <math.h>
 #include <string.h>
 
@@ -231,8 +232,9 @@ void code(int64_t width, std::vector<float>* x, std::vector<int8_t>* codes,
   }
 }
 
-// Attention with a cap, sinks and a window, against its definition in double.
-bool attends(const Kernels& kernels, AttentionShape s, Stored stored, bool late) {
+// Attention with a cap, sinks and a window, and by the kernel for many queries with segments too, against
+// its definition in double.
+bool attends(const Kernels& kernels, AttentionShape s, Stored stored, bool late, bool many) {
   const bool bf16 = stored == Stored::kBf16, coded = stored == Stored::kInt8;
   const std::vector<float> q = draw(s.batch * s.queries * s.heads * s.width, 1);
   std::vector<float> k = draw(s.batch * s.keys * s.kv_heads * s.width, 2);
@@ -264,22 +266,34 @@ bool attends(const Kernels& kernels, AttentionShape s, Stored stored, bool late)
   a.q_positions = q_positions.data(), a.k_positions = k_positions.data(), a.sinks = sinks.data();
   a.batch = s.batch, a.queries = s.queries, a.keys = s.keys, a.heads = s.heads;
   a.kv_heads = s.kv_heads, a.width = s.width;
-  a.scale = 0.5f, a.softcap = late ? 2 : 0, a.window = late ? 100 : 1u << 31;
+  a.scale = 0.5f, a.softcap = late ? 2 : 0, a.window = late ? 100 : kEverywhere;
+  a.first = late ? 3 : INT_MIN;
+  std::vector<int32_t> q_segments(q_positions.size()), k_segments(k_positions.size());
+  std::vector<float> logs(s.batch * s.heads * s.queries);
+  if (many) {
+    for (size_t i = 0; i < q_segments.size(); ++i) q_segments[i] = q_positions[i] / 70;
+    for (size_t i = 0; i < k_segments.size(); ++i) k_segments[i] = k_positions[i] / 70;
+    a.q_segments = q_segments.data(), a.k_segments = k_segments.data(), a.logs = logs.data();
+  }
   Workers alone(nullptr, 1);
-  if (!attend_all(kernels, a, alone)) return false;
+  if (!(many ? prefill_all(kernels, a, alone) : attend_all(kernels, a, alone))) return false;
   for (int64_t i = 0; i < s.batch * s.queries * s.heads; ++i) {
     const int64_t n = i % s.heads, row = i / s.heads / s.queries, head = n / a.group();
     double total = exp(sinks[n]);
     std::vector<double> sums(s.width);
     for (int64_t key = 0; key < s.keys; ++key) {
-      if (!a.sees(q_positions[i / s.heads], k_positions[row * s.keys + key])) continue;
-      const int64_t at = ((row * s.keys + key) * s.kv_heads + head) * s.width;
+      const int64_t place = row * s.keys + key;
+      if (!a.sees(q_positions[i / s.heads], k_positions[place])) continue;
+      if (many && q_segments[i / s.heads] != k_segments[place]) continue;
+      const int64_t at = (place * s.kv_heads + head) * s.width;
       double score = 0;
       for (int64_t h = 0; h < s.width; ++h) score += a.scale * q[i * s.width + h] * k[at + h];
       if (a.softcap > 0) score = a.softcap * tanh(score / a.softcap);
       total += exp(score);
       for (int64_t h = 0; h < s.width; ++h) sums[h] += exp(score) * v[at + h];
     }
+    const double log_found = logs[(row * s.heads + n) * s.queries + i / s.heads % s.queries];
+    if (many && !(fabs(log_found - log(total)) <= kRounding)) return false;
     for (int64_t h = 0; h < s.width; ++h) {
       const double found = bf16 ? from_bf16(y16[i * s.width + h]) : y[i * s.width + h];
       if (!(fabs(found - sums[h] / total) <= (bf16 ? kBf16Rounding : kRounding))) return false;
@@ -313,9 +327,11 @@ const char* self_test(const Kernels& kernels, Shape shape) {
 
 const char* attention_test(const Kernels& kernels, AttentionShape shape) {
   for (const bool late : {false, true}) {
-    if (!attends(kernels, shape, Stored::kFloat32, late)) return "f32 attention";
-    if (!attends(kernels, shape, Stored::kBf16, late)) return "bf16 attention";
-    if (!attends(kernels, shape, Stored::kInt8, late)) return "int8 attention";
+    for (const bool many : {false, true}) {
+      if (!attends(kernels, shape, Stored::kFloat32, late, many)) return "f32 attention";
+      if (!attends(kernels, shape, Stored::kBf16, late, many)) return "bf16 attention";
+      if (!attends(kernels, shape, Stored::kInt8, late, many)) return "int8 attention";
+    }
   }
   return nullptr;
 }

@@ -105,6 +105,8 @@ struct Range {
 
 struct Attention;  // see attention.h
 struct Partial;
+struct Bounds;
+struct Task;
 
 // One instruction set. Null where it has no such kernel.
 struct Kernels {
@@ -116,6 +118,7 @@ struct Kernels {
   void (*floating)(const Weights&, const Rows&, Output, Range rows, Range tiles);
   void (*half)(const Weights&, const Rows&, Output, Range rows, Range tiles);  // bf16 by bf16
   void (*attend)(const Attention&, int64_t row, Range slots, Partial);
+  void (*prefill)(const Attention&, const Bounds* spans, Task, float* memory);
 };
 
 extern const Kernels kPortable;

@@ -113,6 +113,15 @@ def test_quantized_caches_give_the_tokens_that_evaluation_sees(format, prompts):
     assert together[b] == predicted_BT[b, length - 1 : length - 1 + count].tolist()
 
 
+@pytest.mark.parametrize('format', ['int8+h2o16', 'snapkv40'])
+def test_rows_that_give_tokens_up_do_so_without_their_company(plain, format, rng):
+  prompts = [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in (50, 5)]
+  run = functools.partial(generate, plain, max_new_tokens=50)
+  together = run(prompts, cache_format=format)
+  assert together[1:] == run(prompts[1:], cache_format=format)
+  assert together[0] != run(prompts)[0]
+
+
 def _one_by_one(model, tokens_BT, format):
   graphdef, state = nnx.split(model)
 

@@ -56,7 +56,7 @@ class TurnsConfig(FfnConfig):
 
   @property
   def units(self):
-    return Units(letter='F', count=self.width, runs={'F': 1})
+    return Units(letter='F', count=self.width, axes=('F',))
 
   def resized(self, count):
     return dataclasses.replace(self, width=count)

@@ -10,13 +10,45 @@ from model import presets, transformer
 from model.compress import calibrate, statistics
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
+from model.layers.mixers import linear
 from model.layers.mixers.attention import AttentionConfig
-from model.layers.wiring import Activated, Attended, Edge, Gated, Normed, Streamed, Write
+from model.layers.mixers.delta import GatedDeltaConfig
+from model.layers.wiring import (
+  Activated,
+  Attended,
+  Edge,
+  Gated,
+  HeadNormed,
+  Normed,
+  Passed,
+  Streamed,
+  Write,
+)
 
 LLAMA = LayerConfig(
   mixer=AttentionConfig(query_heads=6, kv_heads=2, head_width=4), ffn=FeedForwardConfig(width=24)
 )
 QUERY, KEY, VALUE = (f'attention.{name}' for name in ('query', 'key', 'value'))
+
+
+def test_the_picture_of_mixers_whose_heads_are_normed():
+  delta = GatedDeltaConfig(key_heads=2, value_heads=6, key_width=4, value_width=5)
+  names = ('query', 'key', 'value', 'gate', 'decay', 'strength')
+  readers = tuple(f'attention.{name}' for name in names)
+  norm, output = 'attention.head_norm', 'attention.output'
+  heads = HeadNormed(head_width=5, copies=6, scores=(QUERY, KEY))
+  assert dataclasses.replace(LLAMA, mixer=delta).wiring.edges[:2] == (
+    Edge(producer='attention_norm', through=Normed(), consumers=readers),
+    Edge(producer=norm, through=heads, consumers=(output,)),
+  )
+  low = ('attention.decay_in', 'attention.decay_out')
+  wiring = dataclasses.replace(LLAMA, mixer=linear.gla(3, 4, 5)).wiring
+  assert wiring.edges[:3] == (
+    Edge(producer='attention_norm', through=Normed(), consumers=(*readers[:4], low[0])),
+    Edge(producer=low[0], through=Passed(normed=False), consumers=low[1:]),
+    Edge(producer=norm, through=dataclasses.replace(heads, copies=3), consumers=(output,)),
+  )
+  assert wiring.scores == (QUERY, KEY) and all(edge.obstacle is None for edge in wiring.edges)
 
 
 def test_the_picture_of_a_llama():
@@ -66,10 +98,25 @@ class _Notes(list):
     self.ran.append(self.layer)
 
 
-@pytest.mark.parametrize('name', [name for name in presets.names() if name.startswith('tiny-')])
+def _with_mixer(mixer):
+  config = presets.preset('tiny-llama')
+  return config.replace(layers=(dataclasses.replace(config.layers[0], mixer=mixer),))
+
+
+CONFIGS = {name: presets.preset(name) for name in presets.names() if name.startswith('tiny-')}
+CONFIGS |= {'linear': _with_mixer(linear.linear_attention(2, 8, 8))}
+CONFIGS |= {'gla': _with_mixer(linear.gla(2, 8, 8))}
+
+
+@pytest.mark.parametrize('name', CONFIGS)
 def test_the_wiring_has_every_linear_layer_in_running_order(name, rng):
-  model = transformer.Transformer(presets.preset(name), rngs=nnx.Rngs(0))
-  ran, block = [], model.layers[0]
+  model = transformer.Transformer(CONFIGS[name], rngs=nnx.Rngs(0))
+  for block in {type(block.layer.mixer): block for block in model.layers}.values():
+    _check_order(model, block, rng)
+
+
+def _check_order(model, block, rng):
+  ran = []
   layers, params = transformer.linears(block), transformer.parameters(block)
   function, values = calibrate.split(model.config, block)
   for layer in layers:
@@ -78,7 +125,9 @@ def test_the_wiring_has_every_linear_layer_in_running_order(name, rng):
   tokens_BT = rng.integers(0, model.config.vocab_size, (1, 5))
   function(values, tokens_BT, np.asarray(model.embed(tokens_BT)))
   wiring = block.layer.wiring
-  assert ran == [layer for stage in wiring.stages for layer in stage]
+  # Shared experts read what the others read, but run after these.
+  alone = lambda names: [name for name in names if 'shared' not in name]
+  assert alone(ran) == alone(layer for stage in wiring.stages for layer in stage)
   assert sorted(ran) == sorted(layers)
   assert all(f'{norm}.scale' in params for norm in wiring.norms)
   writers = {layer for layer, linear in layers.items() if linear.axes[-1] == 'D'}

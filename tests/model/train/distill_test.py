@@ -12,10 +12,12 @@ from einops import rearrange
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from model import presets
 from model.config import ModelConfig
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
 from model.layers.mixers.attention import AttentionConfig
+from model.layers.mixers.linear import linear_attention
 from model.train import step as step_lib
 from model.train.data import PackedDataset
 from model.train.distill import Distillation
@@ -319,6 +321,12 @@ def _config(**changes):
   return dataclasses.replace(_model().config, **changes)
 
 
+def _recurrent():
+  config = _config()
+  layer = dataclasses.replace(config.layers[0], mixer=linear_attention(2, 8, 8))
+  return config.replace(layers=(layer,))
+
+
 @pytest.mark.parametrize(
   'objective, teacher, match',
   [
@@ -333,6 +341,16 @@ def _config(**changes):
       Distillation(features=(Relations(heads=16),)),
       _config(),
       '16 relation heads do not divide the 8 numbers of the student: kv_heads 1 of width 8',
+    ),
+    (
+      Distillation(features=(Relations(heads=2),)),
+      presets.preset('tiny-deepseek-v3').replace(vocab_size=32),
+      'layer -1 of the teacher has no attention .* it is a LatentConfig',
+    ),
+    (
+      Distillation(features=(Relations(heads=2),)),
+      _recurrent(),
+      'layer -1 of the teacher has no attention .* it is a LinearConfig',
     ),
   ],
 )

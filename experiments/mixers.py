@@ -1,0 +1,51 @@
+"""Puts recurrent mixers in the place of attention, in all layers of a model or in most of them."""
+
+import dataclasses
+from collections.abc import Callable
+
+from model.config import ModelConfig
+from model.layers.mixers import linear
+from model.layers.mixers.attention import AttentionConfig
+from model.layers.mixers.delta import GatedDeltaConfig
+from model.layers.sublayer import MixerConfig
+
+ATTENTION = 'attention'
+# Heads as many and as wide as the query heads of attention; key heads of a delta rule as many as
+# its key/value heads.
+RECURRENT: dict[str, Callable[[AttentionConfig], MixerConfig]] = {
+  'linear': lambda a: linear.linear_attention(a.query_heads, a.head_width, a.head_width),
+  'retnet': lambda a: linear.retnet(a.query_heads, a.head_width, a.head_width),
+  'gla': lambda a: linear.gla(a.query_heads, a.head_width, a.head_width),
+  'gated_delta': lambda a: GatedDeltaConfig(
+    key_heads=a.kv_heads,
+    value_heads=a.query_heads,
+    key_width=a.head_width,
+    value_width=a.head_width,
+  ),
+}
+NAMES = (ATTENTION, *RECURRENT)
+
+
+def replaced(config: ModelConfig, name: str, attention_every: int = 0) -> ModelConfig:
+  """The model with mixers of this name, but for every so many-th layer; 0: in all layers.
+
+  Raises ValueError if the layers of a model of attention are to be kept, or all layers are.
+  """
+  if name == ATTENTION:
+    if attention_every:
+      raise ValueError(
+        f'attention_every = {attention_every} keeps the attention of some layers, but all have it; '
+        f'choose another mixer: {", ".join(RECURRENT)}'
+      )
+    return config
+  if attention_every == 1 or attention_every < 0:
+    raise ValueError(
+      f'attention_every = {attention_every} leaves no layer for {name}; choose 2 or more, or 0 for '
+      'no attention'
+    )
+  stays = lambda l: attention_every and (l + 1) % attention_every == 0
+  layers = tuple(
+    layer if stays(l) else dataclasses.replace(layer, mixer=RECURRENT[name](layer.mixer))
+    for l, layer in enumerate(config.layers)
+  )
+  return config.replace(layers=layers)
