@@ -34,7 +34,7 @@ from einops import rearrange
 from ops import axes
 
 CHUNK = 64  # tokens
-# The triangular system multiplies errors, and accelerators round the factors of products.
+# The triangular system multiplies errors, and accelerators round factors of products by default.
 _exact = functools.partial(jnp.einsum, precision='highest')
 
 

@@ -167,10 +167,11 @@ class Linformer(Attention):
       raise ValueError(
         'chunks of a Linformer begin with the text, so documents cannot be packed into one row'
       )
-    new = self._sums(x_BTD, k_BTKH, v_BTKH, mask.q_positions_BT)
     chunk, sinks_N = self.config.chunk, scores.pop('sinks_N')
     if cache is None:
+      new = self._sums(x_BTD, k_BTKH, v_BTKH, mask.q_positions_BT, _from_start)
       return None, linformer.attend(q_BTNH, k_BTKH, v_BTKH, mask, new, chunk, sinks_N, **scores)
+    new = self._sums(x_BTD, k_BTKH, v_BTKH, mask.q_positions_BT, _from_anywhere)
     cache = cache.added(new, mask.q_positions_BT)
     window, source = cache.window.taken(k_BTKH, v_BTKH, mask.q_positions_BT)
     seen = AttentionMask(mask.q_positions_BT, source.positions_BS, pattern=mask.pattern)
@@ -178,20 +179,28 @@ class Linformer(Attention):
     y_BTNH = linformer.attend(q_BTNH, *near, cache.sums, chunk, sinks_N, **scores)
     return dataclasses.replace(cache, window=window), y_BTNH
 
-  def _sums(self, x_BTD, k_BTKH, v_BTKH, positions_BT) -> Sums:
+  def _sums(self, x_BTD, k_BTKH, v_BTKH, positions_BT, in_chunks) -> Sums:
     """The sums over new tokens, from the chunk of the first of them on."""
-    size, length = self.config.chunk, positions_BT.shape[1]
-    first_B = positions_BT[:, 0] % size
-    chunks = (length + size - 2) // size + 1
-
-    def cut(new):
-      """In chunks, with zeros in the places before the first token."""
-      all_ = jnp.zeros((len(new), chunks * size, *new.shape[2:]), new.dtype)
-      return rows.write(all_, new, first_B).reshape(len(new), chunks, size, *new.shape[2:])
-
+    size = self.config.chunk
+    cut = lambda new: in_chunks(new, size, positions_BT[:, 0] % size)
     real_BPS = cut(caches.is_token(positions_BT).astype(jnp.int8)) > 0
     keys, values = cut(k_BTKH), cut(v_BTKH)
     if self.chunks is not None:
       weights = self.chunks.keys.get_value(), self.chunks.values.get_value()
       return linformer.static_sums(keys, values, real_BPS, *weights)
     return linformer.dynamic_sums(keys, values, real_BPS, cut(self.weigh(x_BTD)))
+
+
+def _from_start(new: jax.Array, size: int, first_B: jax.Array) -> jax.Array:
+  """In chunks [B, P, S, ...], the first of which begins with the first token."""
+  del first_B
+  rest = [(0, 0)] * (new.ndim - 2)
+  filled = jnp.pad(new, [(0, 0), (0, -new.shape[1] % size), *rest])
+  return filled.reshape(len(new), -1, size, *new.shape[2:])
+
+
+def _from_anywhere(new: jax.Array, size: int, first_B: jax.Array) -> jax.Array:
+  """In chunks, with zeros in the places of the first one that come before the first token."""
+  chunks = (new.shape[1] + size - 2) // size + 1
+  all_ = jnp.zeros((len(new), chunks * size, *new.shape[2:]), new.dtype)
+  return rows.write(all_, new, first_B).reshape(len(new), chunks, size, *new.shape[2:])

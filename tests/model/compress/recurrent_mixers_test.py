@@ -122,13 +122,22 @@ def test_heads_that_hand_on_nothing_can_go(tokens_BT):
   _assert_near(_logits(units.build(config, values), tokens_BT), expected)
 
 
-def test_a_recipe_prunes_heads_of_all_kinds_and_quantizes_what_is_left(tokens_BT, tmp_path):
+PLAIN = (
+  {'prune_heads': {'ratio': 0.5, 'importance': 'weights'}},
+  {'round_to_nearest': {'format': 'int4', 'group_size': 16}, 'only': ['layers.*']},
+)
+CALIBRATED = (
+  {'prune_heads': {'ratio': 0.5, 'importance': 'output'}},
+  {'awq': {'group_size': 16, 'grid': 3, 'rows': 4}, 'only': ['layers.*.attention.*']},
+  {'gptq': {'format': 'int4', 'group_size': 16}, 'only': ['layers.*.ffn.*']},
+)
+
+
+@pytest.mark.parametrize(
+  'steps', [PLAIN, pytest.param(CALIBRATED, marks=pytest.mark.slow)], ids=['plain', 'calibrated']
+)
+def test_a_recipe_prunes_heads_of_all_kinds_and_quantizes_what_is_left(tokens_BT, tmp_path, steps):
   model = _model()
-  steps = [
-    {'prune_heads': {'ratio': 0.5, 'importance': 'output'}},
-    {'awq': {'group_size': 16, 'grid': 3, 'rows': 4}, 'only': ['layers.*.attention.*']},
-    {'gptq': {'format': 'int4', 'group_size': 16}, 'only': ['layers.*.ffn.*']},
-  ]
   found, _ = _compressed(model, *steps, tokens_BT=tokens_BT)
   assert [layer.mixer.units.count for layer in found.config.layers] == [1] * 4
   assert np.isfinite(_logits(found, tokens_BT)).all()

@@ -65,6 +65,16 @@ def test_decoding_in_pieces_equals_one_pass_and_rows_begin_anew(weights):
   np.testing.assert_allclose(np.concatenate(found, 1), whole, atol=FLOAT32)
 
 
+@pytest.mark.parametrize('weights', ['static', 'dynamic'])
+def test_the_weights_of_sums_learn(weights):
+  graphdef, state = nnx.split(_model(_shape(weights)))
+  loss = lambda state: jnp.mean(nnx.merge(graphdef, state)(_tokens())[..., 7] ** 2)
+  slopes = dict(nnx.to_flat_state(jax.jit(jax.grad(loss))(state)))
+  names = {'static': ('chunks', 'keys'), 'dynamic': ('weigh', 'weight')}
+  slope = slopes['layers', 0, 'attention', *names[weights]].get_value()
+  assert np.isfinite(slope).all() and np.abs(slope).max() > 1e-6
+
+
 def test_padded_rows_of_different_lengths_equal_the_same_rows_alone():
   model = _model(_shape('dynamic'))
   step, tokens, lengths = _step(model), _tokens(), np.array([5, 14])

@@ -136,7 +136,7 @@ def test_decoding_in_any_pieces_is_the_forward_pass(kind):
   logits, cache = step(spoilt_BT, positions_BT, cache)
   for b, length in enumerate(lengths_B):
     np.testing.assert_allclose(logits[b, :length], expected[b, :length], atol=TOLERANCE)
-  for length in (1, 1, 3, 1, 5):
+  for length in (1, 1, 3, 1, 3):
     at_BT = lengths_B[:, None] + np.arange(length, dtype=np.int32)[None]
     piece_BT = np.take_along_axis(tokens_BT, at_BT, 1)
     logits, cache = step(piece_BT, at_BT.astype(np.int32), cache)
