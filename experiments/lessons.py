@@ -68,9 +68,10 @@ class School:
 
   def rows(self, spec: 'LessonSpec') -> PackedDataset:
     """The rows of one lesson."""
-    needed = spec.steps * spec.batch_size * self.seq_len * training.CHARACTERS_A_TOKEN
+    row = self.seq_len * training.CHARACTERS_A_TOKEN
+    needed = spec.steps * spec.batch_size * row
     return PackedDataset.from_texts(
-      excerpts(self.texts, needed, seed=self.seed),
+      excerpts(self.texts, needed, seed=self.seed, shortest=row),
       self.tokenizer,
       seq_len=self.seq_len,
       batch_size=spec.batch_size,

@@ -1,4 +1,8 @@
-"""Puts recurrent mixers in the place of attention, in all layers of a model or in most of them."""
+"""Puts other mixers in the place of attention, in all layers of a model or in most of them.
+
+A mixer has a name, such as gated_delta or linformer, or is a sparse pattern (ops/patterns.py), such
+as window128+first4.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,7 +11,9 @@ from model.config import ModelConfig
 from model.layers.mixers import linear
 from model.layers.mixers.attention import AttentionConfig
 from model.layers.mixers.delta import GatedDeltaConfig
+from model.layers.mixers.linformer import LinformerConfig
 from model.layers.sublayer import MixerConfig
+from ops import patterns
 
 ATTENTION = 'attention'
 # Heads as many and as wide as the query heads of attention; key heads of a delta rule as many as
@@ -23,7 +29,28 @@ RECURRENT: dict[str, Callable[[AttentionConfig], MixerConfig]] = {
     value_width=a.head_width,
   ),
 }
-NAMES = (ATTENTION, *RECURRENT)
+SUMS = {'window': 128, 'chunk': 64, 'summaries': 16}
+LINFORMERS: dict[str, Callable[[AttentionConfig], MixerConfig]] = {
+  'linformer': lambda a: LinformerConfig(**{**vars(a), **SUMS}),
+  'linformer_dynamic': lambda a: LinformerConfig(**{**vars(a), **SUMS, 'weights': 'dynamic'}),
+}
+NAMED = RECURRENT | LINFORMERS
+HELP = f'{ATTENTION}, {", ".join(NAMED)}, or a sparse pattern such as window128+first4'
+
+
+def make(name: str, attention: AttentionConfig) -> MixerConfig:
+  """The mixer of this name in the place of attention.
+
+  Raises ValueError if there is none.
+  """
+  if name in NAMED:
+    return NAMED[name](attention)
+  try:
+    return dataclasses.replace(attention, window=None, sparse=patterns.parse(name))
+  except ValueError as error:
+    raise ValueError(
+      f'there is no mixer {name!r}: it is none of {", ".join(NAMED)}; {error}'
+    ) from None
 
 
 def replaced(config: ModelConfig, name: str, attention_every: int = 0) -> ModelConfig:
@@ -35,7 +62,7 @@ def replaced(config: ModelConfig, name: str, attention_every: int = 0) -> ModelC
     if attention_every:
       raise ValueError(
         f'attention_every = {attention_every} keeps the attention of some layers, but all have it; '
-        f'choose another mixer: {", ".join(RECURRENT)}'
+        f'choose another mixer: {", ".join(NAMED)}'
       )
     return config
   if attention_every == 1 or attention_every < 0:
@@ -45,7 +72,7 @@ def replaced(config: ModelConfig, name: str, attention_every: int = 0) -> ModelC
     )
   stays = lambda l: attention_every and (l + 1) % attention_every == 0
   layers = tuple(
-    layer if stays(l) else dataclasses.replace(layer, mixer=RECURRENT[name](layer.mixer))
+    layer if stays(l) else dataclasses.replace(layer, mixer=make(name, layer.mixer))
     for l, layer in enumerate(config.layers)
   )
   return config.replace(layers=layers)

@@ -101,9 +101,10 @@ def retrofit(path: pathlib.Path, page: str) -> str:
     cells = [_cell(found[name].get(key), form) for key, form in columns.values()]
     lines.append(f'| {" | ".join([name, *cells])} |')
   commands = ', '.join(f'`{command}`' for command in dict.fromkeys(row.command for row in rows))
+  texts = ', '.join(dict.fromkeys(r.config['text'] for r in rows if 'text' in r.config))
   lines.append(
-    f'\nFloat32, {rows[0].config["text"]}; {commands} on {machine(rows[0])}; records: '
-    f'{link(path, page)}.'
+    f'\nHeld-out text: {texts}. Ratios are medians of interleaved rounds ± half an interquartile '
+    f'range. {commands} on {machine(rows[0])}; records: {link(path, page)}.'
   )
   return '\n'.join(lines)
 

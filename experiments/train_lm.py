@@ -23,7 +23,8 @@ among those of a mesh axis:
       --expert_dispatch=all_to_all --capacity_factor=1.25
 
 With a gated DeltaNet in three of four layers and attention in the fourth; other mixers are linear,
-retnet and gla, and without --attention_every no layer has attention:
+retnet, gla, linformer and linformer_dynamic, and sparse patterns such as window128+first4. Without
+--attention_every all layers have them:
 
   python -m experiments.train_lm --layers=4 --mixer=gated_delta --attention_every=4
 
@@ -120,8 +121,8 @@ DROP_ORDER = flags.DEFINE_enum(
   get_args(DropOrder),
   'What finds room first: earlier tokens, or first choices, which then depend on later tokens.',
 )
-MIXER = flags.DEFINE_enum(
-  'mixer', mixers.ATTENTION, mixers.NAMES, 'What moves information between tokens.'
+MIXER = flags.DEFINE_string(
+  'mixer', mixers.ATTENTION, f'What moves information between tokens: {mixers.HELP}.'
 )
 ATTENTION_EVERY = flags.DEFINE_integer(
   'attention_every',
@@ -277,8 +278,10 @@ def _with_experts(config):
 
 
 def _data(plan, texts, tokenizer) -> PackedDataset:
-  needed = plan.steps * plan.batch_size * plan.seq_len * training.CHARACTERS_A_TOKEN
-  documents = excerpts(texts.train, needed, seed=SEED.value)
+  row = plan.seq_len * training.CHARACTERS_A_TOKEN
+  documents = excerpts(
+    texts.train, plan.steps * plan.batch_size * row, seed=SEED.value, shortest=row
+  )
   return PackedDataset.from_texts(
     documents, tokenizer, seq_len=plan.seq_len, batch_size=plan.batch_size, seed=SEED.value
   )

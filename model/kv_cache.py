@@ -8,8 +8,11 @@
 Where all tokens stay, slot s of a row holds position s of that row. The rows of a batch may have
 different lengths: a query sees only slots up to its own position, so slots past the end of a row
 are never read, and slots with padding are overwritten when the row reaches them. Layers with a
-window hold no more than that (`model.layers.mixers.slots`), whatever the policy of the others.
+window hold no more than that (`model.layers.mixers.slots`), whatever the policy of the others, and
+so do layers with a state of constant size.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +21,7 @@ from jax.sharding import Mesh
 from model import cache_spec, sharding
 from model.cache_spec import CacheSpec
 from model.config import ModelConfig
-from model.layers.cache import Cache
+from model.layers.cache import Cache, CacheFormat
 from model.layers.mixers.policies import METHODS
 from model.layers.mixers.slots import SlotCache
 from model.layers.sublayer import MixerConfig
@@ -58,28 +61,30 @@ def of_layer(
   make = lambda: mixer.cache(batch, capacity, dtype, spec.format)
   if spec.eviction is None:
     return make()
-  evicting = [i for i, one in enumerate(config.layers) if _evicts(one.mixer)]
+  mixers = [one.mixer for one in config.layers]
+  evicting = [i for i, one in enumerate(mixers) if _evicts(one, capacity, spec.format)]
   if layer not in evicting:
     return make()
   budget = spec.eviction.budgets(len(evicting))[evicting.index(layer)]
   if capacity <= budget:
     return make()
-  slots = jax.eval_shape(make)
-  if not isinstance(slots, SlotCache):
-    raise ValueError(f'{type(slots).__name__} of layer {layer} cannot give tokens up: {spec}')
-  return METHODS[spec.eviction.method].make(slots, budget)
+  return METHODS[spec.eviction.method].make(jax.eval_shape(make), budget)
 
 
-def _evicts(mixer: MixerConfig) -> bool:
-  """Whether a layer needs a policy; those with a window hold no more than that.
+@functools.lru_cache(256)
+def _evicts(mixer: MixerConfig, capacity: int, format: CacheFormat) -> bool:
+  """Whether a cache of this mixer grows with the text; a window or a state does not.
 
-  Raises ValueError for a sparse pattern of another kind.
+  Raises ValueError if it does, and cannot give tokens up.
   """
-  if mixer.pattern is None:
-    return True
-  if mixer.pattern.recent is None:
+  if mixer.pattern is not None and mixer.pattern.recent is None:
     raise ValueError(f'layers that see {mixer.pattern} cannot give tokens up; use all of them')
-  return False
+  cache = jax.eval_shape(lambda: mixer.cache(1, capacity, jnp.float32, format))
+  if mixer.pattern is not None or cache.capacity is None:
+    return False
+  if not isinstance(cache, SlotCache):
+    raise ValueError(f'a {type(cache).__name__} cannot give tokens up; use a cache of all tokens')
+  return True
 
 
 def insert(caches: Caches, row, one: Caches) -> Caches:

@@ -108,7 +108,14 @@ class Context:
     self.config, self.mask = config, mask
     # All of them at once, because a block may run inside a loop, whose arrays cannot leave it.
     found = dict.fromkeys(filter(None, (self._rotation(layer) for layer in config.layers)))
-    self.angles = {key: rope.cos_sin(mask.q_positions_BT, *key) for key in found}
+    positions_BT = mask.q_positions_BT
+    self.angles = {key: rope.cos_sin(positions_BT, *key) for key in found}
+    # Those of queries for the first tokens, which are never met from beyond a reach.
+    reaches = {(self._rotation(layer), layer.mixer.first_reach) for layer in config.layers}
+    for key, reach in reaches:
+      if key is not None and reach is not None:
+        capped_BT = jnp.minimum(positions_BT, reach)
+        self.angles[key, reach] = (*self.angles[key], *rope.cos_sin(capped_BT, *key))
 
   @classmethod
   def of(cls, config, tokens_BT, positions_BT=None, segments_BT=None, cache=None) -> 'Context':
@@ -139,7 +146,8 @@ class Context:
     return x_BTD, z_BTD
 
   def _own(self, block):
-    angles = self.angles.get(self._rotation(block.layer))
+    key, reach = self._rotation(block.layer), block.layer.mixer.first_reach
+    angles = self.angles.get(key if reach is None else (key, reach))
     return angles, dataclasses.replace(self.mask, pattern=block.layer.mixer.pattern)
 
   def _rotation(self, layer) -> tuple[RopeConfig, int] | None:

@@ -47,6 +47,7 @@ def attention(
   scale: float,
   softcap: float | None = None,
   sinks_N: jax.Array | None = None,
+  q_first_BTNH: jax.Array | None = None,
   impl: Implementation = 'auto',
 ) -> jax.Array:
   """Averages the values that each query sees, weighted by softmax(scale * <query, key>).
@@ -54,6 +55,9 @@ def attention(
   With `softcap`, a score s becomes softcap * tanh(s / softcap) before masking; `sinks_N` is not
   capped. A query that sees no key gives zeros and zero gradients. If queries and keys have
   different dtypes (a cache may have its own), the products use the wider one.
+
+  `q_first_BTNH` are the queries for the first tokens of the pattern, which is a window with them,
+  in another rotation than for the others; it has one implementation.
 
   `impl` is 'reference', 'blocked', 'cudnn' or 'native' to require one of these; 'auto' uses the one
   that `pick` names for the platform that the program is lowered for. Returns [B, T, N, H] in the
@@ -63,6 +67,9 @@ def attention(
     ValueError: the shapes disagree, or the required kernel does not apply (the message says why).
   """
   _check(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
+  if q_first_BTNH is not None:
+    queries = q_BTNH, q_first_BTNH
+    return layouts.to_first(queries, k_BSKH, v_BSKH, mask, sinks_N, scale=scale, softcap=softcap)
   reference = functools.partial(_reference, scale=scale, softcap=softcap)
   arguments = (q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
   if impl == 'reference':
@@ -99,6 +106,7 @@ def attention_over_codes(
   scale: float,
   softcap: float | None = None,
   sinks_N: jax.Array | None = None,
+  q_first_BTNH: jax.Array | None = None,
 ) -> jax.Array:
   """`attention` to keys and values (a pair of each) in int8, each token and head with its scale.
 
@@ -106,6 +114,8 @@ def attention_over_codes(
   """
   arguments = (q_BTNH, codes_BSKH, scales_BSK, mask, sinks_N)
   widened = functools.partial(_widened, scale=scale, softcap=softcap)
+  if q_first_BTNH is not None:
+    return widened(*arguments, q_first_BTNH=q_first_BTNH)
   if attend.obstacle(q_BTNH, *codes_BSKH, mask):
     return widened(*arguments)
   native = functools.partial(_native_over_codes, scale=scale, softcap=softcap)

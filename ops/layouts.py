@@ -13,6 +13,7 @@ The cost is that of the keys that are seen, in work and in memory. Masks of othe
 documents, a cache) are computed as they lie, which is exact too, but costs what is touched.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -26,6 +27,7 @@ from ops.masks import AttentionMask
 from ops.patterns import Pattern
 
 SMALLEST_BLOCK = 32
+SHORT = 128  # queries of a block, unless there are fewer
 Partial = Callable[..., tuple[jax.Array, jax.Array]]  # (q, k, v, mask) -> (y_BTNH, logs_BTN)
 
 
@@ -55,6 +57,35 @@ def attention(
     )
     found.append(layout(functools.partial(_in_blocks, compute, rest), *arrays, part))
     rest = None  # the sinks count once
+  return blocked.merged(found)[0]
+
+
+def to_first(
+  queries: tuple[jax.Array, jax.Array],
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  mask: AttentionMask,
+  sinks_N: jax.Array | None,
+  *,
+  scale: float,
+  softcap: float | None,
+) -> jax.Array:
+  """Attention by a window with first tokens, for which there are other queries: y_BTNH.
+
+  `queries` are (q_BTNH, those for the first tokens). Raises ValueError for other patterns.
+  """
+  window, count = mask.recent or (None, 0)
+  if not count:
+    raise ValueError(f'queries of their own are for a window with first tokens, not {mask.pattern}')
+  first = patterns.First(count)
+  near = patterns.Without(patterns.Window(window), first)
+  length = queries[0].shape[1]
+  sizes = (length, SHORT) if length < SHORT else None
+  found = []
+  for q_BTNH, pattern, own in zip(queries, (near, first), (sinks_N, None)):
+    part = dataclasses.replace(mask, pattern=pattern, contiguous=False)
+    compute = functools.partial(blocked.partial, scale=scale, softcap=softcap, sizes=sizes)
+    found.append(compute(q_BTNH, k_BSKH, v_BSKH, part, own))
   return blocked.merged(found)[0]
 
 

@@ -7,6 +7,10 @@ still reaches all of its context, as models that are trained with windows do it 
 https://arxiv.org/abs/2408.00118). The other layers read, and their caches hold, what the pattern
 has and no more. No parameter changes; a step that trains can follow.
 
+With true positions the first tokens lie further from the query than the model has ever seen, once
+a text is longer than those it was trained on. The paper counts positions within the cache, and so
+does `cap_first`. Layers that stay in full have no such remedy.
+
 Which layers stay is given by their order, as a list, or measured: those whose attention costs the
 most loss if it alone gets the pattern. That is one pass over the layers after it for each layer.
 """
@@ -37,16 +41,21 @@ class SparseAttentionSpec:
   choose: by 'order' the last layer of each `full_every` stays. By 'loss' equally many stay: those
     that need it most.
   rows: of calibration text, with which 'loss' measures.
+  cap_first: the first tokens never seem further away than at the end of the first window, as the
+    paper has it; see `AttentionConfig.first_reach`.
   """
 
   pattern: str = 'window512+first4'
   full_every: int | None = 4
-  full_layers: tuple[int, ...] = ()
+  full_layers: tuple[int, ...] | None = None
   choose: Choice = 'order'
   rows: int = 8
+  cap_first: bool = False
 
   def __post_init__(self):
-    patterns.parse(self.pattern)
+    recent = self.parsed.recent
+    if self.cap_first and not (recent and recent[1]):
+      raise ValueError(f'cap_first needs a window with first tokens, not {self.pattern}')
     if self.full_every is not None and self.full_every < 2:
       raise ValueError(
         f'full_every must be at least 2, not {self.full_every}; 1 would leave all layers as they '
@@ -61,11 +70,17 @@ class SparseAttentionSpec:
   def parsed(self) -> Pattern:
     return patterns.parse(self.pattern)
 
+  @property
+  def changes(self) -> dict:
+    """The fields of `AttentionConfig` that a layer gets."""
+    reach = sum(self.parsed.recent) - 1 if self.cap_first else None
+    return {'sparse': self.parsed, 'first_reach': reach}
+
 
 def check(config: ModelConfig, spec: SparseAttentionSpec) -> None:
   """Raises ValueError if a layer that gets the pattern cannot have it, or if there is none."""
   count = len(config.layers)
-  outside = [l for l in spec.full_layers if not 0 <= l < count]
+  outside = [l for l in spec.full_layers or () if not 0 <= l < count]
   if outside:
     raise ValueError(f'full_layers names layer {outside[0]}; there are layers 0 to {count - 1}')
   # By loss, any layer may get the pattern.
@@ -93,17 +108,17 @@ def check(config: ModelConfig, spec: SparseAttentionSpec) -> None:
 
 def _by_order(count: int, spec: SparseAttentionSpec) -> list[int]:
   """The layers that get the pattern."""
-  full = set(spec.full_layers)
+  full = set(spec.full_layers or ())
   if not full and spec.full_every is not None:
     full = set(range(spec.full_every - 1, count, spec.full_every))
   return [l for l in range(count) if l not in full]
 
 
-def _config(config: ModelConfig, chosen, pattern: Pattern) -> ModelConfig:
+def _config(config: ModelConfig, chosen, spec: SparseAttentionSpec) -> ModelConfig:
   """The config in which some layers have the pattern."""
   layers = list(config.layers)
   for l in chosen:
-    layers[l] = layers[l].with_mixer(sparse=pattern)
+    layers[l] = layers[l].with_mixer(**spec.changes)
   return config.replace(layers=tuple(layers))
 
 
@@ -115,7 +130,7 @@ def _config(config: ModelConfig, chosen, pattern: Pattern) -> ModelConfig:
   check=check,
   # Which layers it will be changes neither shapes nor what later steps may do.
   reshapes=lambda model, spec: _config(
-    model.config, _by_order(len(model.config.layers), spec), spec.parsed
+    model.config, _by_order(len(model.config.layers), spec), spec
   ),
   calibrates=lambda spec: spec.choose == 'loss',
 )
@@ -132,7 +147,7 @@ def sparse_attention(model, measurements, spec):
   what = f'keys that a query sees at most, of {config.max_positions}'
   for l in chosen:
     events.setdefault(f'layers.{l}.attention', {})[what] = pattern.seen(config.max_positions)
-  return Reshaped(config=_config(config, chosen, pattern), parameters=values, events=events)
+  return Reshaped(config=_config(config, chosen, spec), parameters=values, events=events)
 
 
 def _costs(model: Transformer, values, measurements: Measurements, spec) -> np.ndarray:
@@ -142,6 +157,6 @@ def _costs(model: Transformer, values, measurements: Measurements, spec) -> np.n
     raise ValueError(
       f'{spec.pattern} hides nothing in calibration rows of {length} tokens; give longer ones'
     )
-  every = _config(model.config, range(len(model.config.layers)), spec.parsed)
+  every = _config(model.config, range(len(model.config.layers)), spec)
   base, losses = measurements.losses(units.build(every, values, model.dtype), spec.rows)
   return losses - base

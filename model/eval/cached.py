@@ -4,7 +4,8 @@ A window is processed in pieces of `PIECE` tokens, so that queries read the keys
 format has stored. One pass over the whole window would not measure a format that keeps the tokens
 of the present call exact. A piece is a page of 'int4': a query then sees what it sees in decoding
 token by token, its own page exactly and earlier pages as they are stored. The results of the other
-formats do not depend on the length of a piece.
+formats do not depend on the length of a piece, where all tokens stay. Under a policy that gives
+tokens up, a piece sees itself and what was kept of the pieces before it, and its tokens choose.
 
 The cost is that of a prefill that reads the whole cache for each piece.
 """

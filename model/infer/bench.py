@@ -13,6 +13,7 @@ import numpy as np
 
 from model import kv_cache
 from model.cache_spec import CacheSpec
+from model.compiled import peak_bytes
 from model.infer import generate
 from model.infer.prepare import prepare as prepare_weights
 from model.transformer import Transformer
@@ -88,16 +89,6 @@ def prepare(
     prompt_length=prompt_length,
     steps=steps,
     cache_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(cache)),
-    prefill_peak_bytes=_peak_bytes(prefill),
-    decode_peak_bytes=_peak_bytes(decode),
-  )
-
-
-def _peak_bytes(compiled: jax.stages.Compiled) -> int:
-  memory = compiled.memory_analysis()
-  return (
-    memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    + memory.temp_size_in_bytes
-    - memory.alias_size_in_bytes
+    prefill_peak_bytes=peak_bytes(prefill),
+    decode_peak_bytes=peak_bytes(decode),
   )

@@ -249,17 +249,28 @@ def pack_row(
   return tuple(a.astype(np.int32) for a in (tokens[:-1], labels, segments, positions))
 
 
-def excerpts(texts: Sequence[str], characters: int, *, seed: int = 0) -> list[str]:
+def excerpts(
+  texts: Sequence[str], characters: int, *, seed: int = 0, shortest: int = 1
+) -> list[str]:
   """Takes a passage of equal length from each text, about `characters` in all.
 
   A short run learns more from a part of every text than from a few whole texts, and does not have
   to tokenize the rest. A passage starts at a random line. Texts shorter than a passage are kept
   whole; so are all texts if together they have at most `characters`.
+
+  A passage has at least `shortest` characters, where a text has them: rows that are longer than
+  all documents teach nothing about long ones. If that is more than the share of a text, only some
+  texts are taken, of those that are long enough first.
   """
   if sum(map(len, texts)) <= characters:
     return list(texts)
   share = max(1, characters // max(1, len(texts)))
   random = np.random.default_rng(seed)
+  if share < shortest:
+    share, count = shortest, max(1, characters // shortest)
+    some = random.permutation(len(texts))
+    long_first = sorted(some, key=lambda i: len(texts[i]) < shortest)
+    texts = [texts[i] for i in sorted(long_first[:count])]
   passages = []
   for text in texts:
     start = int(random.integers(max(1, len(text) - share + 1)))

@@ -107,6 +107,7 @@ def test_rows_on_several_devices_are_learned_as_on_one(script, tmp_path):
     (['--experts=4', '--capacity_factor=-1'], 'capacity_factor must be above 0, not -1'),
     (['--attention_every=2'], 'choose another mixer: linear, retnet, gla, gated_delta'),
     (['--mixer=gla', '--attention_every=1'], 'attention_every = 1 leaves no layer for gla'),
+    (['--mixer=window0'], "there is no mixer 'window0': it is none of linear"),
     (['--mesh_context=3'], '64 tokens of a row do not divide among 3 devices'),
     (['--mesh_context=2', '--context_strategy=halo'], 'not all keys before a query'),
     (['--text=none'], 'no such file'),

@@ -99,6 +99,28 @@ def test_the_table_beside_llm_compressor(write):
   assert 'at least 2 rounds a setting on A CPU' in lines[-1] and '(../e.jsonl)' in lines[-1]
 
 
+def test_the_table_of_a_retrofit_joins_the_runs_of_each_mixer(write):
+  def row(mixer, context, **metrics):
+    known = {'context': context, 'text': 'some text'}
+    return dataclasses.replace(_record(mixer, 1, 1, 1), config=known, metrics=metrics)
+
+  ratio, cache = Metric(1.5, '1', 5, 0.2), Metric(2e6, 'byte')
+  rows = (
+    row('dense', 64, ppl=Metric(8, '1'), needle_probability=Metric(0.5, '1')),
+    row('dense', 128, ppl=Metric(9, '1')),
+    row('window8', 128, ppl=Metric(10, '1')),
+    row('window8', 64, decode_speedup=ratio, cache_bytes=cache),
+  )
+  path = write('retrofit.jsonl', rows)
+  head, _, *lines = speed_tables.retrofit(path, 'docs/x.md').split('\n')
+  assert head == (
+    '| mixer, cache | perplexity 0 to 64 | perplexity 64 to 128 | needle in 64 | cache at 64, MB '
+    '| decode at 64, vs dense |'
+  )
+  assert lines[0] == '| dense | 8.000 | 9.000 | 0.500 |  |  |'
+  assert lines[1] == '| window8 |  | 10.000 |  | 2.0 | 1.50 ± 0.10 |'
+
+
 def test_a_part_stands_once_in_its_file_as_soon_as_its_records_exist(write, monkeypatch):
   count = lambda path: f'{len(records.read(path))} rows'
   part = Part(file='a.md', name='some', generate=count, results=('e.jsonl',))

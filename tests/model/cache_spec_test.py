@@ -1,11 +1,14 @@
 """Texts of caches, and the caches that they make of a model."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from model import cache_spec, kv_cache, presets
 from model.cache_spec import CacheSpec, Eviction
+from model.layers.mixers.attention import AttentionConfig
 from model.layers.mixers.evicted import EvictedCache
 from model.layers.mixers.slots import RollingCache, SlotCache
 from ops import patterns
@@ -73,3 +76,36 @@ def test_a_sparse_pattern_is_refused():
   layer = CONFIG.layers[0].with_mixer(window=None, sparse=patterns.parse('window3x4'))
   with pytest.raises(ValueError, match='layers that see window3x4 cannot give tokens up'):
     kv_cache.init(CONFIG.replace(layers=(layer,)), 1, 99, format='h2o50')
+
+
+class _State(AttentionConfig):
+  """A mixer of which the cache does not grow."""
+
+  def cache(self, batch, capacity, dtype, format):
+    return dataclasses.replace(_HEADS, window=3).cache(batch, 99, dtype, format)
+
+
+class _Other(AttentionConfig):
+  """A mixer with a cache of another kind."""
+
+  def cache(self, batch, capacity, dtype, format):
+    return _HEADS.cache(batch, capacity, dtype, 'int4')
+
+
+_HEADS = AttentionConfig(query_heads=2, kv_heads=1, head_width=4)
+
+
+def _of_kinds(*kinds):
+  own = {field.name: getattr(_HEADS, field.name) for field in dataclasses.fields(_HEADS)}
+  layer = CONFIG.layers[0]
+  layers = (dataclasses.replace(layer, mixer=kind(**own)) for kind in kinds)
+  return CONFIG.replace(layers=tuple(layers))
+
+
+def test_a_state_of_constant_size_is_left_and_other_caches_are_refused():
+  config = _of_kinds(AttentionConfig, _State, AttentionConfig)
+  first, state, last = kv_cache.init(config, 1, 99, format='pyramidkv50')
+  assert isinstance(state, RollingCache)
+  assert sum(cache.tokens.positions_BS.shape[2] for cache in (first, last)) == 2 * 50
+  with pytest.raises(ValueError, match='a PagedCache cannot give tokens up; use a cache of all'):
+    kv_cache.init(_of_kinds(_Other), 1, 99, format='h2o50')

@@ -48,6 +48,7 @@ class AttentionConfig(MixerConfig):
   output_bias: bool = False
   qk_norm: bool = False  # RMS norm of queries and keys (Qwen3)
   qk_norm_over: NormSpan = 'head'  # each head by itself, or all heads together (OLMoE)
+  first_reach: int | None = None  # the first tokens are met as from this position at most
   sinks: bool = False  # a logit of each query head that has no value (gpt-oss)
   gated: bool = False  # the sigmoid of a gate multiplies what the heads find (Qwen3-Next)
 
@@ -70,9 +71,25 @@ class AttentionConfig(MixerConfig):
       raise ValueError(f'a layer has either a window or a sparse pattern, not both: {self.sparse}')
     if not self.rotates and (self.rope, self.rotary_width) != (None, None):
       raise ValueError('a layer that does not rotate has no rope or rotary_width of its own')
+    self._check_reach()
     for name in ('query_scale', 'softcap'):
       check_positive(name, getattr(self, name))
     check_choice('qk_norm_over', self.qk_norm_over, get_args(NormSpan))
+
+  def _check_reach(self):
+    if self.first_reach is None:
+      return
+    window, first = (self.sparse and self.sparse.recent) or (0, 0)
+    if not first or not self.rotates:
+      raise ValueError(
+        f'first_reach={self.first_reach} needs a rope and a window with first tokens, such as '
+        f'window512+first4, not {self.pattern}'
+      )
+    if self.first_reach < window + first - 1:
+      raise ValueError(
+        f'first_reach must be at least {window + first - 1}, where the first tokens leave the '
+        f'window of {self.sparse}, not {self.first_reach}'
+      )
 
   def build(self, stream, *, rngs, dtype):
     return Attention(self, stream, rngs=rngs, dtype=dtype)
@@ -122,6 +139,10 @@ class AttentionConfig(MixerConfig):
   def cache(self, batch, capacity, dtype, format):
     """Of layers with a window, the formats that store token by token hold the window alone."""
     shape = (batch, capacity, self.kv_heads, self.head_width)
+    if format not in SIDES and self.first_reach is not None:
+      raise ValueError(
+        f'a cache in {format} does not rotate queries for the first tokens; use int8'
+      )
     if format not in SIDES:
       return PagedCache.empty(shape, dtype)
     window, first = (self.pattern and self.pattern.recent) or (capacity, 0)
@@ -185,15 +206,24 @@ class Attention(nnx.Module):
     self.compute: Callable[..., jax.Array] = attention
 
   def __call__(self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None):
-    """Returns (y_BTD, cache). `angles` is (cos, sin) or None."""
+    """Returns (y_BTD, cache).
+
+    `angles` is (cos, sin) or None; with a `first_reach`, these for the first tokens stand after.
+    """
     heads = lambda x: rearrange(x, 'B T (heads H) -> B T heads H', H=self.config.head_width)
     q_BTN, k_BTK, v_BTK, *gates = self._project(x_BTD)
     if self.config.qk_norm:
       q_BTN, k_BTK = _normed(self.query_norm, q_BTN), _normed(self.key_norm, k_BTK)
     q_BTNH, k_BTKH, v_BTKH = map(heads, (q_BTN, k_BTK, v_BTK))
+    own = {}
     if angles is not None:
-      q_BTNH, k_BTKH = rope.rotate(q_BTNH, *angles), rope.rotate(k_BTKH, *angles)
+      *angles, cos, sin = angles
+      if angles:
+        own['q_first_BTNH'] = rope.rotate(q_BTNH, cos, sin)
+        cos, sin = angles
+      q_BTNH, k_BTKH = rope.rotate(q_BTNH, cos, sin), rope.rotate(k_BTKH, cos, sin)
     scores = {
+      **own,
       'scale': self.config.query_scale or self.config.head_width**-0.5,
       'softcap': self.config.softcap,
       'sinks_N': None if self.sinks is None else self.sinks.logits.get_value(),

@@ -89,8 +89,9 @@ class Queries:
 
   def received(self, tokens: Tokens) -> jax.Array:
     """The attention that each of the tokens receives from all of the queries: float32 [B, S]."""
-    sinks_KG = self.sinks_KG
-    texts = sinks_KG is not None and len(self.q_BTNH) // len(sinks_KG)
+    sinks_BN = None
+    if self.sinks_KG is not None:
+      sinks_BN = jnp.tile(self.sinks_KG, (len(self.q_BTNH) // len(self.sinks_KG), 1))
     found_BKS = received.received(
       self.q_BTNH,
       tokens.keys.floats(self.q_BTNH.dtype),
@@ -98,7 +99,7 @@ class Queries:
       self.counted_BT,
       scale=self.scale,
       softcap=self.softcap,
-      sinks_BN=None if sinks_KG is None else jnp.tile(sinks_KG, (texts, 1)),
+      sinks_BN=sinks_BN,
     )
     return found_BKS[:, 0]
 

@@ -15,27 +15,40 @@ namespace {
 constexpr int kWindow = 8;      // slots that all heads read before the next ones
 constexpr int kMostQueries = 4;  // that share a load
 constexpr float kRoundToInteger = 12582912.0f;  // 1.5 * 2^23
+constexpr float kLog2E = 1.44269504f;
 
-// exp(x) for x <= 0, to 2 units in the last place; below -87 it is 0. Plain arithmetic without
-// branches, for compilers to vectorize. After Cephes' expf.
-LISSOM_INLINE inline float exp_of_negative(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const float shifted = clamped * 1.44269504f + kRoundToInteger;
-  const float n = shifted - kRoundToInteger;
-  const float f = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-  float y = 1.9875691500e-4f;
-  y = y * f + 1.3981999507e-3f;
-  y = y * f + 8.3334519073e-3f;
-  y = y * f + 4.1665795894e-2f;
-  y = y * f + 1.6666665459e-1f;
-  y = y * f + 5.0000001201e-1f;
-  y = y * f * f + f + 1.0f;
-  uint32_t power, bits;
-  memcpy(&power, &shifted, 4);
-  memcpy(&bits, &y, 4);
-  bits += power << 23;  // what lies above the integer in `shifted` is shifted out
-  memcpy(&y, &bits, 4);
-  return x < -87.0f ? 0.0f : y;
+// 2^x for x <= 0, to 2 units in the last place; below -127 it is 0. The polynomial has the least
+// relative error of its degree on [-1/2, 1/2] (1e-7), and gives exactly 1 at 0.
+template <class V>
+LISSOM_INLINE inline typename V::Float exp2_of_negative(typename V::Float x) {
+  using Float = typename V::Float;
+  const Float round = V::set_float(kRoundToInteger);
+  x = V::largest(V::set_float(-127.0f), x);
+  const Float shifted = V::add(x, round);
+  const Float f = V::subtract(x, V::subtract(shifted, round));
+  Float y = V::set_float(1.326472731307149e-3f);
+  y = V::fma(y, f, V::set_float(9.671512991189957e-3f));
+  y = V::fma(y, f, V::set_float(5.550733581185341e-2f));
+  y = V::fma(y, f, V::set_float(2.402224242687225e-1f));
+  y = V::fma(y, f, V::set_float(6.931470036506653e-1f));
+  // At -127 this is exactly 1, whose exponent becomes that of zero.
+  return V::times_power(V::fma(y, f, V::set_float(1.0f)), shifted);
+}
+
+// To a few units in the last place. The quotient of polynomials is that of Eigen's ptanh.
+template <class V>
+LISSOM_INLINE inline typename V::Float tanh_of(typename V::Float x) {
+  using Float = typename V::Float;
+  x = V::largest(V::set_float(-7.90531110763549805f), x);
+  x = V::smallest(V::set_float(7.90531110763549805f), x);
+  const Float square = V::multiply(x, x);
+  Float over = V::set_float(-2.76076847742355e-16f), under = V::set_float(1.19825839466702e-06f);
+  for (const float next : {2.00018790482477e-13f, -8.60467152213735e-11f, 5.12229709037114e-08f,
+                           1.48572235717979e-05f, 6.37261928875436e-04f, 4.89352455891786e-03f})
+    over = V::fma(over, square, V::set_float(next));
+  for (const float next : {1.18534705686654e-04f, 2.26843463243900e-03f, 4.89352518554385e-03f})
+    under = V::fma(under, square, V::set_float(next));
+  return V::divide(V::multiply(x, over), under);
 }
 
 struct Floats {
@@ -130,46 +143,64 @@ void blend(const float* weights, const float* scales, const typename From::Numbe
   }
 }
 
-constexpr int kLanes = 16;  // independent results, so that compilers vectorize and none waits
-
-inline float largest(const float* scores, float top) {
-  float tops[kLanes];
-  for (int i = 0; i < kLanes; ++i) tops[i] = top;
-  for (int s = 0; s < kSlots; s += kLanes)
-    for (int i = 0; i < kLanes; ++i) tops[i] = scores[s + i] > tops[i] ? scores[s + i] : tops[i];
-  for (int i = 0; i < kLanes; ++i) top = tops[i] > top ? tops[i] : top;
-  return top;
+template <class V>
+LISSOM_INLINE inline typename V::Float exp_of_negative(typename V::Float x) {
+  return exp2_of_negative<V>(V::multiply(x, V::set_float(kLog2E)));
 }
 
-inline float sum_of(const float* weights) {
-  float sums[kLanes] = {};
-  for (int s = 0; s < kSlots; s += kLanes)
-    for (int i = 0; i < kLanes; ++i) sums[i] += weights[s + i];
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
-  return sums[0];
+// Hides the slots that a query does not see, and what lacks to kSlots.
+inline void hide(const Attention& a, int32_t q_position, const int32_t* k_positions, int slots,
+                 float* scores) {
+  const uint32_t position = q_position, window = a.window;
+  const int32_t first = a.first;
+  for (int s = 0; s < slots; ++s) {
+    const uint32_t reach = k_positions[s] < first ? kEverywhere : window;
+    const bool seen = position - static_cast<uint32_t>(k_positions[s]) < reach;
+    scores[s] = seen ? scores[s] : kMasked;
+  }
+  for (int s = slots; s < kSlots; ++s) scores[s] = kMasked;
+}
+
+// The largest of scores and `top`.
+template <class V>
+inline float largest(const float* scores, float top) {
+  constexpr int L = V::kLanes;
+  typename V::Float tops = V::set_float(top);
+  for (int s = 0; s < kSlots; s += L) tops = V::largest(V::load_float(scores + s), tops);
+  float lanes[L];
+  V::store_float(lanes, tops);
+  for (int i = 0; i < L; ++i) top = lanes[i] > top ? lanes[i] : top;
+  return top;
 }
 
 // Turns the scores of a query into weights, with what it has seen before in `peak` and `total`.
 // Returns what its sum of values is to be scaled by.
-inline float soften(const Attention& a, int32_t q_position, const int32_t* k_positions, int slots,
-                    float* scores, float* peak, float* total) {
-  if (a.softcap > 0) {
-    for (int s = 0; s < slots; ++s) {
-      const float x = scores[s] / a.softcap;
-      const float e = exp_of_negative(x < 0 ? 2 * x : -2 * x);
-      const float size = a.softcap * ((1 - e) / (1 + e));
-      scores[s] = x < 0 ? -size : size;
-    }
+template <class V>
+inline float soften(float* scores, float* peak, float* total) {
+  using Float = typename V::Float;
+  constexpr int L = V::kLanes;
+  const float top = largest<V>(scores, *peak);
+  const Float scale = exp_of_negative<V>(V::set_float(*peak - top));
+  Float sum = V::set_float(0);
+  for (int s = 0; s < kSlots; s += L) {
+    const Float below = V::subtract(V::load_float(scores + s), V::set_float(top));
+    const Float weight = exp_of_negative<V>(below);
+    sum = V::add(sum, weight);
+    V::store_float(scores + s, weight);
   }
-  for (int s = 0; s < slots; ++s)
-    scores[s] = a.sees(q_position, k_positions[s]) ? scores[s] : kMasked;
-  for (int s = slots; s < kSlots; ++s) scores[s] = kMasked;
-  const float top = largest(scores, *peak), scale = exp_of_negative(*peak - top);
-  for (int s = 0; s < kSlots; ++s) scores[s] = exp_of_negative(scores[s] - top);
+  float factor[L];
+  V::store_float(factor, scale);
   *peak = top;
-  *total = *total * scale + sum_of(scores);
-  return scale;
+  *total = *total * factor[0] + V::sum(sum);
+  return factor[0];
+}
+
+template <class V>
+inline void cap(float softcap, float* scores) {
+  for (int s = 0; s < kSlots; s += V::kLanes) {
+    const auto x = V::divide(V::load_float(scores + s), V::set_float(softcap));
+    V::store_float(scores + s, V::multiply(V::set_float(softcap), tanh_of<V>(x)));
+  }
 }
 
 // Multiplies the numbers of R queries for some slots, `stride` scales apart, by the slots' scales.
@@ -230,10 +261,11 @@ void attend_slots(const Attention& a, int64_t row, Range slots, Partial out) {
     read_block<V, From>(a, false, row, block, out);
     for (int64_t i = 0; i < a.rows(); ++i) {
       const int64_t query = i % (a.group() * a.queries) / a.group();
-      out.scales[i] = soften(a, a.q_positions[row * a.queries + query],
-                             a.k_positions + row * a.keys + block.begin,
-                             static_cast<int>(block.end - block.begin), out.weights + i * kSlots,
-                             out.peaks + i, out.totals + i);
+      float* const scores = out.weights + i * kSlots;
+      if (a.softcap > 0) cap<V>(a.softcap, scores);
+      hide(a, a.q_positions[row * a.queries + query], a.k_positions + row * a.keys + block.begin,
+           static_cast<int>(block.end - block.begin), scores);
+      out.scales[i] = soften<V>(scores, out.peaks + i, out.totals + i);
     }
     read_block<V, From>(a, true, row, block, out);
   }

@@ -19,7 +19,7 @@ namespace lissom {
 namespace {
 
 constexpr int kRowsAhead = 8;  // keys that are on their way from memory
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kLn2 = 0.693147181f;
 
 template <class V>
 struct Strip {
@@ -28,40 +28,6 @@ struct Strip {
   // Floats from one panel of values to the next: no power of two, or all would meet in few lines.
   static constexpr int kPanel = kBlockKeys * kDeep + kSpan;
 };
-
-// 2^x for x <= 0, to 2 units in the last place; below -127 it is 0. The polynomial has the least
-// relative error of its degree on [-1/2, 1/2] (1e-7), and gives exactly 1 at 0.
-template <class V>
-LISSOM_INLINE inline typename V::Float exp2_of_negative(typename V::Float x) {
-  using Float = typename V::Float;
-  const Float round = V::set_float(kRoundToInteger);
-  x = V::largest(V::set_float(-127.0f), x);
-  const Float shifted = V::add(x, round);
-  const Float f = V::subtract(x, V::subtract(shifted, round));
-  Float y = V::set_float(1.326472731307149e-3f);
-  y = V::fma(y, f, V::set_float(9.671512991189957e-3f));
-  y = V::fma(y, f, V::set_float(5.550733581185341e-2f));
-  y = V::fma(y, f, V::set_float(2.402224242687225e-1f));
-  y = V::fma(y, f, V::set_float(6.931470036506653e-1f));
-  // At -127 this is exactly 1, whose exponent becomes that of zero.
-  return V::times_power(V::fma(y, f, V::set_float(1.0f)), shifted);
-}
-
-// To a few units in the last place. The quotient of polynomials is that of Eigen's ptanh.
-template <class V>
-LISSOM_INLINE inline typename V::Float tanh_of(typename V::Float x) {
-  using Float = typename V::Float;
-  x = V::largest(V::set_float(-7.90531110763549805f), x);
-  x = V::smallest(V::set_float(7.90531110763549805f), x);
-  const Float square = V::multiply(x, x);
-  Float over = V::set_float(-2.76076847742355e-16f), under = V::set_float(1.19825839466702e-06f);
-  for (const float next : {2.00018790482477e-13f, -8.60467152213735e-11f, 5.12229709037114e-08f,
-                           1.48572235717979e-05f, 6.37261928875436e-04f, 4.89352455891786e-03f})
-    over = V::fma(over, square, V::set_float(next));
-  for (const float next : {1.18534705686654e-04f, 2.26843463243900e-03f, 4.89352518554385e-03f})
-    under = V::fma(under, square, V::set_float(next));
-  return V::divide(V::multiply(x, over), under);
-}
 
 // What a worker holds of a task, in `memory` of prefill_floats(width).
 template <class V>

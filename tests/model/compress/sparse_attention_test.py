@@ -95,6 +95,14 @@ def test_chosen_layers_get_the_pattern_and_nothing_else_changes(model, options, 
   assert model.config == _config()
 
 
+def test_first_tokens_can_stay_near(model):
+  step = {'pattern': str(PATTERN), 'full_every': None, 'cap_first': True}
+  sparse, _ = _compress(model, {'sparse_attention': step})
+  assert [layer.mixer.first_reach for layer in sparse.config.layers] == [5] * 5
+  difference = np.abs(_logits(sparse) - _logits(_with(model, range(5))))
+  assert difference[:, :6].max() < EXACT and difference[:, 6:].max() > 0.01
+
+
 def test_layers_that_need_all_keys_most_can_be_measured(model):
   """Against whole models, each with one layer changed."""
   nll = lambda one: float(
@@ -133,6 +141,10 @@ def test_a_saved_model_has_its_patterns_and_short_caches(model, tmp_path):
 
 WINDOWED = AttentionConfig(query_heads=2, kv_heads=1, head_width=8, window=8)
 REFUSED = {
+  'cap_first needs a window with first tokens, not window8': {
+    'pattern': 'window8',
+    'cap_first': True,
+  },
   'at least 2, not 1': {'full_every': 1},
   'rows must be at least 1': {'rows': 0},
   'is no sparse pattern': {'pattern': 'windows8'},

@@ -207,6 +207,16 @@ def test_excerpts_take_an_equal_share_of_each_text():
   assert data.excerpts(texts, sum(map(len, texts))) == texts
 
 
+def test_excerpts_of_long_rows_are_long_and_of_fewer_texts():
+  texts = ['a' * 900, 'b' * 90, 'c' * 900, 'd' * 90, 'e' * 900]
+  taken = data.excerpts(texts, 1000, shortest=450)
+  assert [len(text) for text in taken] == [450, 450] and taken[0] < taken[1]
+  assert {text[0] for text in taken} < {'a', 'c', 'e'}
+  drawn = {data.excerpts(texts, 1000, seed=s, shortest=450)[0][0] for s in range(20)}
+  assert drawn == {'a', 'c'}
+  assert [len(t) for t in data.excerpts(texts, 2250, shortest=450)] == [450, 90, 450, 90, 450]
+
+
 @pytest.mark.parametrize(
   'documents, settings, match',
   [
