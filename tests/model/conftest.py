@@ -54,6 +54,7 @@ def _delta(config, layer):
     shapes[f'attention.{name}_conv.kernel'] = (mixer.conv_width, outputs)
   shapes['attention.rates.log_rate'] = (mixer.value_heads,)
   shapes['attention.head_norm.scale'] = (mixer.value_width,)
+  return shapes | _linear('attention.output', values, width, False)
 
 
 def _latent(config, layer):

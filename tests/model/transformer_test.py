@@ -207,7 +207,7 @@ def test_an_abstract_model_has_shapes_alone(name, shapes_by_hand):
   params = {path: p.get_value() for path, p in transformer.parameters(model).items()}
   assert all(isinstance(p, jax.ShapeDtypeStruct) for p in params.values())
   # Scores of experts, and what decides on gates of tokens and heads, are float32 in any model.
-  exact = ('router', 'shared_gate', 'decay', 'strength', 'rates')
+  exact = ('router', 'shared_gate', 'choice_bias', 'decay', 'strength', 'rates')
   rest = {p.dtype for path, p in params.items() if not any(name in path for name in exact)}
   assert rest == {jnp.dtype('bfloat16')}
   assert {path: p.shape for path, p in params.items()} == shapes_by_hand(config)

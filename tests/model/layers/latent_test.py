@@ -207,9 +207,9 @@ def test_an_int8_cache_rounds_by_half_a_step_of_one_scale(tokens_BT):
   (_, (exact,)), (logits, (coded,)) = (
     _fed(model, tokens_BT, [LENGTH - 1, 1], format) for format in ('float', 'int8')
   )
-  x = np.float64(exact.tokens.read())[:, :LENGTH]
+  x = np.float64(exact.tokens.floats(jnp.float32))[:, :LENGTH]
   scales = (np.abs(x).max(-1, keepdims=True) / 127).astype(np.float16).astype(np.float64)
-  stored = np.float64(coded.tokens.read())[:, :LENGTH]
+  stored = np.float64(coded.tokens.floats(jnp.float32))[:, :LENGTH]
   # The two were computed in programs of their own, so a code may be one step away at a tie.
   assert (np.abs(stored - x) <= (0.5 + 127 * HALF_ULP) * scales + TOLERANCE).all()
   assert np.abs(stored - x).max() > 0.25 * scales.max()
@@ -228,7 +228,7 @@ def test_the_last_token_reads_what_int8_stored(tokens_BT):
   mask = masks.causal(2, LENGTH)
   angles = rope.cos_sin(mask.q_positions_BT, model.config.rope, c.rotary_width)
   q_BTNH, _, _ = own._read(x_BTD, angles)
-  stored = np.float64(coded.tokens.read())[:, :LENGTH, 0]
+  stored = np.float64(coded.tokens.floats(jnp.float32))[:, :LENGTH, 0]
   latents, turned = stored[..., : c.rank], stored[..., c.rank :]
   k = (latents @ w['key_up']).reshape(2, LENGTH, 4, -1)
   v = (latents @ w['value_up']).reshape(2, LENGTH, 4, -1)
