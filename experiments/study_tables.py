@@ -11,6 +11,7 @@ import numpy as np
 from experiments import (
   arms,
   study_adapters,
+  study_attention,
   study_compressed_experts,
   study_distillation,
   study_experts,
@@ -27,6 +28,7 @@ STUDIES = {
   module.STUDY.name: module.STUDY
   for module in (
     study_adapters,
+    study_attention,
     study_compressed_experts,
     study_distillation,
     study_experts,
@@ -38,6 +40,10 @@ STUDIES = {
 }
 COLUMNS = {  # metric -> its heading and format
   'cross_entropy': ('loss, nats per token', '.4f'),
+  'recall': ('recall', '.1%'),
+  'recall_near': ('near', '.1%'),
+  'recall_far': ('far', '.1%'),
+  'cached': ('numbers kept', ',.0f'),
   'train_loss': ('training loss', '.4f'),
   'recovered': ('came back', '.0%'),
   'parameters_kept': ('parameters', '.1%'),

@@ -173,6 +173,11 @@ class PackedDataset:
     )
 
   @property
+  def highest(self) -> int:
+    """The highest token id."""
+    return int(self.stream.max())
+
+  @property
   def rows(self) -> int:
     """The number of rows per epoch; the last row is padded."""
     return -(-(len(self.stream) - 1) // self.seq_len)

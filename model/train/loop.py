@@ -232,10 +232,9 @@ def _check(model: Transformer, dataset: PackedDataset, config: FitConfig) -> Non
       f'a batch of {dataset.batch_size} rows does not divide into '
       f'{config.step.accumulation} micro-batches'
     )
-  highest = int(dataset.stream.max())
-  if highest >= model.config.vocab_size:
+  if dataset.highest >= model.config.vocab_size:
     raise ValueError(
-      f'the data has token ids up to {highest}, but the model has a vocabulary of '
+      f'the data has token ids up to {dataset.highest}, but the model has a vocabulary of '
       f'{model.config.vocab_size}'
     )
   if model.config.rope is None and dataset.seq_len > model.config.max_positions:

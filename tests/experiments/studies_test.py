@@ -12,6 +12,7 @@ from experiments import (
   arms,
   small_models,
   study_adapters,
+  study_attention,
   study_compressed_experts,
   study_distillation,
   study_experts,
@@ -28,6 +29,7 @@ from model.transformer import Transformer
 
 STUDIES = (
   study_adapters,
+  study_attention,
   study_compressed_experts,
   study_distillation,
   study_experts,
@@ -211,6 +213,48 @@ def test_experts_on_invented_runs():
     'max_violation, routed1_loss < 0.2 x routed1_none': 1,
     'max_violation, routed1_bias < 0.2 x routed1_none': 0,
   }
+
+
+def test_attention_on_invented_runs():
+  values = lambda recall, far: {
+    4e-3: {'cross_entropy': 1.0, 'recall': recall, 'recall_far': far, 'recall_far_answers': 1600}
+  }
+  runs = {
+    'dense': values(0.99, 0.98),
+    'window': values(0.5, 1 / 16 + 0.018),
+    'window_dense': values(0.97, 0.96),
+    'dilated': values(0.7, 0.3),
+    'random': values(0.5, 0.09),
+    'linear': values(0.3, 0.2),
+    'gla': values(0.6, 0.5),
+    'gated_delta': values(0.8, 0.7),
+    'hybrid': values(0.9, 0.9),
+  }
+  assert _counts(study_attention, runs) == {
+    'recall_far, window < 0.5 x dense': 1,
+    'recall_far of window within three errors of 1 / 16': 1,
+    'recall_far of window_dense >= 0.95 x that of dense': 1,
+    'recall_far of hybrid >= 0.95 x that of dense': 0,
+    'recall_far, window < 0.8 x dilated': 1,
+    'recall_far, window < 0.8 x random': 0,
+    'recall, linear < gla < gated_delta < dense': 1,
+  }
+  runs['window'] = values(0.5, 1 / 16 + 0.019)
+  assert _counts(study_attention, runs)['recall_far of window within three errors of 1 / 16'] == 0
+
+
+@pytest.mark.slow
+def test_each_mixer_is_trained_and_asked(tmp_path):
+  out = tmp_path / 'study.jsonl'
+  arms.run(study_attention.STUDY, Options(smoke=True, output=str(out)))
+  rows = {row.recipe: row for row in records.read(out)}
+  assert set(rows) == set(study_attention.STUDY.smoke)
+  kinds = [layer['kind'] for layer in rows['hybrid'].config['layers']]
+  assert kinds == ['gated_delta', 'attention']
+  assert rows['dilated'].config['layers'][1]['sparse'] == 'window12x4'
+  kept = {name: row.value('cached') for name, row in rows.items()}
+  assert kept['dense'] == 2 * 64 * 2 * 64 > kept['linformer_dynamic'] > kept['dilated'] / 2
+  assert all(0 <= row.value('recall_far') <= 1 for row in rows.values())
 
 
 @pytest.mark.slow
