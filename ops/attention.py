@@ -11,7 +11,8 @@ The implementations differ in memory and in scope:
              sparse pattern saves neither work nor memory
   blocked    stores none, and computes those of blocks that some query sees (ops/blocked.py, and
              ops/layouts.py for sparse patterns); from `LONG` queries on, where a loop over blocks
-             pays on the platform
+             pays on the platform. As the pick of 'auto', the parts of a sparse pattern that have a
+             native kernel are computed by it
   cudnn      stores no scores; NVIDIA GPUs, causal or windowed self-attention in bfloat16 or float16
   native     stores no scores; CPUs, in float32 or bfloat16, and over caches in int8. Its gradients
              are those of the reference below `LONG` queries, and those of blocks from there on
@@ -76,7 +77,9 @@ def attention(
     return reference(*arguments)
   long = q_BTNH.shape[1] >= LONG['cpu']
   kernels = {
-    'blocked': functools.partial(layouts.attention, scale=scale, softcap=softcap),
+    'blocked': functools.partial(
+      layouts.attention, scale=scale, softcap=softcap, native=impl == 'auto'
+    ),
     'cudnn': functools.partial(_cudnn, window=_window(mask), scale=scale),
     'native': functools.partial(_native_long if long else _native, scale, softcap),
   }

@@ -40,8 +40,12 @@ def attention(
   *,
   scale: float,
   softcap: float | None,
+  native: bool = False,
 ) -> jax.Array:
-  """Computes `ops.attention.attention`; see there."""
+  """Computes `ops.attention.attention`; see there.
+
+  With `native`, the parts that have a native kernel are computed by it on CPUs.
+  """
   arrays, rest = (q_BTNH, k_BSKH, v_BSKH), sinks_N
   found = []
   for pattern, layout in _parts(mask):
@@ -55,7 +59,7 @@ def attention(
     compute = functools.partial(
       blocked.partial, scale=scale, softcap=softcap, sizes=_sizes(pattern)
     )
-    found.append(layout(functools.partial(_in_blocks, compute, rest), *arrays, part))
+    found.append(layout(functools.partial(_in_blocks, compute, rest, native), *arrays, part))
     rest = None  # the sinks count once
   return blocked.merged(found)[0]
 
@@ -89,8 +93,8 @@ def to_first(
   return blocked.merged(found)[0]
 
 
-def _in_blocks(compute, sinks_N, q, k, v, mask):
-  native = attend.obstacle(q, k, v, mask) is None
+def _in_blocks(compute, sinks_N, native, q, k, v, mask):
+  native = native and attend.obstacle(q, k, v, mask) is None
   return compute(q, k, v, mask, sinks_N, native=native)
 
 

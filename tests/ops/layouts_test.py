@@ -46,6 +46,18 @@ def test_results_and_gradients_are_those_of_dense_attention(text):
     np.testing.assert_allclose(a, b, atol=FLOAT32 * float(jnp.abs(b).max()))
 
 
+def test_parts_are_computed_natively_where_nothing_else_is_asked_for():
+  length, pattern = 150, 'window20+every7+first3'  # long enough to be picked
+  mask = masks.causal(B, length, pattern=patterns.parse(pattern))
+  q, k, v, sinks = _arrays(length)
+  shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, k))
+  assert attention.pick(*shapes, mask, platform='cpu') == 'blocked'
+  found = _with_gradients('auto', None, q, k, v, mask, sinks)
+  expected = _with_gradients('reference', None, q, k, v, mask, sinks)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, atol=FLOAT32 * float(jnp.abs(b).max()))
+
+
 def test_queries_that_see_nothing_and_a_soft_cap():
   mask = masks.causal(B, 21, pattern=patterns.parse('every4'))
   q, k, v, _ = _arrays(21)
