@@ -149,11 +149,10 @@ def text(data: str | None, tokenizer: Tokenizer, settings: Settings) -> Text:
   if data is not None and data not in corpus.BUILT_IN and chats.holds_chats(data):
     return _chats(data, tokenizer, settings)
   parts = corpus.load(data)
-  row = settings.seq_len * CHARACTERS_A_TOKEN
-  needed = settings.steps * settings.batch_size * row
+  needed = settings.steps * settings.batch_size * settings.seq_len * CHARACTERS_A_TOKEN
   sizes = {'seq_len': settings.seq_len, 'batch_size': settings.batch_size, 'seed': settings.seed}
-  train = excerpts(parts.train, needed, seed=settings.seed, shortest=row)
-  held_out = excerpts(parts.held_out, HELD_OUT_ROWS * row, shortest=row)
+  train = excerpts(parts.train, needed, seed=settings.seed)
+  held_out = excerpts(parts.held_out, HELD_OUT_ROWS * settings.seq_len * CHARACTERS_A_TOKEN)
   return Text(
     train=PackedDataset.from_texts(train, tokenizer, **sizes),
     held_out=PackedDataset.from_texts(held_out, tokenizer, **sizes),

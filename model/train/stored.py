@@ -44,7 +44,7 @@ class TargetDataset:
   def __post_init__(self, tokenizer):
     self.targets.check(self.dataset, tokenizer)
 
-  stream = property(lambda self: self.dataset.stream)
+  highest = property(lambda self: self.dataset.highest)
   seq_len = property(lambda self: self.dataset.seq_len)
   batch_size = property(lambda self: self.dataset.batch_size)
 
