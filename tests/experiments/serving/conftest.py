@@ -148,7 +148,8 @@ class Running:
     return on_start
 
   def close(self):
-    self.loop.call_soon_threadsafe(self.drain)
+    if self._thread.is_alive():
+      self.loop.call_soon_threadsafe(self.drain)
     self._thread.join(20)
     assert not self._thread.is_alive()
 

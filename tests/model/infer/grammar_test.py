@@ -1,4 +1,4 @@
-"""Grammars: what a random walk through their masks writes is what they say, checked without them."""
+"""Grammars: a random walk through their masks writes what they say, checked without them."""
 
 import json
 import re
