@@ -19,6 +19,7 @@ bookkeeping is in numpy, and the order of its work depends on the calls alone, n
 
 import heapq
 import itertools
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -153,12 +154,12 @@ class Engine:
       raise ValueError('an engine is warmed before it is used')
     static, leaves, zero = self._program.static, self._program.leaves, np.int32(0)
     for length in (*_powers(self._part, LEAST_PART), self._part):
-      tokens_1T = np.zeros((1, length), np.int32)
-      logits_1V, self._alone = programs.read(
-        static, leaves, self._alone, tokens_1T, zero, np.int32(1)
+      tokens_BT = np.zeros((1, length), np.int32)
+      logits_BV, self._alone = programs.read(
+        static, leaves, self._alone, tokens_BT, zero, np.int32(1)
       )
     history = History.of(programs.NOBODY.sampling, (), (), self.model.config.vocab_size)
-    programs.choose(logits_1V, history, self._settings([None]))
+    programs.choose(logits_BV, history, self._settings([None]))
     if self._prefixes is not None:
       self._alone = programs.fetch(self._blocks, self._alone, self._places({}, 0))
     for width in self._widths:
@@ -242,22 +243,22 @@ class Engine:
     job, tokens = self._reading, self._reading.tokens
     part = tokens[job.read : job.read + self._part]
     length = max(LEAST_PART, 1 << (len(part) - 1).bit_length())
-    tokens_1T, next_T = np.zeros((1, length), np.int32), np.zeros(length, np.int32)
-    tokens_1T[0, : len(part)] = part
+    tokens_BT, next_T = np.zeros((1, length), np.int32), np.zeros(length, np.int32)
+    tokens_BT[0, : len(part)] = part
     where = np.int32(job.read), np.int32(len(part))
-    own = self._program.static, self._program.leaves, self._alone, tokens_1T, *where
+    own = self._program.static, self._program.leaves, self._alone, tokens_BT, *where
     # Whoever continues after a preemption was told of its prompt before.
     if job.request.prompt_logprobs is None or job.new:
-      logits_1V, self._alone = programs.read(*own)
+      logits_BV, self._alone = programs.read(*own)
     else:
       following = tokens[job.read + 1 : job.read + 1 + len(part)]
       next_T[: len(following)] = following
-      logits_1V, self._alone, chosen = programs.score(*own, next_T)
+      logits_BV, self._alone, chosen = programs.score(*own, next_T)
       job.score(jax.tree.map(np.asarray, chosen), len(following))
     job.read += len(part)
-    return [self._admit(job, logits_1V)] if job.read == len(tokens) else []
+    return [self._admit(job, logits_BV)] if job.read == len(tokens) else []
 
-  def _admit(self, job: Job, logits_1V) -> Progress:
+  def _admit(self, job: Job, logits_BV) -> Progress:
     """Gives a request whose prompt was read its first token, and a row if it goes on."""
     request, vocabulary = job.request, self.model.config.vocab_size
     self._reading = None
@@ -268,7 +269,7 @@ class Engine:
     history = History.of(request.sampling, request.prompt, job.new, vocabulary)
     told = self._settings([job])
     told.positions_B[:] = job.read
-    chosen = jax.tree.map(np.asarray, programs.choose(logits_1V, history, told))
+    chosen = jax.tree.map(np.asarray, programs.choose(logits_BV, history, told))
     finish = self._take(job, chosen, 0)
     if finish is not None:
       return self._end(job, finish)
@@ -313,13 +314,14 @@ class Engine:
     self._batch, chosen = programs.decode(
       self._program.static, self._program.leaves, self._batch, told, np.int32(count)
     )
-    chosen = jax.tree.map(lambda steps: np.asarray(steps[:count]), chosen)
+    chosen = jax.tree.map(np.asarray, chosen)
+    steps = [jax.tree.map(operator.itemgetter(i), chosen) for i in range(count)]
     progress = []
     for job in jobs:
       finish = None
       for i in range(count):
         job.read += 1
-        finish = self._take(job, jax.tree.map(lambda steps: steps[i], chosen), job.row)
+        finish = self._take(job, steps[i], job.row)
         if finish is not None:
           break
       progress.append(job.progress(None) if finish is None else self._end(job, finish))

@@ -92,26 +92,26 @@ NOBODY = Request(prompt=(0,), max_new_tokens=1)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def read(static: Structure, leaves, caches: Caches, tokens_1T, start, length):
-  """Runs `length` tokens of a prompt, and padding: (logits_1V after the last token, caches)."""
-  x_1TD, caches, model = _run(static, leaves, caches, tokens_1T, start, length)
-  x_1D = jax.lax.dynamic_index_in_dim(x_1TD, length - 1, axis=1, keepdims=False)
-  return model.logits(x_1D), caches
+def read(static: Structure, leaves, caches: Caches, tokens_BT, start, length):
+  """Runs `length` tokens of a prompt, and padding: (logits_BV after the last token, caches)."""
+  x_BTD, caches, model = _run(static, leaves, caches, tokens_BT, start, length)
+  x_BD = jax.lax.dynamic_index_in_dim(x_BTD, length - 1, axis=1, keepdims=False)
+  return model.logits(x_BD), caches
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def score(static: Structure, leaves, caches: Caches, tokens_1T, start, length, next_T):
+def score(static: Structure, leaves, caches: Caches, tokens_BT, start, length, next_T):
   """As `read`, with the `Chosen` form of the tokens that follow each of these."""
-  x_1TD, caches, model = _run(static, leaves, caches, tokens_1T, start, length)
-  logits_TV = model.logits(x_1TD[0])
-  last_1V = jax.lax.dynamic_slice_in_dim(logits_TV, length - 1, 1)
-  return last_1V, caches, _with_logprobs(logits_TV, next_T)
+  x_BTD, caches, model = _run(static, leaves, caches, tokens_BT, start, length)
+  logits_TV = model.logits(x_BTD[0])
+  last_BV = jax.lax.dynamic_slice_in_dim(logits_TV, length - 1, 1)
+  return last_BV, caches, _with_logprobs(logits_TV, next_T)
 
 
-def _run(static, leaves, caches, tokens_1T, start, length):
+def _run(static, leaves, caches, tokens_BT, start, length):
   model = static.model(leaves)
-  positions_1T = start + jnp.minimum(jnp.arange(tokens_1T.shape[1])[None], length - 1)
-  return *model.hidden(tokens_1T, positions_BT=positions_1T, cache=caches), model
+  positions_BT = start + jnp.minimum(jnp.arange(tokens_BT.shape[1])[None], length - 1)
+  return *model.hidden(tokens_BT, positions_BT=positions_BT, cache=caches), model
 
 
 @jax.jit
