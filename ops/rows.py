@@ -48,6 +48,24 @@ def _through_xla(rows, new, starts_B):
   return rows
 
 
+def take(rows: jax.Array, order: jax.Array) -> jax.Array:
+  """Returns the rows of these indices, which must be within range."""
+  bits = rows
+  if rows.dtype in (jnp.bfloat16, jnp.float16):
+    bits = jax.lax.bitcast_convert_type(rows, jnp.uint16)
+  taken = bits.at[order].get(mode='promise_in_bounds')
+  return jax.lax.bitcast_convert_type(taken, rows.dtype)
+
+
+def put_rows(rows: jax.Array, new: jax.Array, order: jax.Array) -> jax.Array:
+  """Writes new[p] in place of rows[order[p]]; nothing where that is past the last row."""
+
+  def through_xla(rows, new, order):
+    return rows.at[order].set(new, mode='drop')
+
+  return _as_integers(rows, new.astype(rows.dtype), order, through_xla)
+
+
 def put(rows: jax.Array, new: jax.Array, at_BK: jax.Array) -> jax.Array:
   """Writes new[b, k] into rows[b, k] at index at_BK[b, k], along the third axis."""
   b, k = np.arange(len(at_BK))[:, None], np.arange(at_BK.shape[1])[None]

@@ -42,6 +42,10 @@ class Structure:
   graphdef: nnx.GraphDef
   treedef: jax.tree_util.PyTreeDef
 
+  def model(self, leaves) -> Transformer:
+    """The model with these leaves."""
+    return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+
 
 _structure = functools.cache(Structure)
 
@@ -73,13 +77,9 @@ class Program:
     return _decode(self.static, self.leaves, tokens_B, positions_B, cache, count, sampled, keys_B)
 
 
-def _merge(static, leaves) -> Transformer:
-  return nnx.merge(static.graphdef, jax.tree.unflatten(static.treedef, leaves))
-
-
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _prefill(static, leaves, tokens_BT, lengths_B, cache):
-  model = _merge(static, leaves)
+  model = static.model(leaves)
   # Padding stays at the last position of its row, so that a row knows its own length.
   positions_BT = jnp.minimum(jnp.arange(tokens_BT.shape[1])[None], lengths_B[:, None] - 1)
   x_BTD, cache = model.hidden(tokens_BT, positions_BT=positions_BT, cache=cache)
@@ -93,7 +93,7 @@ def _decode(static, leaves, tokens_B, positions_B, cache, count, sampled, keys_B
     tokens_B, positions_B, cache, new_TB = carry
     # Without the barrier, XLA moves what does not change out of the loop: whole widened matrices.
     held, tokens_B = jax.lax.optimization_barrier((leaves, tokens_B))
-    model = _merge(static, held)
+    model = static.model(held)
     x_BTD, cache = model.hidden(tokens_B[:, None], positions_BT=positions_B[:, None], cache=cache)
     positions_B = positions_B + 1
     tokens_B = _choose(model.logits(x_BTD[:, 0]), positions_B, sampled, keys_B)
@@ -113,7 +113,7 @@ def _choose(logits_BV, positions_B, sampled, keys_B):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _forward(static, leaves, tokens_BT, cache):
-  model, batch = _merge(static, leaves), len(tokens_BT)
+  model, batch = static.model(leaves), len(tokens_BT)
   positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], (batch, tokens_BT.shape[1]))
   x_BTD, cache = model.hidden(tokens_BT, positions_BT=positions_BT, cache=cache)
   return model.logits(x_BTD), cache
@@ -160,7 +160,8 @@ def generate(
 
   Raises:
     ValueError: no such cache format, an empty prompt, a token outside the vocabulary, more
-      positions than the model has learned, or settings or seeds for another number of rows.
+      positions than the model has learned, settings or seeds for another number of rows, or
+      settings that depend on the tokens before, which `model.infer.engine` remembers.
   """
   kv_cache.check_format(cache_format)
   _check(model, prompts, max_new_tokens)
@@ -168,7 +169,10 @@ def generate(
   seeds = _a_row_each(seed, int | np.integer, len(prompts), 'seeds')
   if max_new_tokens == 0:
     return [[] for _ in prompts]
-  program, sampled = Program.of(prepare(model)), sampling.settings(configs)
+  if any(config.remembers for config in configs):
+    raise ValueError('penalties and biases of logits need model.infer.engine.Engine')
+  drawn = any(config.temperature > 0 for config in configs)
+  program, sampled = Program.of(prepare(model)), sampling.settings(configs) if drawn else GREEDY
   keys_B = None if sampled is GREEDY else jnp.stack([jax.random.key(int(seed)) for seed in seeds])
   tokens_BT, lengths_B = pad(prompts)
   needed = max(tokens_BT.shape[1], int(lengths_B.max()) + max_new_tokens)

@@ -25,6 +25,10 @@ class Cache(abc.ABC):
   the kind: a cache of states (`model.layers.mixers.state`) only to its beginning.
   """
 
+  # Whether every array is [B, S, ...] with position s of a row in slot s, and nothing else is kept.
+  # Such a row can be set back to any length, and any beginning of it copied to another row.
+  by_position = False
+
   @property
   @abc.abstractmethod
   def capacity(self) -> int | None:

@@ -85,7 +85,7 @@ def test_each_cut_sees_what_the_one_before_left():
 
 def test_temperature_zero_is_greedy_and_needs_no_key(rng):
   logits = rng.standard_normal((8, 50)).astype(np.float32)
-  tokens = sampling.sample(jnp.asarray(logits), rows(SamplingConfig(top_k=3), 8), None)
+  tokens = sampling.sample(jnp.asarray(logits), sampling.GREEDY, None)
   assert tokens.dtype == jnp.int32
   np.testing.assert_array_equal(tokens, logits.argmax(-1))
 
@@ -168,10 +168,9 @@ def test_equal_keys_draw_equal_tokens_in_any_row():
   assert a == c != b
 
 
-def test_settings_that_no_row_has_are_absent():
-  assert sampling.settings([SamplingConfig(top_k=5)] * 3) is sampling.GREEDY
+def test_settings_that_a_row_has_not_are_neutral():
   found = sampling.settings([SamplingConfig(temperature=0.5, top_k=5, top_p=1.0), SamplingConfig()])
-  assert (found.top_p_B, found.min_p_B, found.most) == (None, None, 8)
+  assert (found.top_p_B.tolist(), found.min_p_B.tolist()) == ([1.0, 1.0], [0.0, 0.0])
   assert found.temperature_B.tolist() == [0.5, 0.0]
   assert found.top_k_B[0] == 5 and found.top_k_B[1] > 10**9
 
@@ -187,4 +186,4 @@ def test_bad_calls_are_refused():
   with pytest.raises(ValueError, match='axis B'):
     sampling.sample(jnp.zeros((2, 3)), rows(config, 1), keys(0, 2))
   with pytest.raises(ValueError, match='take the argmax'):
-    sampling.cut(jnp.zeros((1, 3)), rows(SamplingConfig(), 1))
+    sampling.cut(jnp.zeros((1, 3)), sampling.GREEDY)

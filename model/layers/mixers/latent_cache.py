@@ -24,6 +24,8 @@ from ops.masks import AttentionMask
 class LatentCache(Cache):
   """The vectors [B, S, 1, H] of as many positions as there are slots; slot s holds position s."""
 
+  by_position = True
+
   tokens: Side
 
   @classmethod

@@ -28,6 +28,8 @@ NOWHERE = jnp.iinfo(jnp.int32).max  # the position of a slot without a token: af
 class SlotCache(KVCache):
   """Keys and values of as many positions as there are slots."""
 
+  by_position = True
+
   keys: Side
   values: Side
 

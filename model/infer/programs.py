@@ -1,0 +1,217 @@
+"""The compiled programs of an engine: parts of prompts, decode steps, and rows that move.
+
+Shapes are few: parts of prompts have lengths of powers of two, and batches widths of them. What a
+row needs is an entry in an array, so no program is compiled for another kind of request. The caches
+are donated and written in place.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from model import kv_cache
+from model.cache_spec import CacheSpec
+from model.config import ModelConfig
+from model.infer.generate import TOKENS_PER_CALL, Structure
+from model.infer.request import MOST_LOGPROBS, Request
+from model.transformer import Caches
+from ops import rows, sampling
+from ops.sampling import History, Sampling
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """What the device keeps of each row."""
+
+  caches: Caches
+  history: History
+
+  @property
+  def width(self) -> int:
+    return len(self.history.counts_BV)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+  """What the host tells of each row at each call, in numpy.
+
+  `tokens_B` stand at `positions_B` and were not run yet. `words_B_` has the bits of the tokens that
+  may come, or zeros: all of them may.
+  """
+
+  tokens_B: np.ndarray
+  positions_B: np.ndarray
+  sampling: Sampling
+  keys_B_: np.ndarray  # uint32 [B, 2]
+  logprobs_B: np.ndarray  # bool: whether they are asked for
+  words_B_: np.ndarray  # uint32 [B, ceil(V / 32)]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chosen:
+  """Tokens, and the logarithms of their probabilities and of the likeliest ones, if asked for."""
+
+  tokens_B: jax.Array
+  logprobs_B: jax.Array
+  likeliest_B_: jax.Array  # float32 [B, MOST_LOGPROBS]
+  ids_B_: jax.Array
+
+
+def empty(
+  config: ModelConfig,
+  width: int,
+  capacity: int,
+  dtype,
+  format: CacheSpec | str,
+  mesh: Mesh | None,
+) -> Batch:
+  """A batch of rows without tokens."""
+  caches = kv_cache.init(config, width, capacity, dtype, format, mesh=mesh)
+  return Batch(caches, History.empty(width, config.vocab_size))
+
+
+def row_settings(requests: Sequence[Request | None]) -> tuple[Sampling, np.ndarray, np.ndarray]:
+  """The parts of `Rows` that follow from the requests: (sampling, keys_B_, logprobs_B)."""
+  some = [request or NOBODY for request in requests]
+  seeds = np.asarray([request.seed for request in some], np.uint64)
+  # As jax.random.key has it for a seed of 32 bits.
+  keys_B_ = np.stack([seeds >> np.uint64(32), seeds & np.uint64(0xFFFFFFFF)], 1).astype(np.uint32)
+  logprobs_B = np.asarray([request.logprobs is not None for request in some])
+  return sampling.settings([one.sampling for one in some], np.asarray), keys_B_, logprobs_B
+
+
+NOBODY = Request(prompt=(0,), max_new_tokens=1)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def read(static: Structure, leaves, caches: Caches, tokens_BT, start, length):
+  """Runs `length` tokens of a prompt, and padding: (logits_BV after the last token, caches)."""
+  x_BTD, caches, model = _run(static, leaves, caches, tokens_BT, start, length)
+  x_BD = jax.lax.dynamic_index_in_dim(x_BTD, length - 1, axis=1, keepdims=False)
+  return model.logits(x_BD), caches
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def score(static: Structure, leaves, caches: Caches, tokens_BT, start, length, next_T):
+  """As `read`, with the `Chosen` form of the tokens that follow each of these."""
+  x_BTD, caches, model = _run(static, leaves, caches, tokens_BT, start, length)
+  logits_TV = model.logits(x_BTD[0])
+  last_BV = jax.lax.dynamic_slice_in_dim(logits_TV, length - 1, 1)
+  return last_BV, caches, _with_logprobs(logits_TV, next_T)
+
+
+def _run(static, leaves, caches, tokens_BT, start, length):
+  model = static.model(leaves)
+  positions_BT = start + jnp.minimum(jnp.arange(tokens_BT.shape[1])[None], length - 1)
+  return *model.hidden(tokens_BT, positions_BT=positions_BT, cache=caches), model
+
+
+@jax.jit
+def choose(logits_BV, history: History, told: Rows) -> Chosen:
+  """The tokens that stand at the positions of the rows."""
+  adjusted_BV = sampling.adjust(logits_BV, told.sampling, history)
+  guided_B = (told.words_B_ != 0).any(1)
+
+  def allowed(adjusted_BV):
+    words_B_ = jnp.where(guided_B[:, None], told.words_B_, jnp.uint32(0xFFFFFFFF))
+    return sampling.allow(adjusted_BV, words_B_)
+
+  adjusted_BV = jax.lax.cond(guided_B.any(), allowed, lambda x: x, adjusted_BV)
+  keys_B = jax.random.wrap_key_data(told.keys_B_, impl='threefry2x32')
+  keys_B = jax.vmap(jax.random.fold_in)(keys_B, told.positions_B)
+  tokens_B = sampling.sample(adjusted_BV, told.sampling, keys_B)
+  absent = lambda logits_BV, tokens_B: _blank(tokens_B)
+  return jax.lax.cond(told.logprobs_B.any(), _with_logprobs, absent, logits_BV, tokens_B)
+
+
+def _with_logprobs(logits_BV, tokens_B) -> Chosen:
+  own_B, likeliest_B_, ids_B_ = sampling.logprobs(logits_BV, tokens_B, MOST_LOGPROBS)
+  missing = MOST_LOGPROBS - ids_B_.shape[1]  # of a vocabulary as small as that
+  wide = lambda a, value: jnp.pad(a, ((0, 0), (0, missing)), constant_values=value)
+  return Chosen(
+    tokens_B=tokens_B,
+    logprobs_B=own_B,
+    likeliest_B_=wide(likeliest_B_, -jnp.inf),
+    ids_B_=wide(ids_B_, 0),
+  )
+
+
+def _blank(tokens_B) -> Chosen:
+  shape = (*tokens_B.shape, MOST_LOGPROBS)
+  return Chosen(
+    tokens_B=tokens_B,
+    logprobs_B=jnp.zeros(tokens_B.shape),
+    likeliest_B_=jnp.zeros(shape),
+    ids_B_=jnp.zeros(shape, jnp.int32),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def decode(static: Structure, leaves, batch: Batch, told: Rows, count) -> tuple[Batch, Chosen]:
+  """Runs `count` tokens of every row, each chosen after those before it.
+
+  Returns the batch, and the tokens of each step, with an axis of `TOKENS_PER_CALL` steps before the
+  rows. What `told.words_B_` allows holds for all steps, so guided rows take one at a time.
+  """
+
+  def step(i, carry):
+    batch, tokens_B, positions_B, steps = carry
+    # Without the barrier, XLA moves what does not change out of the loop: whole widened matrices.
+    held, tokens_B = jax.lax.optimization_barrier((leaves, tokens_B))
+    model = static.model(held)
+    x_BTD, caches = model.hidden(
+      tokens_B[:, None], positions_BT=positions_B[:, None], cache=batch.caches
+    )
+    positions_B = positions_B + 1
+    here = dataclasses.replace(told, tokens_B=tokens_B, positions_B=positions_B)
+    chosen = choose(model.logits(x_BTD[:, 0]), batch.history, here)
+    steps = jax.tree.map(lambda all_, one: all_.at[i].set(one), steps, chosen)
+    batch = Batch(caches, batch.history.counted(chosen.tokens_B))
+    return batch, chosen.tokens_B, positions_B, steps
+
+  tokens_B, positions_B = jnp.asarray(told.tokens_B), jnp.asarray(told.positions_B)
+  steps = _blank(jnp.zeros((TOKENS_PER_CALL, len(tokens_B)), jnp.int32))
+  start = batch, tokens_B, positions_B, steps
+  batch, _, _, steps = jax.lax.fori_loop(0, count, step, start)
+  return batch, steps
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def admit(batch: Batch, row, caches: Caches, history: History) -> Batch:
+  """Puts the only row of some caches, and its history, in place of a row."""
+  put = lambda all_, one: jax.lax.dynamic_update_slice_in_dim(all_, one, row, 0)
+  return Batch(
+    kv_cache.insert(batch.caches, row, caches), jax.tree.map(put, batch.history, history)
+  )
+
+
+@jax.jit
+def rearrange(batch: Batch, order_B) -> Batch:
+  """A batch of these rows."""
+  return jax.tree.map(lambda all_: rows.take(all_, order_B), batch)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def keep(blocks: Caches, caches: Caches, row, places_P) -> Caches:
+  """Copies the blocks of a row to these places; to none where that is past the last place."""
+
+  def put(all_, source):
+    own = jax.lax.dynamic_index_in_dim(source, row, keepdims=False)
+    return rows.put_rows(all_, own.reshape(-1, *all_.shape[1:]), places_P)
+
+  return jax.tree.map(put, blocks, caches)
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def fetch(blocks: Caches, caches: Caches, places_P) -> Caches:
+  """The only row of some caches, made of the blocks in these places."""
+  take = lambda all_, own: rows.take(all_, places_P).reshape(own.shape)
+  return jax.tree.map(take, blocks, caches)
