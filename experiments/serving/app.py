@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hmac
 import pathlib
+import re
 import time
 
 from starlette.applications import Starlette
@@ -23,6 +24,7 @@ from experiments.serving.served import Served, no_such_model
 from model.infer.worker import Worker
 
 PAGE = pathlib.Path(__file__).with_name('chat.html')
+PORT = re.compile(r':\d*$')
 METRICS_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 
 
@@ -66,7 +68,7 @@ class Guard:
       self._state.answering -= 1
 
   def _check(self, scope, headers):
-    hosts, host = self._access.hosts, headers.get('host', '').rsplit(':', 1)[0].lower()
+    hosts, host = self._access.hosts, PORT.sub('', headers.get('host', '')).lower()
     if hosts is not None and host not in hosts:
       # A page elsewhere may have its own name lead to this machine (DNS rebinding).
       raise ApiError(403, f'this server answers to {", ".join(sorted(hosts))}, not {host[:80]!r}')

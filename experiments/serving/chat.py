@@ -35,7 +35,7 @@ RESERVED = ('messages', 'tools', 'add_generation_prompt', 'bos_token', 'eos_toke
 async def prepare(fields: Fields, served: Served) -> Call:
   """Reads a call. Raises ApiError where something is wrong."""
   model, adapter = served.model(fields)
-  own = common.settings(fields, adapter, served.vocab_size)
+  own = common.settings(fields, adapter, served)
   for field, neutral in REFUSED.items():
     fields.only(field, *neutral)
   scored = fields.flag('logprobs')

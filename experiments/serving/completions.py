@@ -18,7 +18,7 @@ DEFAULT_TOKENS = 16
 async def prepare(fields: Fields, served: Served) -> Call:
   """Reads a call. Raises ApiError where something is wrong."""
   model, adapter = served.model(fields)
-  own = common.settings(fields, adapter, served.vocab_size)
+  own = common.settings(fields, adapter, served)
   fields.only('suffix', '')
   fields.only('best_of', own.n, why=f'must be the same as n, {own.n}')
   echo, logprobs = fields.flag('echo'), common.logprobs_within(fields, 'logprobs')

@@ -51,19 +51,20 @@ async def serve(
 ) -> None:
   """Serves until it is told to drain, and then until the last answer has ended.
 
-  SIGTERM and SIGINT tell it so, where this is the main thread; a second one ends the process. What
-  `on_start` is given tells it so, too. While it drains, the server still listens, so that new
-  requests learn why they are refused.
+  SIGTERM and SIGINT tell it so, where this is the main thread; a second one ends the process. The
+  function that `on_start` is given tells it so from any thread. While it drains, the server still
+  listens, so that new requests learn why they are refused.
   """
   server, draining = uvicorn.Server(_config(app)), asyncio.Event()
   serving = asyncio.ensure_future(server.serve(sockets=[bound]))
   while not server.started and not serving.done():
     await asyncio.sleep(POLL_S)
   if server.started:
+    loop = asyncio.get_running_loop()
 
     def drain():
       state.draining = True
-      draining.set()
+      loop.call_soon_threadsafe(draining.set)
 
     _handle_signals(state, drain)
     on_start(drain)

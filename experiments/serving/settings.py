@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.serving.body import Fields, shown
 from experiments.serving.errors import invalid
+from experiments.serving.served import Served
 from model.infer.grammar import Grammar
 from model.infer.request import MOST_LOGPROBS, Request
 from ops.sampling import SamplingConfig
@@ -84,7 +85,7 @@ class Settings:
       raise invalid(None, str(error)) from None
 
 
-def settings(fields: Fields, adapter: str | None, vocab_size: int) -> Settings:
+def settings(fields: Fields, adapter: str | None, served: Served) -> Settings:
   """Reads the fields that both endpoints have. Raises ApiError where one is wrong."""
   for field, neutral in REFUSED.items():
     fields.only(field, *neutral)
@@ -92,15 +93,17 @@ def settings(fields: Fields, adapter: str | None, vocab_size: int) -> Settings:
   stream = fields.flag('stream')
   if options is not None and not stream:
     raise invalid('stream_options', 'stream_options needs "stream": true')
+  vocab_size, ignore_eos = served.vocab_size, fields.flag('ignore_eos')
+  ends = () if ignore_eos else served.vocabulary.eos_ids
   seed = fields.integer('seed', None, -SEEDS, SEEDS - 1)
   return Settings(
     n=fields.integer('n', 1, 1, MOST_CHOICES),
     sampling=_sampling(fields, vocab_size),
     seed=secrets.randbelow(SEEDS) if seed is None else seed % SEEDS,
     stops=_stops(fields),
-    stop_ids=frozenset(_tokens(fields, 'stop_token_ids', vocab_size)),
+    stop_ids=frozenset((*ends, *_tokens(fields, 'stop_token_ids', vocab_size))),
     included=fields.flag('include_stop_str_in_output'),
-    ignore_eos=fields.flag('ignore_eos'),
+    ignore_eos=ignore_eos,
     stream=stream,
     include_usage=options is not None and options.flag('include_usage'),
     adapter=adapter,

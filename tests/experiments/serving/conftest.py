@@ -149,7 +149,7 @@ class Running:
 
   def close(self):
     if self._thread.is_alive():
-      self.loop.call_soon_threadsafe(self.drain)
+      self.drain()
     self._thread.join(20)
     assert not self._thread.is_alive()
 

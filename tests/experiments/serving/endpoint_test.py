@@ -152,7 +152,7 @@ def test_draining(serve, http, until):
   running.engine.gate.clear()
   waiting = _send(running, LONG | {'stream': True})
   until(lambda: running.engine.busy)
-  running.loop.call_soon_threadsafe(running.drain)
+  running.drain()
   until(lambda: http.get(f'{running.url}/health').status_code == 503)
   refused = http.post(f'{running.url}/v1/completions', json=LONG)
   assert (refused.status_code, refused.json()['error']['code']) == (503, 'shutting_down')
