@@ -149,7 +149,7 @@ def test_nothing_is_compiled_once_it_is_warm():
   engine.warm()
   compiled = lambda: [
     getattr(programs, name)._cache_size()
-    for name in ('read', 'choose', 'decode', 'admit', 'rearrange', 'keep', 'fetch')
+    for name in ('read', 'choose', 'decode', 'admit', 'remember', 'rearrange', 'keep', 'fetch')
   ]
   before = compiled()
   engine.run(list(_requests(20)))
