@@ -141,10 +141,11 @@ class History:
       bias_V[token] = bias
     return cls(prompt_BV=prompt_V[None], counts_BV=counts_V[None], bias_BV=bias_V[None])
 
-  def counted(self, tokens_B: jax.Array) -> 'History':
-    """With one more token of each row."""
-    row = jnp.arange(len(tokens_B))
-    counts_BV = self.counts_BV.at[row, tokens_B].add(1, mode='promise_in_bounds')
+  def counted(self, tokens_B: jax.Array, real_B: jax.Array | None = None) -> 'History':
+    """With one more token of each row, or of these rows alone."""
+    one_B = jnp.ones(len(tokens_B), jnp.int16) if real_B is None else real_B.astype(jnp.int16)
+    at = jnp.arange(len(tokens_B)), tokens_B
+    counts_BV = self.counts_BV.at[at].add(one_B, mode='promise_in_bounds')
     return dataclasses.replace(self, counts_BV=counts_BV)
 
 

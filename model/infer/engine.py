@@ -14,32 +14,33 @@ position s; windows, states and evicting caches have no such beginnings, and the
 anew.
 
 An engine is synchronous and belongs to one thread; `model.infer.worker` gives it one. Its
-bookkeeping is in numpy, and the order of its work depends on the calls alone, never on the time.
+bookkeeping is in numpy. The order of its work depends on the calls alone, never on the time, but
+for whether it speculates, which changes no token.
 """
 
 import heapq
 import itertools
 import operator
+import time
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from model import kv_cache, sharding
 from model.cache_spec import CacheSpec
 from model.infer import programs
-from model.infer.generate import TOKENS_PER_CALL, Program
+from model.infer.generate import TOKENS_PER_CALL
 from model.infer.job import Job
+from model.infer.lane import BLOCK, Lane
 from model.infer.metrics import Metrics
 from model.infer.prefixes import Prefixes
-from model.infer.prepare import prepare
-from model.infer.programs import Batch, Rows
+from model.infer.programs import Chosen, Rows
 from model.infer.request import Finish, Progress, Request
+from model.infer.speculation import Governor, Speculation, propose
 from model.transformer import Transformer
 from ops.sampling import History
 
 LEAST_PART = 16  # tokens of the shortest part of a prompt
-BLOCK = 32  # tokens of a block of a shared beginning
 
 
 class Engine:
@@ -52,6 +53,7 @@ class Engine:
   prefix_bytes: bytes for beginnings that prompts share; None: those of two rows; 0: none are kept.
   burst: how many tokens one row alone takes in a step; rows of a wider batch take fewer, so that
     those who wait do not wait longer.
+  speculation: how tokens are proposed, if they are.
   """
 
   def __init__(
@@ -64,30 +66,40 @@ class Engine:
     part: int = 128,
     prefix_bytes: int | None = None,
     burst: int = TOKENS_PER_CALL,
+    speculation: Speculation | None = None,
   ):
     _check(model, slots, capacity, part, burst)
     self.model, self.slots, self.capacity = model, slots, capacity
     self.metrics = Metrics()
     self._part, self._burst = part, burst
-    self._program = Program.of(prepare(model))
     # The padding of the last part of a prompt takes slots too.
-    stored = -(-(capacity + part) // BLOCK) * BLOCK
-    self._shape = (stored, model.dtype, cache_format, sharding.mesh_of(model))
+    self._lane = Lane(model, capacity + part, cache_format)
+    self._speculation, self._governor = speculation, Governor()
+    draft = speculation and speculation.draft
+    if draft is not None:
+      _check(draft, slots, capacity, part, burst)
+    self._draft = None if draft is None else Lane(draft, capacity + part, cache_format)
+    self._check_speculation()
+    self._lanes = [self._lane, *filter(None, [self._draft])]
     self._widths = [*_powers(slots), slots]
-    self._batch, self._rows = self._empty(1), [None]
-    self._alone = self._empty(1).caches
+    self._rows: list[Job | None] = [None]
+    self._history = History.empty(1, model.config.vocab_size)
     self._told = self._settings(self._rows)
     self._reading: Job | None = None
     self._waiting: list[tuple[tuple[int, int], Job]] = []  # a heap
     self._jobs: dict[int, Job] = {}
     self._ids = itertools.count()
-    self._prefixes, self._blocks = None, None
-    self._keep_prefixes(2 * self.row_bytes if prefix_bytes is None else prefix_bytes)
+    room = 2 * self._lane.row_bytes if prefix_bytes is None else prefix_bytes
+    places = min(lane.places_in(room) if lane.by_position else 0 for lane in self._lanes)
+    self._prefixes = Prefixes(places, BLOCK) if places else None
+    if places:
+      for lane in self._lanes:
+        lane.keep_blocks(places)
 
   @property
   def row_bytes(self) -> int:
     """Bytes of the keys and values of one row."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(self._alone))
+    return sum(lane.row_bytes for lane in self._lanes)
 
   @property
   def busy(self) -> bool:
@@ -152,55 +164,55 @@ class Engine:
     """Compiles every program that requests may need, so that none waits for it."""
     if self.busy:
       raise ValueError('an engine is warmed before it is used')
-    static, leaves, zero = self._program.static, self._program.leaves, np.int32(0)
-    for length in (*_powers(self._part, LEAST_PART), self._part):
-      tokens_BT = np.zeros((1, length), np.int32)
-      logits_BV, self._alone = programs.read(
-        static, leaves, self._alone, tokens_BT, zero, np.int32(1)
-      )
+    parts, zero = [*_powers(self._part, LEAST_PART), self._part], np.int32(0)
     history = History.of(programs.NOBODY.sampling, (), (), self.model.config.vocab_size)
+    logits_BV, *_ = [lane.warm_parts(parts) for lane in self._lanes]
     programs.choose(logits_BV, history, self._settings([None]))
-    if self._prefixes is not None:
-      self._alone = programs.fetch(self._blocks, self._alone, self._places({}, 0))
     for width in self._widths:
       if width != len(self._rows):
         self._rearrange(width)
-      self._batch = programs.admit(self._batch, zero, self._alone, history)
-      self._batch, _ = programs.decode(static, leaves, self._batch, self._told, zero)
-      if self._prefixes is not None:
-        self._blocks = programs.keep(self._blocks, self._batch.caches, zero, self._places({}))
+      self._history = programs.remember(self._history, zero, history)
+      for lane in self._lanes:
+        lane.warm_rows()
+      self._run(0)
+      if self._speculation is not None:
+        self._verify(self._proposals([]))
     for width in reversed(self._widths[:-1]):
       self._rearrange(width)
-
-  def _empty(self, width: int) -> Batch:
-    return programs.empty(self.model.config, width, *self._shape)
 
   @property
   def _running(self) -> list[Job]:
     return [job for job in self._rows if job is not None]
 
+  def _check_speculation(self) -> None:
+    spec = self._speculation
+    if spec is None:
+      return
+    if not self._lane.can_return(spec.tokens + 1):
+      raise ValueError(
+        'speculation sets rows back, which states, pages and caches that give tokens up cannot'
+      )
+    if self._draft is not None:
+      own, other = self.model.config.vocab_size, spec.draft.config.vocab_size
+      if own != other:
+        raise ValueError(f'the draft has {other} tokens, but the model {own}')
+      if not self._draft.can_return(spec.tokens + 1):
+        raise ValueError('the draft has layers whose rows cannot be set back')
+
   # Beginnings that prompts share.
 
-  def _keep_prefixes(self, room: int) -> None:
-    stored, dtype, format, mesh = self._shape
-    places = room * stored // (BLOCK * self.row_bytes)
-    if places and mesh is None and all(cache.by_position for cache in self._alone):
-      self._prefixes = Prefixes(places, BLOCK)
-      self._blocks = kv_cache.init(self.model.config, places, BLOCK, dtype, format)
+  def _kind(self, job: Job) -> tuple[str | None, bool]:
+    """Blocks that the draft has not read are no use to a request that it drafts for."""
+    return job.request.adapter, job.drafted
 
-  def _places(self, by_block: dict[int, int], others: int | None = None) -> np.ndarray:
-    """The places of all blocks of a row; others than these have the last place, or none."""
-    none = jax.tree.leaves(self._blocks)[0].shape[0]
-    places_P = np.full(self._shape[0] // BLOCK, none if others is None else others, np.int32)
-    places_P[list(by_block)] = list(by_block.values())
-    return places_P
-
-  def _keep(self, job: Job, caches, row: int) -> None:
-    """Keeps the whole blocks of what a row has read."""
-    if self._prefixes is not None:
-      new = self._prefixes.add(job.tokens[: job.read], job.request.adapter)
-      if new:
-        self._blocks = programs.keep(self._blocks, caches, np.int32(row), self._places(new))
+  def _keep(self, job: Job) -> None:
+    """Keeps the whole blocks of what a row, or the lane that reads prompts, has read."""
+    if self._prefixes is None:
+      return
+    new = self._prefixes.add(job.tokens[: job.read], self._kind(job))
+    if new:
+      for lane in self._lanes if job.drafted else [self._lane]:
+        lane.keep(new, job.row)
 
   # Prompts.
 
@@ -218,23 +230,24 @@ class Engine:
       self._preempt(last)
     heapq.heappop(self._waiting)
     self._reading, job.read, job.cached = job, 0, 0
+    job.drafted = self._draft is not None and self._would_speculate(len(self._running) + 1)
     if self._prefixes is not None and job.request.prompt_logprobs is None:
       self._fetch(job)
 
   def _fetch(self, job: Job) -> None:
     tokens = job.tokens
     # The last token is always read, for its logits.
-    places = self._prefixes.match(tokens[:-1], job.request.adapter)
+    places = self._prefixes.match(tokens[:-1], self._kind(job))
     job.read = job.cached = len(places) * BLOCK
     self.metrics.prefix_queries += len(tokens)
     self.metrics.prefix_hits += job.cached
     if places:
-      places_P = self._places(dict(enumerate(places)), 0)
-      self._alone = programs.fetch(self._blocks, self._alone, places_P)
+      for lane in self._lanes if job.drafted else [self._lane]:
+        lane.fetch(places)
 
   def _preempt(self, job: Job) -> None:
     """Takes the row of a request, which waits and then continues where it was."""
-    self._keep(job, self._batch.caches, job.row)
+    self._keep(job)
     self._leave(job)
     heapq.heappush(self._waiting, (job.rank, job))
     self.metrics.preemptions += 1
@@ -245,16 +258,16 @@ class Engine:
     length = max(LEAST_PART, 1 << (len(part) - 1).bit_length())
     tokens_BT, next_T = np.zeros((1, length), np.int32), np.zeros(length, np.int32)
     tokens_BT[0, : len(part)] = part
-    where = np.int32(job.read), np.int32(len(part))
-    own = self._program.static, self._program.leaves, self._alone, tokens_BT, *where
     # Whoever continues after a preemption was told of its prompt before.
     if job.request.prompt_logprobs is None or job.new:
-      logits_BV, self._alone = programs.read(*own)
+      logits_BV = self._lane.read(tokens_BT, job.read, len(part))
     else:
       following = tokens[job.read + 1 : job.read + 1 + len(part)]
       next_T[: len(following)] = following
-      logits_BV, self._alone, chosen = programs.score(*own, next_T)
+      logits_BV, chosen = self._lane.score(tokens_BT, job.read, len(part), next_T)
       job.score(jax.tree.map(np.asarray, chosen), len(following))
+    if job.drafted:
+      self._draft.read(tokens_BT, job.read, len(part))
     job.read += len(part)
     return [self._admit(job, logits_BV)] if job.read == len(tokens) else []
 
@@ -263,7 +276,7 @@ class Engine:
     request, vocabulary = job.request, self.model.config.vocab_size
     self._reading = None
     self.metrics.prompt_tokens += job.read
-    self._keep(job, self._alone, 0)
+    self._keep(job)
     if not job.left:
       return self._end(job, 'length')
     history = History.of(request.sampling, request.prompt, job.new, vocabulary)
@@ -278,7 +291,9 @@ class Engine:
       self._rearrange(self._widths[self._widths.index(len(self._rows)) + 1])
     job.row = self._rows.index(None)
     self._rows[job.row] = job
-    self._batch = programs.admit(self._batch, np.int32(job.row), self._alone, history)
+    for lane in self._lanes if job.drafted else [self._lane]:
+      lane.admit(job.row)
+    self._history = programs.remember(self._history, np.int32(job.row), history)
     self._told = self._settings(self._rows)
     return job.progress(None)
 
@@ -307,25 +322,78 @@ class Engine:
       told.tokens_B[job.row], told.positions_B[job.row] = job.new[-1], job.read
       if job.mask is not None:
         told.words_B_[job.row] = job.mask
-    count = self._burst // len(self._rows)
-    if self._reading is not None or any(job.mask is not None for job in jobs):
-      count = 1
-    count = max(1, min(count, *(job.left for job in jobs)))
-    self._batch, chosen = programs.decode(
-      self._program.static, self._program.leaves, self._batch, told, np.int32(count)
-    )
-    chosen = jax.tree.map(np.asarray, chosen)
-    steps = [jax.tree.map(operator.itemgetter(i), chosen) for i in range(count)]
-    progress = []
+    start, width = time.perf_counter(), len(self._rows)
+    guided = any(job.mask is not None for job in jobs)
+    proposals = None if guided else self._proposals(jobs)
+    if proposals is None:
+      burst = 1 if guided or self._reading is not None else self._burst // width
+      steps, count = self._run(max(1, min(burst, *(job.left for job in jobs))))
+      counts_B = np.full(width, count)
+    else:
+      steps, counts_B = self._verify(proposals)
+    progress, before = [], self.metrics.generated_tokens
     for job in jobs:
+      job.drafted &= proposals is not None
       finish = None
-      for i in range(count):
+      for chosen in steps[: counts_B[job.row]]:
         job.read += 1
-        finish = self._take(job, steps[i], job.row)
+        finish = self._take(job, chosen, job.row)
         if finish is not None:
           break
       progress.append(job.progress(None) if finish is None else self._end(job, finish))
+    if self._speculation is not None and not guided:
+      new = self.metrics.generated_tokens - before
+      self._governor.took(width, proposals is not None, time.perf_counter() - start, new)
     return progress
+
+  def _run(self, count: int) -> tuple[list[Chosen], int]:
+    """Decodes so many tokens of all rows: what was chosen at each step."""
+    batch = self._lane.rows, self._history
+    batch, chosen = programs.decode(*self._lane.program, batch, self._told, np.int32(count))
+    self._lane.rows, self._history = batch
+    return _steps(chosen, count), count
+
+  # Speculation.
+
+  def _would_speculate(self, width: int) -> bool:
+    spec = self._speculation
+    return spec is not None and (
+      spec.always or self._governor.wants(self._width_for(width), self._draft is None)
+    )
+
+  def _width_for(self, rows: int) -> int:
+    return next(width for width in self._widths if width >= min(rows, self.slots))
+
+  def _proposals(self, jobs: Sequence[Job]):
+    """Tokens to verify, int32 [B, T]; None: all rows take their next token."""
+    spec, width = self._speculation, len(self._rows)
+    if spec is None or (jobs and not self._would_speculate(width)):
+      return None
+    if self._draft is None:
+      proposed_BT, found = np.zeros((width, spec.tokens), np.int32), 0
+      for job in jobs:
+        own = propose(job.tokens, spec.tokens, spec.longest)
+        proposed_BT[job.row, : len(own)], found = own, found + len(own)
+      if jobs and not found:
+        return None
+      self.metrics.drafted += found
+      return proposed_BT
+    if not all(job.drafted for job in jobs):
+      return None
+    self._draft.rows, proposed_BT = programs.draft(
+      *self._draft.program, self._draft.rows, self._told, spec.tokens, self._history
+    )
+    self.metrics.drafted += len(jobs) * spec.tokens
+    return proposed_BT
+
+  def _verify(self, proposed_BT) -> tuple[list[Chosen], np.ndarray]:
+    """Runs the proposals: what is chosen at each step, and how many steps count in each row."""
+    batch = self._lane.rows, self._history
+    batch, chosen, counts_B = programs.verify(*self._lane.program, batch, self._told, proposed_BT)
+    self._lane.rows, self._history = batch
+    counts_B = np.asarray(counts_B)
+    self.metrics.accepted += int(sum(counts_B[job.row] - 1 for job in self._running))
+    return _steps(chosen, proposed_BT.shape[1] + 1), counts_B
 
   def _take(self, job: Job, chosen, row: int) -> Finish | None:
     before = len(job.new)
@@ -339,7 +407,7 @@ class Engine:
     if job is self._reading:
       self._reading = None
     if job.row is not None:
-      self._keep(job, self._batch.caches, job.row)
+      self._keep(job)
       self._leave(job)
     return job.progress(finish)
 
@@ -359,7 +427,9 @@ class Engine:
     running = self._running
     order_B = np.zeros(width, np.int32)
     order_B[: len(running)] = [job.row for job in running]
-    self._batch = programs.rearrange(self._batch, order_B)
+    self._history = programs.rearrange(self._history, order_B)
+    for lane in self._lanes:
+      lane.rearrange(order_B)
     self._rows = [*running, *[None] * (width - len(running))]
     for row, job in enumerate(running):
       job.row = row
@@ -371,6 +441,11 @@ class Engine:
     self.metrics.waiting = len(self._jobs) - self.metrics.running
     held = sum(job.read for job in running)
     self.metrics.cache_usage = held / (self.slots * self.capacity)
+
+
+def _steps(chosen: Chosen, count: int) -> list[Chosen]:
+  chosen = jax.tree.map(np.asarray, chosen)
+  return [jax.tree.map(operator.itemgetter(i), chosen) for i in range(count)]
 
 
 def _powers(end: int, start: int = 1) -> list[int]:

@@ -20,6 +20,7 @@ class Job:
   read: int = 0  # tokens whose keys and values are in a cache
   cached: int = 0  # of these, tokens that were found among the kept ones
   cancelled: bool = False
+  drafted: bool = False  # whether the lane of the draft has read what that of the model has
   _mask: np.ndarray | None = None
   _told: int = 0
   _logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)

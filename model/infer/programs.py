@@ -12,29 +12,15 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from model import kv_cache
-from model.cache_spec import CacheSpec
-from model.config import ModelConfig
 from model.infer.generate import TOKENS_PER_CALL, Structure
 from model.infer.request import MOST_LOGPROBS, Request
 from model.transformer import Caches
 from ops import rows, sampling
 from ops.sampling import History, Sampling
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-  """What the device keeps of each row."""
-
-  caches: Caches
-  history: History
-
-  @property
-  def width(self) -> int:
-    return len(self.history.counts_BV)
+Batch = tuple[Caches, History]  # what the device keeps of the rows
 
 
 @jax.tree_util.register_dataclass
@@ -65,19 +51,6 @@ class Chosen:
   ids_B_: jax.Array
 
 
-def empty(
-  config: ModelConfig,
-  width: int,
-  capacity: int,
-  dtype,
-  format: CacheSpec | str,
-  mesh: Mesh | None,
-) -> Batch:
-  """A batch of rows without tokens."""
-  caches = kv_cache.init(config, width, capacity, dtype, format, mesh=mesh)
-  return Batch(caches, History.empty(width, config.vocab_size))
-
-
 def row_settings(requests: Sequence[Request | None]) -> tuple[Sampling, np.ndarray, np.ndarray]:
   """The parts of `Rows` that follow from the requests: (sampling, keys_B_, logprobs_B)."""
   some = [request or NOBODY for request in requests]
@@ -93,7 +66,7 @@ NOBODY = Request(prompt=(0,), max_new_tokens=1)
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def read(static: Structure, leaves, caches: Caches, tokens_BT, start, length):
-  """Runs `length` tokens of a prompt, and padding: (logits_BV after the last token, caches)."""
+  """Runs `length` tokens of one prompt, and padding: (logits_BV after the last token, caches)."""
   x_BTD, caches, model = _run(static, leaves, caches, tokens_BT, start, length)
   x_BD = jax.lax.dynamic_index_in_dim(x_BTD, length - 1, axis=1, keepdims=False)
   return model.logits(x_BD), caches
@@ -163,19 +136,17 @@ def decode(static: Structure, leaves, batch: Batch, told: Rows, count) -> tuple[
   """
 
   def step(i, carry):
-    batch, tokens_B, positions_B, steps = carry
+    (caches, history), tokens_B, positions_B, steps = carry
     # Without the barrier, XLA moves what does not change out of the loop: whole widened matrices.
     held, tokens_B = jax.lax.optimization_barrier((leaves, tokens_B))
     model = static.model(held)
-    x_BTD, caches = model.hidden(
-      tokens_B[:, None], positions_BT=positions_B[:, None], cache=batch.caches
-    )
+    x_BTD, caches = model.hidden(tokens_B[:, None], positions_BT=positions_B[:, None], cache=caches)
     positions_B = positions_B + 1
     here = dataclasses.replace(told, tokens_B=tokens_B, positions_B=positions_B)
-    chosen = choose(model.logits(x_BTD[:, 0]), batch.history, here)
+    chosen = choose(model.logits(x_BTD[:, 0]), history, here)
     steps = jax.tree.map(lambda all_, one: all_.at[i].set(one), steps, chosen)
-    batch = Batch(caches, batch.history.counted(chosen.tokens_B))
-    return batch, chosen.tokens_B, positions_B, steps
+    history = history.counted(chosen.tokens_B)
+    return (caches, history), chosen.tokens_B, positions_B, steps
 
   tokens_B, positions_B = jnp.asarray(told.tokens_B), jnp.asarray(told.positions_B)
   steps = _blank(jnp.zeros((TOKENS_PER_CALL, len(tokens_B)), jnp.int32))
@@ -184,19 +155,77 @@ def decode(static: Structure, leaves, batch: Batch, told: Rows, count) -> tuple[
   return batch, steps
 
 
+@functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
+def draft(static: Structure, leaves, caches: Caches, told: Rows, count: int, history: History):
+  """Proposes the next `count` tokens of every row: (caches, tokens [B, count])."""
+
+  def step(i, carry):
+    caches, tokens_B, history, proposed_BT = carry
+    held, tokens_B = jax.lax.optimization_barrier((leaves, tokens_B))
+    model = static.model(held)
+    positions_B = jnp.asarray(told.positions_B) + i
+    x_BTD, caches = model.hidden(tokens_B[:, None], positions_BT=positions_B[:, None], cache=caches)
+    here = dataclasses.replace(
+      told, positions_B=positions_B + 1, logprobs_B=np.zeros(len(tokens_B), bool)
+    )
+    tokens_B = choose(model.logits(x_BTD[:, 0]), history, here).tokens_B
+    return caches, tokens_B, history.counted(tokens_B), proposed_BT.at[:, i].set(tokens_B)
+
+  tokens_B = jnp.asarray(told.tokens_B)
+  proposed_BT = jnp.zeros((len(tokens_B), count + 1), jnp.int32)
+  # One step more than there are proposals: the last one has to be in the cache too.
+  start = caches, tokens_B, history, proposed_BT
+  caches, _, _, proposed_BT = jax.lax.fori_loop(0, count + 1, step, start)
+  return caches, proposed_BT[:, :count]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def verify(static: Structure, leaves, batch: Batch, told: Rows, proposed_BT):
+  """Runs the last token of every row and the proposals after it.
+
+  Returns the batch, the tokens that the model chooses at each of these positions as `Chosen` with
+  an axis of steps before the rows, and how many of them count, one more than it took: int32 [B].
+  """
+  (caches, history), count = batch, proposed_BT.shape[1]
+  model = static.model(leaves)
+  tokens_BT = jnp.concatenate([told.tokens_B[:, None], proposed_BT], axis=1)
+  positions_BT = told.positions_B[:, None] + jnp.arange(count + 1)[None]
+  x_BTD, caches = model.hidden(tokens_BT, positions_BT=positions_BT, cache=caches)
+  logits_TBV = jnp.moveaxis(model.logits(x_BTD), 1, 0)
+  # After the last one, nothing was proposed.
+  wanted_TB = jnp.pad(proposed_BT.T, ((0, 1), (0, 0)), constant_values=-1)
+
+  def step(carry, inputs):
+    history, good_B = carry
+    logits_BV, positions_B, wanted_B = inputs
+    here = dataclasses.replace(told, positions_B=positions_B + 1)
+    chosen = choose(logits_BV, history, here)
+    history = history.counted(chosen.tokens_B, good_B)
+    return (history, good_B & (chosen.tokens_B == wanted_B)), (chosen, good_B)
+
+  start = history, jnp.ones(len(tokens_BT), bool)
+  inputs = logits_TBV, positions_BT.T, wanted_TB
+  (history, _), (chosen, good_TB) = jax.lax.scan(step, start, inputs)
+  return (caches, history), chosen, good_TB.sum(0, dtype=jnp.int32)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
-def admit(batch: Batch, row, caches: Caches, history: History) -> Batch:
-  """Puts the only row of some caches, and its history, in place of a row."""
+def admit(caches: Caches, row, one: Caches) -> Caches:
+  """Puts the only row of other caches in place of a row."""
+  return kv_cache.insert(caches, row, one)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def remember(history: History, row, one: History) -> History:
+  """Puts the history of one row in place of a row."""
   put = lambda all_, one: jax.lax.dynamic_update_slice_in_dim(all_, one, row, 0)
-  return Batch(
-    kv_cache.insert(batch.caches, row, caches), jax.tree.map(put, batch.history, history)
-  )
+  return jax.tree.map(put, history, one)
 
 
 @jax.jit
-def rearrange(batch: Batch, order_B) -> Batch:
-  """A batch of these rows."""
-  return jax.tree.map(lambda all_: rows.take(all_, order_B), batch)
+def rearrange(tree, order_B):
+  """Caches or a history of these rows."""
+  return jax.tree.map(lambda all_: rows.take(all_, order_B), tree)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -29,6 +29,9 @@ class Cache(abc.ABC):
   # Such a row can be set back to any length, and any beginning of it copied to another row.
   by_position = False
 
+  # By how many tokens a row can be set back at any time, if not to any length.
+  spare = 0
+
   @property
   @abc.abstractmethod
   def capacity(self) -> int | None:

@@ -63,6 +63,8 @@ class RollingCache(KVCache):
   first + (p - first) % (slots - first). `positions_BS` are the positions that the slots hold.
   """
 
+  spare = SPARE
+
   keys: Side
   values: Side
   positions_BS: jax.Array = cache.array('BS')
