@@ -15,6 +15,7 @@ Device: any. Minutes: none; starting takes as long as loading and compiling the 
 
 import asyncio
 import json
+import math
 import os
 import sys
 import threading
@@ -72,7 +73,9 @@ def main() -> None:
   bound = server.listen(HOST.value, 0 if SMOKE.value else PORT.value)
   with bound:
     model, tokenizer, name = _inputs()
-    sharding.shard(model, common.mesh(MESH))
+    mesh = common.mesh(MESH)
+    if mesh.size > 1:
+      sharding.shard(model, mesh)
     engine = _engine(model)
     eos_ids = tuple(dict.fromkeys((*model.config.eos_ids, *tokenizer.eos_ids)))
     served = Served(
@@ -99,6 +102,8 @@ def _access() -> Access:
 
 
 def _limits() -> Limits:
+  if not math.isfinite(BODY.value):
+    raise ValueError(f'--max_body_megabytes must be a number, not {BODY.value}')
   body_bytes = int(BODY.value * 2**20)
   return Limits(body_bytes=body_bytes, queue=QUEUE.value, seconds=SECONDS.value)
 

@@ -39,6 +39,8 @@ class Call:
   def part(self, entries: list[dict]) -> dict:
     """The event of a stream that has these entries of choices."""
     usage = {'usage': None} if self.settings.include_usage else {}
+    if self.settings.continuous_usage:
+      usage = {'usage': self.usage()}
     return self._head(self.form.part_object) | {'choices': entries} | usage
 
   def usage_part(self) -> dict:

@@ -98,6 +98,7 @@ def _config(app: ASGIApp) -> uvicorn.Config:
     http='h11',
     ws='none',
     lifespan='on',
+    log_config=None,
     log_level='warning',
     access_log=False,
     server_header=False,

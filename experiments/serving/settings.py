@@ -51,6 +51,7 @@ class Settings:
   ignore_eos: bool
   stream: bool
   include_usage: bool
+  continuous_usage: bool
   adapter: str | None
 
   def requests(
@@ -106,6 +107,7 @@ def settings(fields: Fields, adapter: str | None, served: Served) -> Settings:
     ignore_eos=ignore_eos,
     stream=stream,
     include_usage=options is not None and options.flag('include_usage'),
+    continuous_usage=options is not None and options.flag('continuous_usage_stats'),
     adapter=adapter,
   )
 

@@ -167,7 +167,8 @@ def serve(tokenizer):
 
   yield start
   for one in running:
-    one.engine.gate.set()
+    if isinstance(one.engine, ScriptedEngine):
+      one.engine.gate.set()
     one.close()
 
 
