@@ -45,7 +45,7 @@ class Batch:
     self.widths = [*powers(slots), slots]
     self._jobs: list[Job | None] = [None]
     self._history = History.empty(1, self._vocabulary)
-    self._told = settings(self._jobs, self._vocabulary)
+    self._tell()
     self._check_speculation()
 
   @property
@@ -69,12 +69,12 @@ class Batch:
     for lane in self.lanes_of(job):
       lane.admit(job.row)
     self._history = programs.remember(self._history, np.int32(job.row), history)
-    self._told = settings(self._jobs, self._vocabulary)
+    self._tell()
 
   def leave(self, job: Job) -> None:
     """Takes the row of a request."""
     self._jobs[job.row], job.row = None, None
-    self._told = settings(self._jobs, self._vocabulary)
+    self._tell()
 
   def narrow(self) -> None:
     """Halves a batch of which no more than a quarter runs."""
@@ -140,12 +140,20 @@ class Batch:
     self._jobs = [*running, *[None] * (width - len(running))]
     for row, job in enumerate(running):
       job.row = row
+    self._tell()
+
+  def _tell(self) -> None:
+    """Says anew which requests have the rows."""
     self._told = settings(self._jobs, self._vocabulary)
+    self._adapters_B = np.asarray([job.adapter if job else 0 for job in self._jobs], np.int32)
+
+  def _program(self, lane: Lane) -> tuple:
+    return lane.program(self._adapters_B)
 
   def _run(self, count: int) -> list[Chosen]:
     """Decodes so many tokens of all rows."""
     batch = self._lane.rows, self._history
-    batch, chosen = programs.decode(*self._lane.program, batch, self._told, np.int32(count))
+    batch, chosen = programs.decode(*self._program(self._lane), batch, self._told, np.int32(count))
     self._lane.rows, self._history = batch
     return _steps(chosen, count)
 
@@ -167,7 +175,7 @@ class Batch:
     if not all(job.drafted for job in jobs):
       return None
     self._draft.rows, proposed_BT = programs.draft(
-      *self._draft.program, self._draft.rows, self._told, spec.tokens, self._history
+      *self._program(self._draft), self._draft.rows, self._told, spec.tokens, self._history
     )
     self._metrics.drafted += len(jobs) * spec.tokens
     return proposed_BT
@@ -184,7 +192,9 @@ class Batch:
   def _verify(self, proposed_BT) -> tuple[list[Chosen], np.ndarray]:
     """Runs the proposals: what is chosen at each step, and how many steps count in each row."""
     batch = self._lane.rows, self._history
-    batch, chosen, counts_B = programs.verify(*self._lane.program, batch, self._told, proposed_BT)
+    batch, chosen, counts_B = programs.verify(
+      *self._program(self._lane), batch, self._told, proposed_BT
+    )
     self._lane.rows, self._history = batch
     counts_B = np.asarray(counts_B)
     self._metrics.accepted += int(sum(counts_B[job.row] - 1 for job in self.running))

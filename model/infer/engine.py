@@ -20,13 +20,13 @@ for whether it speculates, which changes no token.
 
 import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
 from model.cache_spec import CacheSpec
-from model.infer import programs
+from model.infer import adapter_bank, programs
 from model.infer.batch import Batch, powers, settings
 from model.infer.generate import TOKENS_PER_CALL
 from model.infer.job import Job
@@ -53,6 +53,8 @@ class Engine:
   burst: how many tokens one row alone takes in a step; rows of a wider batch take fewer, so that
     those who wait do not wait longer.
   speculation: how tokens are proposed, if they are.
+  adapters: by their names, this model with adapters as `model.peft.load` gives them; a request may
+    name one.
   """
 
   def __init__(
@@ -66,6 +68,7 @@ class Engine:
     prefix_bytes: int | None = None,
     burst: int = TOKENS_PER_CALL,
     speculation: Speculation | None = None,
+    adapters: Mapping[str, Transformer] | None = None,
   ):
     models = [model, *filter(None, [speculation and speculation.draft])]
     for one in models:
@@ -74,6 +77,9 @@ class Engine:
     self.metrics = Metrics()
     # The padding of the last part of a prompt takes slots too.
     self._part, stored = part, capacity + part
+    self._adapters = {name: i for i, name in enumerate(adapters or {}, 1)}
+    if adapters:
+      models[0] = adapter_bank.attach(model, adapters)
     self._lanes = [Lane(one, stored, cache_format) for one in models]
     self._batch = Batch(
       self._lanes, slots, burst=burst, speculation=speculation, metrics=self.metrics
@@ -115,10 +121,12 @@ class Engine:
         f'a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones need '
         f'{needed} positions, but there are {self.capacity}'
       )
-    if request.adapter is not None:
-      raise ValueError(f'there is no adapter {request.adapter!r}')
+    if request.adapter is not None and request.adapter not in self._adapters:
+      names = ', '.join(self._adapters) or 'none'
+      raise ValueError(f'there is no adapter {request.adapter!r}; there are: {names}')
     own = () if request.ignore_eos else self.model.config.eos_ids
-    job = Job(next(self._ids), request, request.stop_ids | frozenset(own))
+    adapter = self._adapters.get(request.adapter, 0)
+    job = Job(next(self._ids), request, request.stop_ids | frozenset(own), adapter)
     self._jobs[job.id] = job
     heapq.heappush(self._waiting, (job.rank, job))
     self._count()
@@ -228,14 +236,14 @@ class Engine:
     lane, *draft = self._batch.lanes_of(job)
     # Whoever continues after a preemption was told of its prompt before.
     if job.request.prompt_logprobs is None or job.new:
-      logits_BV = lane.read(tokens_BT, job.read, len(part))
+      logits_BV = lane.read(tokens_BT, job.read, len(part), job.adapter)
     else:
       following = tokens[job.read + 1 : job.read + 1 + len(part)]
       next_T[: len(following)] = following
-      logits_BV, chosen = lane.score(tokens_BT, job.read, len(part), next_T)
+      logits_BV, chosen = lane.score(tokens_BT, job.read, len(part), job.adapter, next_T)
       job.score(jax.tree.map(np.asarray, chosen), len(following))
     for other in draft:
-      other.read(tokens_BT, job.read, len(part))
+      other.read(tokens_BT, job.read, len(part), job.adapter)
     job.read += len(part)
     return [self._admit(job, logits_BV)] if job.read == len(tokens) else []
 

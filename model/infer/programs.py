@@ -76,7 +76,7 @@ def read(static: Structure, leaves, caches: Caches, tokens_BT, start, length):
 def score(static: Structure, leaves, caches: Caches, tokens_BT, start, length, next_T):
   """As `read`, with the `Chosen` form of the tokens that follow each of these."""
   x_BTD, caches, model = _run(static, leaves, caches, tokens_BT, start, length)
-  logits_TV = model.logits(x_BTD[0])
+  logits_TV = model.logits(x_BTD)[0]
   last_BV = jax.lax.dynamic_slice_in_dim(logits_TV, length - 1, 1)
   return last_BV, caches, _with_logprobs(logits_TV, next_T)
 
