@@ -3,25 +3,33 @@ r"""Continues a prompt with a model, compressed or not.
   python -m experiments.generate --model=DIR --prompt='import os' --max_new_tokens=64
   python -m experiments.generate --model=DIR --prompt='Hello' --chat --temperature=0.7 --top_p=0.9
   python -m experiments.generate --model=DIR --prompt='import os' --kv_cache=int8+snapkv512
+  python -m experiments.generate --model=DIR --prompts=FILE.jsonl --out=ANSWERS.jsonl --slots=32
 
 Several prompts, as repeated --prompt flags, run as one batch, and each gives what it gives alone.
 --temperature=0 is greedy, and gives the same tokens every time; a draw follows from --seed. The
 prompt gets the special tokens that the tokenizer's files ask for, such as a BOS; with --chat they
 come from the chat template. A single continuation is streamed as it appears.
 
+A file of --prompts runs through the engine that serves requests, --slots of them at once. Each line
+is {"prompt": TEXT} or {"messages": [...]}, and may have settings of its own; the answers come in
+the same order, and a run that was ended goes on where it was (experiments/offline.py).
+
 Device: any. Minutes: below 1.
 """
 
+import pathlib
 import sys
 import time
 
 import jax.numpy as jnp
+import tqdm
 from absl import flags
 
 from experiments import base as embedded
-from experiments import common
-from model import sharding
+from experiments import common, offline
+from model import fingerprint, sharding
 from model.infer import generate as generation
+from model.infer.engine import Engine
 from model.text_stream import TextStream
 from ops.sampling import SamplingConfig
 
@@ -37,6 +45,9 @@ SEED = flags.DEFINE_integer('seed', 0, 'Seed of the sampling, of each prompt.')
 DTYPE = flags.DEFINE_enum(
   'dtype', None, ['float32', 'bfloat16'], 'Type of activations and plain weights.'
 )
+PROMPTS = flags.DEFINE_string('prompts', None, 'File of prompts, one JSON object a line.')
+OUT = flags.DEFINE_string('out', None, 'File of the answers to --prompts.')
+SLOTS = flags.DEFINE_integer('slots', 8, 'How many of --prompts run at once.', lower_bound=1)
 SPEED = flags.DEFINE_bool('speed', False, 'Report tokens a second on stderr, compilation included.')
 SMOKE = flags.DEFINE_bool('smoke', False, 'A few tokens from the tiny base model.')
 KV_CACHE = common.define_kv_cache('float', 'How keys and values of past tokens are kept.')
@@ -49,6 +60,11 @@ def main() -> None:
   sampling = SamplingConfig(
     temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value, min_p=MIN_P.value
   )
+  if (PROMPTS.value is None) != (OUT.value is None):
+    raise ValueError('--prompts and --out go together: prompts in, answers out')
+  if PROMPTS.value is not None:
+    _answer_all(sampling)
+    return
   model, tokenizer, texts, limit = _inputs()
   sharding.shard(model, common.mesh(MESH))
   prompts = [_encode(tokenizer, text) for text in texts]
@@ -75,6 +91,34 @@ def main() -> None:
   if SPEED.value:
     count = sum(map(len, new))
     print(f'{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s', file=sys.stderr)
+
+
+def _answer_all(sampling: SamplingConfig) -> None:
+  if MODEL.value is None or PROMPT.value:
+    raise ValueError('--prompts needs --model, and is instead of --prompt')
+  lines = offline.read(pathlib.Path(PROMPTS.value).expanduser())
+  model, tokenizer = common.load_model(MODEL.value, _dtype())
+  sharding.shard(model, common.mesh(MESH))
+  own = {'max_new_tokens': MAX_NEW_TOKENS.value, 'sampling': sampling, 'seed': SEED.value}
+  requests = [offline.request(line, tokenizer, **own) for line in lines]
+  longest = max((len(one.prompt) + one.max_new_tokens for one in requests), default=2)
+  engine = Engine(model, slots=SLOTS.value, capacity=longest, cache_format=KV_CACHE.value)
+  start = time.perf_counter()
+
+  def answer(left):
+    shown = tqdm.tqdm(total=len(left), desc='answers', leave=False, file=sys.stderr)
+    for one in offline.answers(engine, left, tokenizer):
+      yield one
+      shown.update()
+    shown.close()
+
+  made_with = {'model': fingerprint.of_model(model), 'kv_cache': KV_CACHE.value}
+  out = pathlib.Path(OUT.value).expanduser()
+  there = offline.write(out, made_with, requests, answer)
+  seconds, new = time.perf_counter() - start, engine.metrics.generated_tokens
+  print(f'{len(requests) - there} answers, {there} were there already: {out}', file=sys.stderr)
+  if SPEED.value and new:
+    print(f'{new} tokens in {seconds:.2f} s: {new / seconds:.1f} tokens/s', file=sys.stderr)
 
 
 class _Stream:
@@ -110,9 +154,12 @@ def _inputs():
     return trained.model, trained.tokenizer, PROMPT.value or ['import '], 8
   if MODEL.value is None or not PROMPT.value:
     raise ValueError('generate needs --model and --prompt (or --smoke)')
-  dtype = None if DTYPE.value is None else jnp.dtype(DTYPE.value)
-  model, tokenizer = common.load_model(MODEL.value, dtype)
+  model, tokenizer = common.load_model(MODEL.value, _dtype())
   return model, tokenizer, PROMPT.value, MAX_NEW_TOKENS.value
+
+
+def _dtype():
+  return None if DTYPE.value is None else jnp.dtype(DTYPE.value)
 
 
 if __name__ == '__main__':

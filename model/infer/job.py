@@ -15,6 +15,7 @@ class Job:
   id: int
   request: Request
   ends: frozenset[int]  # tokens that end it
+  adapter: int = 0  # its number in the banks of the model; 0: none
   new: list[int] = dataclasses.field(default_factory=list)
   row: int | None = None  # of the batch, where it runs
   read: int = 0  # tokens whose keys and values are in a cache

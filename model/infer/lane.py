@@ -9,7 +9,7 @@ import numpy as np
 
 from model import kv_cache, sharding
 from model.cache_spec import CacheSpec
-from model.infer import programs
+from model.infer import adapter_bank, programs
 from model.infer.generate import Program
 from model.infer.prepare import prepare
 from model.transformer import Caches, Transformer
@@ -24,14 +24,21 @@ class Lane:
     self.config, self._dtype = model.config, model.dtype
     self._stored, self._format = -(-capacity // BLOCK) * BLOCK, format
     self._mesh = sharding.mesh_of(model)
-    self._program = Program.of(prepare(model))
+    model = prepare(model)
+    self._program = Program.of(model)
+    self._choices = adapter_bank.places_of_choice(model, self._program.leaves)
     self.rows, self._alone, self._width = self._empty(1), self._empty(1), 1
     self._blocks: Caches | None = None
 
-  @property
-  def program(self) -> tuple:
-    """The first arguments of `model.infer.programs`: what is static, and the leaves."""
-    return self._program.static, self._program.leaves
+  def program(self, adapters_B: np.ndarray) -> tuple:
+    """The first arguments of `model.infer.programs`: what is static, and the leaves.
+
+    `adapters_B` are the adapters of the rows, int32; a model without any does not look at them.
+    """
+    leaves = list(self._program.leaves)
+    for i in self._choices:
+      leaves[i] = adapters_B
+    return self._program.static, tuple(leaves)
 
   @property
   def row_bytes(self) -> int:
@@ -55,18 +62,20 @@ class Lane:
     """Allocates places for blocks."""
     self._blocks = kv_cache.init(self.config, places, BLOCK, self._dtype, self._format)
 
-  def read(self, tokens_BT, start: int, length: int):
+  def read(self, tokens_BT, start: int, length: int, adapter: int):
     """Reads a part of a prompt: the logits after its last token."""
-    where = np.int32(start), np.int32(length)
-    logits_BV, self._alone = programs.read(*self.program, self._alone, tokens_BT, *where)
+    logits_BV, self._alone = programs.read(*self._part(tokens_BT, start, length, adapter))
     return logits_BV
 
-  def score(self, tokens_BT, start: int, length: int, next_T):
+  def score(self, tokens_BT, start: int, length: int, adapter: int, next_T):
     """As `read`, with the log-probabilities of the tokens that follow."""
-    where = np.int32(start), np.int32(length)
-    arguments = *self.program, self._alone, tokens_BT, *where, next_T
-    logits_BV, self._alone, chosen = programs.score(*arguments)
+    own = self._part(tokens_BT, start, length, adapter)
+    logits_BV, self._alone, chosen = programs.score(*own, next_T)
     return logits_BV, chosen
+
+  def _part(self, tokens_BT, start, length, adapter) -> tuple:
+    program = self.program(np.asarray([adapter], np.int32))
+    return *program, self._alone, tokens_BT, np.int32(start), np.int32(length)
 
   def admit(self, row: int) -> None:
     """Puts the prompt that was read into a row of the batch."""
@@ -92,7 +101,7 @@ class Lane:
   def warm_parts(self, lengths: list[int]):
     """Compiles what reads a prompt in parts of these lengths; returns some logits."""
     for length in lengths:
-      logits_BV = self.read(np.zeros((1, length), np.int32), 0, 1)
+      logits_BV = self.read(np.zeros((1, length), np.int32), 0, 1, 0)
     if self._blocks is not None:
       self.fetch([])
       self.keep({}, None)

@@ -20,7 +20,7 @@ from model.transformer import Caches
 from ops import rows, sampling
 from ops.sampling import History, Sampling
 
-Batch = tuple[Caches, History]  # what the device keeps of the rows
+Kept = tuple[Caches, History]  # what the device keeps of the rows
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +76,7 @@ def read(static: Structure, leaves, caches: Caches, tokens_BT, start, length):
 def score(static: Structure, leaves, caches: Caches, tokens_BT, start, length, next_T):
   """As `read`, with the `Chosen` form of the tokens that follow each of these."""
   x_BTD, caches, model = _run(static, leaves, caches, tokens_BT, start, length)
-  logits_TV = model.logits(x_BTD[0])
+  logits_TV = model.logits(x_BTD)[0]
   last_BV = jax.lax.dynamic_slice_in_dim(logits_TV, length - 1, 1)
   return last_BV, caches, _with_logprobs(logits_TV, next_T)
 
@@ -128,7 +128,7 @@ def _blank(tokens_B) -> Chosen:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def decode(static: Structure, leaves, batch: Batch, told: Rows, count) -> tuple[Batch, Chosen]:
+def decode(static: Structure, leaves, batch: Kept, told: Rows, count) -> tuple[Kept, Chosen]:
   """Runs `count` tokens of every row, each chosen after those before it.
 
   Returns the batch, and the tokens of each step, with an axis of `TOKENS_PER_CALL` steps before the
@@ -180,7 +180,7 @@ def draft(static: Structure, leaves, caches: Caches, told: Rows, count: int, his
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def verify(static: Structure, leaves, batch: Batch, told: Rows, proposed_BT):
+def verify(static: Structure, leaves, batch: Kept, told: Rows, proposed_BT):
   """Runs the last token of every row and the proposals after it.
 
   Returns the batch, the tokens that the model chooses at each of these positions as `Chosen` with
