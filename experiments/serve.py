@@ -29,10 +29,12 @@ from experiments import common
 from experiments.serving import server
 from experiments.serving.app import Access, State, build
 from experiments.serving.served import Limits, Served
-from model import sharding
+from model import peft, sharding
 from model.infer.engine import Engine
 from model.infer.grammar import Vocabulary
+from model.infer.speculation import Speculation
 from model.infer.worker import Worker
+from model.transformer import Transformer
 
 KEY = 'LISSOM_API_KEY'
 CONTEXT = 4096  # tokens of a context, unless the model has learned fewer
@@ -57,6 +59,15 @@ BODY = flags.DEFINE_float(
   'max_body_megabytes', Limits.body_bytes / 2**20, 'The longest body of a request.', 2**-10
 )
 SECONDS = flags.DEFINE_float('max_seconds', Limits.seconds, 'The longest time of an answer.', 1.0)
+ADAPTERS = flags.DEFINE_multi_string(
+  'adapter',
+  [],
+  'NAME=DIR of an adapter in the format of PEFT, a model name of its own; repeatable.',
+)
+DRAFT = flags.DEFINE_string('draft', None, 'A smaller model of the same tokens that drafts.')
+DRAFTED = flags.DEFINE_integer(
+  'draft_tokens', None, 'Tokens to draft at a time, by --draft or from the text so far.', 1, 7
+)
 WARM = flags.DEFINE_bool('warm', True, 'Compile all programs before the first request.')
 DTYPE = flags.DEFINE_enum(
   'dtype', None, ['float32', 'bfloat16'], 'Type of activations and plain weights.'
@@ -73,16 +84,15 @@ def main() -> None:
   bound = server.listen(HOST.value, 0 if SMOKE.value else PORT.value)
   with bound:
     model, tokenizer, name = _inputs()
-    mesh = common.mesh(MESH)
-    if mesh.size > 1:
-      sharding.shard(model, mesh)
-    engine = _engine(model)
+    adapters = _adapters(model)
+    engine = _engine(model, adapters, _speculation())
     eos_ids = tuple(dict.fromkeys((*model.config.eos_ids, *tokenizer.eos_ids)))
     served = Served(
       name=name,
       tokenizer=tokenizer,
       vocabulary=Vocabulary(tokenizer, model.config.vocab_size, eos_ids),
       capacity=engine.capacity,
+      adapters=tuple(adapters),
       limits=limits,
     )
     state, worker = State(), Worker(engine, most=engine.slots + limits.queue)
@@ -114,12 +124,35 @@ def _inputs():
     return trained.model, trained.tokenizer, NAME.value or 'smoke'
   if MODEL.value is None:
     raise ValueError('serve needs --model (or --smoke)')
-  dtype = None if DTYPE.value is None else jnp.dtype(DTYPE.value)
-  model, tokenizer = common.load_model(MODEL.value, dtype)
+  model, tokenizer = common.load_model(MODEL.value, _dtype())
+  mesh = common.mesh(MESH)
+  if mesh.size > 1:
+    sharding.shard(model, mesh)
   return model, tokenizer, NAME.value or MODEL.value.rstrip('/')
 
 
-def _engine(model) -> Engine:
+def _adapters(model) -> dict[str, Transformer]:
+  found = {}
+  for text in ADAPTERS.value:
+    name, equals, folder = text.partition('=')
+    if not (name and equals and folder) or name in found:
+      raise ValueError(f'--adapter must be NAME=DIR with a name of its own, not {text!r}')
+    found[name], _ = peft.load(folder, model)
+  return found
+
+
+def _speculation() -> Speculation | None:
+  if DRAFT.value is None and DRAFTED.value is None:
+    return None
+  draft = None if DRAFT.value is None else common.load_model(DRAFT.value, _dtype())[0]
+  return Speculation(draft=draft, tokens=DRAFTED.value or Speculation.tokens)
+
+
+def _dtype():
+  return None if DTYPE.value is None else jnp.dtype(DTYPE.value)
+
+
+def _engine(model, adapters, speculation) -> Engine:
   capacity = CAPACITY.value or min(CONTEXT, model.config.max_positions)
   engine = Engine(
     model,
@@ -127,6 +160,8 @@ def _engine(model) -> Engine:
     capacity=128 if SMOKE.value else capacity,
     cache_format=KV_CACHE.value,
     prefix_bytes=None if PREFIXES.value is None else int(PREFIXES.value * 2**20),
+    speculation=speculation,
+    adapters=adapters,
   )
   if WARM.value and not SMOKE.value:
     print('compiling', file=sys.stderr, flush=True)

@@ -65,6 +65,7 @@ def test_a_signal_drains_and_a_second_one_ends_at_once(base, cache, number):
     (['--smoke', '--host=256.1.1.1'], 'cannot listen on 256.1.1.1'),
     (['--model=no/such/folder/x', '--port=0'], 'is no folder'),
     (['--smoke', '--max_body_megabytes=nan'], 'max_body_megabytes'),
+    (['--smoke', '--adapter=x'], '--adapter must be NAME=DIR'),
   ],
 )
 def test_bad_input_is_refused(script, arguments, message):
