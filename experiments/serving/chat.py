@@ -65,7 +65,8 @@ def _prompt(fields: Fields, served: Served) -> list[int]:
     text = served.tokenizer.apply_chat_template(messages, generation, **variables)
   except ValueError as error:
     raise invalid('messages', str(error)) from None
-  prompt = served.tokenizer.encode(fields.checked('messages', text))
+  served.check_text(fields.checked('messages', text))
+  prompt = served.tokenizer.encode(text)
   if not prompt:
     raise invalid('messages', 'the chat template makes an empty prompt of these messages')
   return prompt

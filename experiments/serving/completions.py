@@ -54,7 +54,8 @@ async def _prompts(fields: Fields, served: Served) -> list[list[int]]:
     raise invalid('prompt', f'a call has at most {common.MOST_CHOICES} prompts, not {len(texts)}')
   special = fields.flag('add_special_tokens', True)
   encode = served.tokenizer.prompt if special else served.tokenizer.encode
-  texts = [fields.checked('prompt', text) for text in texts]
+  for text in texts:
+    served.check_text(fields.checked('prompt', text))
   prompts = await asyncio.to_thread(lambda: [encode(text) for text in texts])
   if not all(prompts):
     raise invalid('prompt', 'the prompt is empty; give it some text')

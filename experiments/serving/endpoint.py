@@ -24,6 +24,7 @@ from experiments.serving.served import Served
 from model.infer.worker import EngineFailed, Full, Run, Worker
 
 LOG = logging.getLogger(__name__)
+FAREWELL_S = 5.0  # for the error that ends an answer
 Prepare = Callable[[Fields, Served], Awaitable[Call]]
 STREAM_HEADERS = [
   (b'content-type', b'text/event-stream; charset=utf-8'),
@@ -43,20 +44,24 @@ class Endpoint:
     answer = _Answer(send)
     try:
       async with asyncio.timeout(self._served.limits.seconds):
-        await self._answer(Request(scope, receive), receive, answer)
+        return await self._answer(Request(scope, receive), receive, answer)
     except ClientDisconnect:
-      pass  # it left before its request was complete
-    except TimeoutError:
-      error = ApiError(504, f'the answer took longer than {self._served.limits.seconds:g} s')
-      await answer.fail(scope, receive, error)
-    except ApiError as error:
-      await answer.fail(scope, receive, error)
-    except Exception as error:
-      if not isinstance(error, EngineFailed):
-        LOG.exception('a call failed')
-      failed = f'the server failed: {type(error).__name__}'
-      text = str(error) if isinstance(error, EngineFailed) else failed
-      await answer.fail(scope, receive, ApiError(500, text))
+      return  # it left before its request was complete
+    except Exception as caught:
+      error = self._error(caught)
+    with contextlib.suppress(TimeoutError):  # it may read nothing any more
+      async with asyncio.timeout(FAREWELL_S):
+        await answer.fail(scope, receive, error)
+
+  def _error(self, caught: Exception) -> ApiError:
+    if isinstance(caught, ApiError):
+      return caught
+    if isinstance(caught, TimeoutError):
+      return ApiError(504, f'the answer took longer than {self._served.limits.seconds:g} s')
+    if isinstance(caught, EngineFailed):
+      return ApiError(500, str(caught))
+    LOG.error('a call failed', exc_info=caught)
+    return ApiError(500, f'the server failed: {type(caught).__name__}')
 
   async def _answer(self, request, receive, answer):
     limits = self._served.limits

@@ -55,6 +55,16 @@ class Served:
       raise no_such_model(name, (self.name, *self.adapters))
     return name, None if name == self.name else name
 
+  def check_text(self, text: str) -> None:
+    """Raises ApiError if a text is too long for the context, whatever its tokens are."""
+    if len(text) > self.capacity * self.vocabulary.longest:
+      raise invalid(
+        'prompt',
+        f'the prompt has {len(text)} characters, which are more tokens than the context has here, '
+        f'{self.capacity}',
+        code='context_length_exceeded',
+      )
+
   def check_tokens(self, prompts: list[list[int]]) -> None:
     """Raises ApiError if a text has tokens that the tokenizer has and the model does not."""
     highest = max(max(prompt) for prompt in prompts)

@@ -15,6 +15,7 @@ from experiments.serving.app import State
 
 MOST_CONNECTIONS = 2048
 KEEP_ALIVE_S = 30
+FLUSH_S = 5  # for the last bytes of answers, after all of them have ended
 BACKLOG = 1024
 POLL_S = 0.05
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -104,4 +105,5 @@ def _config(app: ASGIApp) -> uvicorn.Config:
     server_header=False,
     limit_concurrency=MOST_CONNECTIONS,
     timeout_keep_alive=KEEP_ALIVE_S,
+    timeout_graceful_shutdown=FLUSH_S,
   )

@@ -13,7 +13,7 @@ from model.infer.request import MOST_LOGPROBS, Request
 from ops.sampling import SamplingConfig
 
 MOST_CHOICES = 128  # of one call, over all of its prompts
-MOST_STOPS, LONGEST_STOP = 16, 1000
+MOST_STOPS, LONGEST_STOP = 64, 1000
 MOST_BIASES = 1024
 COLDEST = 1e-4  # below it, the likeliest token is as good as certain; a quotient may overflow
 LEAST_TOP_P = 1e-6

@@ -17,7 +17,10 @@ ANY_OBJECT = {'type': 'object'}
 
 
 class Vocabulary:
-  """The bytes of a tokenizer's tokens, and grammars over them, for a model of `vocab_size` rows."""
+  """The bytes of a tokenizer's tokens, and grammars over them, for a model of `vocab_size` rows.
+
+  `longest` is the number of bytes of the longest token.
+  """
 
   def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]):
     self.vocab_size, self.eos_ids = vocab_size, tuple(eos_ids)
@@ -26,6 +29,7 @@ class Vocabulary:
       n_vocab=max(vocab_size, tokenizer.vocab_size),
       eos_token=list(eos_ids) or None,
     )
+    self.longest = max(len(self.bytes_of(token)) for token in range(vocab_size))
 
   def bytes_of(self, token: int) -> bytes:
     """The bytes that a token stands for; of special tokens, those of their names."""

@@ -7,12 +7,15 @@ through a queue; what a step brings goes back in one call, however many requests
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Sequence
 from typing import Protocol
 
 from model.infer.request import Progress, Request
+
+LOG = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -128,6 +131,7 @@ class Worker:
       while self._obey():
         self._give([(*self._known(p), p) for p in self.engine.step()])
     except Exception as error:
+      LOG.exception('the engine has failed')
       self._call(self._fail, error)
 
   def _obey(self) -> bool:

@@ -32,7 +32,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope='module')
 def running(serve, model):
-  return serve(engine=Engine(model, slots=2, capacity=256, part=32))
+  return serve(engine=Engine(model, slots=2, capacity=256, part=16))
 
 
 @pytest.fixture(scope='module')

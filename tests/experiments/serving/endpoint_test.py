@@ -8,6 +8,7 @@ import time
 import openai
 import pytest
 
+from experiments.serving import endpoint
 from experiments.serving.served import Limits
 
 LONG = {'model': 'tiny', 'prompt': 'hello', 'max_tokens': 200, 'ignore_eos': True, 'seed': 0}
@@ -99,6 +100,15 @@ def test_a_stream_that_takes_too_long_ends_with_an_error(serve, client, until):
 
 def _plain(call):
   return {k: v for k, v in call.items() if k != 'ignore_eos'}
+
+
+def test_a_client_that_reads_nothing_is_left_in_the_end(serve, until, monkeypatch):
+  monkeypatch.setattr(endpoint, 'FAREWELL_S', 0.2)
+  running = serve(limits=Limits(seconds=1), slots=64)
+  with _send(running, LONG | {'n': 64, 'logprobs': 20, 'stream': True, 'max_tokens': 240}):
+    until(lambda: running.state.answering == 1)
+    until(lambda: running.state.answering == 0)
+  until(lambda: running.worker.open == 0)
 
 
 def test_a_body_that_does_not_come(serve, until):
