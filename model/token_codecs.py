@@ -46,6 +46,10 @@ class Codec:
     """The token as the vocabulary spells it, which is not how it decodes; None for no token."""
     return self._tokenizer.id_to_token(token_id)
 
+  def to_json(self) -> str:
+    """The tokenizer as a `tokenizer.json`, without what would be put around a text."""
+    return self._tokenizer.to_str()
+
   def added_ids(self) -> set[int]:
     """The ids of added tokens, which text gives only where it spells them out."""
     return set(self._tokenizer.get_added_tokens_decoder())

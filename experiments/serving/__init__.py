@@ -1,0 +1,1 @@
+"""The HTTP server over an engine: OpenAI's API with its limits, metrics and a chat page."""

@@ -1,0 +1,179 @@
+"""benchmark_serving: the times are those that a scripted server keeps, and all loads are put on."""
+
+import asyncio
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from experiments import load
+from experiments.load import Server
+from model.eval import records
+
+STEP_S, TOKENS = 0.05, 4
+KINDS = 'closed', 'open'
+
+
+class Scripted:
+  """A server whose answers have `TOKENS` pieces of a token, one every `STEP_S`."""
+
+  def __init__(self):
+    self.open, self.most, self.arrivals, self.status = 0, 0, [], 200
+
+  async def __call__(self, reader, writer):
+    headers = await reader.readuntil(b'\r\n\r\n')
+    if headers.startswith(b'GET /v1/models'):
+      writer.write(b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{"data": [{"id": "scripted"}]}')
+    else:
+      length = int(headers.lower().split(b'content-length:')[1].split(b'\r\n')[0])
+      await self._answer(writer, json.loads(await reader.readexactly(length)))
+    writer.close()
+
+  async def _answer(self, writer, call):
+    self.arrivals.append(time.perf_counter())
+    self.open += 1
+    self.most = max(self.most, self.open)
+    if self.status != 200:
+      writer.write(f'HTTP/1.1 {self.status} No\r\n\r\nbusy'.encode())
+    else:
+      writer.write(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n')
+      for _ in range(call['max_tokens']):
+        await asyncio.sleep(STEP_S)
+        self._event(writer, {'choices': [{'text': 'né'}]})
+      usage = {'completion_tokens': call['max_tokens'], 'prompt_tokens': len(call['prompt'])}
+      self._event(writer, {'choices': [], 'usage': usage})
+      self._chunk(writer, b'data: [DONE]\n\n')
+      self._chunk(writer, b'')
+    self.open -= 1
+
+  def _event(self, writer, event):
+    data = f'data: {json.dumps(event)}\n\n'.encode()
+    self._chunk(writer, data[:9])
+    self._chunk(writer, data[9:])
+
+  def _chunk(self, writer, data):
+    writer.write(b'%x\r\n%s\r\n' % (len(data), data))
+
+
+def _with(scripted, work):
+  async def main():
+    listening = await asyncio.start_server(scripted, '127.0.0.1', 0)
+    port = listening.sockets[0].getsockname()[1]
+    async with listening:
+      return await work(Server('s', f'http://127.0.0.1:{port}/v1', 'm'))
+
+  return asyncio.run(main())
+
+
+CALLS = [{'prompt': [1, 2, 3], 'max_tokens': TOKENS}] * 6
+
+
+def test_a_closed_load_has_so_many_clients_and_measures_their_times():
+  scripted = Scripted()
+  answers = _with(scripted, lambda server: load.closed(server, CALLS, 3))
+  assert (len(answers), scripted.most) == (6, 3)
+  for answer in answers:
+    assert (answer.error, answer.tokens, answer.prompt_tokens) == (None, TOKENS, 3)
+    assert STEP_S <= answer.first_s < answer.whole_s
+    assert answer.whole_s >= TOKENS * STEP_S
+    assert len(answer.gaps_s) == TOKENS - 1
+    assert answer.each_s * (TOKENS - 1) == pytest.approx(answer.whole_s - answer.first_s)
+    assert answer.each_s >= 0.9 * STEP_S
+
+
+def test_an_open_load_arrives_as_the_seed_says():
+  scripted = Scripted()
+  answers = _with(scripted, lambda server: load.opened(server, CALLS, 20.0, seed=1))
+  gaps = np.random.default_rng(1).exponential(1 / 20, 6)[1:]
+  np.testing.assert_allclose(np.diff(scripted.arrivals), gaps, atol=0.04)
+  assert all(answer.error is None for answer in answers)
+
+
+def test_what_goes_wrong_is_in_the_answer():
+  scripted = Scripted()
+  scripted.status = 429
+  (answer,) = _with(scripted, lambda server: load.closed(server, CALLS[:1], 1))
+  assert answer.error == 'ValueError: status 429: busy'
+  (answer,) = asyncio.run(load.closed(Server('s', 'http://127.0.0.1:9/v1', 'm'), CALLS[:1], 1))
+  assert answer.error.startswith('ConnectionRefusedError')
+
+
+def test_the_name_of_the_model_is_asked_for():
+  assert _with(Scripted(), load.model_of) == 'scripted'
+  with pytest.raises(ValueError, match='does not answer'):
+    asyncio.run(load.model_of(Server('s', 'http://127.0.0.1:9/v1', 'm')))
+
+
+@pytest.fixture
+def address():
+  """The address of a scripted server in a thread of its own."""
+  loop, ready = asyncio.new_event_loop(), threading.Event()
+
+  async def main():
+    async with await asyncio.start_server(Scripted(), '127.0.0.1', 0) as listening:
+      stop = asyncio.Event()
+      found.extend([listening.sockets[0].getsockname()[1], stop])
+      ready.set()
+      await stop.wait()
+
+  found = []
+  thread = threading.Thread(target=loop.run_until_complete, args=(main(),))
+  thread.start()
+  assert ready.wait(10)
+  yield f'http://127.0.0.1:{found[0]}/v1'
+  loop.call_soon_threadsafe(found[1].set)
+  thread.join(10)
+  loop.close()
+
+
+def test_servers_are_measured_side_by_side(script, base, tmp_path, capsys, monkeypatch, address):
+  """Two servers, an open and a closed load, two rounds: a record each, and a figure."""
+  put_on, order = script.module.Load.put_on, []
+
+  async def noted(self, server, calls, seed):
+    order.append((server.name, self.kind))
+    return await put_on(self, server, calls, seed)
+
+  monkeypatch.setattr(script.module.Load, 'put_on', noted)
+  out, figure = tmp_path / 'load.jsonl', tmp_path / 'load.png'
+  loads = ['--clients=2', '--rates=40', '--requests=4', '--rounds=2', '--slo_tpot_ms=1']
+  lengths = [f'--new_tokens={TOKENS}', '--prompt_tokens=8']
+  urls = [f'--url=a={address}', f'--url=b={address}']
+  script(f'--model={base}', *urls, *loads, *lengths, f'--output={out}', f'--figure={figure}')
+  assert order == [(name, kind) for names in ('ab', 'ba') for kind in KINDS for name in names]
+  found = records.read(out)
+  assert {(r.recipe, r.config['load']) for r in found} == {
+    (n, kind) for n in 'ab' for kind in KINDS
+  }
+  for record in found:
+    assert record.value('completed') == 8
+    assert record.metrics['output_tokens_per_s'].n == 2
+    assert record.value('tpot_median_s') >= 0.9 * STEP_S
+    assert record.value('goodput_requests_per_s') == 0  # no token comes within a millisecond
+    ratio = record.value('output_tokens_per_s') / record.value('requests_per_s')
+    assert ratio == pytest.approx(TOKENS)
+  assert figure.stat().st_size > 5000
+  assert capsys.readouterr().out.count(' tokens/s') == 4
+
+
+@pytest.mark.slow
+def test_smoke(script, capsys):
+  script('--smoke')
+  assert capsys.readouterr().out.startswith('own, 2 clients: ')
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    ([], 'needs --model'),
+    (['--smoke', '--clients=0'], '--clients must be above 0'),
+    (['--smoke', '--rates=x'], '--rates must be numbers'),
+    (['--smoke', '--shared_tokens=200'], '--shared_tokens must be below'),
+    (['--smoke', '--url=x'], '--url must be NAME=http'),
+  ],
+)
+def test_bad_input_is_refused(script, arguments, message):
+  with pytest.raises(ValueError, match=message):
+    script(*arguments)
