@@ -78,16 +78,25 @@ class Cascade:
   """Two engines that answer as one; it has what a worker and a server need of an `Engine`.
 
   An answer of the small model is told when it is known to be the answer, all at once. Requests that
-  ask for the scores of their prompt, or that a guide leads, go to the large model.
+  ask for the scores of their prompt, or that a guide leads, go to the large model. With a `name`,
+  so do all but those whose adapter has this name, so that a server offers both.
   """
 
-  def __init__(self, small: Engine, large: Engine, *, threshold: float, score: str = 'logprob'):
+  def __init__(
+    self,
+    small: Engine,
+    large: Engine,
+    *,
+    threshold: float,
+    score: str = 'logprob',
+    name: str | None = None,
+  ):
     if score not in SCORES:
       raise ValueError(f'{score!r} is no score; there are {", ".join(SCORES)}')
     if small.model.config.vocab_size != large.model.config.vocab_size:
       raise ValueError('the models of a cascade have the same tokens')
     self.small, self.large, self.threshold = small, large, threshold
-    self._score = SCORES[score]
+    self._score, self._name = SCORES[score], name
     self.model, self.metrics = large.model, large.metrics
     self.slots, self.capacity = large.slots, min(small.capacity, large.capacity)
     self.answered, self.deferred = 0, 0  # answers of the small model, and those that it left
@@ -108,8 +117,10 @@ class Cascade:
 
   def add(self, request: Request) -> int:
     """Takes a request, as `Engine.add` does."""
-    job = self._next
-    if request.guide is not None or request.prompt_logprobs is not None:
+    job, named = self._next, request.adapter == self._name
+    if named:
+      request = dataclasses.replace(request, adapter=None)
+    if not named or request.guide is not None or request.prompt_logprobs is not None:
       self._ask_large(job, request)
     else:
       asked = dataclasses.replace(request, logprobs=max(2, request.logprobs or 0))

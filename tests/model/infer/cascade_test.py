@@ -54,6 +54,16 @@ def test_cancelled_requests_leave_both_engines():
   assert not both.busy and both.step() == []
 
 
+def test_with_a_name_only_those_who_ask_for_it_are_answered_by_the_small_model():
+  both = _cascade(-np.inf, name='x-cascade')
+  request = next(_requests(1))
+  named = dataclasses.replace(request, adapter='x-cascade')
+  found, _ = _run(both, [request, named])
+  assert found == [_engine().run([request])[0], _engine(SMALL).run([request])[0]]
+  with pytest.raises(ValueError, match="no adapter 'y'"):
+    both.add(dataclasses.replace(request, adapter='y'))
+
+
 def test_scores_of_the_prompt_are_those_of_the_large_model():
   both = _cascade(-np.inf)
   request = dataclasses.replace(next(_requests(1)), prompt_logprobs=0)
