@@ -30,6 +30,7 @@ from experiments.serving import server
 from experiments.serving.app import Access, State, build
 from experiments.serving.served import Limits, Served
 from model import peft, sharding
+from model.infer.cascade import Cascade
 from model.infer.engine import Engine
 from model.infer.grammar import Vocabulary
 from model.infer.speculation import Speculation
@@ -68,6 +69,14 @@ DRAFT = flags.DEFINE_string('draft', None, 'A smaller model of the same tokens t
 DRAFTED = flags.DEFINE_integer(
   'draft_tokens', None, 'Tokens to draft at a time, by --draft or from the text so far.', 1, 7
 )
+CASCADE = flags.DEFINE_string(
+  'cascade', None, 'A smaller model of the same tokens that answers NAME-cascade where it is sure.'
+)
+THRESHOLD = flags.DEFINE_float(
+  'cascade_threshold',
+  -0.5,
+  'The mean log-probability of an answer from which it is sure; experiments.cascade finds one.',
+)
 WARM = flags.DEFINE_bool('warm', True, 'Compile all programs before the first request.')
 DTYPE = flags.DEFINE_enum(
   'dtype', None, ['float32', 'bfloat16'], 'Type of activations and plain weights.'
@@ -85,14 +94,17 @@ def main() -> None:
   with bound:
     model, tokenizer, name = _inputs()
     adapters = _adapters(model)
-    engine = _engine(model, adapters, _speculation())
+    engine, names = _engine(model, adapters, _speculation()), list(adapters)
+    if CASCADE.value is not None:
+      names.append(f'{name}-cascade')
+      engine = _cascade(engine, names[-1])
     eos_ids = tuple(dict.fromkeys((*model.config.eos_ids, *tokenizer.eos_ids)))
     served = Served(
       name=name,
       tokenizer=tokenizer,
       vocabulary=Vocabulary(tokenizer, model.config.vocab_size, eos_ids),
       capacity=engine.capacity,
-      adapters=tuple(adapters),
+      adapters=tuple(names),
       limits=limits,
     )
     state, worker = State(), Worker(engine, most=engine.slots + limits.queue)
@@ -167,6 +179,11 @@ def _engine(model, adapters, speculation) -> Engine:
     print('compiling', file=sys.stderr, flush=True)
     engine.warm()
   return engine
+
+
+def _cascade(large: Engine, name: str) -> Cascade:
+  small, _ = common.load_model(CASCADE.value, _dtype())
+  return Cascade(_engine(small, {}, None), large, threshold=THRESHOLD.value, name=name)
 
 
 def _started(served: Served, url: str, access: Access, drain) -> None:
