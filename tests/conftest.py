@@ -37,6 +37,19 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 gc.disable()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """Marks slow what `@pytest.mark.quick(name=values)` does not list among its parameters."""
+  for item in items:
+    parameters = getattr(item, 'callspec', None)
+    for mark in item.iter_markers('quick'):
+      wanted = {
+        name: v for name, v in mark.kwargs.items() if name in getattr(parameters, 'params', {})
+      }
+      if not all(parameters.params[name] in values for name, values in wanted.items()):
+        item.add_marker('slow')
+
+
 def pytest_collection_finish():
   gc.freeze()
   gc.enable()

@@ -59,6 +59,7 @@ CASES = {
   ('case', 'importance'),
   [*((case, 'outputs') for case in CASES), ('partly rotated', 'weights')],
 )
+@pytest.mark.quick(case=('biased', 'partly rotated', 'a layer at rest'), importance=('outputs',))
 def test_with_all_pairs_at_full_rank_nothing_changes(tokens_BT, case, importance):
   name, traits = CASES[case]
   model = _model(name, **traits)

@@ -14,6 +14,10 @@ from model.compress.registry import Outcome, PruneSpec, Technique
 from ops import quantized, sparse
 
 ROWS = list(registry.TECHNIQUES.values())
+quantize = jax.jit(quantized.quantize, static_argnames=('format', 'group_size', 'symmetric'))
+magnitude = jax.jit(
+  lambda w, spec: registry.lookup('magnitude')(w, {}, spec).weight, static_argnames='spec'
+)
 
 
 @pytest.mark.parametrize('row', ROWS, ids=lambda row: row.name)
@@ -105,24 +109,25 @@ def test_a_technique_gets_only_its_own_statistics():
 
 def test_the_default_drops_half_of_each_output(rng):
   w_IO = jnp.asarray(rng.standard_normal((10, 7)), jnp.float32)
-  pruned_IO = registry.lookup('magnitude')(w_IO, {}, PruneSpec()).weight
+  pruned_IO = magnitude(w_IO, PruneSpec())
   assert ((pruned_IO == 0).sum(0) == 5).all()
-  pool_IO = registry.lookup('magnitude')(w_IO, {}, PruneSpec(per_output=False)).weight
+  pool_IO = magnitude(w_IO, PruneSpec(per_output=False))
   assert int((pool_IO == 0).sum()) == 35
   assert not ((pool_IO == 0).sum(0) == 5).all()
 
 
 @pytest.mark.parametrize('options', [{}, {'symmetric': False}, {'group_size': 16}])
 @pytest.mark.parametrize('format', ['int8', 'int4', 'int3'])
+@pytest.mark.quick(format=('int8', 'int3'), options=({}, {'symmetric': False}))
 def test_a_quantized_weight_is_pruned_on_its_grid(rng, format, options):
   w_IO = jnp.asarray(rng.standard_normal((64, 12)), jnp.float32)
-  w = quantized.quantize(w_IO, format, **options)
+  w = quantize(w_IO, format, **options)
   before = np.asarray(w.dense())
-  half = registry.lookup('magnitude')(w, {}, PruneSpec()).weight
-  expected = np.asarray(registry.lookup('magnitude')(w.dense(), {}, PruneSpec()).weight)
+  half = magnitude(w, PruneSpec())
+  expected = np.asarray(magnitude(w.dense(), PruneSpec()))
   assert isinstance(half, quantized.QuantizedTensor) and half.nbytes == w.nbytes
   np.testing.assert_array_equal(half.dense(), expected)
-  stored = registry.lookup('magnitude')(w, {}, PruneSpec(n=2, m=4)).weight
+  stored = magnitude(w, PruneSpec(n=2, m=4))
   assert isinstance(stored.values, quantized.QuantizedTensor) and stored.shape == w.shape
   kept = np.asarray(stored.dense())
   assert ((kept != 0).reshape(16, 4, 12).sum(1) <= 2).all() and (kept != 0).mean() > 0.3
@@ -139,11 +144,8 @@ def test_groups_that_cut_through_n_of_m_are_refused(n, m, group):
 @pytest.mark.parametrize('n, m, group', [(4, 8, 24), (1, 3, 96), (1, 3, -1), (4, 8, 16)])
 def test_kept_weights_do_not_move_where_groups_fit(rng, n, m, group):
   w_IO = jnp.asarray(rng.standard_t(3, (192, 12)) * rng.uniform(0.1, 9, (192, 1)), jnp.float32)
-  w = quantized.quantize(w_IO, 'int4', group_size=group)
-  before, pruned = (
-    np.asarray(a.dense())
-    for a in (w, registry.lookup('magnitude')(w, {}, PruneSpec(n=n, m=m)).weight)
-  )
+  w = quantize(w_IO, 'int4', group_size=group)
+  before, pruned = (np.asarray(a.dense()) for a in (w, magnitude(w, PruneSpec(n=n, m=m))))
   assert ((pruned != 0).reshape(-1, m, 12).sum(1) <= n).all() and (pruned != 0).any()
   np.testing.assert_array_equal(pruned[pruned != 0], before[pruned != 0])
 

@@ -168,6 +168,7 @@ def test_bad_lengths_and_nothing():
 
 
 @pytest.mark.parametrize('name', names())
+@pytest.mark.quick(name=[name for name in names() if name.startswith('tiny-')])
 def test_the_shapes_of_a_real_model_are_those_by_hand(name, shapes_by_hand):
   config = preset(name)
   config = config.replace(layers=config.layers[:8])

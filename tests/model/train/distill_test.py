@@ -94,6 +94,7 @@ def _assert_relative(got, want, tolerance):
 
 
 @pytest.mark.parametrize('temperature', [1.0, 2.0])
+@pytest.mark.quick(temperature=(2.0,))
 def test_chunks_give_the_value_and_the_gradient_of_all_logits_at_once(rng, temperature):
   """D8, with the forward KL of Hinton et al. written out."""
   student, teacher, batch = _model(1, layers=2), _model(2), _batch(rng)

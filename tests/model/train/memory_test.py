@@ -51,6 +51,7 @@ def _compiled(model, name, selection, batch):
 
 
 @pytest.mark.parametrize('name, adapters', [('adam8bit', False), ('adamw', True)])
+@pytest.mark.quick(name=('adamw',))
 def test_arguments_are_those_of_the_compiled_update(name, adapters):
   selection = Selection(value=()) if adapters else Selection()
   tx, state, frozen, compiled = _compiled(_model(adapters), name, selection, _batch())

@@ -95,6 +95,7 @@ def test_every_array_is_on_one_side_and_the_model_comes_back(name):
 
 
 @pytest.mark.parametrize('name', MODELS)
+@pytest.mark.quick(name=('qlora', 'scales of nf4', 'lora over masked', 'the second block'))
 def test_an_update_changes_what_is_trained_and_nothing_else(rng, name):
   change, selection = MODELS[name]
   model, batch = _replaced(change), _batch(rng)

@@ -126,6 +126,7 @@ def test_losses_and_loads_are_those_of_every_routed_layer(rng):
 
 
 @pytest.mark.parametrize('remat', ['none', 'block'])
+@pytest.mark.quick(remat=('block',))
 def test_a_loop_over_the_layers_gives_the_same_losses_and_gradients(rng, remat):
   model, batch, objective = _model(), _batch(rng), Balanced(balance=0.3, z=0.02)
 
@@ -217,6 +218,7 @@ def test_an_update_moves_the_biases_by_the_load_of_the_batch_alone(rng):
   assert Balanced().updated(before, {'experts': {}}) == before  # without a rate they stay
 
 
+@pytest.mark.slow
 def test_biases_of_stacked_layers_move_as_those_of_plain_ones(rng):
   model, batch = _model(choice_bias=True), _batch(rng)
   objective = Balanced(balance=0.0, bias_rate=0.05)
