@@ -33,8 +33,9 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
 # Modules and collected tests stay. Looking for garbage among them again and again took a tenth of
-# the time.
+# the time, and looking after every 700 new objects, of which a trace makes many, a twentieth.
 gc.disable()
+gc.set_threshold(10_000, 10, 10)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -104,6 +104,7 @@ def test_pruning_no_expert_is_the_identity():
 
 
 @pytest.mark.parametrize('score', ['reap', 'norm'])
+@pytest.mark.quick(score=('reap',))
 def test_an_expert_that_no_token_chose_goes_first_and_nothing_changes(score):
   model = _biased_against(_model(PLAIN, layers=1), [1])
   smaller, ledger = _compress(model, {'prune_experts': {'ratio': 0.25, 'score': score}})

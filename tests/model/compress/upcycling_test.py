@@ -63,6 +63,7 @@ def _value(model, name):
 @pytest.mark.parametrize(
   'experts, choices, granularity', [(4, 1, 1), (4, 3, 1), (8, 2, 2), (12, 8, 4)]
 )
+@pytest.mark.quick(granularity=(2, 4))
 def test_copies_and_their_shards_compute_what_the_dense_model_did(
   dense, experts, choices, granularity
 ):

@@ -90,6 +90,7 @@ _forward = jax.jit(lambda graphdef, state, t: nnx.merge(graphdef, state)(t), sta
 
 
 @pytest.mark.parametrize('kind', MODELS)
+@pytest.mark.quick(kind=('int8', 'windowed'))
 def test_a_ragged_batch_gives_what_each_row_gives_alone(kind, prompts):
   model = MODELS[kind]()
   together = generate(model, prompts, max_new_tokens=8)
@@ -218,6 +219,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize('format', ['float', 'int8'])
 @pytest.mark.parametrize('name', SETTINGS)
+@pytest.mark.quick(name=('cut',))
 def test_company_does_not_change_a_row(plain, rng, name, format):
   run = functools.partial(generate, plain, max_new_tokens=12, cache_format=format)
   prompts = [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in (3, 1, 40, 17, 8)]
