@@ -132,6 +132,7 @@ def test_a_random_model_is_that_of_its_preset(method):
     assert isinstance(innermost(first), QuantizedTensor)
 
 
+@pytest.mark.slow
 def test_a_stacked_job_computes_the_same_updates():
   """Its model is stacked before the step; losses and what is trained do not change."""
   found = []

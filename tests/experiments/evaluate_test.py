@@ -119,6 +119,7 @@ def test_words_with_a_base(script, base, text, capsys):
   assert 'flip rate     0.00%' in shown
 
 
+@pytest.mark.slow
 def test_half_precision_is_said(script, base, text, capsys):
   arguments = f'--model={base}', f'--text={text}', '--seq_len=32', '--max_windows=2', '--json'
   script(*arguments)

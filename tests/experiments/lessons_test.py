@@ -226,6 +226,7 @@ def test_the_targets_of_adapters_survive_a_file():
   assert recipe.parse(yaml.safe_load(yaml.safe_dump(one.to_dict()))) == one
 
 
+@pytest.mark.slow
 def test_windows_are_healed_by_distillation(small):
   """The model learns to predict with its window what the original predicts without one."""
   window = {'sparse_attention': {'pattern': 'window4+first2', 'full_every': None}}

@@ -44,6 +44,7 @@ def text(tmp_path_factory):
   return path
 
 
+@pytest.mark.slow
 def test_the_quality_of_a_model_is_that_of_its_mixers(script, base, text, tmp_path):
   output, figure = tmp_path / 'long.jsonl', tmp_path / 'long.png'
   script(

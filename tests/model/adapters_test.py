@@ -192,6 +192,7 @@ def _shapes(model):
 
 @pytest.mark.parametrize('base', ['dense', 'nf4', '2:4'])
 @pytest.mark.parametrize('into', ['base', 'dense', None])
+@pytest.mark.quick(base=('nf4', '2:4'), into=('base', None))
 def test_shapes_are_those_of_the_model_itself(base, into):
   plain, config = _model(BASES[base]), AdapterConfig(rank=2, targets=('*.up', '*.query'))
   found = adapters.shapes(_shapes(plain), config, into)

@@ -322,6 +322,7 @@ def test_transformers_loads_what_is_saved(case, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize('case', ['llama-gqa', 'phi3-window', 'gpt2', 'neox-parallel'])
+@pytest.mark.quick(case=('phi3-window', 'gpt2'))
 def test_shards_hold_the_same_tensors(case, checkpoint, tmp_path):
   folder, theirs = checkpoint(case)
   model, _ = hf.load_pretrained(folder)

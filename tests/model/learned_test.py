@@ -119,6 +119,7 @@ def test_int8_products_train_nearly_as_float_ones(backward, exact):
     learned.with_int8_products(start)
 
 
+@pytest.mark.slow
 def test_n_of_m_values_learn_and_zeros_stay():
   plain = _model()
   for layer, linear in linears(plain).items():

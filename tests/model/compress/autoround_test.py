@@ -192,6 +192,7 @@ def test_blocks_share_a_compilation_and_a_killed_run_goes_on(tiny, tokens_BT, tm
   assert _arrays(other) != _arrays(whole)
 
 
+@pytest.mark.slow
 def test_targets_alone_change_zeros_stay_and_another_group_is_an_event(tiny, tokens_BT):
   model, only = tiny(layers=1), ['*.down', '*.key']
   steps = [

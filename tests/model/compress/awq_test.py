@@ -233,6 +233,7 @@ def test_inputs_that_never_occur_are_left_alone(tiny, tokens_BT):
   assert any('no calibration token' in event.event for event in ledger.events)
 
 
+@pytest.mark.slow
 def test_without_quantization_the_model_stays_what_it_was(tiny, tokens_BT):
   model = _with_outliers(tiny())
   steps = [{'awq': {'quantize': False, 'grid': 4}, 'only': ['*.gate', '*.key', '*.output']}]

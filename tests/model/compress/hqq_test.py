@@ -28,6 +28,7 @@ LOST = 'zeros that became nonzero, because zero points are not integers'
     HqqSpec(format='int8', group_size=-1),
   ],
 )
+@pytest.mark.quick(spec=(HqqSpec(), HqqSpec(format='int3', group_size=32, iterations=5)))
 def test_the_contract_holds(spec):
   contracts.check('hqq', spec)
 

@@ -140,6 +140,7 @@ def test_smoothing_helps_a_model_with_outliers(tiny, tokens_BT, static):
 
 
 @pytest.mark.parametrize('fold', ['norms', 'all'])
+@pytest.mark.quick(fold=('all',))
 def test_without_quantization_the_outputs_do_not_change(tiny, tokens_BT, fold):
   model = _with_outliers(tiny(layers=1))
   step = {'smoothquant': {'quantize': False, 'fold': fold}}

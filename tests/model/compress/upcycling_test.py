@@ -47,9 +47,11 @@ def dense():
   return model, _logits(model)
 
 
+_run = jax.jit(lambda graphdef, state, tokens: nnx.merge(graphdef, state)(tokens), static_argnums=0)
+
+
 def _logits(model):
-  graphdef, state = nnx.split(model)
-  return np.asarray(jax.jit(lambda s, t: nnx.merge(graphdef, s)(t))(state, TOKENS_BT))
+  return np.asarray(_run(*nnx.split(model), TOKENS_BT))
 
 
 def _compress(model, *steps):

@@ -187,6 +187,7 @@ ELEMENTWISE = 0.06
 
 
 @pytest.mark.parametrize('rank', [None, 8])
+@pytest.mark.quick(rank=(8,))
 def test_training_flops_are_those_that_xla_counts(rank):
   """XLA's count of a forward and a backward pass, which also multiplies the masked scores."""
   config = preset('tiny-llama').replace(vocab_size=2048)

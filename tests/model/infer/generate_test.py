@@ -115,6 +115,7 @@ def test_quantized_caches_give_the_tokens_that_evaluation_sees(format, prompts):
 
 
 @pytest.mark.parametrize('format', ['int8+h2o16', 'snapkv40'])
+@pytest.mark.quick(format=('int8+h2o16',))
 def test_rows_that_give_tokens_up_do_so_without_their_company(plain, format, rng):
   prompts = [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in (50, 5)]
   run = functools.partial(generate, plain, max_new_tokens=50)

@@ -226,6 +226,7 @@ def test_relations_match_loops_between_models_of_other_widths_and_heads(rng):
   assert all(np.isfinite(np.asarray(array)).all() for array in gradient.values())
 
 
+@pytest.mark.slow
 def test_relations_share_the_forward_pass_of_the_hidden_states(rng):
   student, teacher, batch = _model(1, layers=4), _model(2, layers=4), _batch(rng)
 
@@ -291,6 +292,7 @@ def test_a_student_comes_near_its_teacher_which_stays(rng):
   assert all(np.array_equal(x, y) for x, y in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 def test_micro_batches_and_eight_devices_give_the_same_in_twenty_updates(rng):
   batch = _batch(rng, rows=8)
   mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))

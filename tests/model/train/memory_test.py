@@ -91,6 +91,7 @@ def test_adapters_take_the_bytes_of_the_formula():
   assert found.batch == 4 * 4 * 8 * 32
 
 
+@pytest.mark.slow
 def test_eight_bit_moments_are_in_the_plan():
   _, state, _ = step_lib.init(
     _model(), optimizer.make(OptimizerConfig(name='adam8bit', steps=2, learning_rate=1))
