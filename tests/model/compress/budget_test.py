@@ -129,7 +129,7 @@ def _plain(name):
 
 @pytest.mark.parametrize('count', [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_budgets_are_kept_and_beat_uniform_treatment(tiny, tokens_BT, rng, count):
-  model, choices = tiny(layers=1), budget.treatments(RECIPES)
+  model, choices = tiny(layers=2), budget.treatments(RECIPES)
   uniform = {}
   for choice in choices:
     allocation = dict.fromkeys([p for p in linears(model) if p.startswith('layers.')], choice.name)
@@ -153,8 +153,8 @@ def test_budgets_are_kept_and_beat_uniform_treatment(tiny, tokens_BT, rng, count
 
 
 def test_the_recipe_can_be_written_down_and_read_again(tiny, tokens_BT):
-  model, choices = tiny(layers=1), budget.treatments(RECIPES)
-  found, options = budget.search(model, choices, tokens_BT, 33_000, first=CAST)
+  model, choices = tiny(layers=2), budget.treatments(RECIPES)
+  found, options = budget.search(model, choices, tokens_BT, 60_000, first=CAST)
   assert recipe.parse(found.recipe.to_dict()) == found.recipe
   names = {o.treatment for o in options}
   assert names == {'as it is', 'int8', 'int4', 'half'} and 'found under' in found.recipe.description
