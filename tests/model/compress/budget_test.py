@@ -152,6 +152,7 @@ def test_budgets_are_kept_and_beat_uniform_treatment(tiny, tokens_BT, rng, count
     assert kl <= best * 1.02 + TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_recipe_can_be_written_down_and_read_again(tiny, tokens_BT):
   model, choices = tiny(layers=2), budget.treatments(RECIPES)
   found, options = budget.search(model, choices, tokens_BT, 60_000, first=CAST)

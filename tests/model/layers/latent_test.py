@@ -263,6 +263,7 @@ def test_a_token_takes_as_many_bytes_as_the_formula_says(format):
 
 
 @pytest.mark.parametrize('name', ['deepseek', 'converted'])
+@pytest.mark.quick(name=('converted',))
 def test_devices_share_its_heads(tokens_BT, name):
   model = _model(MIXERS[name], layers=1)
   expected, _ = _fed(model, tokens_BT, [19, 1])
@@ -286,6 +287,7 @@ def test_its_config_is_written_and_read(name):
 
 
 @pytest.mark.parametrize('name', ['deepseek', 'converted'])
+@pytest.mark.quick(name=('deepseek',))
 def test_heads_that_hand_on_nothing_can_be_removed(tokens_BT, name):
   model = _model(MIXERS[name])
   kv_heads, width = MIXERS[name].kv_heads, MIXERS[name].copies * MIXERS[name].value_width
