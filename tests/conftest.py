@@ -33,8 +33,22 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
 # Modules and collected tests stay. Looking for garbage among them again and again took a tenth of
-# the time.
+# the time, and looking after every 700 new objects, of which a trace makes many, a twentieth.
 gc.disable()
+gc.set_threshold(10_000, 10, 10)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """Marks slow what `@pytest.mark.quick(name=values)` does not list among its parameters."""
+  for item in items:
+    parameters = getattr(item, 'callspec', None)
+    for mark in item.iter_markers('quick'):
+      wanted = {
+        name: v for name, v in mark.kwargs.items() if name in getattr(parameters, 'params', {})
+      }
+      if not all(parameters.params[name] in values for name, values in wanted.items()):
+        item.add_marker('slow')
 
 
 def pytest_collection_finish():

@@ -33,6 +33,7 @@ def test_ratios_are_those_of_the_same_round(script, tmp_path, monkeypatch):
   assert rows[1].metrics['growth'].spread == pytest.approx(0)
 
 
+@pytest.mark.slow
 def test_a_window_is_not_asked_of_torch(script, tmp_path):
   out = tmp_path / 'attention.jsonl'
   script('--smoke', '--window=7', f'--output={out}')

@@ -104,6 +104,7 @@ def test_transformers_is_timed_on_the_same_shape(make_script, capsys):
   assert line['prefill_tokens_per_s'] > 0 and line['decode_tokens_per_s'] > 0
 
 
+@pytest.mark.slow
 def test_transformers_is_timed_on_a_checkpoint(make_script, base, capsys):
   make_script('peers.transformers_speed')(f'--model={base}', '--prompt=8', '--tokens=2')
   assert json.loads(capsys.readouterr().out)['decode_tokens_per_s'] > 0

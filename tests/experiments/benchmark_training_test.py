@@ -112,6 +112,7 @@ def test_a_peer_without_a_method_says_why(torch_training, answers):
 
 
 @pytest.mark.parametrize('method', ['full', 'lora', 'dora', 'qlora', 'qat'])
+@pytest.mark.quick(method=('full', 'qlora'))
 def test_a_random_model_is_that_of_its_preset(method):
   """Made block by block, it has the arrays of one that was made whole."""
   config, options = presets.preset('tiny-llama'), Options(rank=4)
@@ -131,6 +132,7 @@ def test_a_random_model_is_that_of_its_preset(method):
     assert isinstance(innermost(first), QuantizedTensor)
 
 
+@pytest.mark.slow
 def test_a_stacked_job_computes_the_same_updates():
   """Its model is stacked before the step; losses and what is trained do not change."""
   found = []
@@ -156,6 +158,7 @@ def test_all_tokens_but_the_first_of_a_document_are_labels():
     bench.random_batch(100, 3, 8, documents=3)
 
 
+@pytest.mark.slow
 def test_documents_in_a_row_learn_as_rows_of_their_own():
   """Two documents a row, or twice the rows of one: the same tokens, and the same losses."""
   found = []

@@ -163,6 +163,7 @@ def test_every_saved_model_evaluates_to_its_record(finished):
     assert len(new[0]) <= 4
 
 
+@pytest.mark.slow
 def test_the_command_that_is_shown_gives_the_record_in_another_process(finished, base):
   out, name = finished[0], RECIPES[-1]
   row = next(r for r in records.read(out / 'records.jsonl') if r.recipe == name)
@@ -218,6 +219,7 @@ def test_a_plug_in_adds_a_technique(script, tmp_path, monkeypatch, capsys):
     recipe.parse({'name': 'x', 'steps': [{'mine': {'strength': 'much'}}]})
 
 
+@pytest.mark.slow
 def test_several_texts_are_calibrated_on_together_and_measured_one_by_one(script, base, tmp_path):
   tokenizer, texts, out = Tokenizer.load(base), {}, tmp_path / 'out'
   for name, words in (('verse', 'roses are red, violets blue'), ('sums', '1 + 1 = 2; 3 - 2 = 1')):

@@ -64,6 +64,7 @@ def test_a_pruned_teacher_is_healed_and_measured_along_the_way(script, base, tmp
   assert record.value('parameters') < 0.8 * record.value('teacher_parameters')
 
 
+@pytest.mark.slow
 def test_stored_targets_serve_a_random_student(script, tmp_path):
   flags = ['--smoke', '--student=random', '--layers=0,1', '--head=4', '--draws=4']
   script(*flags, f'--out={tmp_path / "a"}', f'--targets={tmp_path / "targets"}')
@@ -74,6 +75,7 @@ def test_stored_targets_serve_a_random_student(script, tmp_path):
   assert (found.config.head, found.config.draws, found.config.vocabulary) == (4, 4, 512)
 
 
+@pytest.mark.slow
 def test_a_student_that_is_a_folder_writes_its_own_batches(script, base, tmp_path):
   out = tmp_path / 'out'
   script('--smoke', f'--student={base}', f'--out={out}', '--on_policy=1', '--prompt_length=60')

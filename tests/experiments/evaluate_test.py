@@ -55,6 +55,7 @@ def test_the_cache_is_measured_and_named(script, base, text, capsys):
   assert 'kv_cache' not in plain
 
 
+@pytest.mark.slow
 def test_the_fast_products_are_measured_unless_widened_ones_are_asked_for(
   script, base, text, capsys, tmp_path
 ):
@@ -95,6 +96,7 @@ def test_windows_begin_with_a_bos_where_it_is_asked_for(script, base, text, tmp_
   assert (found['window']['bos'], found['window']['tokens']) == ('window', 5 * 31)
 
 
+@pytest.mark.slow
 def test_the_text_may_be_packed_records(script, base, text, tmp_path, capsys):
   path = tmp_path / 'text.JSONL.gz'
   lines = text.read_text().split('\n\n\n')
@@ -117,6 +119,7 @@ def test_words_with_a_base(script, base, text, capsys):
   assert 'flip rate     0.00%' in shown
 
 
+@pytest.mark.slow
 def test_half_precision_is_said(script, base, text, capsys):
   arguments = f'--model={base}', f'--text={text}', '--seq_len=32', '--max_windows=2', '--json'
   script(*arguments)

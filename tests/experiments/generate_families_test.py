@@ -161,6 +161,9 @@ def test_tokens_and_text_are_those_of_transformers(folder, make_script, capsys):
 
 
 @pytest.mark.parametrize('template', ['{{ bos_token }}[{{ messages[0].content }}]', '[x]'])
+@pytest.mark.quick(
+  folder=('llama, template', 'gemma2'), template=('{{ bos_token }}[{{ messages[0].content }}]',)
+)
 def test_a_chat_template_brings_its_own_bos(folder, make_script, capsys, template):
   path, model, tokenizer, _ = folder
   settings = json.loads((path / 'tokenizer_config.json').read_text())

@@ -53,8 +53,16 @@ def _run(school, one, folder=None):
 
 
 @pytest.fixture(scope='module')
-def whole(school):
-  return _run(school, WHOLE)
+def small(school):
+  """A school of a model of one layer, which is compiled sooner."""
+  config = school.original.config
+  original = Transformer(config.replace(layers=config.layers[:1]), rngs=nnx.Rngs(0))
+  return dataclasses.replace(school, original=original)
+
+
+@pytest.fixture(scope='module')
+def whole(small):
+  return _run(small, WHOLE)
 
 
 def test_the_ledger_says_what_training_took(whole):
@@ -86,17 +94,18 @@ def _dying(monkeypatch, after):
   monkeypatch.setattr(PackedDataset, 'batch', dying)
 
 
-def test_killed_in_both_lessons_it_ends_with_the_same_bits(school, whole, tmp_path):
+@pytest.mark.slow
+def test_killed_in_both_lessons_it_ends_with_the_same_bits(small, whole, tmp_path):
   folder = tmp_path / 'progress'
   for after, left in ((3, 'lesson_1'), (2 + 3, 'lesson_2')):  # two updates are taken over
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
       _dying(patch, after)
-      _run(school, WHOLE, folder)
+      _run(small, WHOLE, folder)
     assert (folder / left / 'checkpoints').is_dir()
-  model, layout, arrays, _ = _run(school, WHOLE, folder)
+  model, layout, arrays, _ = _run(small, WHOLE, folder)
   assert layout == whole[1] and arrays == whole[2]
   assert not folder.exists()
-  hf.save_pretrained(model, school.tokenizer, tmp_path / 'model')
+  hf.save_pretrained(model, small.tokenizer, tmp_path / 'model')
   again, _ = hf.load_pretrained(tmp_path / 'model')
   tokens = jax.numpy.arange(24).reshape(2, 12)
   np.testing.assert_array_equal(again(tokens), model(tokens))
@@ -109,14 +118,6 @@ LATE = _recipe(
   {'round_to_nearest': {'format': 'int4', 'group_size': 16}},
   {'lora': {**TINY, 'rank': 2, 'learning_rate': 1e-2}},
 )
-
-
-@pytest.fixture(scope='module')
-def small(school):
-  """A school of a model of one layer, which is compiled sooner."""
-  config = school.original.config
-  original = Transformer(config.replace(layers=config.layers[:1]), rngs=nnx.Rngs(0))
-  return dataclasses.replace(school, original=original)
 
 
 @pytest.fixture(scope='module')
@@ -162,12 +163,12 @@ def test_pruned_weights_stay_zero_in_training_and_the_others_learn(small, late):
   assert sum('merging' in event or 'after it' in event for _, event in found) == 2
 
 
-def test_another_school_does_not_resume(school, tmp_path):
+def test_another_school_does_not_resume(small, tmp_path):
   folder = tmp_path / 'progress'
   with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
     _dying(patch, 3)
-    _run(school, WHOLE, folder)
-  other = dataclasses.replace(school, texts=school.texts[1:])
+    _run(small, WHOLE, folder)
+  other = dataclasses.replace(small, texts=small.texts[1:])
   with pytest.raises(ValueError, match='does not hold the progress of this recipe'):
     _run(other, WHOLE, folder)
 
@@ -225,6 +226,7 @@ def test_the_targets_of_adapters_survive_a_file():
   assert recipe.parse(yaml.safe_load(yaml.safe_dump(one.to_dict()))) == one
 
 
+@pytest.mark.slow
 def test_windows_are_healed_by_distillation(small):
   """The model learns to predict with its window what the original predicts without one."""
   window = {'sparse_attention': {'pattern': 'window4+first2', 'full_every': None}}

@@ -44,6 +44,7 @@ def text(tmp_path_factory):
   return path
 
 
+@pytest.mark.slow
 def test_the_quality_of_a_model_is_that_of_its_mixers(script, base, text, tmp_path):
   output, figure = tmp_path / 'long.jsonl', tmp_path / 'long.png'
   script(
@@ -68,6 +69,7 @@ def test_the_quality_of_a_model_is_that_of_its_mixers(script, base, text, tmp_pa
       assert row.metrics['ppl'].n == end - begin and 'prefill_s' not in row.metrics
 
 
+@pytest.mark.slow
 def test_needles_are_in_the_record_and_the_figure(script, base, text, tmp_path, monkeypatch):
   """With words that the tiny tokenizer tells apart."""
   words = tuple('abcdefgh')

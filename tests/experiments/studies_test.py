@@ -188,7 +188,6 @@ def test_attention_alone_gets_as_many_parameters_as_all_layers():
   assert attention == pytest.approx(everywhere, rel=2e-3)
 
 
-@pytest.mark.slow
 def test_int8_products_and_float_ones_train_the_same_model(smoke):
   rows = smoke(study_int8)
   assert rows['float'].value('train_tokens') == rows['int8_inputs'].value('train_tokens')
@@ -268,6 +267,7 @@ def test_a_token_costs_no_more_with_experts_than_without(smoke):
   assert 0 <= routed.value('max_violation') <= study_experts.EXPERTS / 2 - 1
 
 
+@pytest.mark.slow
 def test_each_distilled_student_has_a_record(smoke, capsys):
   rows = smoke(study_distillation)
   assert set(rows) == {'kd', 'kd_sampled'}

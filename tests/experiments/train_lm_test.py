@@ -29,6 +29,7 @@ def test_smoke(script, tmp_path, capsys):
   assert perplexity.evaluate(model, windows).ppl == pytest.approx(record.value('ppl'), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_experts_are_trained_saved_and_counted(script, tmp_path):
   out = tmp_path / 'lm'
   flags = ('--experts=4', '--experts_per_token=2', '--shared_experts=1', '--layers=1')
@@ -50,6 +51,7 @@ def test_experts_are_trained_saved_and_counted(script, tmp_path):
     assert (out / name).read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.slow
 def test_a_model_of_recurrent_layers_and_attention_is_trained_and_saved(script, tmp_path):
   out = tmp_path / 'lm'
   flags = ('--mixer=retnet', '--attention_every=2', '--ffn_width=32')

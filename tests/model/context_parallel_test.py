@@ -80,14 +80,20 @@ def _assert_close(found, expected):
   'strategy, mesh, kind, pattern',
   [
     ('gather', {'context': 8}, 'packed', None),
-    ('gather', {'context': 2, 'model': 4}, 'whole', 'window5+first3'),  # heads do not divide
-    ('ring', {'context': 2, 'data': 2, 'model': 2}, 'whole', None),
+    pytest.param(
+      'gather', {'context': 2, 'model': 4}, 'whole', 'window5+first3', marks=pytest.mark.slow
+    ),  # heads do not divide
+    pytest.param(
+      'ring', {'context': 2, 'data': 2, 'model': 2}, 'whole', None, marks=pytest.mark.slow
+    ),
     ('ring', {'context': 4}, 'zigzag', 'window9x2+every8'),
-    ('ring', {'context': 8}, 'packed', 'window5+first3'),
+    pytest.param('ring', {'context': 8}, 'packed', 'window5+first3', marks=pytest.mark.slow),
     ('halo', {'context': 2, 'fsdp': 2}, 'whole', 'window33'),  # all of the neighbour
-    ('halo', {'context': 4, 'model': 2}, 'packed', 'window5+first3'),
+    pytest.param(
+      'halo', {'context': 4, 'model': 2}, 'packed', 'window5+first3', marks=pytest.mark.slow
+    ),
     ('halo', {'context': 8}, 'whole', 'window9+first12'),  # first tokens on two devices
-    ('halo', {'context': 4}, 'packed', 'window1'),
+    pytest.param('halo', {'context': 4}, 'packed', 'window1', marks=pytest.mark.slow),
   ],
 )
 def test_values_and_gradients_are_those_of_one_device(strategy, mesh, kind, pattern):

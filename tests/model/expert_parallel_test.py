@@ -84,12 +84,14 @@ def _expected():
   return jax.tree.map(np.asarray, program(*arguments))
 
 
+MORE = [
+  pytest.param(name, devices, marks=pytest.mark.slow)
+  for name, devices in [('psum', 'all'), ('all_to_all', 2), ('all_to_all', 'all')]
+]
 STRATEGIES = {'psum': DispatchConfig(), 'all_to_all': DispatchConfig(strategy='all_to_all')}
 
 
-@pytest.mark.parametrize(
-  'name, devices', [('psum', 4), ('psum', 'all'), *(('all_to_all', d) for d in (2, 8, 'all'))]
-)
+@pytest.mark.parametrize('name, devices', [('psum', 4), ('all_to_all', 8), *MORE])
 def test_outputs_gradients_and_collectives(name, devices):
   mesh = {'expert': 2, 'model': 2, 'fsdp': 2} if devices == 'all' else {'expert': devices}
   program, arguments = _compiled(*_on(_ffn(), STRATEGIES[name], **mesh))
@@ -188,6 +190,7 @@ def _on_one_device():
 @pytest.mark.parametrize(
   'name, step', [('psum', {'accumulation': 2}), ('all_to_all', {'remat': 'block'})]
 )
+@pytest.mark.quick(name=('all_to_all',))
 def test_updates_are_those_of_one_device(name, step):
   (trained, buffers), expected = _on_one_device()
   state, found = _updated(STRATEGIES[name], sharding.make_mesh(data=2, expert=2), **step)
@@ -220,6 +223,7 @@ def _kept_by_hand(experts_TX, rows, order):
 
 @pytest.mark.parametrize('order', ['token', 'choice'])
 @pytest.mark.parametrize('devices', [1, 4])
+@pytest.mark.quick(devices=(4,))
 def test_a_tight_capacity_drops_and_counts_what_finds_no_room(order, devices):
   """Against every expert on every token, with the choices that are counted by hand per device."""
   config = DispatchConfig(strategy='all_to_all', capacity_factor=0.6, drop_order=order)

@@ -179,6 +179,19 @@ CASES = {
   ),
 }
 
+# One of each family; the rest is slow.
+QUICK = (
+  'mixtral',
+  'qwen3_moe',
+  'olmoe',
+  'qwen2_moe-dense',
+  'granitemoeshared',
+  'qwen3_next',
+  'deepseek_v2',
+  'deepseek_v3',
+  'gpt_oss',
+)
+
 
 def _random_(model, seed=0):
   """Makes every parameter differ from its initial value, so that a forgotten term shows."""
@@ -259,6 +272,7 @@ def _decoded(model):
 
 
 @pytest.mark.parametrize('case', CASES)
+@pytest.mark.quick(case=QUICK)
 def test_logits_match_transformers(case, checkpoint):
   folder, _, expected = checkpoint(case)
   found = _at_once(hf.load_pretrained(folder)[0])
@@ -269,6 +283,7 @@ def test_logits_match_transformers(case, checkpoint):
   'case',
   ['qwen3_moe', 'olmoe', 'granitemoe', 'gpt_oss', 'qwen3_next', 'deepseek_v2', 'deepseek_v3'],
 )
+@pytest.mark.quick(case=('gpt_oss', 'qwen3_next'))
 def test_decoded_logits_match_transformers(case, checkpoint):
   folder, _, expected = checkpoint(case)
   found = _decoded(hf.load_pretrained(folder)[0])
@@ -276,6 +291,7 @@ def test_decoded_logits_match_transformers(case, checkpoint):
 
 
 @pytest.mark.parametrize('case', CASES)
+@pytest.mark.quick(case=QUICK)
 def test_both_layouts_are_read_and_that_of_the_hub_is_written(case, checkpoint, tmp_path):
   folder, other, expected = checkpoint(case)
   model, _ = hf.load_pretrained(folder)

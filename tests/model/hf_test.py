@@ -177,6 +177,24 @@ CASES = {
   ),
 }
 
+# One of each family, and the traits that no other has; the rest is slow.
+QUICK = (
+  'llama-gqa',
+  'llama-biases',
+  'llama-llama3',
+  'mistral-window',
+  'qwen2-late-window',
+  'qwen3',
+  'gemma2',
+  'gemma3',
+  'smollm3-window',
+  'olmo2',
+  'granite',
+  'phi3-window',
+  'gpt2-scaled-by-layer',
+  'neox-parallel',
+)
+
 
 def _random_(model, seed=0):
   """Makes every parameter differ from its initial value, so that a forgotten term shows."""
@@ -248,6 +266,7 @@ def _edit_tensors(folder, edit):
 
 
 @pytest.mark.parametrize('case', CASES)
+@pytest.mark.quick(case=QUICK)
 def test_logits_match_transformers(case, checkpoint):
   folder, theirs = checkpoint(case)
   ours, tokenizer = hf.load_pretrained(folder)
@@ -256,6 +275,7 @@ def test_logits_match_transformers(case, checkpoint):
 
 
 @pytest.mark.parametrize('case', ['gemma3', 'smollm3-window', 'olmo2', 'granite'])
+@pytest.mark.quick(case=('gemma3', 'smollm3-window'))
 def test_logits_over_a_cache_match_transformers(case, checkpoint):
   """A prefill in two parts, then tokens one by one, past window and spare."""
   folder, theirs = checkpoint(case)
@@ -281,6 +301,7 @@ def test_logits_over_a_cache_match_transformers(case, checkpoint):
 
 
 @pytest.mark.parametrize('case', CASES)
+@pytest.mark.quick(case=QUICK)
 def test_transformers_loads_what_is_saved(case, checkpoint, tmp_path):
   folder, theirs = checkpoint(case)
   model, _ = hf.load_pretrained(folder)
@@ -301,6 +322,7 @@ def test_transformers_loads_what_is_saved(case, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize('case', ['llama-gqa', 'phi3-window', 'gpt2', 'neox-parallel'])
+@pytest.mark.quick(case=('phi3-window', 'gpt2'))
 def test_shards_hold_the_same_tensors(case, checkpoint, tmp_path):
   folder, theirs = checkpoint(case)
   model, _ = hf.load_pretrained(folder)

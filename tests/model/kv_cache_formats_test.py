@@ -143,6 +143,7 @@ def test_an_int4_token_sees_its_own_page_exactly_and_earlier_pages_as_stored(rng
 
 @formats
 @pytest.mark.parametrize('count', [PAGE - 1, 2 * PAGE, 75, CAPACITY])
+@pytest.mark.quick(count=(PAGE - 1, 75))
 def test_stored_codes_do_not_depend_on_how_tokens_are_fed(rng, format, count):
   k, v = _draw(rng, count)
   one_by_one, *_ = _feed(_empty(format), k, v, [1] * count)
@@ -205,6 +206,7 @@ def test_a_row_can_be_rewound(rng, format):
 
 @formats
 @pytest.mark.parametrize('value', [0.0, 3.0, -1e-7, 1e-3])
+@pytest.mark.quick(value=(0.0, -1e-7))
 def test_constant_groups_are_exact_up_to_float16(format, value):
   x = np.full((B, 2 * PAGE, K, H), value, np.float32)
   cache, *_ = _feed(_empty(format), x, x, [2 * PAGE])

@@ -62,7 +62,7 @@ def _trained(model, selection, updates=20):
 
 
 # tests/ops/qat_test.py has every format, on one matrix.
-QUICK = ('int8', 'int2 with trained scales', 'nf4', 'W8A8')
+QUICK = ('int2 with trained scales', 'W8A8')
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,7 @@ def exact():
 
 
 @pytest.mark.parametrize('backward', ['inputs', 'all'])
+@pytest.mark.quick(backward=('all',))
 def test_int8_products_train_nearly_as_float_ones(backward, exact):
   start = learned.with_int8_products(_model(), backward)
   model, losses = _trained(start, Selection(), updates=40)
@@ -118,6 +119,7 @@ def test_int8_products_train_nearly_as_float_ones(backward, exact):
     learned.with_int8_products(start)
 
 
+@pytest.mark.slow
 def test_n_of_m_values_learn_and_zeros_stay():
   plain = _model()
   for layer, linear in linears(plain).items():

@@ -117,6 +117,7 @@ def _their_adapter(family, targets, options, tmp, folder):
 
 
 @pytest.mark.parametrize('case', THEIR_CASES)
+@pytest.mark.quick(case=('phi3', 'gpt_neox', 'rslora patterns', 'dora gpt2', 'head saved'))
 def test_their_adapter_gives_equal_logits_and_is_written_again_with_equal_bytes(
   case, tmp, tmp_path
 ):
@@ -158,6 +159,9 @@ OUR_CASES = {
 
 
 @pytest.mark.parametrize('case', OUR_CASES)
+@pytest.mark.quick(
+  case=('patterns', 'trained apart in fused modules', 'a part of a fused module', 'conv')
+)
 def test_our_adapter_gives_equal_logits_in_peft(case, tmp, tmp_path):
   family, config = OUR_CASES[case]
   base, _ = hf.load_pretrained(_folder(family, tmp))

@@ -82,6 +82,7 @@ def _on_one_device(kind):
 
 @pytest.mark.parametrize('shape', MESHES)
 @pytest.mark.parametrize('kind', ['plain', 'compressed'])
+@pytest.mark.quick(shape=('2 x 2 x 2',))
 def test_the_forward_pass_matches_that_of_one_device(kind, shape):
   mesh, model = sharding.make_mesh(**MESHES[shape]), nnx.clone(_made(kind))
   sharding.shard(model, mesh)

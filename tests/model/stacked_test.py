@@ -96,6 +96,7 @@ def _assert_equal(got, want):
 
 
 @pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.quick(name=('alternating windows', 'recurrent'))
 def test_values_and_gradients_are_those_of_the_plain_forward_pass(name):
   graphdef, state = _split(CONFIGS[name])
   context = {'positions_BT': POSITIONS, 'segments_BT': SEGMENTS}
@@ -172,7 +173,8 @@ def test_a_model_that_is_consumed_is_not_held_twice():
   assert all(freed) and not model.embedding.table.get_value().is_deleted()
 
 
-@pytest.mark.parametrize('name', [pytest.param('adamw', marks=pytest.mark.slow), 'muon'])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
 def test_a_stacked_model_is_trained_as_an_ordinary_one(name):
   graphdef, state = _split(CONFIGS['alternating windows'])
   # A tiny eps would divide rounding errors of gradients near zero by their own size.

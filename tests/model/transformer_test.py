@@ -101,6 +101,7 @@ def full(trait):
 
 
 @traits
+@pytest.mark.quick(trait=('grouped', 'window', 'learned positions', 'parallel', 'widths'))
 def test_prefill_and_decode_with_a_cache_equal_the_full_forward_pass(trait):
   model, tokens_BT = make(trait), _tokens()
   graphdef, state = nnx.split(model)
@@ -128,6 +129,7 @@ def test_prefill_and_decode_with_a_cache_equal_the_full_forward_pass(trait):
 
 
 @traits
+@pytest.mark.quick(trait=('plain', 'window', 'parallel', 'widths'))
 def test_no_token_reads_the_future(trait):
   graphdef, state = nnx.split(make(trait))
   tokens_BT, width = _tokens(1), CONFIG.width
@@ -162,6 +164,7 @@ def test_windows_limit_how_far_back_all_layers_see():
 
 
 @traits
+@pytest.mark.quick(trait=('plain', 'window', 'learned positions', 'widths'))
 def test_packed_documents_equal_the_same_documents_alone(trait):
   lengths = [4, 2, 3]
   positions = np.concatenate([np.arange(n) for n in lengths])[None]

@@ -50,6 +50,7 @@ def _zero(model, path, index):
 
 
 @pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.quick(name=('gemma2', 'gpt2'))
 def test_channels_and_heads_that_hand_on_nothing_can_go(name):
   model = _random(name)
   queries = model.config.layers[0].mixer.query_heads // model.config.layers[0].mixer.kv_heads
@@ -72,6 +73,7 @@ def test_channels_and_heads_that_hand_on_nothing_can_go(name):
 
 
 @pytest.mark.parametrize('name', ['gemma2', 'gpt2', 'neox'])
+@pytest.mark.quick(name=('neox',))
 def test_a_model_without_a_layer_runs_the_others(name):
   layers = presets.preset(f'tiny-{name}').layers
   model = _random(name, layers=(*layers, layers[0], layers[1]))
@@ -86,6 +88,7 @@ def test_a_model_without_a_layer_runs_the_others(name):
 
 
 @pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.quick(name=('gemma2', 'gpt2'))
 def test_every_array_of_the_stream_is_cut(name):
   model = _random(name)
   width = np.arange(0, 64, 2)

@@ -21,6 +21,8 @@ FLOATING = {
   'asymmetric': {'format': 'int8', 'symmetric': False},
   'nf4': {'format': 'nf4'},
 }
+quantize = jax.jit(quantized.quantize, static_argnames=('format', 'group_size', 'symmetric'))
+matmul, to_dense = jax.jit(linear.matmul), jax.jit(linear.dense)
 bits = pytest.mark.parametrize('bits', [8, 4])
 
 
@@ -36,7 +38,7 @@ def _example(rng, **options):
   x = rng.standard_normal((3, 5, INPUTS)).astype(np.float32) * 10.0 ** rng.integers(
     -3, 4, (3, 5, 1)
   )
-  return x.astype(np.float32), quantized.quantize(w_IO, **options)
+  return x.astype(np.float32), quantize(w_IO, **options)
 
 
 @bits
@@ -49,7 +51,7 @@ def test_the_integer_product_is_that_of_numpy(rng, name, bits, static):
   codes, scale = _codes(x, 2 ** (bits - 1) - 1, absmax)
   sums = codes @ np.asarray(w.codes(), np.int64)
   expected = sums * scale * np.asarray(w.scales, np.float64)
-  actual = np.asarray(jax.jit(linear.matmul)(jnp.asarray(x), wrapped))
+  actual = np.asarray(matmul(jnp.asarray(x), wrapped))
   np.testing.assert_allclose(actual, expected, rtol=ULPS)
 
 
@@ -76,8 +78,8 @@ def test_sums_that_float32_could_not_hold_are_exact():
 def test_other_weights_multiply_the_rounded_inputs(rng, name, bits):
   x, w = _example(rng, **FLOATING[name])
   codes, scale = _codes(x, 2 ** (bits - 1) - 1)
-  expected = (codes @ np.asarray(w.dense(), np.float64)) * scale
-  actual = linear.matmul(jnp.asarray(x), quantize_activations(w, bits))
+  expected = (codes @ np.asarray(to_dense(w), np.float64)) * scale
+  actual = matmul(jnp.asarray(x), quantize_activations(w, bits))
   # 64 products in float32, relative to the largest of them.
   np.testing.assert_allclose(
     actual / scale, expected / scale, atol=1e-3 * (1 if bits == 8 else 0.1)
@@ -87,8 +89,8 @@ def test_other_weights_multiply_the_rounded_inputs(rng, name, bits):
 @bits
 def test_rounding_moves_products_by_no_more_than_half_steps(rng, bits):
   x, w = _example(rng, format='int8')
-  y = np.asarray(linear.matmul(jnp.asarray(x), quantize_activations(w, bits)), np.float64)
-  w_IO = np.asarray(w.dense(), np.float64)
+  y = np.asarray(matmul(jnp.asarray(x), quantize_activations(w, bits)), np.float64)
+  w_IO = np.asarray(to_dense(w), np.float64)
   half_step = np.abs(x).max(-1, keepdims=True) / (2 ** (bits - 1) - 1) / 2
   assert (np.abs(y - x @ w_IO) <= 1.0001 * half_step * np.abs(w_IO).sum(0)).all()
   assert np.abs(y - x @ w_IO).max() > 0
@@ -114,7 +116,7 @@ def test_gradients_pass_through_but_not_to_saturated_inputs(rng):
   x = jnp.asarray(rng.standard_normal((4, INPUTS)), jnp.float32)
   y_bar = rng.standard_normal((4, OUTPUTS))
   loss = lambda x, w: jnp.sum(linear.matmul(x, w) * jnp.asarray(y_bar, jnp.float32))
-  through = y_bar @ np.asarray(w.dense(), np.float64).T
+  through = y_bar @ np.asarray(to_dense(w), np.float64).T
   found = jax.grad(loss)(x, quantize_activations(w))
   np.testing.assert_allclose(found, through, atol=1e-4)
   found = jax.grad(loss)(x, quantize_activations(w, absmax=jnp.float32(1)))

@@ -91,6 +91,7 @@ def test_every_mask_matches_the_definition(rng, name):
 @pytest.mark.parametrize('name', ['window', 'late'])
 @pytest.mark.parametrize('softcap', [None, 0.8])
 @pytest.mark.parametrize('sunk', [False, True])
+@pytest.mark.quick(softcap=(0.8,), sunk=(True,))
 def test_grouping_soft_cap_and_sinks_match_the_definition(rng, name, heads, softcap, sunk):
   sinks = draw(rng, heads[:1]) if sunk else None
   is_the_definition(rng, MASKS[name](), heads, softcap, sinks)
@@ -147,6 +148,7 @@ def test_decoding_token_by_token_equals_one_pass(rng):
 
 @pytest.mark.parametrize('sinks', [None, jnp.asarray([0.5, -1.0])])
 @pytest.mark.parametrize('softcap', [None, 1.0])
+@pytest.mark.quick(softcap=(1.0,))
 def test_a_query_without_keys_gives_zeros_and_zero_gradients(rng, softcap, sinks):
   q, k, v = qkv(rng, batch=1, queries=2, keys=3, heads=2, kv_heads=1)
   mask = AttentionMask(jnp.asarray([[0, 6]]), jnp.asarray([[5, 6, 7]]))  # the first sees none
@@ -269,6 +271,7 @@ def lowered(fn, platform, length):
 
 @pytest.mark.parametrize('length', [16, 13])
 @pytest.mark.parametrize('window', [None, 5])
+@pytest.mark.quick(length=(13,))
 def test_the_kernel_is_chosen_when_the_program_is_lowered(cudnn, window, length):
   fn = lambda q, k, v: attention.attention(
     q, k, v, masks.causal(2, length, pattern=window and Window(window)), scale=SCALE
@@ -288,6 +291,7 @@ def test_the_kernel_is_chosen_when_the_program_is_lowered(cudnn, window, length)
 
 @pytest.mark.parametrize('length', [6, 7])
 @pytest.mark.parametrize('window', [None, 1, 3, 20])
+@pytest.mark.quick(length=(7,), window=(None, 3))
 def test_the_arguments_for_cudnn_describe_the_same_attention(
   rng, monkeypatch, cudnn, window, length
 ):
@@ -338,6 +342,7 @@ def test_bad_input_is_refused(rng):
 
 @pytest.mark.parametrize('impl', ['auto', 'reference'])
 @pytest.mark.parametrize('queries', [7, 12])
+@pytest.mark.quick(queries=(12,))
 def test_queries_and_keys_of_different_dtypes_use_the_wider_one(rng, impl, queries):
   arrays, mask = qkv(rng, queries=queries, keys=queries), masks.causal(2, queries)
   rounded = [a.astype(jnp.bfloat16) for a in arrays]

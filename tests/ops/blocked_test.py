@@ -85,6 +85,7 @@ def _with_gradients(fn, softcap, q, k, v, mask, sinks):
 
 @pytest.mark.parametrize('traits', TRAITS)
 @cases
+@pytest.mark.quick(traits=('capped, with sinks',))
 def test_results_and_gradients(name, traits):
   mask, queries, keys = MASKS[name]
   softcap, sunk = TRAITS[traits]

@@ -73,6 +73,7 @@ def _by_hand_of_weights(x_MI, bar_MO, sizes_E):
 
 @pytest.mark.parametrize('form', FORMS)
 @cases
+@pytest.mark.quick(form=('in a loop', 'at once, in blocks of 8'))
 def test_products_and_gradients_are_those_of_each_group(name, form):
   x_MI, w_EIO, sizes_E = _case(name)
   bar_MO = np.float32(np.random.default_rng(1).standard_normal((len(x_MI), OUTPUTS)))

@@ -20,7 +20,7 @@ def _adapter(rng, base=None, *, scale=0.5):
 
 def _exact(w):
   a, b = (np.asarray(m, np.float64) for m in (w.a_IR, w.b_RO))
-  return np.asarray(linear.dense(w.base), np.float64) + w.scale * a @ b
+  return np.asarray(dense(w.base), np.float64) + w.scale * a @ b
 
 
 BASES = {
@@ -31,6 +31,7 @@ BASES = {
 }
 dense = jax.jit(linear.dense)
 matmul = jax.jit(linear.matmul)
+merge = jax.jit(lora.merge, static_argnums=1)
 
 
 @pytest.mark.parametrize('base', BASES)
@@ -40,8 +41,8 @@ def test_base_plus_low_rank(rng, base):
   np.testing.assert_allclose(dense(w), _exact(w), atol=FLOAT32)
   np.testing.assert_allclose(w.delta(), _exact(w) - dense(w.base), atol=FLOAT32)
   np.testing.assert_allclose(matmul(jnp.asarray(x), w), x @ _exact(w), atol=10 * FLOAT32)
-  np.testing.assert_allclose(lora.merge(w), _exact(w), atol=FLOAT32)
-  assert lora.merge(w).dtype == w.base.dtype == w.dtype
+  np.testing.assert_allclose(merge(w), _exact(w), atol=FLOAT32)
+  assert merge(w).dtype == w.base.dtype == w.dtype
 
 
 def test_bfloat16_bases_merge_in_float32(rng):
@@ -138,10 +139,10 @@ def test_merged_it_multiplies_as_before(rng, base, kind):
   w = _adapter(rng, BASES[base](jnp.asarray(rng.normal(size=(16, 6)), jnp.float32)))
   w = w if kind == 'lora' else lora.DoraTensor(w, 2 * lora.column_lengths(w))
   x = jnp.asarray(rng.normal(size=(5, 16)), jnp.float32)
-  merged = lora.merge(w)
+  merged = merge(w)
   assert isinstance(merged, jax.Array)
   np.testing.assert_allclose(matmul(x, merged), matmul(x, w), atol=1e-4)
-  again = lora.merge(w, 'base')
+  again = merge(w, 'base')
   inner = w.base if kind == 'lora' else w.values.base
   assert jax.tree.structure(again) == jax.tree.structure(inner)
 
@@ -159,16 +160,16 @@ PRUNED = {
 
 @pytest.mark.parametrize('base', PRUNED)
 def test_adapters_over_pruned_weights_keep_the_zeros(rng, base):
-  base = PRUNED[base](jnp.asarray(rng.normal(size=(16, 6)), jnp.float32))
+  base = jax.jit(PRUNED[base])(jnp.asarray(rng.normal(size=(16, 6)), jnp.float32))
   adapter = _adapter(rng, base)
   w = lora.keep_zeros(adapter)
   zeros = ~np.asarray(base.kept())
   exact = np.where(zeros, 0, _exact(adapter))
   np.testing.assert_allclose(dense(w), exact, atol=FLOAT32)
-  merged = lora.merge(w)
+  merged = merge(w)
   np.testing.assert_allclose(merged, exact, atol=FLOAT32)
   assert (np.asarray(merged)[zeros] == 0).all() and zeros.mean() > 0.3
-  again = lora.merge(w, 'base')
+  again = merge(w, 'base')
   assert jax.tree.structure(again) == jax.tree.structure(base)
   np.testing.assert_array_equal(np.asarray(dense(again))[zeros], 0)
   # Fewer weights are stored than the mask has bits, so that only int8 rounds.

@@ -170,6 +170,7 @@ def _by_hand(logits_E, router, bias_E):
 @pytest.mark.parametrize('score', ['softmax', 'sigmoid', 'softmax_of_chosen'])
 @pytest.mark.parametrize('group_score', ['max', 'sum_of_two'])
 @pytest.mark.parametrize('renormalize', [False, True])
+@pytest.mark.quick(group_score=('sum_of_two',))
 def test_every_switch_is_its_definition(rng, score, group_score, renormalize):
   if renormalize and score == 'softmax_of_chosen':
     return
@@ -206,6 +207,7 @@ def test_scores_of_bfloat16_logits_are_those_of_float32():
 
 
 @pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.quick(name=('mixtral', 'granite', 'deepseek_v3'))
 def test_gradients_reach_the_logits_and_not_the_bias(rng, name):
   router = FAMILIES[name][0]
   logits_TE = np.float32(rng.standard_normal((4, EXPERTS)))
@@ -246,6 +248,7 @@ def _dense(x_TD, logits_TE, up_EIO, down_EIO, router):
 
 
 @pytest.mark.parametrize('tokens, choices', [(1, 1), (1, 3), (9, 2), (TOKENS, 3), (5, EXPERTS)])
+@pytest.mark.quick(choices=(3, EXPERTS))
 def test_outputs_and_gradients_are_those_of_all_experts_dense(rng, tokens, choices):
   router = Router(choices=choices, renormalize=choices > 1)
   x_TD = jnp.asarray(rng.standard_normal((tokens, WIDTH)), jnp.float32)

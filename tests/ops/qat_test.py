@@ -70,6 +70,7 @@ def test_with_scales_that_follow_it_is_rounding_to_nearest(rng, form):
 
 
 @cases
+@pytest.mark.quick(form=('int8', 'int4 asymmetric', 'int2', 'nf4', 'nvfp4'))
 def test_gradients_pass_straight_through_the_rounding(rng, form, held):
   x, w_IO, y_bar = _problem(rng)
   w = _learn(w_IO, form, held)

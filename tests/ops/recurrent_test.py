@@ -152,6 +152,7 @@ def test_gradients_are_those_of_the_definition(rng, kind):
 
 
 @kinds
+@pytest.mark.quick(kind=('delta',))
 def test_memory_grows_with_the_length_and_not_with_its_square(kind):
   def temporary(length):
     shapes = jax.eval_shape(lambda: tuple(map(jnp.asarray, _draw(_FIXED, kind, length))))

@@ -9,6 +9,26 @@ from model import sharding
 from ops import experts, linear
 
 INPUTS, OUTPUTS = 64, 32  # of the examples
+# One of each type of weight; what is made of two of them is slow.
+QUICK = (
+  'int4 floating zeros',
+  'nf4 double',
+  'mxfp4',
+  'scales',
+  'e4m3 scales',
+  '2:4 of int8',
+  'packed',
+  'fused',
+  'inputs static',
+  'masked int8',
+  'learned int4',
+  'int8 products',
+  'rotated',
+  'lora',
+  'dora',
+  'lora under a mask',
+)
+pytestmark = pytest.mark.quick(example=QUICK)
 grouped_matmul = jax.jit(linear.grouped_matmul)
 to_dense = jax.jit(linear.dense)
 

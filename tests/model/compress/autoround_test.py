@@ -17,7 +17,12 @@ from ops.quantized import QuantizedTensor, quantize
 from ops.rotated import RotatedTensor
 
 FORMATS = [('int8', True), ('int4', False), ('int3', True), ('int2', True), ('int2', False)]
+QUICK = ('int4', 'int2')
 FLOAT32 = 1e-5  # sums of a few dozen float32 products
+
+
+to_dense = jax.jit(dense)
+to_nearest = jax.jit(quantize, static_argnames=('format', 'group_size', 'symmetric'))
 
 
 def _parse(*steps):
@@ -33,6 +38,7 @@ def _step(**options):
 
 
 @pytest.mark.parametrize('format, symmetric', FORMATS)
+@pytest.mark.quick(format=QUICK, symmetric=(False,))
 def test_learning_starts_at_rounding_to_nearest(rng, format, symmetric):
   w_IO = jnp.asarray(rng.standard_t(3, (32, 6)), jnp.float32).at[16:, 2].set(0)
   spec = _spec(format=format, symmetric=symmetric)
@@ -65,6 +71,7 @@ def _torch_rounded(w_IO, offset_IO, low_JO, high_JO, grid, bits):
 
 
 @pytest.mark.parametrize('format, symmetric', FORMATS)
+@pytest.mark.quick(format=('int8', 'int2'))
 def test_steps_are_those_that_torch_takes(rng, format, symmetric):
   w_IO, x_TI = rng.standard_t(3, (32, 6)), rng.standard_normal((40, 32))
   w_IO, x_TI = w_IO.astype(np.float32), x_TI.astype(np.float32)
@@ -117,7 +124,7 @@ def _nearest_error(site, spec):
   """That of rounding all targets to nearest."""
   options = {'group_size': spec.group_size, 'symmetric': spec.symmetric}
   paths = [f'{layer}.weight' for layer in site.targets]
-  plain = {path: quantize(site.parameters[path], spec.format, **options) for path in paths}
+  plain = {path: to_nearest(site.parameters[path], spec.format, **options) for path in paths}
   return site.errors(_Given(), plain, 1)[0]
 
 
@@ -140,7 +147,7 @@ def test_what_is_stored_is_what_was_optimised_and_far_better_than_the_nearest(
   optimised = jax.jit(candidate)(site.parameters, arrays, 0)
   for path, stored in changes.parameters.items():
     assert isinstance(stored, QuantizedTensor) and (stored.zeros is None) == symmetric
-    np.testing.assert_array_equal(dense(stored), optimised[path])
+    np.testing.assert_array_equal(to_dense(stored), optimised[path])
   error = _error(site, changes)
   assert error == pytest.approx(site.errors(candidate, arrays, 1)[0], rel=1e-4)
   assert 0 < error < 0.6 * _nearest_error(site, spec)
@@ -185,6 +192,7 @@ def test_blocks_share_a_compilation_and_a_killed_run_goes_on(tiny, tokens_BT, tm
   assert _arrays(other) != _arrays(whole)
 
 
+@pytest.mark.slow
 def test_targets_alone_change_zeros_stay_and_another_group_is_an_event(tiny, tokens_BT):
   model, only = tiny(layers=1), ['*.down', '*.key']
   steps = [

@@ -148,6 +148,7 @@ _nearest = jax.jit(lambda w_IO: quantize(w_IO, 'int3', group_size=16, symmetric=
 
 
 @pytest.mark.parametrize('producer', ['attention_norm', 'attention.value', 'ffn_norm', 'ffn.up'])
+@pytest.mark.quick(producer=('attention_norm', 'ffn.up'))
 def test_it_is_never_worse_than_rounding_to_nearest(tiny, tokens_BT, site_of, producer):
   site = site_of(tiny(seed=3), tokens_BT, STATISTICS)
   group = _group(site, producer)
@@ -179,6 +180,7 @@ def test_outliers_are_what_it_is_for(tiny, tokens_BT, site_of):
 
 
 @pytest.mark.parametrize('format, bits', [('int3', 3), ('int4', 4)])
+@pytest.mark.quick(bits=(3,))
 def test_clipping_takes_the_best_range_of_each_group(rng, format, bits):
   inputs, outputs, size = 32, 5, 16
   w_IO = rng.standard_t(3, (inputs, outputs)).astype(np.float32)
@@ -231,6 +233,7 @@ def test_inputs_that_never_occur_are_left_alone(tiny, tokens_BT):
   assert any('no calibration token' in event.event for event in ledger.events)
 
 
+@pytest.mark.slow
 def test_without_quantization_the_model_stays_what_it_was(tiny, tokens_BT):
   model = _with_outliers(tiny())
   steps = [{'awq': {'quantize': False, 'grid': 4}, 'only': ['*.gate', '*.key', '*.output']}]

@@ -26,6 +26,7 @@ RECIPES = [
   _recipe('int4', {'round_to_nearest': {'format': 'int4', 'group_size': 16}}),
   _recipe('half', {'wanda': {'n': 2, 'm': 4}}, {'round_to_nearest': {'format': 'int8'}}),
 ]
+to_dense = jax.jit(dense)
 CAST = _recipe('first', {'cast': {}}).steps
 
 
@@ -106,6 +107,7 @@ def test_costs_are_those_of_the_whole_model(tiny, tokens_BT):
   assert all(o.kl == 0 and o.nbytes == matrices(model)[o.layer].nbytes for o in left)
 
 
+@pytest.mark.slow
 def test_rounding_the_inputs_is_not_free(tiny, tokens_BT):
   """Activations of 4 bits cost what the whole model loses by them, though no weight changes."""
   model = tiny(layers=2)
@@ -150,6 +152,7 @@ def test_budgets_are_kept_and_beat_uniform_treatment(tiny, tokens_BT, rng, count
     assert kl <= best * 1.02 + TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_recipe_can_be_written_down_and_read_again(tiny, tokens_BT):
   model, choices = tiny(layers=2), budget.treatments(RECIPES)
   found, options = budget.search(model, choices, tokens_BT, 60_000, first=CAST)
@@ -175,7 +178,7 @@ def test_dense_of_a_treated_matrix_is_what_is_measured(tiny, tokens_BT):
   treated, _ = pipeline.compress(model, one)
   plain = nnx.clone(treated)
   for path, linear in linears(plain).items():
-    linear.weight.set_value(dense(matrices(treated)[path]))
+    linear.weight.set_value(to_dense(matrices(treated)[path]))
   np.testing.assert_allclose(
     _logits(treated, tokens_BT), _logits(plain, tokens_BT), atol=1e-5, rtol=0
   )

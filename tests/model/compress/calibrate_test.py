@@ -63,6 +63,7 @@ def test_statistics_equal_those_of_hooks_in_transformers(tiny, tokens_BT, torch_
 
 
 @pytest.mark.parametrize('name', ['llama', 'gpt2', 'gemma2', 'neox', 'qwen3'])
+@pytest.mark.quick(name=('llama', 'gemma2'))
 def test_layers_with_the_same_inputs_share_what_is_measured(tiny_of, tokens_BT, name):
   model = tiny_of(name)
   measured = calibrate.Stream(model, [tokens_BT]).observe(model.layers[0], ('input_covariance',))
@@ -87,6 +88,7 @@ def test_batches_do_not_matter(tiny, tokens_BT, batch_size):
 @pytest.mark.parametrize(
   'first', [{'wanda': {'sparsity': 0.6}}, {'round_to_nearest': {'format': 'int4'}}]
 )
+@pytest.mark.quick(first=({'wanda': {'sparsity': 0.6}},))
 def test_a_block_is_calibrated_on_what_the_compressed_ones_put_out(
   tiny, tokens_BT, torch_inputs, probe, first
 ):

@@ -49,6 +49,16 @@ def test_every_technique_with_its_defaults(name):
 
 
 @pytest.mark.parametrize('name, spec', [(name, spec) for name in SPECS for spec in SPECS[name]])
+@pytest.mark.quick(
+  spec=(
+    techniques.CastSpec(dtype='float16'),
+    techniques.QuantizeSpec(format='int4', symmetric=False, group_size=32),
+    techniques.QuantizeSpec(format='nf4', double=True),
+    techniques.QuantizeSpec(format='nvfp4'),
+    PruneSpec(n=2, m=4),
+    PruneSpec(sparsity=0.3, per_output=False),
+  )
+)
 def test_techniques_with_options(name, spec):
   contracts.check(name, spec)
 

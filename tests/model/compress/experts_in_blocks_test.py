@@ -60,6 +60,7 @@ def _logits(model):
 
 
 _run = jax.jit(lambda graphdef, state, tokens: nnx.merge(graphdef, state)(tokens), static_argnums=0)
+to_dense = jax.jit(dense)
 
 
 def _compress(model, *steps):
@@ -67,7 +68,7 @@ def _compress(model, *steps):
 
 
 def _value(model, path):
-  return np.float64(dense(parameters(model)[f'layers.0.ffn.{path}'].get_value()))
+  return np.float64(to_dense(parameters(model)[f'layers.0.ffn.{path}'].get_value()))
 
 
 def test_rotations_leave_the_choice_and_the_outputs(model):
@@ -139,7 +140,7 @@ def test_each_technique_moves_the_block_less_than_rounding(model):
 
   def error(*steps):
     result, _ = _compress(model[0], *steps)
-    values = {p: dense(v.get_value()) for p, v in parameters(result.layers[0]).items()}
+    values = {p: to_dense(v.get_value()) for p, v in parameters(result.layers[0]).items()}
     return stream.errors(model[0].layers[0], _Other(), values, 1)[0]
 
   nearest = error({'round_to_nearest': {**INT4, 'symmetric': False}})
@@ -156,12 +157,13 @@ def test_a_starved_expert_is_rounded_without_statistics_and_named(model):
   starved = {(e.layer, e.detail) for e in ledger.events if 'without statistics' in e.event}
   assert starved == {(f'layers.0.ffn.{name}.1', '0') for name in ('gate', 'up', 'down')}
   step = recipe.parse({'name': 'x', 'steps': [{'round_to_nearest': INT4}]}).steps[0]
+  rounded = jax.jit(lambda w_IO: dense(step.row(w_IO, {}, step.spec).weight))
   for name in ('up', 'down'):
     w_EIO = parameters(model)[f'layers.0.ffn.{name}.weight'].get_value()
     found = matrices(result)[f'layers.0.ffn.{name}']
     for e in range(3):
-      nearest = dense(step.row(w_EIO[e], {}, step.spec).weight)
-      same = np.abs(np.asarray(dense(experts.take(found, e)) - nearest)).max() < 1e-5
+      one = np.asarray(to_dense(experts.take(found, e)))
+      same = np.abs(one - rounded(w_EIO[e])).max() < 1e-5
       assert same == (e == 1), (name, e)
 
 
@@ -189,6 +191,6 @@ def test_experts_that_learned_to_be_quantized_are_stored_as_rounded(model):
   result = learned.finish(learning)
   row = registry.lookup('round_to_nearest')
   w_EIO = parameters(model[0])['layers.0.ffn.up.weight'].get_value()
-  expected = row(w_EIO, {}, row.spec(**INT4)).weight
-  np.testing.assert_array_equal(_value(result, 'up.weight'), dense(expected))
+  rounded = jax.jit(lambda w_EIO: dense(row(w_EIO, {}, row.spec(**INT4)).weight))
+  np.testing.assert_array_equal(_value(result, 'up.weight'), rounded(w_EIO))
   np.testing.assert_allclose(_logits(learning), _logits(result), atol=CANCELLED)

@@ -77,6 +77,17 @@ def _change(block, group, rng, fold=folding.fold):
 
 
 @families
+@pytest.mark.quick(
+  family=(
+    'gemma2',
+    'gpt2',
+    'neox',
+    'biases',
+    'relu, one key head',
+    'no norms before',
+    'parallel llama',
+  )
+)
 def test_folding_does_not_change_the_logits(family, rng):
   config = FAMILIES[family]
   model = _model(config)
@@ -103,6 +114,7 @@ def _assert_folded(layer, before, after):
 
 
 @families
+@pytest.mark.quick(family=('gemma2', 'relu, one key head', 'parallel llama'))
 def test_each_part_of_a_group_matters(family, rng):
   """Folding without dividing the producer changes the logits, for every group."""
   config = FAMILIES[family]

@@ -9,11 +9,13 @@ import pytest
 
 from model.compress import contracts, recipe, registry
 from model.compress.hqq import HqqSpec
-from ops import quantized, sparse
+from ops import linear, quantized, sparse
 from ops.kernels.cpu import layout
 
 RECIPES = pathlib.Path(__file__).parents[3] / 'experiments' / 'recipes'
 HQQ = registry.lookup('hqq')
+to_dense = jax.jit(linear.dense)
+quantize = jax.jit(quantized.quantize, static_argnames=('format', 'group_size', 'symmetric'))
 LOST = 'zeros that became nonzero, because zero points are not integers'
 
 
@@ -26,6 +28,7 @@ LOST = 'zeros that became nonzero, because zero points are not integers'
     HqqSpec(format='int8', group_size=-1),
   ],
 )
+@pytest.mark.quick(spec=(HqqSpec(), HqqSpec(format='int3', group_size=32, iterations=5)))
 def test_the_contract_holds(spec):
   contracts.check('hqq', spec)
 
@@ -47,9 +50,9 @@ def test_bytes_are_counted_with_the_zero_points(w_IO):
 
 def test_the_error_is_smaller_than_with_rounding_to_nearest(w_IO):
   w = np.asarray(w_IO, np.float64)
-  error = lambda q: (np.abs(np.asarray(q.dense(), np.float64) - w) ** 0.7).sum()
+  error = lambda q: (np.abs(np.asarray(to_dense(q), np.float64) - w) ** 0.7).sum()
   for format in ('int4', 'int3', 'int2'):
-    rounded = quantized.quantize(w_IO, format, group_size=64, symmetric=False)
+    rounded = quantize(w_IO, format, group_size=64, symmetric=False)
     assert error(_run(w_IO, format=format).weight) < error(rounded)
 
 
@@ -58,22 +61,23 @@ def test_floating_zero_points_are_left_to_xla(w_IO):
     floating = _run(w_IO, format=format).weight
     assert floating.format == format and not layout.can_pack(floating)
     assert layout.pack(floating) is floating
-    assert layout.can_pack(quantized.quantize(w_IO, format, group_size=64, symmetric=False))
+    assert layout.can_pack(quantize(w_IO, format, group_size=64, symmetric=False))
 
 
 def test_pruned_weights_that_become_nonzero_are_counted(w_IO):
   pruned_IO = jnp.where(sparse.unstructured_mask(jnp.abs(w_IO), 0.05, per_output=True), w_IO, 0)
   outcome = _run(pruned_IO)
-  back = (np.asarray(pruned_IO) == 0) & (np.asarray(outcome.weight.dense()) != 0)
+  back = (np.asarray(pruned_IO) == 0) & (np.asarray(to_dense(outcome.weight)) != 0)
   assert int(outcome.events[LOST]) == back.sum() > 0
   assert int(_run(w_IO).events[LOST]) == 0
 
 
 def test_weights_dropped_by_n_of_m_pruning_stay_zero(w_IO):
-  kept = sparse.compress(w_IO, sparse.n_of_m_mask(jnp.abs(w_IO), 2, 4), 2, 4)
+  two_of_four = lambda w: sparse.compress(w, sparse.n_of_m_mask(jnp.abs(w), 2, 4), 2, 4)
+  kept = jax.jit(two_of_four)(w_IO)
   outcome = _run(kept)
   assert isinstance(outcome.weight.values, quantized.QuantizedTensor)
-  assert not np.any(np.asarray(outcome.weight.dense())[np.asarray(kept.dense()) == 0])
+  assert not np.any(np.asarray(to_dense(outcome.weight))[np.asarray(to_dense(kept)) == 0])
 
 
 def test_a_group_size_that_does_not_divide_is_halved_and_recorded():

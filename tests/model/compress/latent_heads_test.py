@@ -41,9 +41,11 @@ def _converted(model, tokens_BT, **options):
   return pipeline.compress(model, recipe.parse({'name': 'x', 'steps': steps}), tokens_BT)
 
 
+_run = jax.jit(lambda graphdef, state, tokens: nnx.merge(graphdef, state)(tokens), static_argnums=0)
+
+
 def _logits(model, tokens_BT):
-  graphdef, state = nnx.split(model)
-  return np.asarray(jax.jit(lambda s, t: nnx.merge(graphdef, s)(t))(state, tokens_BT))
+  return np.asarray(_run(*nnx.split(model), tokens_BT))
 
 
 CASES = {
@@ -59,6 +61,7 @@ CASES = {
   ('case', 'importance'),
   [*((case, 'outputs') for case in CASES), ('partly rotated', 'weights')],
 )
+@pytest.mark.quick(case=('biased', 'partly rotated', 'a layer at rest'), importance=('outputs',))
 def test_with_all_pairs_at_full_rank_nothing_changes(tokens_BT, case, importance):
   name, traits = CASES[case]
   model = _model(name, **traits)

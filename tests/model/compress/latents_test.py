@@ -58,9 +58,11 @@ def _compressed(model, tokens_BT, *steps):
   return pipeline.compress(model, recipe.parse({'name': 'x', 'steps': list(steps)}), tokens_BT)
 
 
+_run = jax.jit(lambda graphdef, state, tokens: nnx.merge(graphdef, state)(tokens), static_argnums=0)
+
+
 def _logits(model, tokens_BT):
-  graphdef, state = nnx.split(model)
-  return np.asarray(jax.jit(lambda s, t: nnx.merge(graphdef, s)(t))(state, tokens_BT))
+  return np.asarray(_run(*nnx.split(model), tokens_BT))
 
 
 def _value_up(model):

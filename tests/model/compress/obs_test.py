@@ -9,8 +9,7 @@ import pytest
 
 from model.compress import contracts, pipeline, recipe, registry
 from model.compress.obs import GptqSpec, SparseGptSpec, gptq, sparsegpt
-from ops import adapter_starts, quantized, sparse
-from ops.linear import dense
+from ops import adapter_starts, linear, quantized, sparse
 from ops.quantized import QuantizedTensor
 from ops.solvers import obs
 from ops.sparse import SparseTensor
@@ -22,6 +21,7 @@ COVARIANCE_II = jnp.asarray(X_TI.T @ X_TI / 300, jnp.float32)
 MEASURED = {'input_covariance': COVARIANCE_II}
 W_IO = jnp.asarray(RNG.standard_normal((INPUTS, OUTPUTS)), jnp.float32)
 
+dense = jax.jit(linear.dense)
 solve = jax.jit(obs.solve, static_argnames=('grid', 'pruning', 'act_order', 'damping'))
 SPECS = {
   'gptq': [
@@ -85,16 +85,17 @@ def test_what_is_stored_is_what_was_solved(spec, dtype):
 
 
 def test_a_sparse_matrix_keeps_its_zeros_and_stores_fewer_codes():
-  pruned = sparse.compress(W_IO, sparse.n_of_m_mask(jnp.abs(W_IO), 2, 4), 2, 4)
+  compress = lambda w: sparse.compress(w, sparse.n_of_m_mask(jnp.abs(w), 2, 4), 2, 4)
+  pruned = jax.jit(compress)(W_IO)
   for act_order in (False, True):
     spec = GptqSpec(format='int4', group_size=16, act_order=act_order)
     weight, _ = _run(gptq, pruned, spec)
     grid = obs.Grid(format='int4', group=32)  # 16 values that are stored
-    expected_IO = solve(pruned.dense(), COVARIANCE_II, grid=grid, act_order=act_order).w_IO
+    expected_IO = solve(dense(pruned), COVARIANCE_II, grid=grid, act_order=act_order).w_IO
     assert isinstance(weight, SparseTensor) and isinstance(weight.values, QuantizedTensor)
     assert weight.values.group_size == 16 and weight.values.shape == (INPUTS // 2, OUTPUTS)
     np.testing.assert_array_equal(dense(weight), expected_IO)
-    assert (np.asarray(dense(weight))[np.asarray(pruned.dense()) == 0] == 0).all()
+    assert (np.asarray(dense(weight))[np.asarray(dense(pruned)) == 0] == 0).all()
 
 
 def test_each_kind_of_pruning_is_stored_in_its_own_way():
@@ -148,26 +149,34 @@ def test_another_group_than_the_usual_is_an_event():
   assert events == {'group size, because 128 does not divide 32 inputs': 32}
 
 
+def _shapes(make):
+  return jax.eval_shape(make, W_IO)
+
+
+int8 = lambda w_IO: quantized.quantize(w_IO, 'int8')
+two_of_four = lambda w_IO: sparse.compress(w_IO, w_IO > -9, 2, 4)
+
+
 @pytest.mark.parametrize(
   'message, function, w, spec',
   [
-    ('not a QuantizedTensor', gptq, quantized.quantize(W_IO, 'int8'), GptqSpec()),
+    ('not a QuantizedTensor', gptq, _shapes(int8), GptqSpec()),
     (
       'not a LoraTensor',
       gptq,
-      adapter_starts.zero(W_IO, 2, scale=1.0, key=jax.random.key(0)),
+      _shapes(lambda w: adapter_starts.zero(w, 2, scale=1.0, key=jax.random.key(0))),
       GptqSpec(),
     ),
     (
       'not a SparseTensor of QuantizedTensor',
       gptq,
-      sparse.compress(W_IO, W_IO > -9, 2, 4).map_values(lambda v: quantized.quantize(v, 'int8')),
+      _shapes(lambda w: two_of_four(w).map_values(int8)),
       GptqSpec(),
     ),
     (
       'prunes plain matrices, not a SparseTensor',
       sparsegpt,
-      sparse.compress(W_IO, W_IO > -9, 2, 4),
+      _shapes(two_of_four),
       SparseGptSpec(),
     ),
     ('does not divide 64', gptq, W_IO, GptqSpec(group_size=24)),
@@ -215,15 +224,17 @@ def test_options_that_make_no_sense(message, spec, options):
   ],
   ids=str,
 )
-def test_a_model_has_smaller_output_errors_than_without_calibration(step, tiny, tokens_BT):
+def test_a_model_has_smaller_output_errors_than_without_calibration(
+  step, tiny, tokens_BT, logits_of
+):
   (name, options), *_ = step.items()
   other = [{'round_to_nearest': {'format': 'int4', 'group_size': options['group_size']}}]
   if name == 'sparsegpt':
     other = [{'wanda': {'n': 2, 'm': 4}}, *other]
   ours, ledger = _compressed(tiny(layers=1), [step], tokens_BT)
   theirs, _ = _compressed(tiny(layers=1), other, tokens_BT)
-  expected = tiny(layers=1)(tokens_BT)
-  moved = [float(jnp.abs(model(tokens_BT) - expected).mean()) for model in (ours, theirs)]
+  expected = logits_of(tiny(layers=1), tokens_BT)
+  moved = [np.abs(logits_of(model, tokens_BT) - expected).mean() for model in (ours, theirs)]
   assert moved[0] < moved[1]
   told = {(row.layer, row.event) for row in ledger.events}  # of 80 inputs, by 60 tokens
   assert ('layers.0.ffn.down', 'Hessian of deficient rank, held up by its damping') in told

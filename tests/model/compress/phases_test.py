@@ -166,6 +166,7 @@ def _dying(function):
 
 
 @pytest.mark.parametrize('killed', [_after_each_state, _before_each_removal])
+@pytest.mark.quick(killed=(_after_each_state,))
 def test_killed_again_and_again_it_ends_with_the_same_bits(tiny, tmp_path, whole, killed):
   tokens_BT, want, ledger = whole
   folder, school = tmp_path / 'progress', School()

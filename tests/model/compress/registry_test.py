@@ -12,8 +12,14 @@ from model.compress import registry, statistics, techniques
 from model.compress.hqq import HqqSpec
 from model.compress.registry import Outcome, PruneSpec, Technique
 from ops import quantized, sparse
+from ops.linear import dense
 
 ROWS = list(registry.TECHNIQUES.values())
+to_dense = jax.jit(dense)
+quantize = jax.jit(quantized.quantize, static_argnames=('format', 'group_size', 'symmetric'))
+magnitude = jax.jit(
+  lambda w, spec: registry.lookup('magnitude')(w, {}, spec).weight, static_argnames='spec'
+)
 
 
 @pytest.mark.parametrize('row', ROWS, ids=lambda row: row.name)
@@ -105,26 +111,27 @@ def test_a_technique_gets_only_its_own_statistics():
 
 def test_the_default_drops_half_of_each_output(rng):
   w_IO = jnp.asarray(rng.standard_normal((10, 7)), jnp.float32)
-  pruned_IO = registry.lookup('magnitude')(w_IO, {}, PruneSpec()).weight
+  pruned_IO = magnitude(w_IO, PruneSpec())
   assert ((pruned_IO == 0).sum(0) == 5).all()
-  pool_IO = registry.lookup('magnitude')(w_IO, {}, PruneSpec(per_output=False)).weight
+  pool_IO = magnitude(w_IO, PruneSpec(per_output=False))
   assert int((pool_IO == 0).sum()) == 35
   assert not ((pool_IO == 0).sum(0) == 5).all()
 
 
 @pytest.mark.parametrize('options', [{}, {'symmetric': False}, {'group_size': 16}])
 @pytest.mark.parametrize('format', ['int8', 'int4', 'int3'])
+@pytest.mark.quick(format=('int8', 'int3'), options=({}, {'symmetric': False}))
 def test_a_quantized_weight_is_pruned_on_its_grid(rng, format, options):
   w_IO = jnp.asarray(rng.standard_normal((64, 12)), jnp.float32)
-  w = quantized.quantize(w_IO, format, **options)
-  before = np.asarray(w.dense())
-  half = registry.lookup('magnitude')(w, {}, PruneSpec()).weight
-  expected = np.asarray(registry.lookup('magnitude')(w.dense(), {}, PruneSpec()).weight)
+  w = quantize(w_IO, format, **options)
+  before = np.asarray(to_dense(w))
+  half = magnitude(w, PruneSpec())
+  expected = np.asarray(magnitude(to_dense(w), PruneSpec()))
   assert isinstance(half, quantized.QuantizedTensor) and half.nbytes == w.nbytes
-  np.testing.assert_array_equal(half.dense(), expected)
-  stored = registry.lookup('magnitude')(w, {}, PruneSpec(n=2, m=4)).weight
+  np.testing.assert_array_equal(to_dense(half), expected)
+  stored = magnitude(w, PruneSpec(n=2, m=4))
   assert isinstance(stored.values, quantized.QuantizedTensor) and stored.shape == w.shape
-  kept = np.asarray(stored.dense())
+  kept = np.asarray(to_dense(stored))
   assert ((kept != 0).reshape(16, 4, 12).sum(1) <= 2).all() and (kept != 0).mean() > 0.3
   np.testing.assert_array_equal(kept[kept != 0], before[kept != 0])
 
@@ -139,11 +146,8 @@ def test_groups_that_cut_through_n_of_m_are_refused(n, m, group):
 @pytest.mark.parametrize('n, m, group', [(4, 8, 24), (1, 3, 96), (1, 3, -1), (4, 8, 16)])
 def test_kept_weights_do_not_move_where_groups_fit(rng, n, m, group):
   w_IO = jnp.asarray(rng.standard_t(3, (192, 12)) * rng.uniform(0.1, 9, (192, 1)), jnp.float32)
-  w = quantized.quantize(w_IO, 'int4', group_size=group)
-  before, pruned = (
-    np.asarray(a.dense())
-    for a in (w, registry.lookup('magnitude')(w, {}, PruneSpec(n=n, m=m)).weight)
-  )
+  w = quantize(w_IO, 'int4', group_size=group)
+  before, pruned = (np.asarray(to_dense(a)) for a in (w, magnitude(w, PruneSpec(n=n, m=m))))
   assert ((pruned != 0).reshape(-1, m, 12).sum(1) <= n).all() and (pruned != 0).any()
   np.testing.assert_array_equal(pruned[pruned != 0], before[pruned != 0])
 
@@ -154,11 +158,11 @@ def _shape(inputs):
 
 def test_zero_points_that_are_no_integers_have_no_zero(rng):
   w_IO = jnp.asarray(rng.standard_normal((64, 12)), jnp.float32)
-  w = registry.lookup('hqq')(w_IO, {}, HqqSpec()).weight
+  w = jax.jit(lambda w_IO: registry.lookup('hqq')(w_IO, {}, HqqSpec()).weight)(w_IO)
   with pytest.raises(ValueError, match=r'zero has no code.*prune n of m'):
     registry.lookup('magnitude')(w, {}, PruneSpec())
-  stored = registry.lookup('magnitude')(w, {}, PruneSpec(n=2, m=4)).weight
-  kept, before = np.asarray(stored.dense()), np.asarray(w.dense())
+  stored = magnitude(w, PruneSpec(n=2, m=4))
+  kept, before = (np.asarray(to_dense(a)) for a in (stored, w))
   assert ((kept != 0).reshape(16, 4, 12).sum(1) <= 2).all() and (kept != 0).mean() > 0.4
   np.testing.assert_array_equal(kept[kept != 0], before[kept != 0])
 
@@ -172,7 +176,8 @@ def test_cast_counts_what_overflows():
 
 def test_cast_reaches_the_values_of_a_sparse_matrix():
   w_IO = jax.random.normal(jax.random.key(0), (8, 3))
-  stored = sparse.compress(w_IO, sparse.n_of_m_mask(jnp.abs(w_IO), 2, 4), 2, 4)
+  two_of_four = lambda w: sparse.compress(w, sparse.n_of_m_mask(jnp.abs(w), 2, 4), 2, 4)
+  stored = jax.jit(two_of_four)(w_IO)
   weight = registry.lookup('cast')(stored, {}, techniques.CastSpec()).weight
   assert isinstance(weight, sparse.SparseTensor)
   assert weight.values.dtype == jnp.bfloat16

@@ -46,6 +46,7 @@ def _tokens(model, rng, shape=(2, 17)):
 
 @pytest.mark.parametrize('online', [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', PRESETS)
+@pytest.mark.quick(name=('tiny-qwen3', 'tiny-phi3'))
 def test_rotation_does_not_change_the_logits(rng, name, online):
   model = _random(name, rng)
   tokens_BT = _tokens(model, rng)

@@ -77,6 +77,7 @@ def test_scales_match_the_formula(rng, alpha):
 
 
 @pytest.mark.parametrize('activations', ['dynamic', 'static'])
+@pytest.mark.quick(activations=('static',))
 def test_stored_weights_are_smoothed_and_rounded(tiny, tokens_BT, site_of, activations):
   site = site_of(_with_outliers(tiny()), tokens_BT, STATISTICS)
   changes = smoothquant.smoothquant(site, SmoothQuantSpec(activations=activations)).parameters
@@ -124,6 +125,7 @@ def test_the_search_picks_the_smallest_error_of_the_block(tiny, tokens_BT, site_
 
 
 @pytest.mark.parametrize('static', [False, True])
+@pytest.mark.quick(static=(True,))
 def test_smoothing_helps_a_model_with_outliers(tiny, tokens_BT, static):
   model = _with_outliers(tiny())
   expected = _logits(model, tokens_BT)
@@ -138,6 +140,7 @@ def test_smoothing_helps_a_model_with_outliers(tiny, tokens_BT, static):
 
 
 @pytest.mark.parametrize('fold', ['norms', 'all'])
+@pytest.mark.quick(fold=('all',))
 def test_without_quantization_the_outputs_do_not_change(tiny, tokens_BT, fold):
   model = _with_outliers(tiny(layers=1))
   step = {'smoothquant': {'quantize': False, 'fold': fold}}
@@ -158,6 +161,7 @@ def test_without_quantization_the_outputs_do_not_change(tiny, tokens_BT, fold):
     [{'round_to_nearest': {'format': 'int4'}}, {'quantize_activations_static': {'bits': 4}}],
   ],
 )
+@pytest.mark.quick(steps=([{'smoothquant': {'activations': 'static', 'weight_bits': 4}}],))
 def test_a_model_is_the_same_when_saved_and_loaded(tiny, tokens_BT, tmp_path, steps):
   one = _parse(*steps)
   compressed, ledger = pipeline.compress(tiny(layers=1), one, tokens_BT)
@@ -174,6 +178,7 @@ def test_a_model_is_the_same_when_saved_and_loaded(tiny, tokens_BT, tmp_path, st
 
 @pytest.mark.parametrize('name', ['quantize_activations', 'quantize_activations_static'])
 @pytest.mark.parametrize('bits', [8, 4])
+@pytest.mark.quick(bits=(4,))
 def test_the_contract_holds(name, bits):
   contracts.check(name, ActivationSpec(bits=bits))
 

@@ -42,6 +42,7 @@ def _widths(model):
 
 
 @pytest.mark.parametrize('name', ['gemma2', 'gpt2'])
+@pytest.mark.quick(name=('gpt2',))
 def test_dimensions_that_stay_zero_can_go(tiny_of, logits_of, name):
   """Norms are rescaled for the smaller width; the remaining dimensions are centred for GPT-2."""
   model = tiny_of(name, norm_eps=1e-12)
@@ -162,6 +163,7 @@ def _cut(model, **kept):
 
 
 @pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.quick(name=('gemma2', 'gpt2', 'phi3'))
 def test_transformers_loads_what_is_pruned_evenly(tiny_of, logits_of, tmp_path, name):
   model = tiny_of(name)
   layer = model.config.layers[0]
@@ -201,6 +203,9 @@ NATIVE = {
 
 
 @pytest.mark.parametrize('case', NATIVE)
+@pytest.mark.quick(
+  case=('uneven widths', 'fewer heads of the same width', 'biases that the family lacks')
+)
 def test_what_config_json_cannot_say_is_saved_in_our_own_form(
   tiny_of, logits_of, tmp_path, case, caplog
 ):

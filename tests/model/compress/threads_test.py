@@ -30,6 +30,7 @@ def test_small_matrices_are_factored_by_one_thread():
 
 
 @pytest.mark.parametrize('most, expected', [(4096, 1), (8, 2)])
+@pytest.mark.quick(most=(4096,))
 def test_a_compression_limits_them_by_its_widest_matrix(
   tiny, tokens_BT, monkeypatch, most, expected
 ):

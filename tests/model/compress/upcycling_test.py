@@ -47,9 +47,11 @@ def dense():
   return model, _logits(model)
 
 
+_run = jax.jit(lambda graphdef, state, tokens: nnx.merge(graphdef, state)(tokens), static_argnums=0)
+
+
 def _logits(model):
-  graphdef, state = nnx.split(model)
-  return np.asarray(jax.jit(lambda s, t: nnx.merge(graphdef, s)(t))(state, TOKENS_BT))
+  return np.asarray(_run(*nnx.split(model), TOKENS_BT))
 
 
 def _compress(model, *steps):
@@ -63,6 +65,7 @@ def _value(model, name):
 @pytest.mark.parametrize(
   'experts, choices, granularity', [(4, 1, 1), (4, 3, 1), (8, 2, 2), (12, 8, 4)]
 )
+@pytest.mark.quick(granularity=(2, 4))
 def test_copies_and_their_shards_compute_what_the_dense_model_did(
   dense, experts, choices, granularity
 ):

@@ -72,6 +72,7 @@ def test_a_float_cache_changes_nothing(name):
 
 @models
 @pytest.mark.parametrize('format', ['int8', 'int4'])
+@pytest.mark.quick(name=('windowed',))
 def test_pieces_are_what_single_tokens_see(name, format):
   pieces, single = _hidden(name, format), _hidden(name, format, 1)
   np.testing.assert_allclose(pieces, single, atol=SAME_CODES)
@@ -80,6 +81,7 @@ def test_pieces_are_what_single_tokens_see(name, format):
 
 
 @models
+@pytest.mark.quick(name=('windowed',))
 def test_int4_is_exact_in_the_first_page_and_farther_off_than_int8_after_it(name):
   exact, int8, int4 = _hidden(name), _hidden(name, 'int8'), _hidden(name, 'int4')
   np.testing.assert_allclose(int4[:, :32], exact[:, :32], atol=SAME)

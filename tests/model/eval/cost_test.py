@@ -168,6 +168,7 @@ def test_bad_lengths_and_nothing():
 
 
 @pytest.mark.parametrize('name', names())
+@pytest.mark.quick(name=[name for name in names() if name.startswith('tiny-')])
 def test_the_shapes_of_a_real_model_are_those_by_hand(name, shapes_by_hand):
   config = preset(name)
   config = config.replace(layers=config.layers[:8])
@@ -186,6 +187,7 @@ ELEMENTWISE = 0.06
 
 
 @pytest.mark.parametrize('rank', [None, 8])
+@pytest.mark.quick(rank=(8,))
 def test_training_flops_are_those_that_xla_counts(rank):
   """XLA's count of a forward and a backward pass, which also multiplies the masked scores."""
   config = preset('tiny-llama').replace(vocab_size=2048)

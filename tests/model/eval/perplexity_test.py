@@ -77,6 +77,7 @@ def _windows(tokenizer, text, **options):
 
 
 @pytest.mark.parametrize('family', CASES)
+@pytest.mark.quick(family=('Qwen3', 'GPT2'))
 def test_perplexity_is_that_of_transformers(family, tokenizer, tmp_path):
   other = _folder(tmp_path, family, tokenizer)
   model, own_tokenizer = hf.load_pretrained(tmp_path)

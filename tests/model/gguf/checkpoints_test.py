@@ -103,6 +103,22 @@ CASES = {
     },
   ),
 }
+# One of each architecture; the rest is slow.
+QUICK = (
+  'llama-tied-biases',
+  'llama-llama3',
+  'mistral',
+  'qwen2-yarn',
+  'qwen3',
+  'gemma2',
+  'gemma3',
+  'smollm3',
+  'olmo2',
+  'granite',
+  'phi3-partial',
+  'gpt2',
+  'neox-parallel',
+)
 # The converter writes no frequency base for a GPT-NeoX, and llama.cpp assumes this one.
 for _case in ('neox-parallel', 'neox-sequential'):
   CASES[_case][1]['rope_parameters']['rope_theta'] = 10000.0
@@ -147,6 +163,7 @@ def test_every_architecture_has_a_case():
 
 
 @pytest.mark.parametrize('case', CASES)
+@pytest.mark.quick(case=QUICK)
 def test_logits_equal_those_of_the_original(case, write_gguf, tmp_path):
   theirs = _build(case)
   ours, tokenizer = hf.load_pretrained(write_gguf(theirs, tmp_path / 'model.gguf'))
@@ -155,6 +172,7 @@ def test_logits_equal_those_of_the_original(case, write_gguf, tmp_path):
 
 
 @pytest.mark.parametrize('case', ['llama-llama3', 'gemma2', 'qwen2-yarn', 'phi3-partial', 'gpt2'])
+@pytest.mark.quick(case=('phi3-partial', 'gpt2'))
 def test_a_model_is_saved_as_a_folder_that_transformers_reads(case, write_gguf, tmp_path):
   theirs = _build(case)
   ours, _ = hf.load_pretrained(write_gguf(theirs, tmp_path / 'model.gguf'))

@@ -90,6 +90,7 @@ _forward = jax.jit(lambda graphdef, state, t: nnx.merge(graphdef, state)(t), sta
 
 
 @pytest.mark.parametrize('kind', MODELS)
+@pytest.mark.quick(kind=('int8', 'windowed'))
 def test_a_ragged_batch_gives_what_each_row_gives_alone(kind, prompts):
   model = MODELS[kind]()
   together = generate(model, prompts, max_new_tokens=8)
@@ -114,6 +115,7 @@ def test_quantized_caches_give_the_tokens_that_evaluation_sees(format, prompts):
 
 
 @pytest.mark.parametrize('format', ['int8+h2o16', 'snapkv40'])
+@pytest.mark.quick(format=('int8+h2o16',))
 def test_rows_that_give_tokens_up_do_so_without_their_company(plain, format, rng):
   prompts = [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in (50, 5)]
   run = functools.partial(generate, plain, max_new_tokens=50)
@@ -218,6 +220,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize('format', ['float', 'int8'])
 @pytest.mark.parametrize('name', SETTINGS)
+@pytest.mark.quick(name=('cut',))
 def test_company_does_not_change_a_row(plain, rng, name, format):
   run = functools.partial(generate, plain, max_new_tokens=12, cache_format=format)
   prompts = [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in (3, 1, 40, 17, 8)]

@@ -150,6 +150,7 @@ FEEDS = {
 
 @policies
 @pytest.mark.parametrize('feed', FEEDS)
+@pytest.mark.quick(feed=('a prompt, then one by one', 'prompts between'))
 def test_it_keeps_what_the_papers_keep(rng, name, feed):
   (q, k, v), policy, lengths = _draw(rng), POLICIES[name], FEEDS[feed]
   cache, found = _feed(_cache(policy), q, k, v, lengths)
@@ -204,6 +205,7 @@ def test_a_budget_for_all_tokens_changes_nothing(rng, name, format):
 
 
 @policies
+@pytest.mark.quick(name=('h2o', 'snapkv'))
 def test_padded_rows_of_different_lengths_equal_the_same_rows_alone(rng, name):
   (q, k, v), policy = _draw(rng), POLICIES[name]
   lengths, padded = np.array([3, 22]), 25
@@ -227,6 +229,7 @@ def test_padded_rows_of_different_lengths_equal_the_same_rows_alone(rng, name):
 
 
 @policies
+@pytest.mark.quick(name=('snapkv',))
 def test_a_row_of_another_cache_is_inserted(rng, name):
   (q, k, v), policy = _draw(rng), POLICIES[name]
   many, _ = _feed(_cache(policy), q, k, v, [25])

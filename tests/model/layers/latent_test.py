@@ -74,22 +74,25 @@ def _model(mixer, layers=2) -> Transformer:
   return model
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _whole(graphdef, state, tokens_BT):
+  return nnx.merge(graphdef, state)(tokens_BT)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _part(graphdef, state, tokens_BT, positions_BT, caches):
+  own = nnx.merge(graphdef, state)
+  x_BTD, caches = own.hidden(tokens_BT, positions_BT=positions_BT, cache=caches)
+  return own.logits(x_BTD), caches
+
+
 def _logits(model, tokens_BT):
-  graphdef, state = nnx.split(model)
-  return np.asarray(jax.jit(lambda s, t: nnx.merge(graphdef, s)(t))(state, tokens_BT))
+  return np.asarray(_whole(*nnx.split(model), tokens_BT))
 
 
 def _step(model):
   """The compiled (tokens_BT, positions_BT, caches) -> (logits_BTV, caches)."""
-  graphdef, state = nnx.split(model)
-
-  @jax.jit
-  def run(state, tokens_BT, positions_BT, caches):
-    own = nnx.merge(graphdef, state)
-    x_BTD, caches = own.hidden(tokens_BT, positions_BT=positions_BT, cache=caches)
-    return own.logits(x_BTD), caches
-
-  return functools.partial(run, state)
+  return functools.partial(_part, *nnx.split(model))
 
 
 def _fed(model, tokens_BT, lengths, format='float'):
@@ -260,6 +263,7 @@ def test_a_token_takes_as_many_bytes_as_the_formula_says(format):
 
 
 @pytest.mark.parametrize('name', ['deepseek', 'converted'])
+@pytest.mark.quick(name=('converted',))
 def test_devices_share_its_heads(tokens_BT, name):
   model = _model(MIXERS[name], layers=1)
   expected, _ = _fed(model, tokens_BT, [19, 1])
@@ -283,6 +287,7 @@ def test_its_config_is_written_and_read(name):
 
 
 @pytest.mark.parametrize('name', ['deepseek', 'converted'])
+@pytest.mark.quick(name=('deepseek',))
 def test_heads_that_hand_on_nothing_can_be_removed(tokens_BT, name):
   model = _model(MIXERS[name])
   kv_heads, width = MIXERS[name].kv_heads, MIXERS[name].copies * MIXERS[name].value_width

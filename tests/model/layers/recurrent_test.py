@@ -146,6 +146,7 @@ def test_decoding_in_any_pieces_is_the_forward_pass(kind):
 
 
 @kinds
+@pytest.mark.quick(kind=('linear', 'gated_delta'))
 def test_packed_documents_are_those_alone(kind):
   run, _ = _programs(kind)
   tokens_BT, ends = _tokens(), (0, 1, 3, 66, 90)
@@ -171,6 +172,7 @@ def test_a_suffix_changes_nothing_before_it_and_rows_keep_to_themselves(kind):
 
 
 @kinds
+@pytest.mark.quick(kind=('retnet', 'gated_delta'))
 def test_a_cache_begins_anew_at_position_0_and_takes_rows_of_others(kind):
   _, step = _programs(kind)
   tokens_BT, config = _tokens(length=6), _config(MIXERS[kind])
@@ -191,6 +193,7 @@ def test_a_cache_begins_anew_at_position_0_and_takes_rows_of_others(kind):
 
 
 @kinds
+@pytest.mark.quick(kind=('gla', 'gated_delta'))
 def test_a_cache_has_the_size_of_no_context_and_meshes_divide_it(kind):
   mixer, config = MIXERS[kind], _config(MIXERS[kind])
   held = lambda caches: sum(leaf.nbytes for leaf in jax.tree.leaves(caches))

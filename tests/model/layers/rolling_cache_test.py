@@ -65,6 +65,7 @@ def _feed(config, cache, q, k, v, lengths):
   [[LENGTH], [1] * LENGTH, [3, 1, 1, 20, 1, 1, 2, 11], [13, 14, 13]],
   ids=['at once', 'one by one', 'mixed', 'in thirds'],
 )
+@pytest.mark.quick(lengths=([1] * LENGTH, [3, 1, 1, 20, 1, 1, 2, 11]))
 def test_every_way_of_feeding_finds_the_window(rng, config, format, lengths):
   q, k, v = _draw(rng)
   cache = config.cache(B, 1000, jnp.float32, format)

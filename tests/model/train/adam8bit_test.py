@@ -20,6 +20,8 @@ from ops import blockwise
 
 DECAYS, EPS = (0.9, 0.95), 1e-8
 SHAPES = {'matrix': (16, 700), 'vector': (5000,), 'small': (4095,), 'stack': (2, 8, 256)}
+TX = adam8bit.scale_by_adam8bit(*DECAYS, EPS)
+update = jax.jit(TX.update)  # compiled once for all tests
 O1 = 5e-3  # the loss after training, relative to float32 Adam's
 
 
@@ -63,9 +65,8 @@ def _gradients(rng, count=4):
 
 
 def _run(gradients, place=lambda x: x):
-  tx = adam8bit.scale_by_adam8bit(*DECAYS, EPS)
   params = {name: place(jnp.zeros(shape)) for name, shape in SHAPES.items()}
-  state, update, directions = tx.init(params), jax.jit(tx.update), []
+  state, directions = TX.init(params), []
   for gradient in gradients:
     gradient = {name: place(jnp.asarray(g)) for name, g in gradient.items()}
     direction, state = update(gradient, state)
@@ -95,8 +96,7 @@ def test_an_element_whose_gradients_stop_moves_on_by_a_bounded_amount():
 
 
 def _run_one(gradients):
-  tx = adam8bit.scale_by_adam8bit(*DECAYS, EPS)
-  state, update, directions = tx.init(gradients[0]), jax.jit(tx.update), []
+  state, directions = TX.init(gradients[0]), []
   for g in gradients:
     direction, state = update(g, state)
     directions.append(direction)
@@ -152,10 +152,8 @@ def test_a_restored_state_goes_on_bit_for_bit(rng, tmp_path):
   with RunFolder(tmp_path / 'run', {'x': 1}) as run:
     run.restore(state)
     run.save(2, state)
-  tx = adam8bit.scale_by_adam8bit(*DECAYS, EPS)
   with RunFolder(tmp_path / 'run', {'x': 1}) as run:
-    state, _ = run.restore(tx.init({name: jnp.zeros(shape) for name, shape in SHAPES.items()}))
-  update = jax.jit(tx.update)
+    state, _ = run.restore(TX.init({name: jnp.zeros(shape) for name, shape in SHAPES.items()}))
   for n in (2, 3):
     got, state = update(gradients[n], state)
     jax.tree.map(np.testing.assert_array_equal, got, want[n])

@@ -94,6 +94,7 @@ def _assert_relative(got, want, tolerance):
 
 
 @pytest.mark.parametrize('temperature', [1.0, 2.0])
+@pytest.mark.quick(temperature=(2.0,))
 def test_chunks_give_the_value_and_the_gradient_of_all_logits_at_once(rng, temperature):
   """D8, with the forward KL of Hinton et al. written out."""
   student, teacher, batch = _model(1, layers=2), _model(2), _batch(rng)
@@ -225,6 +226,7 @@ def test_relations_match_loops_between_models_of_other_widths_and_heads(rng):
   assert all(np.isfinite(np.asarray(array)).all() for array in gradient.values())
 
 
+@pytest.mark.slow
 def test_relations_share_the_forward_pass_of_the_hidden_states(rng):
   student, teacher, batch = _model(1, layers=4), _model(2, layers=4), _batch(rng)
 
@@ -290,6 +292,7 @@ def test_a_student_comes_near_its_teacher_which_stays(rng):
   assert all(np.array_equal(x, y) for x, y in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 def test_micro_batches_and_eight_devices_give_the_same_in_twenty_updates(rng):
   batch = _batch(rng, rows=8)
   mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))

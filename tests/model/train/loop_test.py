@@ -137,6 +137,7 @@ def test_saving_changes_nothing(whole):
   assert _same(_weights(_fit()), _weights(whole))
 
 
+@pytest.mark.slow
 def test_resuming_with_weights_alone_is_not_the_same(tmp_path, whole):
   _kill(tmp_path)
   config, dataset = _config(), _dataset()

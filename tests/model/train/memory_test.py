@@ -51,6 +51,7 @@ def _compiled(model, name, selection, batch):
 
 
 @pytest.mark.parametrize('name, adapters', [('adam8bit', False), ('adamw', True)])
+@pytest.mark.quick(name=('adamw',))
 def test_arguments_are_those_of_the_compiled_update(name, adapters):
   selection = Selection(value=()) if adapters else Selection()
   tx, state, frozen, compiled = _compiled(_model(adapters), name, selection, _batch())
@@ -90,6 +91,7 @@ def test_adapters_take_the_bytes_of_the_formula():
   assert found.batch == 4 * 4 * 8 * 32
 
 
+@pytest.mark.slow
 def test_eight_bit_moments_are_in_the_plan():
   _, state, _ = step_lib.init(
     _model(), optimizer.make(OptimizerConfig(name='adam8bit', steps=2, learning_rate=1))

@@ -99,6 +99,7 @@ def _learned(model, selection, batch):
 
 
 @pytest.mark.parametrize('kind', PARTITIONS)
+@pytest.mark.quick(kind=('adapters with magnitudes',))
 def test_a_mesh_learns_what_one_device_learns(kind):
   make, selection = PARTITIONS[kind]
   before, one, loss = _learned(make(), selection, _batch())

@@ -228,6 +228,7 @@ def test_every_optimizer_descends_and_decays_matrices_alone(rng, name):
 
 
 @pytest.mark.parametrize('name', ['adamw', 'adam8bit', 'adafactor', 'muon'])
+@pytest.mark.quick(name=('adamw', 'muon'))
 def test_each_expert_is_optimized_by_itself(rng, name):
   """As a matrix of its own, in stacked layers too; their biases are vectors and do not decay."""
   config = _plain(name, weight_decay=0.1)

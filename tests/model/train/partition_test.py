@@ -82,6 +82,7 @@ def _bytes(arrays):
 
 
 @pytest.mark.parametrize('name', MODELS)
+@pytest.mark.quick(name=('adapters and norms over nf4', 'scales of nf4', 'lora over masked', '2:4'))
 def test_every_array_is_on_one_side_and_the_model_comes_back(name):
   change, selection = MODELS[name]
   model = _replaced(change)
@@ -95,6 +96,7 @@ def test_every_array_is_on_one_side_and_the_model_comes_back(name):
 
 
 @pytest.mark.parametrize('name', MODELS)
+@pytest.mark.quick(name=('scales of nf4', 'lora over masked'))
 def test_an_update_changes_what_is_trained_and_nothing_else(rng, name):
   change, selection = MODELS[name]
   model, batch = _replaced(change), _batch(rng)

@@ -126,8 +126,13 @@ def test_losses_and_loads_are_those_of_every_routed_layer(rng):
 
 
 @pytest.mark.parametrize('remat', ['none', 'block'])
+@pytest.mark.quick(remat=('block',))
 def test_a_loop_over_the_layers_gives_the_same_losses_and_gradients(rng, remat):
-  model, batch, objective = _model(), _batch(rng), Balanced(balance=0.3, z=0.02)
+  model, batch, objective = (
+    _model(layers=2, dense=False),
+    _batch(rng),
+    Balanced(balance=0.3, z=0.02),
+  )
 
   def value_and_grad(model, remat):
     graphdef, state = nnx.split(model)
@@ -197,10 +202,10 @@ def test_micro_batches_have_the_losses_and_gradients_of_the_batch(rng):
 
 def test_an_update_moves_the_biases_by_the_load_of_the_batch_alone(rng):
   """Once, whatever is computed again; by no gradient, optimizer or weight decay."""
-  model, batch = _model(choice_bias=True), _batch(rng)
-  for block in model.layers[1:]:
+  model, batch = _model(layers=2, dense=False, choice_bias=True), _batch(rng)
+  for block in model.layers:
     block.ffn.choice_bias.set_value(jnp.asarray([0.2, -0.2, 0.1, -0.1]))
-  before = {f'layers.{l}.ffn.choice_bias': np.float32([0.2, -0.2, 0.1, -0.1]) for l in (1, 2)}
+  before = {f'layers.{l}.ffn.choice_bias': np.float32([0.2, -0.2, 0.1, -0.1]) for l in (0, 1)}
   expected = {}
   for (path, bias_E), layer in zip(before.items(), _by_hand(model, batch)):
     moved_E = bias_E + 0.05 * np.sign(layer['load'].mean() - layer['load'])
@@ -217,6 +222,7 @@ def test_an_update_moves_the_biases_by_the_load_of_the_batch_alone(rng):
   assert Balanced().updated(before, {'experts': {}}) == before  # without a rate they stay
 
 
+@pytest.mark.slow
 def test_biases_of_stacked_layers_move_as_those_of_plain_ones(rng):
   model, batch = _model(choice_bias=True), _batch(rng)
   objective = Balanced(balance=0.0, bias_rate=0.05)
@@ -272,6 +278,7 @@ def test_the_bias_is_saved_resumed_and_left_by_evaluation(rng, tmp_path):
   np.testing.assert_array_equal(loaded.layers[0].ffn.choice_bias.get_value(), bias_E)
 
 
+@pytest.mark.slow
 def test_the_bias_evens_out_the_load(rng):
   model, batch = _model(layers=1, dense=False, choice_bias=True), _batch(rng, rows=16)
   found = _trained(model, batch, Balanced(balance=0.0, z=0.0, bias_rate=0.02))

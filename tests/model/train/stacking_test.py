@@ -63,6 +63,7 @@ def _learned(model, task, **step):
 
 
 @pytest.mark.parametrize('name', TASKS)
+@pytest.mark.quick(name=('one layer',))
 def test_a_run_in_loops_ends_as_one_without(name):
   make, task = TASKS[name]
   want, got = (_learned(make(), task, **step) for step in ({}, {'scan': True, 'remat': 'block'}))

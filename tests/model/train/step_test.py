@@ -74,6 +74,7 @@ def _assert_close(got, want):
 
 
 @pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.quick(tied=(True,))
 def test_the_gradient_equals_that_of_unchunked_logits(rng, tied):
   model, batch = _model(tied=tied), _batch(rng)
   graphdef, params = nnx.split(model)
@@ -97,6 +98,7 @@ def test_the_gradient_equals_that_of_unchunked_logits(rng, tied):
 
 
 @pytest.mark.parametrize('n', [2, 4, 8])
+@pytest.mark.quick(n=(4,))
 def test_accumulation_equals_one_big_batch(rng, n):
   model, batch = _model(), _batch(rng)
   counts = np.asarray(jnp.sum(batch.labels_BT >= 0, axis=1))
@@ -109,6 +111,7 @@ def test_accumulation_equals_one_big_batch(rng, n):
 
 
 @pytest.mark.parametrize('how', [{'scan': True}, {'remat': 'block'}, {'remat': 'dots'}])
+@pytest.mark.quick(how=({'remat': 'dots'},))
 def test_loops_and_rematerialization_give_the_same_update(rng, how):
   model, batch = _model(), _batch(rng)
   plain, _ = _updated(model, batch, StepConfig())

@@ -355,6 +355,7 @@ def test_a_student_learns_from_a_file_and_a_killed_run_resumes_bitwise(tmp_path,
   assert whole.records == resumed.records
 
 
+@pytest.mark.slow
 def test_eight_devices_learn_the_same_in_twenty_updates(folder):
   dataset = TargetDataset(_dataset(batch_size=8), StoredTargets(folder))
   task = Task(objective=StoredDistillation.of(dataset.targets, hard_weight=0.2))

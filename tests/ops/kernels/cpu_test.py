@@ -175,6 +175,7 @@ def test_any_number_of_rows(format, rows, name):
 @instruction_sets
 @pytest.mark.parametrize('format', WHOLE_COLUMN)
 @pytest.mark.parametrize('shape', [(1, 1), (7, 5), (65, 33), (130, 31), (259, 100)])
+@pytest.mark.quick(shape=((1, 1), (7, 5), (130, 31)))
 def test_odd_shapes(format, shape, name):
   w = _weight(format, *shape)
   for p, dtype in zip(_forms(w), (jnp.float32, jnp.bfloat16)):
@@ -186,6 +187,7 @@ def test_odd_shapes(format, shape, name):
 @instruction_sets
 @pytest.mark.parametrize('format', TWO_OF_FOUR)
 @pytest.mark.parametrize('shape', [(4, 1), (12, 33), (132, 31), (260, 100)])
+@pytest.mark.quick(shape=((4, 1), (132, 31)))
 def test_odd_shapes_of_two_of_four(format, shape, name):
   test_odd_shapes(format, shape, name)
 
@@ -210,7 +212,7 @@ def test_two_of_four_and_dense_weights_share_a_call():
   ids=['4:8', 'float32', 'asymmetric', 'nf4'],
 )
 def test_other_sparse_weights_stay_as_they_are(w):
-  w = w(jnp.ones((64, 32), jnp.bfloat16))
+  w = jax.jit(w)(jnp.ones((64, 32), jnp.bfloat16))
   assert not layout.can_pack(w) and layout.pack(w) is w
 
 
@@ -409,6 +411,7 @@ def test_products_of_one_input_are_those_of_each_alone(name):
   'format, dtype',
   [*((f, jnp.bfloat16) for f in FORMATS), *((f, d) for f in TILES for d in ('float16', 'float32'))],
 )
+@pytest.mark.quick(format=(*TILES, 'int3', 'fp8', 'mxfp4', 'nvfp4'))
 def test_a_widened_weight_multiplies_as_it_is_multiplied_without_the_library(format, dtype):
   w = _weight(format, dtype=dtype)
   wide = layout.pack_widened(w)

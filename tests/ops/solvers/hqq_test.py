@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import quantized
+from ops import linear, quantized
 from ops.solvers import hqq
 
 FORMATS = ['int8', 'int4', 'int3', 'int2']
@@ -16,6 +16,7 @@ FLOAT32 = 1e-3
 
 fit = jax.jit(hqq.fit, static_argnames=('format', 'group_size', 'iterations'))
 encode = jax.jit(quantized.encode, static_argnums=3)
+to_dense = jax.jit(linear.dense)
 nearest = jax.jit(quantized.quantize, static_argnames=('format', 'group_size', 'symmetric'))
 
 
@@ -31,7 +32,7 @@ def _quantize(w_IO, format, **options):
 
 def _error(q, w_IO, norm=NORM):
   """The sum of |w - q|**p of each group, float64 [J, O]."""
-  moved = np.abs(np.asarray(q.dense(), np.float64) - np.asarray(w_IO, np.float64))
+  moved = np.abs(np.asarray(to_dense(q), np.float64) - np.asarray(w_IO, np.float64))
   return (moved.reshape(-1, GROUP, OUTPUTS) ** norm).sum(1)
 
 
@@ -109,9 +110,10 @@ def test_nothing_becomes_nan(rng, format):
   w_IO = rng.normal(size=(INPUTS, OUTPUTS)) * 10.0 ** rng.uniform(-20, 20, OUTPUTS)
   w_IO[:, 0], w_IO[:64, 1], w_IO[:, 2], w_IO[3, 3] = 0, 0, 7, 1e30
   q = _quantize(jnp.asarray(w_IO, jnp.float32), format)
-  assert np.isfinite(np.asarray(q.dense())).all() and np.isfinite(np.asarray(q.zeros)).all()
-  assert not np.any(q.dense()[:, 0]) and not np.any(q.dense()[:64, 1])
-  np.testing.assert_allclose(q.dense()[:, 2], 7, rtol=2**-7)
+  dense_IO = np.asarray(to_dense(q))
+  assert np.isfinite(dense_IO).all() and np.isfinite(np.asarray(q.zeros)).all()
+  assert not np.any(dense_IO[:, 0]) and not np.any(dense_IO[:64, 1])
+  np.testing.assert_allclose(dense_IO[:, 2], 7, rtol=2**-7)
 
 
 def test_half_precision_weights_have_the_codes_of_their_float32_values(heavy_IO):

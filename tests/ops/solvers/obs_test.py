@@ -196,6 +196,7 @@ def _check(w_IO, covariance_II, solver=solve, block=128, **options):
   [(grid, False) for grid in GPTQ + MX] + [(GPTQ[i], True) for i in (0, 3, 4, 7)] + [(MX[0], True)],
   ids=str,
 )
+@pytest.mark.quick(grid=(*GPTQ[:4], GPTQ[5], GPTQ[7], MX[0]))
 def test_quantization_is_exact_surgery(grid, act_order):
   w_IO, covariance_II = _example(64 if grid in MX else 48, 5)
   solution = _check(w_IO, covariance_II, grid=grid, act_order=act_order)
@@ -211,6 +212,7 @@ def test_pruning_is_exact_surgery(pruning):
 
 
 @pytest.mark.parametrize('i, group', [(0, 16), (1, 48), (2, 16), (2, 48), (3, 16)])
+@pytest.mark.quick(i=(0, 2, 3))
 def test_both_in_one_pass_is_exact_surgery(i, group):
   grid = obs.Grid(format='int4', group=group, clip='mse')
   _check(*_example(48, 5), pruning=PRUNINGS[i], grid=grid)
@@ -305,6 +307,7 @@ def test_quantization_moves_weights_further_and_outputs_less_than_rounding():
 
 
 @pytest.mark.parametrize('pruning', PRUNINGS[:4], ids=str)
+@pytest.mark.quick(pruning=(PRUNINGS[0], PRUNINGS[2]))
 def test_pruning_moves_outputs_less_than_masks_of_the_same_size(pruning):
   w_IO, covariance_II = _example(48, 5)
   ours = solve(w_IO, covariance_II, pruning=pruning)
