@@ -28,6 +28,10 @@ class Fields:
     """An integer of at least 1."""
     return self._read(key, default, lambda v: type(v) is int and v >= 1, 'an integer of at least 1')
 
+  def count(self, key: str, default: Any = REQUIRED) -> int:
+    """An integer of at least 0."""
+    return self._read(key, default, lambda v: type(v) is int and v >= 0, 'an integer of at least 0')
+
   def number(self, key: str, default: Any = REQUIRED) -> float:
     return self._read(key, default, lambda v: type(v) in (int, float), 'a number')
 

@@ -14,7 +14,7 @@ from model.gguf.fields import REQUIRED, Fields
 from model.hf_names.rope import rotary_fraction
 
 Hf = dict[str, Any]  # what config.json would say
-Kind = Literal['size', 'number', 'flag']  # a method of `Fields`
+Kind = Literal['size', 'count', 'number', 'flag']  # a method of `Fields`
 ROPE_BASE = 'rope.freq_base'
 
 
@@ -52,7 +52,7 @@ class Key:
     if value is None:
       return None
     value = self.encode(value, hf)
-    return {'size': int, 'number': float, 'flag': bool}[self.kind](value)
+    return {'size': int, 'count': int, 'number': float, 'flag': bool}[self.kind](value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ _BASE = Key(ROPE_BASE, 'rope_theta', 'number', 10000.0)
 _ALL_ROTATES = Key('rope.dimension_count', 'head_dim', fixed=True)
 _WHOLE_HEADS = (*_DECODER, _BASE, _ALL_ROTATES)
 _SOME_WINDOW = Key(
-  'attention.sliding_window', 'sliding_window', 'number', 0, decode=lambda value, hf: value or None
+  'attention.sliding_window', 'sliding_window', 'count', 0, decode=lambda value, hf: value or None
 )
 _GEMMA_WINDOW = Key('attention.sliding_window', 'sliding_window', default=4096)
 

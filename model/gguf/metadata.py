@@ -18,7 +18,7 @@ from model.gguf import architectures, keys, rope, vocabulary
 from model.gguf.container import Container
 from model.gguf.fields import Fields
 from model.safetensors_io import Tensor
-from ops.rope import RopeConfig, frequencies
+from ops.rope import frequencies
 
 EMBEDDING, HEAD = 'token_embd.weight', 'output.weight'
 FREQUENCY_TOLERANCE = 1e-5  # of parameters that are worked out again from float32 factors

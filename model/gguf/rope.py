@@ -57,10 +57,13 @@ def describe(config: RopeConfig, rotary_width: int) -> tuple[dict, np.ndarray | 
   if config.kind != 'yarn' or config.attention_factor is not None:
     what = f'the rope kind {config.kind!r}'
     what += ' with an attention factor of its own' if config.kind == 'yarn' else ''
-    raise ValueError(f'a GGUF file cannot describe {what}; it can describe plain, linear, llama3 '
-                     'and yarn')
+    raise ValueError(
+      f'a GGUF file cannot describe {what}; it can describe plain, linear, llama3 and yarn'
+    )
   keys['rope.scaling.original_context_length'] = config.original_max_positions
-  return keys | {f'rope.scaling.{k}': getattr(config, k.removeprefix('yarn_')) for k in _BETAS}, None
+  return keys | {
+    f'rope.scaling.{k}': getattr(config, k.removeprefix('yarn_')) for k in _BETAS
+  }, None
 
 
 def _scaling(fields, max_positions):
