@@ -25,10 +25,11 @@ import tempfile
 import numpy as np
 from absl import flags
 
-from experiments import common, export
+from experiments import common
 from model import corpus, gguf, hf
 from model.compress import pipeline
 from model.compress import recipe as recipes
+from model.compress.input_squares import input_squares
 from model.eval import perplexity, records
 from model.eval.records import Metric, Record
 from model.gguf import writer
@@ -65,7 +66,7 @@ def main() -> None:
     work = pathlib.Path(folder)
     qualities, said = {}, {}
     gguf.write(work / f'{BASE}.gguf', model, tokenizer, writer.Types(matrices='f16'))
-    squares = export.input_squares(model, calibration_BT) if types else None
+    squares = input_squares(model, calibration_BT) if types else None
     for name, one in types.items():
       said[name] = gguf.write(work / f'{name}.gguf', model, tokenizer, one, importance=squares)
     for one in chosen:

@@ -16,17 +16,14 @@ Device: any. Minutes: below 1 for 135 M parameters on two CPU cores, 2 with --te
 
 import pathlib
 
-import numpy as np
 from absl import flags
 
 from experiments import base as embedded
 from experiments import common
 from model import corpus, gguf
-from model.compress.measurements import Measurements
+from model.compress.input_squares import input_squares
 from model.gguf import writer
 from model.tokenizer import window_bos
-from model.transformer import linears
-from ops.linear import Weight
 
 MODEL = flags.DEFINE_string('model', None, 'Folder, hub id or .gguf file to write.')
 FORMAT = flags.DEFINE_enum('format', 'gguf', ['gguf'], 'Whose file: gguf is that of llama.cpp.')
@@ -81,25 +78,6 @@ def _inputs():
     raise ValueError('export needs --model (or --smoke)')
   model, tokenizer = common.load_model(MODEL.value)
   return model, tokenizer, None if TEXT.value is None else corpus.load(TEXT.value)
-
-
-def input_squares(model, calibration_BT: np.ndarray) -> dict[str, np.ndarray]:
-  """The mean square of each input of each layer of the blocks, by path: float32 [I].
-
-  Layers that transform their inputs first are left out, because their matrices are written without.
-  """
-  measured, found = Measurements(model, calibration_BT), {}
-  blocks = measured.inputs(lambda block: tuple(linears(block)), ('input_norm',))
-  for l, block in enumerate(blocks):
-    for layer, statistics in block.items():
-      norm_I = np.asarray(statistics['input_norm'])
-      found[f'layers.{l}.{layer}'] = np.square(norm_I) / calibration_BT.size
-  transforming = {
-    path
-    for path, linear in linears(model).items()
-    if isinstance(w := linear.weight.get_value(), Weight) and w.transforms_input
-  }
-  return {path: squares for path, squares in found.items() if path not in transforming}
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Rounding to GGUF's types: packing against the other package, K types against llama.cpp's bytes."""
+"""Rounding to GGUF's types: packing against the `gguf` package, K types against llama.cpp."""
 
 import json
 import pathlib
@@ -63,13 +63,13 @@ def test_k_types_are_as_good_as_those_of_llama_cpp(kind, weighted):
   golden = json.loads(GOLDEN.read_text())[f'{kind.name}{"_weighted" if weighted else ""}']
   theirs = np.frombuffer(bytes.fromhex(golden), np.uint8).reshape(len(x_OI), -1)
   ours = rounding.encode(x_OI, kind, importance_I if weighted else None)
-  if not weighted:  # sums are added in another order
+  if kind == Kind.Q6_K and not weighted:
     size = gguf.GGML_QUANT_SIZES[kind][1]
     same = (ours.reshape(-1, size) == theirs.reshape(-1, size)).all(1)
-    assert same.mean() > 0.9
+    assert same.mean() > 0.7  # others have flat parts, in which all scales fit
   counts_I = importance_I if weighted else np.ones_like(importance_I)
   error = lambda b: (np.square(x_OI - gguf.quants.dequantize(b, kind)) * counts_I).sum()
-  assert error(ours) <= 1.01 * error(theirs)
+  assert error(ours) <= (1.0 if weighted else 1.005) * error(theirs)
 
 
 @pytest.mark.parametrize('kind', [*blocks.GRIDS, Kind.Q4_K, Kind.Q6_K])
