@@ -1,7 +1,7 @@
 r"""Quantizes GGUF files and measures their perplexity with llama.cpp, in an environment of its own.
 
   pip install llama-cpp-python numpy
-  python experiments/peers/llama_cpp.py WORK
+  python experiments/peers/measure_llama_cpp.py WORK
 
 `experiments.compare_llama_cpp` prepares the folder WORK and calls this script. WORK holds
 `windows.npy` (token ids [rows, length]) and `work.json`: files to make, as [source, target, type of
@@ -45,7 +45,8 @@ def measure(file: pathlib.Path, windows_BT: np.ndarray) -> dict:
   """The negative log likelihood of each window, and the seconds of all."""
   length = windows_BT.shape[1]
   options = {'n_ctx': length, 'n_batch': length, 'logits_all': True, 'verbose': False}
-  model = llama_cpp.Llama(str(file), **options)
+  # Several threads wait for one another in a loop, which stalls them on a busy machine.
+  model = llama_cpp.Llama(str(file), n_threads=1, n_threads_batch=1, **options)
   start, sums = time.perf_counter(), []
   for window_T in windows_BT:
     model.reset()
