@@ -35,6 +35,7 @@ AUTO = 'auto'
 TYPES = {kind.name.lower(): kind for kind in rounding.KINDS}
 _FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
 _SMALLER = {Kind.Q4_K: Kind.Q5_0, Kind.Q6_K: Kind.Q8_0}  # of a row that 256 does not divide
+_WITHOUT_WINDOWS = ('llama', 'phi3')  # llama.cpp has none for them
 _POSITIONS = 'position_embd.weight'
 _FILE_TYPES = {
   kind: LlamaFileType.ALL_F32 if kind == Kind.F32 else getattr(LlamaFileType, f'MOSTLY_{name}')
@@ -230,10 +231,10 @@ def _describe(model, tokenizer, planned, name):
 
 def _window_notes(model) -> list[str]:
   """What llama.cpp does not compute although the file says it."""
-  window = model.config.layers[0].mixer.window
-  if model.config.family != 'mistral' or window is None:
+  windows = [layer.mixer.window for layer in model.config.layers]
+  if architectures.name_of(model.config.family) not in _WITHOUT_WINDOWS or not any(windows):
     return []
-  return [f'llama.cpp ignores the window of {window} tokens of a Mistral']
+  return [f'llama.cpp ignores the window of {max(filter(None, windows))} tokens']
 
 
 def _write(path, found: dict[str, Any], extra, planned: list[_Planned], progress) -> None:

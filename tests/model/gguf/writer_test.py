@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import types
 
 import gguf
 import jax.numpy as jnp
@@ -13,11 +14,14 @@ import transformers
 from gguf import GGMLQuantizationType as Kind
 
 from model import hf
-from model.gguf import architectures, writer
+from model.gguf import architectures, to_tokenizer, writer
+from model.gguf.container import Container
 from model.transformer import parameters
 from ops import lora, quantized
 from ops.activations import ActivationQuantized
 
+LOGIT_TOLERANCE = 2e-4  # of float32 sums in another order; logits are of order 1
+TABLE_TOLERANCE = 5e-3  # llama.cpp looks GELU up in a table of float16
 NORM_TOLERANCE = 2.0**-21  # bits of a norm that has one added and taken off again
 FACTOR_TOLERANCE = 1e-6  # of quotients of float32 numbers
 FLOAT32_STEPS = 1e-5  # of products that are added in another order
@@ -75,9 +79,9 @@ CASES = {
 }
 
 
-def _build(case):
+def _build(case, **changes):
   family = case.partition('-')[0]
-  arguments = json.loads(json.dumps({**SHAPE, **CASES[case]}))
+  arguments = json.loads(json.dumps({**SHAPE, **CASES[case], **changes}))
   if family in ('gpt_neox', 'gpt2', 'olmo2', 'qwen2', 'phi3', 'smollm3', 'granite'):
     arguments.pop('head_dim')  # width / heads
   config = transformers.AutoConfig.for_model(family, **arguments)
@@ -298,6 +302,13 @@ def test_what_takes_the_place_of_a_type_is_said(llama, tmp_path):
   assert row.how == 'rounded, in place of Q4_K, whose blocks do not divide 96 inputs'
 
 
+def test_a_window_that_llama_cpp_ignores_is_said(llama):
+  sliding = llama.config.layers[0].with_mixer(window=8)
+  model = types.SimpleNamespace(config=llama.config.replace(layers=(sliding,) * 2))
+  assert writer._window_notes(model) == ['llama.cpp ignores the window of 8 tokens']
+  assert writer._window_notes(llama) == []
+
+
 def test_bad_input(llama, tmp_path):
   with pytest.raises(ValueError, match=r"the type 'q4_2' is not one of auto, f32, f16"):
     writer.Types(matrices='q4_2')
@@ -338,3 +349,21 @@ def test_a_model_that_a_file_cannot_describe_is_refused(change, match, llama, tm
       _write(tmp_path / 'm.gguf', llama)
   finally:
     llama.config = kept
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_llama_cpp_computes_the_same(case, byte_level, tmp_path):
+  llama_cpp = pytest.importorskip('llama_cpp')
+  tokens = byte_level['tokenizer.ggml.tokens']
+  windows = {'sliding_window': None} if case == 'phi3' else {}  # llama.cpp ignores it
+  _build(case, vocab_size=len(tokens), **windows).save_pretrained(tmp_path)
+  model, _ = hf.load_pretrained(tmp_path)
+  tokenizer = to_tokenizer(Container(tmp_path, byte_level, {}))
+  writer.write(tmp_path / 'm.gguf', model, tokenizer, writer.Types(matrices='f32'))
+  options = {'n_ctx': 48, 'logits_all': True, 'verbose': False, 'type_k': 0, 'type_v': 0}
+  theirs = llama_cpp.Llama(str(tmp_path / 'm.gguf'), n_threads_batch=1, **options)
+  ids = np.random.default_rng(0).integers(0, len(tokens) - 1, 40).tolist()
+  theirs.eval(ids)
+  ours = np.asarray(model(jnp.asarray([ids], jnp.int32)))[0]
+  atol = TABLE_TOLERANCE if model.config.layers[0].ffn.activation != 'silu' else LOGIT_TOLERANCE
+  np.testing.assert_allclose(ours, theirs.scores[:40], rtol=0, atol=atol)
