@@ -27,6 +27,7 @@ KINDS = (Kind.F32, Kind.F16, Kind.BF16, *GRIDS, Kind.Q4_K, Kind.Q6_K)  # what ca
 FLOAT16_MAX = 65504.0
 CHUNK = 2**20  # weights that are rounded at once
 REFINEMENTS = 5  # times that the integers of 8 scales are gone through
+UNUSED = 1e-3  # what an input that no token used counts, of the mean
 EPS = 1e-15  # of a part whose largest weight is smaller, all codes are zero
 _F = np.float32
 
@@ -78,8 +79,9 @@ def _check_range(rows, kind):
 
 def _rounding(kind: Kind, importance) -> Callable[[np.ndarray], np.ndarray]:
   """The function from rows of weights to rows of bytes."""
-  if importance is not None and not np.any(importance):
-    importance = None  # inputs that no token used say nothing
+  if importance is not None:
+    mean = importance.mean()
+    importance = importance / mean + UNUSED if mean > 0 else None
   if kind in K_KINDS:
     return lambda rows: K_KINDS[kind](rows, importance).reshape(len(rows), -1)
   if kind in GRIDS and importance is not None:

@@ -89,6 +89,17 @@ def test_importance_of_unused_inputs_is_none(kind):
 
 
 @pytest.mark.parametrize('kind', [*blocks.GRIDS, Kind.Q4_K, Kind.Q6_K])
+def test_weights_of_unused_inputs_are_kept(kind):
+  x_OI, importance_I = _weights(), _importance()
+  importance_I[:256] = 0
+  used, unused = np.zeros(512), np.zeros(512)
+  used[256:], unused[:256] = 1, 1
+  error = lambda one, where: _error(x_OI, kind, one, where)
+  assert error(importance_I, unused) < 1.6 * error(None, unused)
+  assert error(importance_I, used * importance_I) < error(None, used * importance_I)
+
+
+@pytest.mark.parametrize('kind', [*blocks.GRIDS, Kind.Q4_K, Kind.Q6_K])
 @pytest.mark.parametrize('importance', [False, True])
 def test_zeros_and_tiny_weights_give_finite_numbers(kind, importance):
   x_OI = np.zeros((3, 256), np.float32)
