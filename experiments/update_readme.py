@@ -211,6 +211,33 @@ def _peer_line(row: Record) -> str:
   return f'| {" | ".join(cells)} |'
 
 
+def llama_cpp(path: pathlib.Path) -> str:
+  """Our files beside those of llama.cpp, one a line."""
+  rows = records.read(path)
+  lines = [
+    '| file | MB | perplexity in llama.cpp | perplexity here | ratio |',
+    f'| --- |{" ---: |" * 4}',
+    *(_llama_cpp_line(row) for row in rows),
+  ]
+  commands = dict.fromkeys(f'`{row.command}`' for row in rows)
+  lines.append(
+    f'\n{", ".join(commands)} on {machine(rows[0])}; llama-cpp-python '
+    f'{rows[0].config["llama_cpp_python"]}; records: {link(path, COMPRESSING)}.'
+  )
+  return '\n'.join(lines)
+
+
+def _llama_cpp_line(row: Record) -> str:
+  cells = [
+    f'`{row.recipe}`',
+    f'{row.value("file_bytes") / 1e6:.1f}',
+    f'{row.value("peer_ppl"):.3f}',
+    f'{row.value("ppl"):.3f}',
+    f'{row.value("peer_ppl / ppl"):.4f}',
+  ]
+  return f'| {" | ".join(cells)} |'
+
+
 def _result_line(row: Record) -> str:
   cells = [
     f'`{row.recipe}`',
@@ -314,6 +341,12 @@ PARTS = (
     name='peer',
     generate=peer,
     results=('llm_compressor_smollm2_cpu.jsonl',),
+  ),
+  Part(
+    file=COMPRESSING,
+    name='llama_cpp',
+    generate=llama_cpp,
+    results=('llama_cpp_smollm2_cpu.jsonl',),
   ),
   *(
     Part(file=TRAINING, name=name, generate=study_tables.study, results=(f'{name}.jsonl',))

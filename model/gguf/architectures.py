@@ -18,6 +18,8 @@ _GATE_UP = ('layers.{l}.ffn.gate', 'layers.{l}.ffn.up')
 _ONE_MORE = Codec(offset=1.0)
 
 
+# Families that are written as an architecture that has another name.
+ALIASES = {'mistral': 'llama'}
 IGNORED = (
   r'^rope_freqs\.weight$',  # part of the config
   r'^blk\.\d+\.(rope_freqs|attn_rot_embd)\.weight$',  # a copy, and a buffer in old files
@@ -97,3 +99,13 @@ def find(name: str) -> Family:
     f'general.architecture {name!r} is not supported; supported: '
     f'{", ".join(sorted(ARCHITECTURES))}{hint}'
   )
+
+
+def name_of(family: str) -> str:
+  """The architecture that holds models of a family of `hf_names`; ValueError if there is none."""
+  names = {one.model_type: name for name, one in ARCHITECTURES.items()} | ALIASES
+  if family not in names:
+    raise ValueError(
+      f'GGUF files of the family {family!r} are not written; written are {", ".join(sorted(names))}'
+    )
+  return names[family]

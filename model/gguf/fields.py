@@ -5,7 +5,7 @@ from typing import Any
 
 from model.safetensors_io import Tensor
 
-_MISSING = object()
+REQUIRED = object()  # the default of a key that must be there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +24,15 @@ class Fields:
   def key(self, key: str) -> str:
     return f'{self.name}.{key}'
 
-  def size(self, key: str, default: Any = _MISSING) -> int:
+  def size(self, key: str, default: Any = REQUIRED) -> int:
     """An integer of at least 1."""
     return self._read(key, default, lambda v: type(v) is int and v >= 1, 'an integer of at least 1')
 
-  def number(self, key: str, default: Any = _MISSING) -> float:
+  def count(self, key: str, default: Any = REQUIRED) -> int:
+    """An integer of at least 0."""
+    return self._read(key, default, lambda v: type(v) is int and v >= 0, 'an integer of at least 0')
+
+  def number(self, key: str, default: Any = REQUIRED) -> float:
     return self._read(key, default, lambda v: type(v) in (int, float), 'a number')
 
   def flag(self, key: str, default: bool) -> bool:
@@ -45,7 +49,7 @@ class Fields:
 
   def _read(self, key, default, fits, what):
     value = self.metadata.get(self.key(key), default)
-    if value is _MISSING:
+    if value is REQUIRED:
       raise ValueError(f'{self.key(key)} is missing')
     if isinstance(value, list) and value:
       if any(v != value[0] for v in value):

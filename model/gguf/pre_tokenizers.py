@@ -5,8 +5,9 @@ llama.cpp leaves that out, so texts that are not in the composed form (NFC) diff
 """
 
 import dataclasses
+from collections.abc import Sequence
 
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -79,3 +80,51 @@ def find(name: str) -> PreTokenizer:
       f'tokenizer.ggml.pre = {name!r} is not supported; supported: {", ".join(PRE_TOKENIZERS)}'
     )
   return PRE_TOKENIZERS[name]
+
+
+def name_of(
+  tokenizer: Tokenizer, ignore_merges: bool, texts: Sequence[str]
+) -> tuple[str, list[str]]:
+  """The first name that splits `texts` as a tokenizer does, and what it does not say of it.
+
+  A row that also normalizes and merges as the tokenizer does is preferred. Raises ValueError if no
+  row splits so.
+  """
+  own = _Splits(tokenizer.pre_tokenizer, tokenizer.normalizer)
+  same = [n for n, row in PRE_TOKENIZERS.items() if _Splits(row.build()).of(texts) == own.of(texts)]
+  if not same:
+    raise ValueError(
+      'the tokenizer splits text in a way that has no name in GGUF files; known are '
+      f'{", ".join(PRE_TOKENIZERS)}'
+    )
+  normalized = own.normalized(texts)
+  alike = {
+    name: (
+      _Splits(None, PRE_TOKENIZERS[name].normalizer()).normalized(texts) == normalized,
+      PRE_TOKENIZERS[name].ignore_merges == ignore_merges,
+    )
+    for name in same
+  }
+  best = max(same, key=lambda name: sum(alike[name]))
+  notes = []
+  if not alike[best][0]:
+    notes.append(f'the normalization of text before it is split is not in the file ({best})')
+  if not alike[best][1]:
+    notes.append(f'whether whole words are looked up before merges is not in the file ({best})')
+  return best, notes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Splits:
+  """What a tokenizer makes of text before it merges."""
+
+  pre_tokenizer: pre_tokenizers.PreTokenizer | None
+  normalizer: normalizers.Normalizer | None = None
+
+  def of(self, texts: Sequence[str]) -> list[list[str]]:
+    return [[piece for piece, _ in self.pre_tokenizer.pre_tokenize_str(text)] for text in texts]
+
+  def normalized(self, texts: Sequence[str]) -> list[str]:
+    return [
+      text if self.normalizer is None else self.normalizer.normalize_str(text) for text in texts
+    ]

@@ -4,38 +4,66 @@ Llama 3's scaling is there as one factor a pair (`rope_freqs.weight`), from whic
 that gave the factors are worked out again.
 """
 
+import dataclasses
+
 import numpy as np
 
 from model.gguf.fields import Fields
+from ops.rope import RopeConfig, frequencies
 
 FACTORS = 'rope_freqs.weight'
 _LONG = ('rope_factors_long.weight', 'rope_factors_short.weight')
-_YARN = {'yarn_attn_factor': 'attention_factor', 'yarn_beta_fast': 'beta_fast'}
-_YARN |= {'yarn_beta_slow': 'beta_slow'}
+_BETAS = ('yarn_beta_fast', 'yarn_beta_slow')
+_YARN = {'yarn_attn_factor': 'attention_factor', **{k: k.removeprefix('yarn_') for k in _BETAS}}
 # The factors are float32, and came out of a few operations in float32.
 _TOLERANCE = 1e-5
 # The file does not hold this number. The others are relative to it, so Llama 3's own will do.
 _ORIGINAL_POSITIONS = 8192
 
 
-def to_hf(fields: Fields, max_positions: int) -> dict:
-  """`rope_theta` and `rope_scaling`.
+def scaling(fields: Fields, theta: float, max_positions: int) -> dict | None:
+  """The `rope_scaling` of config.json.
 
   Raises ValueError where the file asks for what is not computed here (longrope, factors of another
   origin than Llama 3's).
   """
-  theta = fields.number('rope.freq_base', 10000.0)
   long = [name for name in _LONG if name in fields.tensors]
   if long:
     raise ValueError(f'{long[0]}: the rope type longrope is not supported')
   fields.refuse('rope.scaling.attn_factor', 1.0)
   fields.refuse('rope.scaling.yarn_log_multiplier', 0.0)
-  scaling = _scaling(fields, max_positions)
+  found = _scaling(fields, max_positions)
   if FACTORS in fields.tensors:
-    if scaling is not None:
+    if found is not None:
       raise ValueError(f'{FACTORS} together with another rope scaling is not supported')
-    scaling = from_factors(_factors(fields), theta, max_positions)
-  return {'rope_theta': theta, 'rope_scaling': scaling}
+    found = from_factors(_factors(fields), theta, max_positions)
+  return found
+
+
+def describe(config: RopeConfig, rotary_width: int) -> tuple[dict, np.ndarray | None]:
+  """What `scaling` reads: keys without the architecture in front, and the factors, if any.
+
+  Raises ValueError for a kind that a file cannot describe.
+  """
+  if config.kind == 'plain':
+    return {}, None
+  if config.kind == 'llama3':
+    plain = dataclasses.replace(config, kind='plain')
+    own, scaled = (np.asarray(frequencies(c, rotary_width, 1)[0]) for c in (plain, config))
+    return {}, own / scaled
+  keys = {'rope.scaling.type': config.kind, 'rope.scaling.factor': config.factor}
+  if config.kind == 'linear':
+    return keys, None
+  if config.kind != 'yarn' or config.attention_factor is not None:
+    what = f'the rope kind {config.kind!r}'
+    what += ' with an attention factor of its own' if config.kind == 'yarn' else ''
+    raise ValueError(
+      f'a GGUF file cannot describe {what}; it can describe plain, linear, llama3 and yarn'
+    )
+  keys['rope.scaling.original_context_length'] = config.original_max_positions
+  return keys | {
+    f'rope.scaling.{k}': getattr(config, k.removeprefix('yarn_')) for k in _BETAS
+  }, None
 
 
 def _scaling(fields, max_positions):

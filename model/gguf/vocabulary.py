@@ -8,7 +8,7 @@ from model.gguf import pre_tokenizers
 from model.gguf.container import Container
 
 BYTE_LEVEL, SENTENCEPIECE = 'gpt2', 'llama'
-_PREFIX = 'tokenizer.ggml.'
+PREFIX = 'tokenizer.ggml.'
 # Control tokens that end a turn in the families' chat formats, whether or not the file says so.
 _ENDS_OF_TURNS = ('<|eot_id|>', '<|eom_id|>', '<|im_end|>', '<|end|>', '<end_of_turn>')
 
@@ -38,12 +38,12 @@ class Vocabulary:
     for name, values in (('token_type', self.types), ('scores', self.scores)):
       if len(values) not in (0, len(self.tokens)):
         raise ValueError(
-          f'{_PREFIX}{name} has {len(values)} entries, but there are {len(self.tokens)} tokens'
+          f'{PREFIX}{name} has {len(values)} entries, but there are {len(self.tokens)} tokens'
         )
     needed = {BYTE_LEVEL: ('merges', self.merges), SENTENCEPIECE: ('scores', self.scores)}
     name, values = needed[self.model]
     if not self.tokens or not values:
-      raise ValueError(f'{_PREFIX}{name if self.tokens else "tokens"} is missing')
+      raise ValueError(f'{PREFIX}{name if self.tokens else "tokens"} is missing')
 
   def of_type(self, *types: TokenType) -> list[int]:
     return [i for i, kind in enumerate(self.types) if kind in types]
@@ -54,12 +54,12 @@ def read(file: Container) -> Vocabulary | None:
 
   Raises ValueError where it is of a kind that is not supported, or incomplete.
   """
-  model = file.metadata.get(f'{_PREFIX}model', 'none')
+  model = file.metadata.get(f'{PREFIX}model', 'none')
   if model in ('none', 'no_vocab'):
     return None
   if model not in (BYTE_LEVEL, SENTENCEPIECE):
     raise ValueError(
-      f'{_PREFIX}model = {model!r} is not supported; supported: {BYTE_LEVEL}, {SENTENCEPIECE}'
+      f'{PREFIX}model = {model!r} is not supported; supported: {BYTE_LEVEL}, {SENTENCEPIECE}'
     )
   tokens = _list(file, 'tokens', str)
   return Vocabulary(
@@ -72,17 +72,17 @@ def read(file: Container) -> Vocabulary | None:
 
 
 def _list(file, name, kind):
-  values = file.metadata.get(f'{_PREFIX}{name}', [])
+  values = file.metadata.get(f'{PREFIX}{name}', [])
   if not isinstance(values, list) or any(type(value) is not kind for value in values):
-    raise ValueError(f'{_PREFIX}{name} must be a list of {kind.__name__}')
+    raise ValueError(f'{PREFIX}{name} must be a list of {kind.__name__}')
   return values
 
 
 def setting(file: Container, name: str, default: Any) -> Any:
   """A value under `tokenizer.ggml.`, of the type of its default if that has one."""
-  value = file.metadata.get(f'{_PREFIX}{name}', default)
+  value = file.metadata.get(f'{PREFIX}{name}', default)
   if default is not None and type(value) is not type(default):
-    raise ValueError(f'{_PREFIX}{name} must be of {type(default).__name__}, not {value!r}')
+    raise ValueError(f'{PREFIX}{name} must be of {type(default).__name__}, not {value!r}')
   return value
 
 
@@ -96,11 +96,11 @@ def adds_bos(file: Container, vocabulary: Vocabulary) -> bool:
 
 def token_id(file: Container, name: str, default: int | None = None) -> int | None:
   """The id under `tokenizer.ggml.{name}_token_id`, which must be that of a token."""
-  value = file.metadata.get(f'{_PREFIX}{name}_token_id', default)
-  tokens = file.metadata.get(f'{_PREFIX}tokens')
+  value = file.metadata.get(f'{PREFIX}{name}_token_id', default)
+  tokens = file.metadata.get(f'{PREFIX}tokens')
   count = len(tokens) if isinstance(tokens, list) else None
   if value is not None and (type(value) is not int or not 0 <= value < (count or value + 1)):
-    raise ValueError(f'{_PREFIX}{name}_token_id = {value!r} is no id of one of {count} tokens')
+    raise ValueError(f'{PREFIX}{name}_token_id = {value!r} is no id of one of {count} tokens')
   return value
 
 

@@ -40,6 +40,7 @@ __all__ = [
   'Layout',
   'config_from_hf',
   'config_to_hf',
+  'differences',
   'entries',
   'find',
   'layout_of',
@@ -106,7 +107,7 @@ def config_to_hf(config: ModelConfig) -> dict:
           f'layer {l}'
         )
   hf = {**family.config_to_hf(config), **shared_to_hf(config)}
-  problems = _differences(_normal(config), _normal(family.config_from_hf(hf)))
+  problems = differences(config, family.config_from_hf(hf))
   if problems:
     raise ValueError(
       f'config.json of the family {config.family} cannot describe this model: '
@@ -126,7 +127,9 @@ def shared_to_hf(config: ModelConfig) -> dict:
   }
 
 
-def _differences(config, written):
+def differences(config: ModelConfig, written: ModelConfig) -> list[str]:
+  """Where two configs describe different models: fields and layers, with both values."""
+  config, written = _normal(config), _normal(written)
   problems = [
     f'{field.name} = {ours!r} (it would be {theirs!r})'
     for field in dataclasses.fields(ModelConfig)
