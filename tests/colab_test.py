@@ -205,7 +205,7 @@ def test_the_technique_beside_magnitude_and_wanda(execute):
   run, _ = execute('your_technique', 'SMOKE', False)
   table = {name: list(map(float, row)) for name, row in run.table().items()}
   assert len(table['ria']) == 3
-  assert all(a < b for a, b in zip(table['ria'], table['magnitude']))
+  assert all(a < b for a, b in zip(table['ria'][1:], table['magnitude'][1:]))
 
 
 @pytest.mark.slow
@@ -220,16 +220,20 @@ def test_merging_says_its_loss(execute):
 
 
 @pytest.mark.slow
-def test_a_window_with_first_tokens_reads_on_where_full_attention_gets_lost(execute):
+def test_a_window_reads_on_where_full_attention_gets_worse(execute):
   run, ends = execute('long_context', 'CONTEXTS', False)
   curves = {name: list(map(float, row)) for name, row in run.table().items()}
   full, streaming = curves['full attention'], curves['window and first tokens']
-  assert streaming[-1] < full[-1]
+  assert streaming[-1] < 0.95 * full[-1]
   assert streaming[-1] < 1.1 * streaming[0]
   assert len(run.outputs('image/png')) == 1
-  caches = {name: list(map(float, row)) for name, row in run.table(1).items()}
-  kilobytes = {name: row[: len(ends)] for name, row in caches.items()}
-  assert kilobytes['float'][-1] == pytest.approx(kilobytes['float'][0] * ends[-1] / ends[0])
-  evicting = kilobytes['int8+snapkv64']
-  assert evicting[-1] == evicting[0] < kilobytes['int8'][-1] < kilobytes['float'][-1] / 3
-  assert caches['int8'][-1] == pytest.approx(caches['float'][-1], rel=1e-2)
+  number = lambda cell: float(cell.replace(',', ''))
+  caches = {name: [number(cell) for cell in row] for name, row in run.table(1).items()}
+  grown = {name: (row[0], row[len(ends) - 1]) for name, row in caches.items()}
+  short, long = grown['full attention, float']
+  assert long == pytest.approx(short * ends[-1] / ends[0])
+  assert grown['full attention, int8'][1] < long / 3
+  for bounded in ('full attention, int8+snapkv64', 'window and first tokens, int8'):
+    assert grown[bounded][1] < 1.1 * grown[bounded][0] < short
+  losses = {name: row[-1] for name, row in caches.items()}
+  assert losses['full attention, int8'] == pytest.approx(losses['full attention, float'], rel=1e-2)
