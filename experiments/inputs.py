@@ -46,8 +46,17 @@ class Protocol:
   seed: int = 0
 
 
-def load(model: str | None, texts: Sequence[str], *, seed: int, smoke: bool) -> Inputs:
+def load(
+  model: str | None,
+  texts: Sequence[str],
+  *,
+  seed: int,
+  smoke: bool = False,
+  plan: embedded.Plan | None = None,
+) -> Inputs:
   """Loads a model and texts; without a model, the embedded base model and its corpus.
+
+  `plan` is that of another base model.
 
   Raises:
     ValueError: the model or a text cannot be read, two texts have the same name, the model has no
@@ -56,7 +65,8 @@ def load(model: str | None, texts: Sequence[str], *, seed: int, smoke: bool) -> 
   if model is None:
     if texts:
       raise ValueError('--text needs a --model; without one the base model brings its own corpus')
-    return _embedded(embedded.load_or_train(common.cache_folder(), seed=seed, smoke=smoke))
+    trained = embedded.load_or_train(common.cache_folder(), seed=seed, smoke=smoke, plan=plan)
+    return _embedded(trained)
   _check_names(texts)
   loaded, tokenizer = common.load_model(model)
   return Inputs(
