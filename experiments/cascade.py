@@ -81,7 +81,10 @@ def main() -> None:
       records.append(OUTPUT.value, record)
   out = common.out(OUT.value)
   out.mkdir(parents=True, exist_ok=True)
-  cascade_figure.write({record.recipe: points for record, points in measured}, out / 'cascade.png')
+  cascade_figure.write(
+    {record.recipe: [(p.cost, p.quality) for p in points] for record, points in measured},
+    out / 'cascade.png',
+  )
   print(out / 'cascade.png')
 
 
