@@ -77,4 +77,4 @@ def test_a_port_that_is_taken(script):
   with socket.create_server(('127.0.0.1', 0)) as taken:
     port = taken.getsockname()[1]
     with pytest.raises(ValueError, match=f'cannot listen on 127.0.0.1, port {port}: '):
-      script('--smoke', f'--port={port}')
+      script('--model=not-looked-at', f'--port={port}')
