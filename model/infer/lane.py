@@ -48,7 +48,8 @@ class Lane:
   @property
   def by_position(self) -> bool:
     """Whether beginnings of a row can be kept."""
-    return self._mesh is None and all(cache.by_position for cache in self.rows)
+    alone = self._mesh is None or self._mesh.size == 1
+    return alone and all(cache.by_position for cache in self.rows)
 
   def can_return(self, tokens: int) -> bool:
     """Whether rows can be set back by as many tokens."""
