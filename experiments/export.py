@@ -57,6 +57,7 @@ def main() -> None:
       tokenizer, texts, SEQ_LEN.value, ROWS.value, SEED.value, bos_id
     )
     importance = input_squares(model, rows_BT)
+  path.parent.mkdir(parents=True, exist_ok=True)
   written = gguf.write(
     path,
     model,

@@ -179,7 +179,7 @@ def test_a_first_look_shows_what_bits_cost(execute):
     list(run.table())
     == list(rows)
     == [
-      *('base', 'bf16', 'int8', 'int4', 'gptq_int4', 'int3', 'gptq_int3', 'sparsegpt_2of4'),
+      *('base', 'int8', 'int4', 'gptq_int4', 'int3', 'gptq_int3', 'sparsegpt_2of4'),
     ]
   )
   assert len(run.outputs('image/png')) == 1
@@ -187,7 +187,7 @@ def test_a_first_look_shows_what_bits_cost(execute):
   divergence = {name: row['kl_to_base'] for name, row in rows.items() if name != 'base'}
   assert divergence['int8'] < divergence['gptq_int4'] < divergence['int4']
   assert divergence['gptq_int3'] < divergence['int3']
-  sizes = [rows[name]['linear_bytes'] for name in ('base', 'bf16', 'int8', 'int4', 'int3')]
+  sizes = [rows[name]['linear_bytes'] for name in ('base', 'int8', 'int4', 'int3')]
   assert sizes == sorted(sizes, reverse=True)
 
 
