@@ -95,7 +95,9 @@ class Batch:
     guided = any(job.mask is not None for job in jobs)
     proposed_BT = None if guided else self._proposals(jobs)
     if proposed_BT is None:
-      burst = 1 if guided or one else self._burst // self.width
+      # Whoever comes while all rows are taken waits for one of them anyway.
+      rows = min(2, self.width) if len(jobs) == self.slots else self.width
+      burst = 1 if guided or one else self._burst // rows
       count = max(1, min(burst, *(job.left for job in jobs)))
       steps, counts_B = self._run(count), np.full(self.width, count)
     else:
@@ -218,15 +220,7 @@ class Batch:
 
 def settings(jobs: Sequence[Job | None], vocabulary: int) -> Rows:
   """What the device is told of rows; tokens, positions and masks change at each step."""
-  sampling, keys_B_, logprobs_B = programs.row_settings([job and job.request for job in jobs])
-  told = Rows(
-    tokens_B=np.zeros(len(jobs), np.int32),
-    positions_B=np.zeros(len(jobs), np.int32),
-    sampling=sampling,
-    keys_B_=keys_B_,
-    logprobs_B=logprobs_B,
-    words_B_=np.zeros((len(jobs), -(-vocabulary // 32)), np.uint32),
-  )
+  told = programs.told_of([job and job.request for job in jobs], vocabulary)
   for row, job in enumerate(jobs):
     if job is not None and job.mask is not None:
       told.words_B_[row] = job.mask

@@ -2,8 +2,8 @@
 
 Each running request has a row of a batch, and gives it up when it ends. One step reads a part of
 the prompt of the next request into a cache of one row, if a row is free, and then decodes every
-running row. The prompt of a request is read in parts, so those that run wait for one part at a
-time. The batch is as wide as a power of two has to be for the running rows.
+running row. Prompts are read in parts, so those that run wait for one part at a time, or for a few
+where more wait than run. The batch is as wide as a power of two has to be for the running rows.
 
 What a request gets does not depend on the others: a row draws with a key of its own seed and
 position, and no query sees another row. What remains is rounding, as in `model.infer.generate`.
@@ -40,6 +40,7 @@ from model.transformer import Transformer
 from ops.sampling import History
 
 LEAST_PART = 16  # tokens of the shortest part of a prompt
+MOST_PARTS = 4  # parts of prompts between two steps of the running rows
 
 
 class Engine:
@@ -51,7 +52,7 @@ class Engine:
   part: the longest part of a prompt that a step reads, a power of two.
   prefix_bytes: bytes for beginnings that prompts share; None: those of two rows; 0: none are kept.
   burst: how many tokens one row alone takes in a step; rows of a wider batch take fewer, so that
-    those who wait do not wait longer.
+    who comes does not wait longer, and half as many where all rows are taken.
   speculation: how tokens are proposed, if they are.
   adapters: by their names, this model with adapters as `model.peft.load` gives them; a request may
     name one.
@@ -143,10 +144,14 @@ class Engine:
   def step(self) -> list[Progress]:
     """Reads a part of a prompt and decodes the running rows: what is new, by request."""
     progress = []
-    if self._reading is None:
-      self._begin()
-    if self._reading is not None:
-      progress += self._read_part()
+    for _ in range(MOST_PARTS):
+      if self._reading is None:
+        self._begin()
+      if self._reading is not None:
+        progress += self._read_part()
+      running = len(self._batch.running)
+      if len(self._jobs) <= 2 * running or running == self.slots:
+        break  # no more wait than run, or they wait for those that run
     if self._batch.running:
       progress += self._decode()
     if self._reading is None and not self._waiting:

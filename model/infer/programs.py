@@ -38,6 +38,7 @@ class Rows:
   keys_B_: np.ndarray  # uint32 [B, 2]
   logprobs_B: np.ndarray  # bool: whether they are asked for
   words_B_: np.ndarray  # uint32 [B, ceil(V / 32)]
+  plain: np.ndarray  # bool: every row takes its likeliest token, and no scores
 
 
 @jax.tree_util.register_dataclass
@@ -51,14 +52,25 @@ class Chosen:
   ids_B_: jax.Array
 
 
-def row_settings(requests: Sequence[Request | None]) -> tuple[Sampling, np.ndarray, np.ndarray]:
-  """The parts of `Rows` that follow from the requests: (sampling, keys_B_, logprobs_B)."""
+def told_of(requests: Sequence[Request | None], vocabulary: int) -> Rows:
+  """What the requests of some rows say; tokens, positions and words are zeros."""
   some = [request or NOBODY for request in requests]
   seeds = np.asarray([request.seed for request in some], np.uint64)
   # As jax.random.key has it for a seed of 32 bits.
   keys_B_ = np.stack([seeds >> np.uint64(32), seeds & np.uint64(0xFFFFFFFF)], 1).astype(np.uint32)
   logprobs_B = np.asarray([request.logprobs is not None for request in some])
-  return sampling.settings([one.sampling for one in some], np.asarray), keys_B_, logprobs_B
+  configs = [request.sampling for request in some]
+  drawn = any(config.temperature > 0 or config.remembers for config in configs)
+  guided = any(request.guide is not None for request in some)
+  return Rows(
+    tokens_B=np.zeros(len(some), np.int32),
+    positions_B=np.zeros(len(some), np.int32),
+    sampling=sampling.settings(configs, np.asarray),
+    keys_B_=keys_B_,
+    logprobs_B=logprobs_B,
+    words_B_=np.zeros((len(some), -(-vocabulary // 32)), np.uint32),
+    plain=np.asarray(not (drawn or guided or logprobs_B.any())),
+  )
 
 
 NOBODY = Request(prompt=(0,), max_new_tokens=1)
@@ -90,6 +102,12 @@ def _run(static, leaves, caches, tokens_BT, start, length):
 @jax.jit
 def choose(logits_BV, history: History, told: Rows) -> Chosen:
   """The tokens that stand at the positions of the rows."""
+  likeliest = lambda logits_BV: _blank(sampling.sample(logits_BV, sampling.GREEDY, None))
+  by_settings = lambda logits_BV: _by_settings(logits_BV, history, told)
+  return jax.lax.cond(told.plain, likeliest, by_settings, logits_BV)
+
+
+def _by_settings(logits_BV, history: History, told: Rows) -> Chosen:
   adjusted_BV = sampling.adjust(logits_BV, told.sampling, history)
   guided_B = (told.words_B_ != 0).any(1)
 
