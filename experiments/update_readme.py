@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 
 from absl import flags
 
-from experiments import common, study_tables
+from experiments import common, serving_tables, study_tables
 from experiments import lessons as lessons  # its techniques
 from experiments.speed_tables import decoding, grouped, link, long_texts, machine, retrofit, spread
 from model.compress import registry
@@ -373,6 +373,16 @@ PARTS = (
     name='healing_smollm2_gpu',
     generate=study_tables.healing,
     results=('healing_smollm2_gpu.jsonl',),
+  ),
+  *(
+    Part(
+      file=serving_tables.PAGE, name=name, generate=table, results=(f'{name}_smollm2_cpu.jsonl',)
+    )
+    for name, table in (
+      ('serving', serving_tables.servers),
+      ('speculation', serving_tables.drafts),
+      ('cascade', serving_tables.cascades),
+    )
   ),
   Part(
     file='docs/measuring.md', name='long', generate=long_texts, results=('long_context_cpu.jsonl',)
