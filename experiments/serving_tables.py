@@ -33,10 +33,17 @@ def _server_line(row: Record) -> str:
   cells = [
     f'`{row.recipe}`',
     f'{amount} clients' if closed else f'{amount} requests/s',
-    spread(row, 'output_tokens_per_s', '.0f'),
+    _throughput(row),
     *(ms(f'{name}_{which}') for name in ('ttft', 'tpot') for which in ('median', 'p95')),
   ]
   return f'| {" | ".join(cells)} |'
+
+
+def _throughput(row: Record) -> str:
+  once = row.metrics['output_tokens_per_s'].n == 1
+  return (
+    f'{row.value("output_tokens_per_s"):.0f}' if once else spread(row, 'output_tokens_per_s', '.0f')
+  )
 
 
 def drafts(path: pathlib.Path) -> str:
