@@ -300,12 +300,7 @@ class Part:
 
 
 PARTS = (
-  Part(
-    file='README.md',
-    name='real',
-    generate=real,
-    results=('smollm2_cpu.jsonl',),
-  ),
+  Part(file='README.md', name='real', generate=real, results=('smollm2_cpu.jsonl',)),
   Part(file=EMBEDDED, name='results', generate=results, results=('compress_cpu.jsonl',)),
   Part(file=COMPRESSING, name='formats', generate=quality, results=('formats_smollm2_cpu.jsonl',)),
   Part(file='README.md', name='decoding', generate=decoding, results=('decode_cpu.jsonl',)),
@@ -324,12 +319,7 @@ PARTS = (
     )
     for name in ('decode_tinyllama_gpu', 'decode_olmoe_gpu')
   ),
-  Part(
-    file=COMPRESSING,
-    name='grouped_gpu',
-    generate=grouped,
-    results=('grouped_gpu.jsonl',),
-  ),
+  Part(file=COMPRESSING, name='grouped_gpu', generate=grouped, results=('grouped_gpu.jsonl',)),
   Part(
     file='docs/compressing.md',
     name='structured',
