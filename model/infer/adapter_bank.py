@@ -8,7 +8,7 @@ from flax import nnx
 
 from model.infer.lora_bank import LoraBank
 from model.layers.routed import RoutedConfig
-from model.transformer import Transformer, linears, matrices
+from model.transformer import Transformer, linears, matrices, parameters
 from ops.linear import Matrix
 from ops.lora import LoraTensor
 
@@ -17,7 +17,7 @@ def attach(model: Transformer, adapters: Mapping[str, Transformer]) -> Transform
   """Returns the model with a bank of the corrections of others, in their order.
 
   The others are this model with adapters, as `model.peft.load` returns them. All banks share one
-  array of choices, `choice_of` the model.
+  array of choices.
 
   Raises:
     ValueError: an adapter that is more than a low-rank correction of this model's matrices.
@@ -42,16 +42,25 @@ def places_of_choice(model: Transformer, leaves: Sequence[jax.Array]) -> list[in
 def _corrections(name: str, model: Transformer, other: Transformer) -> dict[str, LoraTensor]:
   if other.config != model.config:
     raise ValueError(f'the adapter {name!r} belongs to a model of another shape')
-  found, bases = {}, linears(model)
-  for path, linear in linears(other).items():
-    w: Matrix = linear.weight.get_value()
-    if isinstance(w, LoraTensor) and w.shape == bases[path].weight.get_value().shape:
-      found[path] = w
-    elif type(w) is not type(bases[path].weight.get_value()):
+  found, own = {}, parameters(model)
+  for path, parameter in parameters(other).items():
+    w: Matrix = parameter.get_value()
+    base = own[path].get_value() if path in own else None
+    if isinstance(w, LoraTensor) and _same(w.base, base):
+      found[path.removesuffix('.weight')] = w
+    elif not _same(w, base):
       raise ValueError(
-        f'{name!r} has a {type(w).__name__} in {path}; only LoRA can be served beside others, so '
-        'merge it and serve the model alone'
+        f'{name!r} has a {type(w).__name__} of its own in {path}; only LoRA over the matrices of '
+        'the model can be served beside others, so merge it and serve it alone'
       )
   if not found:
     raise ValueError(f'{name!r} corrects no matrix')
   return found
+
+
+def _same(a: Matrix, b: Matrix) -> bool:
+  """Whether two weights are the same numbers, stored in the same way."""
+  if jax.tree.structure(a) != jax.tree.structure(b):
+    return False
+  pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b))
+  return all(x is y or (x.dtype == y.dtype and jnp.array_equal(x, y)) for x, y in pairs)

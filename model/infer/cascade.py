@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from model.infer.engine import Engine
+from model.infer.metrics import Metrics
 from model.infer.request import Progress, Request, TokenLogprobs
 
 
@@ -97,13 +98,18 @@ class Cascade:
       raise ValueError('the models of a cascade have the same tokens')
     self.small, self.large, self.threshold = small, large, threshold
     self._score, self._name = SCORES[score], name
-    self.model, self.metrics = large.model, large.metrics
+    self.model = large.model
     self.slots, self.capacity = large.slots, min(small.capacity, large.capacity)
     self.answered, self.deferred = 0, 0  # answers of the small model, and those that it left
     self._next = 0
     self._jobs: dict[int, tuple[Engine, int]] = {}
     self._small: dict[int, tuple[int, Request, list[Progress]]] = {}  # by the small engine's number
     self._large: dict[int, int] = {}
+
+  @property
+  def metrics(self) -> Metrics:
+    """The counts of both engines; a request that the small one left counts in both."""
+    return self.small.metrics.with_those_of(self.large.metrics)
 
   @property
   def busy(self) -> bool:

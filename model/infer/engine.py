@@ -171,11 +171,10 @@ class Engine:
     """Compiles every program that requests may need, so that none waits for it."""
     if self.busy:
       raise ValueError('an engine is warmed before it is used')
-    lengths, vocabulary = (
-      [*powers(self._part, LEAST_PART), self._part],
-      self.model.config.vocab_size,
-    )
+    lengths = [*powers(self._part, LEAST_PART), self._part]
+    vocabulary = self.model.config.vocab_size
     logits_BV, *_ = [lane.warm_parts(lengths) for lane in self._lanes]
+    self._lanes[0].warm_scores(lengths)
     history = History.of(programs.NOBODY.sampling, (), (), vocabulary)
     programs.choose(logits_BV, history, settings([None], vocabulary))
     self._batch.warm()

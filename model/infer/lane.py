@@ -108,6 +108,11 @@ class Lane:
       self.keep({}, None)
     return logits_BV
 
+  def warm_scores(self, lengths: list[int]) -> None:
+    """Compiles what scores a prompt in parts of these lengths."""
+    for length in lengths:
+      self.score(np.zeros((1, length), np.int32), 0, 1, 0, np.zeros(length, np.int32))
+
   def warm_rows(self) -> None:
     """Compiles what moves the rows of a batch of this width."""
     self.admit(0)

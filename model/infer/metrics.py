@@ -17,3 +17,10 @@ class Metrics:
   preemptions: int = 0
   drafted: int = 0  # tokens that a draft proposed
   accepted: int = 0  # of these, the ones that were taken
+
+  def with_those_of(self, other: 'Metrics') -> 'Metrics':
+    """The counts of two engines together; of the cache, the fuller one."""
+    total = {
+      f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)
+    }
+    return Metrics(**{**total, 'cache_usage': max(self.cache_usage, other.cache_usage)})

@@ -104,7 +104,11 @@ def test_what_cannot_be_served_beside_others_is_refused():
   with pytest.raises(ValueError, match='corrects no matrix'):
     engine(same=MODEL)
   dora = adapters.attach(MODEL, AdapterConfig(rank=2, dora=True), key=jax.random.key(0))
-  with pytest.raises(ValueError, match='only LoRA can be served beside others'):
+  with pytest.raises(ValueError, match=r'of its own in layers\.0\..*only LoRA over'):
     engine(dora=dora)
+  more = nnx.clone(ADAPTERS['all'])  # its embedding was trained as well, as modules_to_save are
+  more.embedding.table.set_value(1.5 * more.embedding.table.get_value())
+  with pytest.raises(ValueError, match=r'of its own in embedding\.table'):
+    engine(more=more)
   with pytest.raises(ValueError, match="no adapter 'other'; there are: all"):
     engine(all=ADAPTERS['all']).add(Request(prompt=[5], max_new_tokens=1, adapter='other'))

@@ -8,7 +8,7 @@ import pytest
 from model.infer import cascade
 from model.infer.cascade import Cascade
 from model.infer.request import TokenLogprobs
-from tests.model.infer.engine_test import MODEL, _engine, _model, _requests
+from tests.model.infer.engine_test import _engine, _model, _requests
 
 SMALL = _model('2:4+int4')
 
@@ -40,6 +40,8 @@ def test_doubt_decides_who_answers(score):
   assert found == expected
   assert both.deferred == sum(how < middle for how in sure) and both.answered == 10 - both.deferred
   assert small != large
+  answers = both.small.metrics.generated_tokens + both.large.metrics.generated_tokens
+  assert both.metrics.generated_tokens == answers > sum(map(len, found))
   assert _run(_cascade(np.inf), requests)[0] == large
   assert _run(_cascade(-np.inf), requests)[0] == small
 
@@ -71,10 +73,10 @@ def test_scores_of_the_prompt_are_those_of_the_large_model():
   told = []
   while both.busy:
     told += both.step()
-  alone = _engine()
-  alone.add(request)
   assert both.answered == 0
-  assert told[-1].finish is not None and told[0].request == 0
+  assert len(told[0].prompt_logprobs) == len(request.prompt) - 1
+  tokens = [token for progress in told for token in progress.tokens]
+  assert tokens == _engine().run([request])[0]
 
 
 def _scores(*pairs):
@@ -104,4 +106,3 @@ def test_a_curve_by_hand():
 def test_a_score_that_there_is_not_is_refused():
   with pytest.raises(ValueError, match='logprob, margin'):
     _cascade(0.0, score='luck')
-  assert MODEL is not None

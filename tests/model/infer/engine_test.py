@@ -13,6 +13,7 @@ from model.infer import programs
 from model.infer.engine import BLOCK, Engine
 from model.infer.generate import generate
 from model.infer.request import Request
+from model.infer.speculation import Speculation
 from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
 from model.layers.mixers import linear
@@ -144,15 +145,20 @@ def test_a_request_gets_what_generate_gives_it():
       assert new == generate(MODEL, [request.prompt], seed=request.seed, **settings)[0]
 
 
-def test_nothing_is_compiled_once_it_is_warm():
-  engine = _engine(slots=3)
+PROGRAMS = (
+  'read', 'score', 'choose', 'decode', 'draft', 'verify', 'admit', 'remember', 'rearrange', 'keep',
+  'fetch',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('speculation', [None, Speculation(draft=MODEL, tokens=2, always=True)])
+def test_nothing_is_compiled_once_it_is_warm(speculation):
+  engine = _engine(slots=3, speculation=speculation)
   engine.warm()
-  compiled = lambda: [
-    getattr(programs, name)._cache_size()
-    for name in ('read', 'choose', 'decode', 'admit', 'remember', 'rearrange', 'keep', 'fetch')
-  ]
+  compiled = lambda: {name: getattr(programs, name)._cache_size() for name in PROGRAMS}
   before = compiled()
-  engine.run(list(_requests(20)))
+  scored = Request(prompt=[5] * 50, max_new_tokens=3, logprobs=1, prompt_logprobs=1)
+  engine.run([*_requests(20), scored])
   assert compiled() == before
 
 
