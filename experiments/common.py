@@ -173,6 +173,18 @@ def define_kv_cache(default: str | None, text: str) -> flags.FlagHolder:
   return flags.DEFINE(_KVCache(), 'kv_cache', default, text)
 
 
+def define_dtype() -> flags.FlagHolder:
+  """The --dtype flag of scripts that load a model; `dtype` reads it."""
+  return flags.DEFINE_enum(
+    'dtype', None, ['float32', 'bfloat16'], 'Type of activations and plain weights.'
+  )
+
+
+def dtype(holder: flags.FlagHolder) -> jnp.dtype | None:
+  """The dtype that --dtype names; None: as the model is stored."""
+  return None if holder.value is None else jnp.dtype(holder.value)
+
+
 def define_plugins() -> flags.FlagHolder:
   """The --plugins flag."""
   return flags.DEFINE_list(

@@ -24,7 +24,6 @@ Device: any. Minutes: below 1 for a small model on two CPU cores.
 import json
 import math
 
-import jax.numpy as jnp
 from absl import flags
 
 from experiments import base as embedded
@@ -46,9 +45,7 @@ SEQ_LEN = flags.DEFINE_integer('seq_len', 512, 'Tokens per window.', lower_bound
 MAX_WINDOWS = flags.DEFINE_integer(
   'max_windows', 0, 'Only the first so many windows; 0: all.', lower_bound=0
 )
-DTYPE = flags.DEFINE_enum(
-  'dtype', None, ['float32', 'bfloat16'], 'Type of activations and plain weights.'
-)
+DTYPE = common.define_dtype()
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON line instead of words.')
 SMOKE = flags.DEFINE_bool('smoke', False, 'Measure the tiny base model on a little text.')
 KV_CACHE = common.define_kv_cache(
@@ -70,7 +67,7 @@ def main() -> None:
   limit = MAX_WINDOWS.value or None
   windows = perplexity.windows(tokens_T, ends_T, SEQ_LEN.value, limit, bos_id)
   sharding.shard(model, common.mesh(MESH))
-  base = hf.load_pretrained(BASE.value, _dtype())[0] if BASE.value else None
+  base = hf.load_pretrained(BASE.value, common.dtype(DTYPE))[0] if BASE.value else None
   if base is not None and base.config.vocab_size != model.config.vocab_size:
     raise ValueError(
       f'--base has a vocabulary of {base.config.vocab_size}, --model one of '
@@ -98,10 +95,6 @@ def _ready(model):
   return model if WIDENED.value else prepare(model)
 
 
-def _dtype():
-  return None if DTYPE.value is None else jnp.dtype(DTYPE.value)
-
-
 def _inputs():
   if SMOKE.value and MODEL.value is None:
     trained = embedded.load_or_train(common.cache_folder(), smoke=True)
@@ -109,7 +102,7 @@ def _inputs():
   if MODEL.value is None or TEXT.value is None:
     raise ValueError('evaluate needs --model and --text (or --smoke)')
   text = '\n'.join(corpus.documents(TEXT.value))
-  model, tokenizer = common.load_model(MODEL.value, _dtype())
+  model, tokenizer = common.load_model(MODEL.value, common.dtype(DTYPE))
   return model, tokenizer, text
 
 

@@ -21,7 +21,6 @@ import pathlib
 import sys
 import time
 
-import jax.numpy as jnp
 import tqdm
 from absl import flags
 
@@ -42,9 +41,7 @@ TOP_K = flags.DEFINE_integer('top_k', None, 'Sample among the k most likely toke
 TOP_P = flags.DEFINE_float('top_p', None, 'Sample among the most likely tokens of this mass.')
 MIN_P = flags.DEFINE_float('min_p', None, 'Leave out tokens below this share of the likeliest.')
 SEED = flags.DEFINE_integer('seed', 0, 'Seed of the sampling, of each prompt.')
-DTYPE = flags.DEFINE_enum(
-  'dtype', None, ['float32', 'bfloat16'], 'Type of activations and plain weights.'
-)
+DTYPE = common.define_dtype()
 PROMPTS = flags.DEFINE_string('prompts', None, 'File of prompts, one JSON object a line.')
 OUT = flags.DEFINE_string('out', None, 'File of the answers to --prompts.')
 SLOTS = flags.DEFINE_integer('slots', 8, 'How many of --prompts run at once.', lower_bound=1)
@@ -97,7 +94,7 @@ def _answer_all(sampling: SamplingConfig) -> None:
   if MODEL.value is None or PROMPT.value:
     raise ValueError('--prompts needs --model, and is instead of --prompt')
   lines = offline.read(pathlib.Path(PROMPTS.value).expanduser())
-  model, tokenizer = common.load_model(MODEL.value, _dtype())
+  model, tokenizer = common.load_model(MODEL.value, common.dtype(DTYPE))
   sharding.shard(model, common.mesh(MESH))
   own = {'max_new_tokens': MAX_NEW_TOKENS.value, 'sampling': sampling, 'seed': SEED.value}
   requests = [offline.request(line, tokenizer, **own) for line in lines]
@@ -154,12 +151,8 @@ def _inputs():
     return trained.model, trained.tokenizer, PROMPT.value or ['import '], 8
   if MODEL.value is None or not PROMPT.value:
     raise ValueError('generate needs --model and --prompt (or --smoke)')
-  model, tokenizer = common.load_model(MODEL.value, _dtype())
+  model, tokenizer = common.load_model(MODEL.value, common.dtype(DTYPE))
   return model, tokenizer, PROMPT.value, MAX_NEW_TOKENS.value
-
-
-def _dtype():
-  return None if DTYPE.value is None else jnp.dtype(DTYPE.value)
 
 
 if __name__ == '__main__':

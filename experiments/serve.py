@@ -21,7 +21,6 @@ import sys
 import threading
 import urllib.request
 
-import jax.numpy as jnp
 from absl import flags
 
 from experiments import base as embedded
@@ -78,9 +77,7 @@ THRESHOLD = flags.DEFINE_float(
   'The mean log-probability of an answer from which it is sure; experiments.cascade finds one.',
 )
 WARM = flags.DEFINE_bool('warm', True, 'Compile all programs before the first request.')
-DTYPE = flags.DEFINE_enum(
-  'dtype', None, ['float32', 'bfloat16'], 'Type of activations and plain weights.'
-)
+DTYPE = common.define_dtype()
 SMOKE = flags.DEFINE_bool('smoke', False, 'Ask the tiny base model one thing, and end.')
 KV_CACHE = common.define_kv_cache('float', 'How keys and values of past tokens are kept.')
 MESH = common.define_mesh()
@@ -136,7 +133,7 @@ def _inputs():
     return trained.model, trained.tokenizer, NAME.value or 'smoke'
   if MODEL.value is None:
     raise ValueError('serve needs --model (or --smoke)')
-  model, tokenizer = common.load_model(MODEL.value, _dtype())
+  model, tokenizer = common.load_model(MODEL.value, common.dtype(DTYPE))
   mesh = common.mesh(MESH)
   if mesh.size > 1:
     sharding.shard(model, mesh)
@@ -156,12 +153,8 @@ def _adapters(model) -> dict[str, Transformer]:
 def _speculation() -> Speculation | None:
   if DRAFT.value is None and DRAFTED.value is None:
     return None
-  draft = None if DRAFT.value is None else common.load_model(DRAFT.value, _dtype())[0]
+  draft = None if DRAFT.value is None else common.load_model(DRAFT.value, common.dtype(DTYPE))[0]
   return Speculation(draft=draft, tokens=DRAFTED.value or Speculation.tokens)
-
-
-def _dtype():
-  return None if DTYPE.value is None else jnp.dtype(DTYPE.value)
 
 
 def _engine(model, adapters, speculation) -> Engine:
@@ -182,7 +175,7 @@ def _engine(model, adapters, speculation) -> Engine:
 
 
 def _cascade(large: Engine, name: str) -> Cascade:
-  small, _ = common.load_model(CASCADE.value, _dtype())
+  small, _ = common.load_model(CASCADE.value, common.dtype(DTYPE))
   return Cascade(_engine(small, {}, None), large, threshold=THRESHOLD.value, name=name)
 
 
