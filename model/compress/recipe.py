@@ -63,8 +63,8 @@ class Step:
 class Recipe:
   """Steps in order.
 
-  `head` and `embedding` also compress these, by the steps that need no calibration. Where the head is
-  tied to the embedding, either means the one matrix.
+  `head` and `embedding` also compress these, by the steps that need no calibration. Where both are
+  one matrix, because they are tied, either means that one.
   """
 
   name: str

@@ -23,19 +23,18 @@ def prepare(model: Transformer, *, activations: packed.Activations = 'int16') ->
   perplexity does not show, and 'float' keeps them and is slower.
   Call it once where a model is used often: packing reads every weight.
   """
-  changed = {}
-  for path, linear in linears(model).items():
-    changed[f'{path}.weight'] = _pack(linear.weight.get_value(), activations)
+  held = {f'{path}.weight': linear.weight.get_value() for path, linear in linears(model).items()}
+  fast = {path: _pack(w, activations) for path, w in held.items()}
   if model.head is None:
-    changed[EMBEDDING] = _pack_table(model.embedding.table.get_value(), activations)
-  own = parameters(model)
-  changed = {path: fast for path, fast in changed.items() if fast is not own[path].get_value()}
+    held[EMBEDDING] = model.embedding.table.get_value()
+    fast[EMBEDDING] = _pack_table(held[EMBEDDING], activations)
+  changed = {path: w for path, w in fast.items() if w is not held[path]}
   if not changed:
     return model
   copy = nnx.clone(model)  # merging what was split would share the parameters
   params = parameters(copy)
-  for path, fast in changed.items():
-    params[path].set_value(fast)
+  for path, w in changed.items():
+    params[path].set_value(w)
   return copy
 
 
