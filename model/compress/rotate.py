@@ -72,7 +72,7 @@ def rotate(model, spec):
 
 
 def _check_plain(model):
-  for path, w in matrices(model).items():
+  for path, w in {'embedding': model.embedding.table.get_value(), **matrices(model)}.items():
     if isinstance(w, Weight):
       raise ValueError(f'{path} is compressed already; rotation comes before everything else')
     if looks_pruned(w):
