@@ -27,6 +27,7 @@ from ops import (
   activations,
   int8_training,
   lora,
+  low_rank,
   masked,
   qat,
   quantized,
@@ -37,7 +38,18 @@ from ops import (
 from ops.linear import WEIGHT_TYPES, Matrix, Weight
 
 # Importing a module registers its weight types.
-BUILT_IN = (activations, int8_training, lora, masked, qat, quantized, rotated, sparse, transposed)
+BUILT_IN = (
+  activations,
+  int8_training,
+  lora,
+  low_rank,
+  masked,
+  qat,
+  quantized,
+  rotated,
+  sparse,
+  transposed,
+)
 MANIFEST = 'lissom.json'
 VERSION = 1
 # In config.json. Tools refuse an unknown model type. At an unknown quantization method transformers

@@ -5,6 +5,7 @@ from model.compress import awq as awq
 from model.compress import densifying as densifying
 from model.compress import expert_merging as expert_merging
 from model.compress import expert_pruning as expert_pruning
+from model.compress import factoring as factoring
 from model.compress import grouped_heads as grouped_heads
 from model.compress import hqq as hqq
 from model.compress import latent_heads as latent_heads

@@ -91,7 +91,7 @@ class Sums:
 class Plan:
   """How rows are made.
 
-  space_VD: vectors of the new tokens by their ids, for omp.  atoms: shared tokens in a sum, at most.
+  space_VD: vectors of the new tokens by their ids, for omp.  atoms: the most in a sum.
   """
 
   method: Method = 'mean'

@@ -16,7 +16,6 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from model import tokenizer as tokenizer_lib
@@ -66,9 +65,9 @@ def trim(
   filled up to a multiple of `multiple`, as far as there are tokens.
 
   Raises:
-    ValueError: there is no text, the tokenizer does not belong to the model, the embedding or the
-      head is compressed, or the kind of vocabulary is not known; or text is cut differently
-      afterwards, as a pre-tokenizer would that looks at the vocabulary.
+    ValueError: there is no text, the tokenizer does not belong to the model, the kind of vocabulary
+      is not known, or the embedding is stored in a way in which tokens cannot be told apart; or
+      text is cut differently afterwards, as no vocabulary should.
   """
   _check(model, tokenizer, min_count, multiple)
   counts = count(tokenizer, texts)
@@ -79,7 +78,7 @@ def trim(
   own = kept[kept < model.config.vocab_size]
   new = {int(old): i for i, old in enumerate(kept)}
   config = renumber.renumbered_config(model.config, new, len(own))
-  result = rows.map_rows(model, config, lambda table: jnp.take(table, own, axis=0))
+  result = rows.take(model, config, own)
   changed = sum(1 for same in _same(tokenizer, trimmed, kept, texts) if not same)
   if changed and min_count == 1:
     raise ValueError(

@@ -14,6 +14,7 @@ from ops import (
   activations,
   int8_training,
   lora,
+  low_rank,
   masked,
   qat,
   quantized,
@@ -102,6 +103,10 @@ EXAMPLES = {
   'learned 2:4': _sparse(2, 4, lambda v: qat.learn(v, 'int8', held=True)),
   'int8 products': int8_training.Int8Products,
   'transposed int4': _transposed(_quantized('int4', group_size=16, symmetric=False)),
+  'low rank': lambda w_IO: low_rank.factorise(w_IO, 8),
+  'low rank of int4': lambda w_IO: low_rank.factorise(w_IO, 16).map_values(
+    _quantized('int4', group_size=16)
+  ),
   'rotated': lambda w_IO: rotated.RotatedTensor(w_IO, 1),
   'rotated heads of int8': lambda w_IO: rotated.RotatedTensor(_quantized('int8')(w_IO), 16),
   'lora': _lora(lambda w_IO: w_IO),

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from model.vocabulary import needed, renumber
 from model.vocabulary.trim import trim
-from ops import quantized
+from ops import linear, quantized, transposed
 
 WORDS = ['lower', 'lowest', 'newer', 'wider', 'widest', 'and', 'the', 'of', 'Grüße', 'naïve', '12']
 UNSEEN = 'Ωmega 日本 zebra\n😀\t#!'
@@ -288,8 +289,25 @@ def test_wrong_input_is_named():
   words.add_special_tokens(SPECIAL)
   with pytest.raises(ValueError, match='WordLevel is not changed'):
     trim(_model(_tokenizer(words)), _tokenizer(words), ['a'])
-  head = quantized.quantize(_model(tokenizer, tied=False).head.weight.get_value(), 'int8')
-  compressed = _model(tokenizer, tied=False)
-  compressed.head.weight.set_value(head)
-  with pytest.raises(ValueError, match=r'head\.weight is a QuantizedTensor'):
-    trim(compressed, tokenizer, COVERED)
+  grouped = _model(tokenizer)
+  table = grouped.embedding.table.get_value()
+  grouped.embedding.table.set_value(quantized.quantize(table, 'int8'))
+  with pytest.raises(ValueError, match='does not store tokens one by one; trim first'):
+    trim(grouped, tokenizer, COVERED)
+
+
+def test_a_compressed_table_and_head_keep_their_codes():
+  tokenizer = _tokenizer(_byte_level())
+  model = _model(tokenizer, tied=False)
+  table, head = model.embedding.table, model.head.weight
+  coded = jax.jit(lambda w_DV: quantized.quantize(w_DV, 'int4', group_size=8))
+  table.set_value(transposed.TransposedTensor(coded(table.get_value().T)))
+  head.set_value(coded(head.get_value()))
+  smaller, _, report = trim(model, tokenizer, COVERED)
+  rows = report.kept[report.kept < model.config.vocab_size]
+  found = smaller.embedding.table.get_value(), smaller.head.weight.get_value()
+  assert [type(w).__name__ for w in found] == ['TransposedTensor', 'QuantizedTensor']
+  widen = jax.jit(linear.dense)
+  wanted = widen(table.get_value())[rows], widen(head.get_value())[:, rows]
+  for one, other in zip(found, wanted, strict=True):
+    np.testing.assert_array_equal(widen(one), other)
