@@ -1,4 +1,4 @@
-"""vocabulary and fertility: folders that other scripts read, what they say, and bad input."""
+"""vocabulary: folders that other scripts read, what it says of them, and bad input."""
 
 import json
 
@@ -17,7 +17,6 @@ def text(tmp_path_factory):
   return path
 
 
-@pytest.mark.parametrize('script', ['vocabulary'], indirect=True)
 def test_a_trimmed_model_is_a_folder_like_others(script, base, text, tmp_path, capsys):
   out, record = tmp_path / 'out', tmp_path / 'r.jsonl'
   script(
@@ -41,7 +40,6 @@ def test_a_trimmed_model_is_a_folder_like_others(script, base, text, tmp_path, c
   assert metrics['documents_changed']['value'] == 0
 
 
-@pytest.mark.parametrize('script', ['vocabulary'], indirect=True)
 def test_another_vocabulary_and_a_narrow_table(script, base, text, tmp_path, capsys):
   plain = [f'--model={base}', f'--text={text}', '--max_windows=0']
   script(*plain, '--method=omp', '--vocab_size=280', '--atoms=4', f'--out={tmp_path / "omp"}')
@@ -57,7 +55,6 @@ def test_another_vocabulary_and_a_narrow_table(script, base, text, tmp_path, cap
   assert np.linalg.matrix_rank(np.asarray(table.dense())) == 8
 
 
-@pytest.mark.parametrize('script', ['vocabulary'], indirect=True)
 def test_bad_input_is_refused(script, base, text, tmp_path):
   with pytest.raises(ValueError, match='needs --model and --text'):
     script(f'--model={base}')
@@ -69,16 +66,3 @@ def test_bad_input_is_refused(script, base, text, tmp_path):
   empty.write_text('  \n')
   with pytest.raises(ValueError, match='empty'):
     script(f'--model={base}', f'--text={empty}')
-
-
-@pytest.mark.parametrize('script', ['fertility'], indirect=True)
-def test_fertility_is_counted(script, base, text, tmp_path, capsys):
-  script(f'--models={base}', f'--text={text}', f'--output={tmp_path / "r.jsonl"}')
-  tokenizer = hf.load_pretrained(base)[1]
-  metrics = json.loads((tmp_path / 'r.jsonl').read_text())['metrics']
-  found = metrics['bytes_per_token']
-  assert found['value'] == pytest.approx(len(TEXT) / found['n'], rel=0.01)  # blocks are cut apart
-  assert found['n'] == pytest.approx(len(tokenizer.encode(TEXT)), rel=0.01)
-  assert f'{found["value"]:.4f}' in capsys.readouterr().out
-  with pytest.raises(ValueError, match='twice'):
-    script(f'--models={base},{base}', f'--text={text}')
