@@ -137,7 +137,13 @@ def _trim(model, tokenizer, texts) -> Changed:
 
 def _transplant(model, tokenizer, texts) -> Changed:
   new, space_VD = _new_vocabulary(tokenizer, texts)
-  plan = transplant.Plan(method=METHOD.value, space_VD=space_VD, atoms=ATOMS.value, seed=SEED.value)
+  plan = transplant.Plan(
+    method=METHOD.value,
+    space_VD=space_VD,
+    atoms=ATOMS.value,
+    centred=not DONOR.value,
+    seed=SEED.value,
+  )
   result, _, report = transplant.transplant(model, tokenizer, new, plan)
   lines = [
     f'tokens {report.tokens[0]:,} -> {report.tokens[1]:,}: {report.shared:,} keep their rows, '

@@ -2,14 +2,15 @@
 
 Positive pointwise mutual information of tokens and their neighbours, and its leading singular
 vectors (Levy and Goldberg 2014, Neural word embedding as implicit matrix factorization). They are a
-space in which tokens of a new vocabulary can be compared when no model has ever used it.
+space in which tokens of a new vocabulary can be compared when no model has ever used it. Vectors
+have the length 1, because how long one would be says how often its token occurs.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-NEIGHBOURS = 4096  # tokens that count as neighbours: the most frequent ones
+NEIGHBOURS = 2048  # tokens that count as neighbours: the most frequent ones
 REACH = 4  # tokens to each side
 SMOOTHING = 0.75  # the power of neighbours' frequencies, as in word2vec
 
@@ -33,7 +34,9 @@ def vectors(documents: Sequence[np.ndarray], vocab_size: int, width: int) -> np.
         np.add.at(pairs, (tokens[seen], place[near[seen]]), 1)
   if not pairs.any():
     raise ValueError('the text has no two tokens beside each other, so it says nothing of them')
-  return _reduced(_mutual_information(pairs), width)
+  found_VD = _reduced(_mutual_information(pairs), width)
+  lengths = np.linalg.norm(found_VD, axis=1, keepdims=True)
+  return np.divide(found_VD, lengths, out=np.zeros_like(found_VD), where=lengths > 0)
 
 
 def _mutual_information(pairs: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ compared by their bytes, so the two vocabularies may spell in different ways.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
 import jax
@@ -60,31 +60,37 @@ class Report:
 class Sums:
   """New rows as sums of old ones: of row `ids_VR` times `parts_VR`; a part of 0 adds nothing.
 
-  unknown: the new rows that are the mean of all old ones instead.
+  The mean of all old rows times `mean_V` is added.
   """
 
   ids_VR: np.ndarray
   parts_VR: np.ndarray
-  unknown: np.ndarray
+  mean_V: np.ndarray
 
   @classmethod
-  def of(cls, tokens: int, known: Mapping[int, 'Parts']) -> 'Sums':
+  def of(cls, tokens: int, known: Mapping[int, Parts], centred: Iterable[int]) -> 'Sums':
+    """Sums of what is known of tokens, those that are `centred` of distances from the mean.
+
+    What nothing is known of is the mean itself.
+    """
     longest = max(len(ids) for ids, _ in known.values())
     ids_VR = np.zeros((tokens, longest), np.int32)
     parts_VR = np.zeros((tokens, longest), np.float32)
     for i, (ids, parts) in known.items():
       ids_VR[i, : len(ids)], parts_VR[i, : len(ids)] = ids, parts
-    unknown = np.array([i for i in range(tokens) if i not in known], np.int32)
-    return cls(ids_VR=ids_VR, parts_VR=parts_VR, unknown=unknown)
+    unknown = [i for i in range(tokens) if i not in known]
+    mean_V, about = np.zeros(tokens, np.float32), [*unknown, *centred]
+    mean_V[about] = 1 - parts_VR[about].sum(1)
+    return cls(ids_VR=ids_VR, parts_VR=parts_VR, mean_V=mean_V)
 
   def __call__(self, table: jax.Array) -> jax.Array:
     """table: [old V, ...] -> [new V, ...], float32."""
     old = table.astype(jnp.float32)
-    total = jnp.zeros((len(self.ids_VR), *old.shape[1:]), jnp.float32)
+    column = lambda values_V: jnp.asarray(values_V).reshape(-1, *[1] * (old.ndim - 1))
+    total = column(self.mean_V) * old.mean(0, keepdims=True)
     for ids_V, part_V in zip(self.ids_VR.T, self.parts_VR.T):
-      part = jnp.asarray(part_V).reshape(-1, *[1] * (old.ndim - 1))
-      total = total + part * jnp.take(old, ids_V, axis=0)
-    return total.at[self.unknown].set(jnp.broadcast_to(old.mean(0), old[self.unknown].shape))
+      total = total + column(part_V) * jnp.take(old, ids_V, axis=0)
+    return total
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,11 +98,15 @@ class Plan:
   """How rows are made.
 
   space_VD: vectors of the new tokens by their ids, for omp.  atoms: the most in a sum.
+  centred: whether omp adds up distances from the mean, in the space and in the model. The origin of
+  the space means nothing in the model then, and a token that is far from all others is near the
+  mean. The paper does not; its space is that of embeddings.
   """
 
   method: Method = 'mean'
   space_VD: np.ndarray | None = None
   atoms: int = 32
+  centred: bool = False
   seed: int = 0
 
   def __post_init__(self):
@@ -123,7 +133,8 @@ def transplant(
   if not shared:
     raise ValueError('the two vocabularies have no token in common; nothing can be carried over')
   known = _known(plan, old, spelled, shared)
-  sums = Sums.of(new.vocab_size, known)
+  pursued = [i for i in known if i not in shared] if plan.method == 'omp' else []
+  sums = Sums.of(new.vocab_size, known, pursued if plan.centred else ())
   random = np.random.default_rng(plan.seed)
   made = [i for i in range(new.vocab_size) if i not in shared]
 
@@ -192,6 +203,8 @@ def _pursued(plan: Plan, shared, rest: list[int], tokens: int) -> dict[int, Part
     raise ValueError('no token that both vocabularies have occurs in the space; take more text')
   count = min(plan.atoms, len(anchors), space_VD.shape[1])
   theirs = np.array([shared[i] for i in anchors])
+  if plan.centred:
+    space_VD = space_VD - space_VD[anchors].mean(0)
   found = {}
   for at in range(0, len(rest), BATCH):
     batch = rest[at : at + BATCH]

@@ -122,6 +122,22 @@ def test_sums_found_in_the_space_are_taken_of_the_old_rows(model, old, new):
     np.testing.assert_allclose(after[made], wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_centred_sums_are_of_distances_from_the_mean(model, old, new):
+  """The same donor, moved away from its origin: only centred sums are found again."""
+  made = _made(old, new)
+  shared = [i for i in range(new.vocab_size) if i not in made]
+  space = np.zeros((new.vocab_size, len(shared)), np.float32)
+  space[shared] = np.eye(len(shared)) - 1 / len(shared)
+  for n, i in enumerate(made):
+    space[i] = 2 * space[shared[n]]
+  plan = Plan(method='omp', space_VD=space + 3, atoms=1, centred=True)
+  after = _rows(transplant(model, old, new, plan)[0])[0]
+  before = _rows(model)[0]
+  theirs, mean = [old.codec.id_of(new.codec.token_of(i)) for i in shared], before.mean(0)
+  wanted = [mean + 2 * (before[theirs[n]] - mean) for n in range(len(made))]
+  np.testing.assert_allclose(after[made], wanted, atol=1e-5)
+
+
 def test_a_token_that_the_space_lacks_is_the_average(model, old, new):
   space, made = _space(new.vocab_size), _made(old, new)
   space[made[0]] = 0
@@ -153,8 +169,9 @@ def test_neighbours_tell_tokens_apart():
   assert cosine(vectors[0], vectors[1]) > 0.9 > cosine(vectors[0], vectors[2])
   assert not vectors[7].any()
   left, sizes, _ = np.linalg.svd(_mutual_information(documents, 8))
-  wanted = (left * sizes) @ left.T  # of a vector and another: U S^(1/2) and itself
-  np.testing.assert_allclose(vectors @ vectors.T, wanted, atol=1e-4)
+  wanted = (left * sizes) @ left.T  # products of vectors U S^(1/2)
+  lengths = np.sqrt(np.maximum(np.diag(wanted), 1e-30))
+  np.testing.assert_allclose(vectors @ vectors.T, wanted / np.outer(lengths, lengths), atol=1e-4)
   with pytest.raises(ValueError, match='no two tokens beside each other'):
     cooccurrence.vectors([np.array([1])], 8, 6)
 
