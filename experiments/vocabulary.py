@@ -39,6 +39,7 @@ from model.vocabulary import cooccurrence, factorise, retrain, transplant, trim
 
 TRIM, FACTORISE = 'trim', 'factorise'
 SPACE_WIDTH = 256  # of vectors that are made from the text
+DONOR_ATOMS, TEXT_ATOMS = 64, 8  # of the paper; vectors from a text are too rough for long sums
 SMOKE_VOCAB_SIZE, SMOKE_WINDOWS = 384, 4
 
 MODEL = flags.DEFINE_string('model', None, 'Folder, hub id or .gguf file.')
@@ -59,7 +60,9 @@ TOKENIZER = flags.DEFINE_string('tokenizer', None, 'Folder of the new vocabulary
 DONOR = flags.DEFINE_string(
   'donor', None, 'omp: a model of the new vocabulary. Default: neighbours in the text.'
 )
-ATOMS = flags.DEFINE_integer('atoms', 32, 'omp: shared tokens in a sum, at most.')
+ATOMS = flags.DEFINE_integer(
+  'atoms', None, 'omp: shared tokens in a sum, at most. Default: 64 with a donor, else 8.'
+)
 RANK = flags.DEFINE_integer('rank', 128, 'factorise: the width between the two matrices.')
 POWER = flags.DEFINE_float(
   'power', factorise.POWER, 'factorise: of the counts that rows are weighted by; 0: all alike.'
@@ -137,10 +140,11 @@ def _trim(model, tokenizer, texts) -> Changed:
 
 def _transplant(model, tokenizer, texts) -> Changed:
   new, space_VD = _new_vocabulary(tokenizer, texts)
+  usual = DONOR_ATOMS if DONOR.value else TEXT_ATOMS
   plan = transplant.Plan(
     method=METHOD.value,
     space_VD=space_VD,
-    atoms=ATOMS.value,
+    atoms=usual if ATOMS.value is None else ATOMS.value,
     centred=not DONOR.value,
     seed=SEED.value,
   )

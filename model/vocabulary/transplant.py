@@ -105,7 +105,7 @@ class Plan:
 
   method: Method = 'mean'
   space_VD: np.ndarray | None = None
-  atoms: int = 32
+  atoms: int = 8
   centred: bool = False
   seed: int = 0
 
