@@ -20,7 +20,7 @@ from model.vocabulary import rows
 from ops.low_rank import LowRankTensor
 from ops.transposed import TransposedTensor
 
-POWER = 0.5
+POWER = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ def test_without_counts_it_is_the_truncated_svd(model):
 def test_weighted_it_is_the_truncated_svd_of_weighted_rows(model):
   counts = np.arange(30) ** 2  # fewer tokens than rows
   result, report = factorise(model, 5, counts)
-  roots = np.sqrt(np.sqrt(np.concatenate([counts, np.zeros(10)]) + 1))[:, None]
+  roots = np.sqrt(np.concatenate([counts, np.zeros(10)]) + 1)[:, None]
   left, sizes, right = np.linalg.svd(roots * _table(model), full_matrices=False)
   wanted = (left[:, :5] * sizes[:5]) @ right[:5] / roots
   np.testing.assert_allclose(_table(result), wanted, atol=1e-6)
