@@ -62,4 +62,4 @@ def describe(w: Matrix) -> str:
   ]
   inner = getattr(w, w.passes_to or 'values', None)
   nested = f' of {describe(inner)}' if isinstance(inner, Weight) else ''
-  return f'{type(w).__name__} {" ".join(static)}{nested}'
+  return f'{" ".join([type(w).__name__, *static])}{nested}'

@@ -40,7 +40,12 @@ def x_BTD():
 
 
 def _stored(name, table_VD) -> TransposedTensor:
-  return TransposedTensor(FORMATS[name](jnp.asarray(table_VD).T))
+  return jax.jit(lambda table_VD: TransposedTensor(FORMATS[name](table_VD.T)))(table_VD)
+
+
+@jax.jit
+def looked_up_and_multiplied(table, x_BTD):
+  return linear.rows(table, TOKENS), linear.matmul_transposed(x_BTD, table)
 
 
 def _by_hand(w: quantized.QuantizedTensor) -> np.ndarray:
@@ -62,8 +67,8 @@ def test_rows_and_products_are_those_of_the_numbers_by_hand(name, table_VD, x_BT
   w = _stored(name, table_VD)
   expected_VD = _by_hand(w.weight)
   assert w.shape == (VOCABULARY, WIDTH) and w.nbytes == w.weight.nbytes
-  np.testing.assert_allclose(linear.rows(w, TOKENS), expected_VD[TOKENS], atol=NEAR)
-  logits = linear.matmul_transposed(jnp.asarray(x_BTD), w)
+  rows, logits = looked_up_and_multiplied(w, x_BTD)
+  np.testing.assert_allclose(rows, expected_VD[TOKENS], atol=NEAR)
   np.testing.assert_allclose(logits, x_BTD @ expected_VD.T, atol=10 * NEAR)
 
 
@@ -73,16 +78,15 @@ def test_of_two_values_in_four_the_others_are_zero(table_VD, x_BTD):
   expected_VD = grouped.copy()
   np.put_along_axis(expected_VD, order[..., 2:], 0, axis=-1)
   expected_VD = expected_VD.reshape(table_VD.shape)
-  w = _stored('2:4', table_VD)
-  np.testing.assert_array_equal(linear.rows(w, TOKENS), expected_VD[TOKENS])
-  logits = linear.matmul_transposed(jnp.asarray(x_BTD), w)
+  rows, logits = looked_up_and_multiplied(_stored('2:4', table_VD), x_BTD)
+  np.testing.assert_array_equal(rows, expected_VD[TOKENS])
   np.testing.assert_allclose(logits, x_BTD @ expected_VD.T, atol=10 * NEAR)
 
 
 def test_an_array_is_a_table_too(table_VD, x_BTD):
   table = jnp.asarray(table_VD)
-  np.testing.assert_array_equal(linear.rows(table, TOKENS), table_VD[TOKENS])
-  logits = linear.matmul_transposed(jnp.asarray(x_BTD), table)
+  rows, logits = looked_up_and_multiplied(table, x_BTD)
+  np.testing.assert_array_equal(rows, table_VD[TOKENS])
   np.testing.assert_allclose(logits, x_BTD @ table_VD.T, atol=10 * NEAR)
   np.testing.assert_array_equal(as_table(as_transposed(table)), table_VD)
 
@@ -90,11 +94,10 @@ def test_an_array_is_a_table_too(table_VD, x_BTD):
 @pytest.mark.parametrize('name', PACKED)
 def test_packed_for_the_cpu_it_looks_the_same_numbers_up(name, table_VD, x_BTD):
   w = _stored(name, table_VD)
-  packed = TransposedTensor(layout.encode(w.weight))
-  rows = jax.jit(linear.rows)
-  np.testing.assert_array_equal(rows(packed, TOKENS), rows(w, TOKENS))
-  logits = linear.matmul_transposed(jnp.asarray(x_BTD), packed)
-  expected = x_BTD @ np.asarray(w.dense(), np.float32).T
+  rows, logits = looked_up_and_multiplied(TransposedTensor(layout.encode(w.weight)), x_BTD)
+  dense_VD = np.asarray(jax.jit(lambda w: w.dense())(w), np.float32)
+  np.testing.assert_array_equal(rows.astype(np.float32), dense_VD[TOKENS])
+  expected = x_BTD @ dense_VD.T
   np.testing.assert_allclose(logits, expected, atol=NEAR_PACKED * np.abs(expected).max())
   if cpu.available():
     assert isinstance(layout.pack(w).weight, layout.PackedTensor)
@@ -102,12 +105,12 @@ def test_packed_for_the_cpu_it_looks_the_same_numbers_up(name, table_VD, x_BTD):
 
 
 def test_of_pairs_the_packed_places_go_along(table_VD):
-  values = FORMATS['2:4'](jnp.asarray(table_VD).T.astype(jnp.bfloat16))
-  packed = TransposedTensor(layout.encode(values))
-  found, expected = jax.jit(lambda *ws: [linear.rows(w, TOKENS) for w in ws])(
-    packed, TransposedTensor(values)
-  )
-  np.testing.assert_array_equal(found, expected)
+  @jax.jit
+  def looked_up(table_VD):
+    w = FORMATS['2:4'](table_VD.T.astype(jnp.bfloat16))
+    return [linear.rows(TransposedTensor(one), TOKENS) for one in (w, layout.encode(w))]
+
+  np.testing.assert_array_equal(*looked_up(table_VD))
 
 
 def test_packed_for_an_accelerator_it_looks_the_same_numbers_up(table_VD):
@@ -137,7 +140,8 @@ def test_gradients_pass_to_what_can_be_trained(table_VD, x_BTD):
     logits = linear.matmul_transposed(jnp.asarray(x_BTD), table)
     return jnp.sum(weights_BT * (looked_up + jnp.tanh(logits).sum(-1)))
 
-  found, expected = (jax.grad(loss)((a_IR, b_RO), dense) for dense in (False, True))
+  gradients = jax.jit(jax.grad(loss), static_argnums=1)
+  found, expected = (gradients((a_IR, b_RO), dense) for dense in (False, True))
   for ours, theirs in zip(found, expected):
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 

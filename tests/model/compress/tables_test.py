@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from model import hf, kv_cache
+from model import adapters, hf, kv_cache
 from model.compress import pipeline, recipe
+from model.eval import cost
 from model.infer.prepare import prepare
+from model.train.partition import Selection, partition
 from model.transformer import parameters
 from ops import linear, quantized
 from ops.kernels.cpu.packed import PackedTensor
@@ -175,6 +177,36 @@ def test_pruned_without_a_pattern_it_stays_an_array(tied):
   kept = np.where(zero_VD, 0, _table(tied))
   np.testing.assert_array_equal(_table(found), kept)
   assert {row.layer: row.stored for row in ledger.layers}['embedding'] == 'float32'
+
+
+def test_adapters_train_over_a_model_with_a_quantized_table(with_int4):
+  model, _ = with_int4
+  config = adapters.AdapterConfig(rank=2, targets=('layers.0.attention.query',))
+  adapted = adapters.attach(model, config, key=jax.random.key(0))
+  structure, trained, frozen = partition(adapted, Selection(value=()))
+  query = 'layers.0.attention.query.weight'
+  assert set(trained) == {f'{query}.a_IR', f'{query}.b_RO'}
+  assert 'embedding.table.weight.values' in frozen
+
+  @jax.jit
+  def gradients(trained):
+    loss = lambda own: structure.model({**own, **frozen})(TOKENS_BT).var()
+    return jax.grad(loss)(trained)
+
+  assert np.abs(gradients(trained)[f'{query}.b_RO']).max() > 0
+  with pytest.raises(ValueError, match=r'embedding\.table\.weight\.values holds codes'):
+    partition(adapted, Selection())
+
+
+def test_a_decode_step_reads_the_codes_of_a_tied_table_and_rows_of_another(tied, with_int4, tiny):
+  values = lambda model: {path: p.get_value() for path, p in parameters(model).items()}
+  read = lambda model: cost.decode_bytes_per_step(model.config, values(model), 8, batch=3)
+  codes = 48 * 61 // 2 + 3 * 61 * (2 + 1)  # with a scale in float16 and a zero point for 16 inputs
+  assert _table(with_int4[0]).nbytes == codes
+  assert read(tied) - read(with_int4[0]) == 4 * 48 * 61 - codes
+  untied = tiny()
+  looked_up, _ = _compressed(untied, _only(INT4, 'embedding'), embedding=True)
+  assert read(untied) - read(looked_up) == 3 * (4 * 48 - codes // 61)
 
 
 WRONG = {
