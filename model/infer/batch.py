@@ -20,7 +20,6 @@ from model.infer.programs import Chosen, Rows
 from model.infer.speculation import Governor, Speculation, propose
 from ops.sampling import History
 
-
 PATIENCE = 2  # steps that a batch waits for requests to come back before it is halved
 
 
