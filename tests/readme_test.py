@@ -10,7 +10,7 @@ import yaml
 from experiments import update_readme
 from model.compress import recipe, registry
 
-SHARED_FLAGS = ('common.py', 'training.py', 'arms.py')
+SHARED_FLAGS = ('common.py', 'training.py', 'arms.py', 'costs.py', 'carbon.py')
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / 'README.md').read_text()
 RECIPES_PAGE = (ROOT / 'docs' / 'compressing.md').read_text()
