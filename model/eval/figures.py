@@ -5,6 +5,7 @@ need not tell colours apart (https://jfly.uni-koeln.de/color/).
 """
 
 import dataclasses
+import hashlib
 import math
 import os
 import unicodedata
@@ -17,7 +18,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from model.eval import chart
 from model.eval.chart import Box, Point
-from model.eval.records import Record, replacing
+from model.eval.records import Record, replacing, to_line
 
 X_LABEL = 'linear weights: bytes as a share of bfloat16'
 Y_LABEL = 'perplexity ÷ perplexity of the base'
@@ -82,7 +83,7 @@ def svg(records: Sequence[Record]) -> SvgChart | None:
 
 
 def write_png(records: Sequence[Record], path: str | os.PathLike) -> None:
-  """Draws the chart with matplotlib, 1600 x 1000 pixels."""
+  """Draws the chart with matplotlib, 1600 x 1000 pixels. The file names its `source`."""
   points = chart.points(records)
   figure = Figure(figsize=(8, 5), dpi=200, layout='constrained')
   canvas = FigureCanvasAgg(figure)
@@ -97,7 +98,13 @@ def write_png(records: Sequence[Record], path: str | os.PathLike) -> None:
     axes.set_axis_off()
     axes.text(0.5, 0.5, 'no record has both a size and a perplexity ratio', ha='center')
   with replacing(path) as partial:
-    figure.savefig(partial, format='png', metadata={'Software': None})
+    metadata = {'Software': None, 'Source': source(records)}
+    figure.savefig(partial, format='png', metadata=metadata)
+
+
+def source(records: Sequence[Record]) -> str:
+  """The SHA-256 of records, by which a picture tells what it was drawn from."""
+  return hashlib.sha256('\n'.join(map(to_line, records)).encode()).hexdigest()
 
 
 def draw_axes(axes, points):

@@ -15,16 +15,9 @@ from model.eval import chart, figures, select
 from model.eval.chart import Point
 from model.eval.records import BASE, replacing
 from model.eval.runs import Row
+from model.eval.serving_figure import COLOURS, MARKERS
 
-STYLES = (
-  ('#0072B2', 'o'),
-  ('#D55E00', 's'),
-  ('#009E73', '^'),
-  ('#CC79A7', 'D'),
-  ('#E69F00', 'v'),
-  ('#56B4E9', 'P'),
-  ('#555555', 'X'),
-)
+STYLES = tuple(zip(COLOURS, MARKERS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

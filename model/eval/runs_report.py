@@ -94,12 +94,12 @@ def write(comparison: Comparison, folder: pathlib.Path) -> None:
 def markdown(comparison: Comparison, has_figure: bool = False) -> str:
   """The comparison as a text for a pull request or an issue."""
   parts = [f'# Runs compared with `{comparison.baseline}`', _facts(comparison)]
-  for title, lines in _lists(comparison):
-    parts += [f'## {title}', '\n'.join(f'- {line}' for line in lines) or 'None.']
+  parts += _listed(_refused(comparison))
   for title, verdict in (('Worse', WORSE), ('Better', BETTER)):
     found = comparison.of(verdict)
     parts += [f'## {title} than `{comparison.baseline}` beyond the noise: {len(found)}']
     parts += [_changes(found)] if found else []
+  parts += _listed(_rest(comparison))
   heads = ['run', 'recipe', *(column.title for column in comparison.columns)]
   body = [
     [
@@ -152,7 +152,8 @@ def html(comparison: Comparison, figure: bytes | None = None) -> str:
   return environment.get_template('runs.html.jinja').render(
     comparison=comparison,
     facts=[_facts_of(run) for run in comparison.runs],
-    lists=_lists(comparison),
+    refused=_refused(comparison),
+    rest=_rest(comparison),
     worse=[_words(change) for change in comparison.of(WORSE)],
     better=[_words(change) for change in comparison.of(BETTER)],
     rows=[(row, cells(row)) for row in comparison.rows],
@@ -221,14 +222,29 @@ def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
   return tables.markdown(safe(heads), [safe(cells) for cells in body])
 
 
-def _lists(comparison: Comparison) -> list[tuple[str, list[str]]]:
-  """What was not compared, with titles; a list that says nothing is left out."""
+def _refused(comparison: Comparison) -> list[tuple[str, list[str]]]:
+  """What was not compared, as lists with titles; an empty list is left out."""
+  lines = changes.refusals(comparison.changes)
+  return [('Not compared, because the protocols differ', lines)] if lines else []
+
+
+def _rest(comparison: Comparison) -> list[tuple[str, list[str]]]:
+  """Likewise, what could not be compared or judged for other reasons."""
+  models = dict.fromkeys(fact['model'] for fact in map(_facts_of, comparison.runs))
   lists = [
-    ('Not compared, because the protocols differ', changes.refusals(comparison.changes)),
+    ('Different models', list(models) if len(models) > 1 else []),
     ('In one run alone', changes.strangers(comparison.rows, comparison.baseline)),
     ('Not judged', changes.unknowns(comparison.changes)),
   ]
   return [(title, lines) for title, lines in lists if lines]
+
+
+def _listed(lists: Sequence[tuple[str, list[str]]]) -> list[str]:
+  return [
+    part
+    for title, lines in lists
+    for part in (f'## {title}', '\n'.join(f'- {line}' for line in lines))
+  ]
 
 
 def _facts(comparison: Comparison) -> str:
