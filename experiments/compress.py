@@ -149,8 +149,9 @@ def _run(work: Comparison, budget: select.Budget, folder: pathlib.Path, out: pat
 
 def _comparison(recipes: list[Recipe], choices: list[Recipe]) -> Comparison:
   """Loads the model and the text, checks that the recipes fit, and searches for the budget's."""
+  protocol = _protocol()
   inputs = inputs_lib.load(MODEL.value, TEXT.value, seed=SEED.value, smoke=SMOKE.value)
-  work = inputs_lib.make_study(inputs, _protocol())
+  work = inputs_lib.make_study(inputs, protocol)
   plain = Comparison(inputs=inputs, work=work, recipes=tuple(recipes))
   comparison.check(plain)
   if BUDGET_MEGABYTES.value is None:

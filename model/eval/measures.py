@@ -34,6 +34,7 @@ class Measure:
 
 LOWER, HIGHER = 'lower', 'higher'
 PERPLEXITIES = {'ppl', 'ppl_ratio', 'widened_ppl_ratio', 'ppl_vs_widened', 'kl_to_base'}
+ACCURACY = 'accuracy'  # accuracy:TASK, and accuracy_change:TASK against the base
 SHARES = {'flip_rate', 'experts_changed'}  # of tokens, and so binomial
 # Other metrics or the machine say the same: a change of theirs is no news.
 FOLLOWING = {'bits_per_byte', 'nll_sum', 'copy_bandwidth_bytes_per_s', 'decode_bytes_per_s'}
@@ -57,7 +58,7 @@ def measure(name: str, metric: Metric) -> Measure:
   root, unit = name.partition(':')[0], metric.unit
   if root in PERPLEXITIES | SHARES:
     return Measure(Kind.QUALITY, LOWER)
-  if root.startswith('accuracy'):
+  if root.startswith(ACCURACY):
     return Measure(Kind.QUALITY, None if root.endswith('_se') else HIGHER)
   if root.endswith('_se') or root in FOLLOWING:
     return Measure(
@@ -99,7 +100,7 @@ def noise(record: Record, name: str) -> tuple[float | None, str]:
 
 
 def differences(name: str, record: Record, other: Record) -> list[str]:
-  """What the metric depends on and differs between records, in words: 'bos: none, window'.
+  """What the metric depends on and differs between records, in words: 'bos: none against window'.
 
   The value of `other` stands first.
   """
@@ -111,7 +112,7 @@ def differences(name: str, record: Record, other: Record) -> list[str]:
   if needs_text and own['text'] is None and theirs['text'] is None:
     return ['no record names the text']
   return [
-    f'{what}: {theirs.get(what)}, {own.get(what)}'
+    f'{what}: {_named(theirs.get(what))} against {_named(own.get(what))}'
     for what in dict.fromkeys([*own, *theirs])
     if own.get(what) != theirs.get(what)
   ]
@@ -119,25 +120,39 @@ def differences(name: str, record: Record, other: Record) -> list[str]:
 
 def _conditions(name: str, kind: Kind, record: Record) -> dict[str, Any]:
   """What the metric depends on, by words for it."""
+  if name.startswith(ACCURACY):
+    return _task(name.partition(':')[2], record)
   if kind is Kind.QUALITY:
     return _text(name.partition(':')[2], record)
   load = {name.replace('_', ' '): record.config.get(name) for name in LOAD}
   if kind is Kind.MONEY:
     return load
   if kind is Kind.SPEED:
-    return load | machine(record)
+    return load | {'machine': machine(record)}
   if kind is Kind.ENERGY:
-    return load | machine(record) | {'counters': record.config.get('energy')}
+    return load | {'machine': machine(record), 'counters': record.config.get('energy')}
   return {}
 
 
-def machine(record: Record) -> dict[str, Any]:
-  """What speed depends on: the device, and where it is a CPU, which and how many cores."""
+def machine(record: Record) -> str | None:
+  """What speed depends on, in words: the devices, and where they are CPUs, which and the cores."""
   about = record.environment
-  found = {'device': about.get('device'), 'devices': about.get('device_count')}
+  device, count = about.get('device'), about.get('device_count')
+  words = [str(device)] if device is not None else []
+  words += [f'{count} devices'] if count is not None and count > 1 else []
   if about.get('platform') in {'cpu', None}:
-    found |= {'CPU': about.get('cpu'), 'cores': about.get('cpu_cores')}
-  return found
+    words += [str(about['cpu'])] if about.get('cpu') else []
+    words += [f'{about["cpu_cores"]} cores'] if about.get('cpu_cores') else []
+  return ', '.join(words) or None
+
+
+def _named(condition: Any) -> str:
+  return 'not named' if condition is None else str(condition)
+
+
+def _task(name: str, record: Record) -> dict[str, Any]:
+  about = (record.config.get('tasks') or {}).get(name, {})
+  return {'task': f'{str(about.get("fingerprint"))[:12]}, {about.get("documents")} documents'}
 
 
 def _text(name: str, record: Record) -> dict[str, Any]:

@@ -225,6 +225,7 @@ def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 def _refused(comparison: Comparison) -> list[tuple[str, list[str]]]:
   """What was not compared, as lists with titles; an empty list is left out."""
   lines = changes.refusals(comparison.changes)
+  lines += [f'{run} is not in the figure' for run in sorted(_not_drawn(comparison))]
   return [('Not compared, because the protocols differ', lines)] if lines else []
 
 
@@ -262,22 +263,18 @@ def _facts_of(run: Run) -> dict[str, str]:
     'records': str(len(run.records)),
     'model': str(first.config.get('model', columns.DASH)),
     'text': ', '.join(texts) if isinstance(texts, dict) else str(texts),
-    'machine': ', '.join(_machine(run)) or columns.DASH,
+    'machine': measures.machine(first) or columns.DASH,
     'revision': revision + (' and changes' if about.get('git_dirty') else ''),
     'jax': str((about.get('versions') or {}).get('jax', columns.DASH)),
     'date': str(about.get('date_utc', columns.DASH))[:10],
   }
 
 
-def _machine(run: Run) -> list[str]:
-  facts = measures.machine(run.records[0])
-  count, cores = facts.pop('devices', None), facts.pop('cores', None)
-  words = [str(fact) for fact in facts.values() if fact is not None]
-  words += [f'{count} devices'] if count is not None and count > 1 else []
-  return words + ([f'{cores} cores'] if cores is not None else [])
-
-
 def _drawn(comparison: Comparison) -> list[Row]:
-  """The rows whose quality may stand in one figure: all but those of runs on another text."""
-  other = {change.row.run for change in comparison.of(REFUSED) if change.metric == 'ppl_ratio'}
-  return [row for row in comparison.rows if row.run not in other]
+  """The rows whose quality may stand in one figure."""
+  return [row for row in comparison.rows if row.run not in _not_drawn(comparison)]
+
+
+def _not_drawn(comparison: Comparison) -> set[str]:
+  """The runs whose perplexities are of another text, or cut in another way."""
+  return {c.row.run for c in comparison.of(REFUSED) if c.metric == 'ppl_ratio'}

@@ -36,12 +36,15 @@ METRICS = {
   'energy_j_per_token': Metric(0.5, 'J/token', 7, 0.02),
   'money_per_million_tokens': Metric(3.0, 'EUR', 7, 0.1),
   'parameters': Metric(5.0, 'parameter'),
+  'accuracy:words': Metric(0.5, '1', 100),
+  'accuracy_se:words': Metric(0.02, '1', 100),
 }
 
 
 def record(recipe='int4', metrics=(), environment=(), seed=0, **config):
   """A record of the main job, with changes."""
   settings = {'texts': TEXTS, 'seq_len': 32, 'bos': 'none', 'batch': 1, 'energy': 'a counter'}
+  settings |= {'tasks': {'words': {'fingerprint': 'd', 'documents': 9}}}
   return Record(
     experiment='compress',
     recipe=recipe,
@@ -83,6 +86,9 @@ def verdict(name, value, **changed):
     ('ppl:code', 30.0, UNKNOWN),
     ('flip_rate', 0.107, SAME),  # the standard error is 0.003
     ('flip_rate', 0.11, WORSE),
+    ('accuracy:words', 0.45, SAME),
+    ('accuracy:words', 0.44, WORSE),
+    ('accuracy:words', 0.56, BETTER),
     ('stored_bytes', 1e6 + 1, WORSE),
     ('linear_bytes_vs_bf16', 0.24, BETTER),
     ('decode_tokens_per_s', 95.5, SAME),
@@ -117,25 +123,43 @@ def test_the_larger_spread_counts():
 @pytest.mark.parametrize(
   'changed, reason, refused',
   [
-    ({'seq_len': 64}, 'window length: 32, 64', {'ppl', 'ppl:code', 'flip_rate'}),
-    ({'bos': 'window'}, 'bos: none, window', {'ppl', 'ppl:code', 'flip_rate'}),
+    ({'seq_len': 64}, 'window length: 32 against 64', {'ppl', 'ppl:code', 'flip_rate'}),
+    ({'bos': 'window'}, 'bos: none against window', {'ppl', 'ppl:code', 'flip_rate'}),
     (
       {'texts': {**TEXTS, 'code': {'fingerprint': 'ccc', 'windows': 4}}},
-      'text: bbb, 4 windows, ccc, 4 windows',
+      'text: bbb, 4 windows against ccc, 4 windows',
       {'ppl:code'},
     ),
     (
       {'metrics': {'bits_per_byte': Metric(NLL / math.log(2) / 401, 'bit/byte')}},
-      'bytes of the predicted tokens: 400, 401',
+      'bytes of the predicted tokens: 400 against 401',
       {'ppl', 'flip_rate'},
     ),
-    ({'environment': {'cpu': 'Y'}}, 'CPU: X, Y', {'decode_speedup', 'energy_j_per_token'}),
-    ({'environment': {'device_count': 2}}, 'devices: 1, 2', {'decode_speedup'}),
-    ({'batch': 8}, 'batch: 1, 8', {'decode_speedup', 'money_per_million_tokens'}),
-    ({'energy': 'another'}, 'counters: a counter, another', {'energy_j_per_token'}),
+    (
+      {'tasks': {'words': {'fingerprint': 'e', 'documents': 9}}},
+      'task: d, 9 documents against e, 9 documents',
+      {'accuracy:words'},
+    ),
+    (
+      {'environment': {'cpu': 'Y'}},
+      'machine: cpu, X, 2 cores against cpu, Y, 2 cores',
+      {'decode_speedup', 'energy_j_per_token'},
+    ),
+    (
+      {'environment': {'device_count': 2}},
+      'machine: cpu, X, 2 cores against cpu, 2 devices, X, 2 cores',
+      {'decode_speedup'},
+    ),
+    (
+      {'environment': {'platform': 'gpu', 'device': 'H100'}},
+      'machine: cpu, X, 2 cores against H100',
+      {'decode_speedup'},
+    ),
+    ({'batch': 8}, 'batch: 1 against 8', {'decode_speedup', 'money_per_million_tokens'}),
+    ({'energy': 'another'}, 'counters: a counter against another', {'energy_j_per_token'}),
     (
       {'metrics': {'money_per_million_tokens': Metric(3.0, 'USD', 7, 0.1)}},
-      'unit: EUR, USD',
+      'unit: EUR against USD',
       {'money_per_million_tokens'},
     ),
   ],
@@ -253,7 +277,7 @@ def test_the_csv_has_every_metric(three):
     '',
   )
   assert (other['ppl / baseline'], other['ppl']) == ('', '20.0')
-  assert other['not compared'].startswith('text: aaa, 4 windows, zzz')
+  assert other['not compared'].startswith('text: aaa, 4 windows against zzz')
 
 
 def test_the_page_escapes_names_and_loads_nothing(three):
@@ -262,6 +286,7 @@ def test_the_page_escapes_names_and_loads_nothing(three):
   assert 'src="data:image/png;base64,UE5H"' in page
   assert 'http' not in page.replace('http-equiv', '')
   assert '1 number worse than old' in page and 'Not compared' in page
+  assert '<li>other is not in the figure</li>' in page
 
 
 def test_the_figure_leaves_out_runs_on_another_text(three, tmp_path):
@@ -280,7 +305,7 @@ def test_the_figure_leaves_out_runs_on_another_text(three, tmp_path):
 def test_other_columns_can_be_asked_for():
   found = compared(record(), record(), ['ttft_median_s', 'ppl'])
   assert [column.title for column in found.columns] == ['ttft_median_s, s', 'perplexity']
-  with pytest.raises(ValueError, match='no record has speed; there are bits_per_byte'):
+  with pytest.raises(ValueError, match='no record has speed; there are accuracy:words'):
     compared(record(), record(), ['speed'])
 
 
