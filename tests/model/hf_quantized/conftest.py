@@ -72,6 +72,18 @@ class Checkpoint:
       if '.layers.' in name and 'norm' not in name
     ]
 
+  def stored(self, encode, **options):
+    """Random matrices as a method stores them: its tensors, and the matrices [O, I] by name.
+
+    `encode(rng, outputs, inputs, **options)` returns the parts of one by the ends of their names,
+    and what they stand for.
+    """
+    rng, tensors, wide = np.random.default_rng(2), {}, {}
+    for layer in self.layers():
+      own, wide[layer] = encode(rng, *self.state[f'{layer}.weight'].shape, **options)
+      tensors |= {f'{layer}.{leaf}': np.ascontiguousarray(array) for leaf, array in own.items()}
+    return tensors, wide
+
   def write(self, folder, about, tensors):
     """Writes a folder with some tensors in place of the matrices."""
     dropped = {f'{layer}.weight' for layer in self.layers()}
@@ -110,18 +122,3 @@ class Checkpoint:
 def checkpoints():
   """A checkpoint of each family."""
   return {family: Checkpoint(family) for family in FAMILIES}
-
-
-@pytest.fixture(scope='session')
-def to_words():
-  """A function (codes [n, C], bits) -> words [n * bits / 32, C], by arithmetic on long integers."""
-  return _to_words
-
-
-def _to_words(codes, bits):
-  columns = []
-  for column in codes.T.tolist():
-    stream = sum(code << (bits * i) for i, code in enumerate(column))
-    count = -(-len(column) * bits // 32)
-    columns.append([(stream >> (32 * k)) & 0xFFFFFFFF for k in range(count)])
-  return np.ascontiguousarray(np.array(columns, np.uint32).T).view(np.int32)
