@@ -3,11 +3,13 @@
 import json
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 from safetensors.numpy import save_file
 
 from model import hf, transformer
@@ -114,7 +116,8 @@ class Checkpoint:
     self.theirs.load_state_dict(matrices, strict=False)
     with torch.no_grad():
       expected = self.theirs(torch.tensor(TOKENS)).logits.numpy()
-    logits = model(jnp.asarray(TOKENS, jnp.int32))
+    graphdef, state = nnx.split(model)
+    logits = jax.jit(lambda s, t: nnx.merge(graphdef, s)(t))(state, jnp.asarray(TOKENS, jnp.int32))
     np.testing.assert_allclose(logits, expected, atol=LOGIT_TOLERANCE, rtol=LOGIT_TOLERANCE)
 
 

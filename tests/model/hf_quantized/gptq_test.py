@@ -63,9 +63,8 @@ def test_symmetric_codes_stay_and_the_logits_are_those_of_transformers(checkpoin
   checkpoint.check_logits(loaded.model, wide)
 
 
-@pytest.mark.parametrize('bits', [2, 3, 4, 8])
-def test_parts_of_fused_matrices_stay_codes(checkpoints, tmp_path, bits):
-  form, shift = ('gptq', 1) if bits in (3, 4) else ('gptq_v2', 0)
+@pytest.mark.parametrize('bits, form, shift', [(3, 'gptq', 1), (4, 'gptq_v2', 0)])
+def test_parts_of_fused_matrices_stay_codes(checkpoints, tmp_path, bits, form, shift):
   tensors, wide = checkpoints['phi3'].stored(_encode, bits=bits, shift=shift)
   checkpoints['phi3'].write(tmp_path, _settings(bits, checkpoint_format=form), tensors)
   loaded = checkpoints['phi3'].check_weights(tmp_path, wide)
@@ -108,6 +107,14 @@ def test_a_zero_point_may_be_one_above_the_codes(bits, top):
     assert codes.weight(np.float32) == 'a zero point of 256 does not fit a byte'
   else:
     np.testing.assert_array_equal(codes.weight(np.float32).dense(), codes.dense())
+
+
+@pytest.mark.parametrize('bits', [2, 3, 8])
+@pytest.mark.parametrize('form, shift', [('gptq', 1), ('gptq_v2', 0)])
+def test_every_number_of_bits_in_both_forms(bits, form, shift):
+  arrays, wide = _encode(np.random.default_rng(3), 32, 96, bits=bits, shift=shift)
+  tensor = _decoded(arrays, _settings(bits, checkpoint_format=form))
+  np.testing.assert_array_equal(tensor.read(), wide)
 
 
 def test_a_last_group_may_be_shorter():
