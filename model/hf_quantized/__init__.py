@@ -14,6 +14,7 @@ from typing import Any
 
 from model.files import read_json
 from model.hf_quantized import awq, bitsandbytes, fp8, gptq
+from model.hf_quantized import files as files
 from model.hf_quantized.codes import CodedTensor as CodedTensor
 from model.hf_quantized.codes import Codes as Codes
 from model.safetensors_io import Tensor
