@@ -1,0 +1,98 @@
+"""GPTQ checkpoints, as AutoGPTQ, GPTQModel and Optimum write them.
+
+A linear layer X of b = 2, 3, 4 or 8 bits is stored as
+
+  X.qweight  int32 [I * b / 32, O]  codes, packed along the inputs
+  X.qzeros   int32 [J, O * b / 32]  zero points, packed along the outputs
+  X.scales   float16 [J, O]
+  X.g_idx    int32 [I]              the group of each input
+
+with the lowest bits first, and w = (code - zero) * scale. The format `gptq`, which is what files
+have that name none, stores zero - 1; `gptq_v2` stores the zero point itself. Where columns were
+quantized in the order of their activations (`desc_act`), `g_idx` is no sequence of runs. After
+Frantar et al. (2022), "GPTQ", https://arxiv.org/abs/2210.17323; format:
+https://github.com/ModelCloud/GPTQModel.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from model.hf_names import fields
+from model.hf_quantized import parts
+from model.hf_quantized.codes import Codes, coded
+from model.safetensors_io import DTYPES, Tensor
+
+WORDS = (np.dtype(np.int32), np.dtype(np.uint32))
+INDICES = (*WORDS, np.dtype(np.int64))
+SCALES = (DTYPES['F16'], DTYPES['BF16'], DTYPES['F32'])
+BITS = (2, 3, 4, 8)
+# What is stored in place of a zero point, less the zero point.
+SHIFTS = {'gptq': -1, 'gptq_v2': 0}
+
+
+def read(settings: Mapping[str, Any], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+  """The tensors of the plain model. Raises ValueError as `Method.read` says."""
+  settings = dict(settings)
+  form = settings.get('checkpoint_format') or settings.get('format') or 'gptq'
+  if form not in SHIFTS:
+    raise ValueError(
+      f'checkpoint_format {form!r} of a GPTQ checkpoint is not supported; '
+      f'supported: {", ".join(SHIFTS)}'
+    )
+  bits = fields.integer(settings, 'bits', 4)
+  group = fields.integer(settings, 'group_size', 128)
+  if bits not in BITS or (group < 1 and group != -1):
+    raise ValueError(f'GPTQ with bits {bits} and group_size {group} is not supported')
+  # Settings for single modules; what they have been given follows from the shapes.
+  varied = bool(settings.get('dynamic'))
+  left = dict(stored)
+  for module in parts.modules(stored, 'qweight'):
+    name = f'{module}.weight'
+    if name in left:
+      raise ValueError(f'{name} is stored twice, the second time as {module}.qweight')
+    left[name] = _matrix(left, module, None if varied else (bits, group), -SHIFTS[form])
+  return left
+
+
+def _matrix(stored, module, stated, shift):
+  take = functools.partial(parts.take, stored, module)
+  qweight, qzeros = take('qweight', WORDS, 2), take('qzeros', WORDS, 2)
+  scales = take('scales', SCALES, 2)
+  (groups, outputs), (words, _) = scales.shape, qweight.shape
+  parts.require(qweight, f'{module}.qweight', (words, outputs))
+  bits = 32 * qzeros.shape[1] // outputs if outputs else 0
+  bits, group = stated or (bits, None)
+  if bits not in BITS or 32 * words % bits or outputs * bits % 32:
+    raise ValueError(f'{module}.qweight {qweight.shape} holds no {outputs} columns of {bits} bits')
+  parts.require(qzeros, f'{module}.qzeros', (groups, outputs * bits // 32))
+  inputs = 32 * words // bits
+  size = inputs if group == -1 else group or -(-inputs // max(groups, 1))
+  if groups != -(-inputs // size):
+    raise ValueError(
+      f'{module}.scales has {groups} groups, but {inputs} inputs in groups of {size} have '
+      f'{-(-inputs // size)}'
+    )
+  order = None
+  if f'{module}.g_idx' in stored:
+    order = take('g_idx', INDICES, 1)
+    parts.require(order, f'{module}.g_idx', (inputs,))
+
+  def codes():
+    return Codes(
+      values=parts.unpack(qweight.read(), bits, 0),
+      scales=scales.read(),
+      zeros=parts.unpack(qzeros.read(), bits, 1).astype(np.int16) + np.int16(shift),
+      rows=np.arange(inputs) // size if order is None else _order(order.read(), groups),
+      format=f'int{bits}',
+    )
+
+  return coded(module, outputs, inputs, codes)
+
+
+def _order(groups_I, groups):
+  if groups_I.min() < 0 or groups_I.max() >= groups:
+    raise ValueError(f'g_idx has groups {groups_I.min()} to {groups_I.max()}, of {groups}')
+  return groups_I.astype(np.int64)
