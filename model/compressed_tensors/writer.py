@@ -3,8 +3,8 @@
 A linear layer whose weight is codes on a grid of theirs (`grids`) keeps its codes, scales and zero
 points bit for bit. Parts of ours that are one matrix of theirs are joined along their outputs where
 they are stored alike. Everything else (NF4, zero points that are no integers, adapters, rotations)
-is widened, and `Written` says so and why. Embeddings are never written as codes, because vLLM does
-not read such files.
+is widened, and `Written` says so and why. So are embeddings and routers, which are no quantized
+layers to their readers.
 
 A sparse matrix is written with its zeros. With `bitmask`, it is stored as the values that are left
 and a mask, which only releases up to 0.11 of compressed-tensors read, and `hf_quantized`.
@@ -32,7 +32,8 @@ from ops.linear import Matrix, Weight, dense
 from ops.masked import MaskedTensor
 from ops.sparse import SparseTensor
 
-HEAD = 'head.weight'
+# What vLLM, or transformers for routers, does not read as codes.
+_AS_NUMBERS = ('.table', '.router.weight', '.shared_gate.weight')
 # What vLLM runs as one product, so that it needs one scheme.
 _TOGETHER = (('q_proj', 'k_proj', 'v_proj'), ('gate_proj', 'up_proj'), ('w1', 'w3'))
 
@@ -93,8 +94,8 @@ def _plan(model: Transformer) -> _Plan:
     own = tuple(weights[path] for path in entry.ours)
     if any(isinstance(w, Weight) for w in own):
       try:
-        if entry.ours[0].endswith('.table'):
-          raise ValueError('embeddings are written as numbers')
+        if entry.ours[0].endswith(_AS_NUMBERS):
+          raise ValueError('embeddings and routers are written as numbers')
         plan.coded.append(modules.module_of(entry, own))
         continue
       except ValueError as error:

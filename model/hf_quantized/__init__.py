@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from model.compressed_tensors import scheme
 from model.files import read_json
-from model.hf_quantized import gptq
+from model.hf_quantized import compressed_tensors, gptq
 from model.hf_quantized.codes import CodedTensor as CodedTensor
 from model.hf_quantized.codes import Codes as Codes
 from model.safetensors_io import Tensor
@@ -38,7 +39,10 @@ class Method:
 
 METHODS = {
   method.name: method
-  for method in (Method(name='gptq', read=gptq.read, file='quantize_config.json'),)
+  for method in (
+    Method(name='gptq', read=gptq.read, file='quantize_config.json'),
+    Method(name=scheme.METHOD, read=compressed_tensors.read),
+  )
 }
 
 
