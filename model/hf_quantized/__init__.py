@@ -14,12 +14,16 @@ from typing import Any
 
 from model.compressed_tensors import scheme
 from model.files import read_json
-from model.hf_quantized import compressed_tensors, gptq
+from model.hf_quantized import awq, bitsandbytes, compressed_tensors, fp8, gptq
 from model.hf_quantized.codes import CodedTensor as CodedTensor
 from model.hf_quantized.codes import Codes as Codes
 from model.safetensors_io import Tensor
 
 KEY = 'quantization_config'
+# Scales of inputs, and of keys and values in a cache.
+ACTIVATION_SCALES = (
+  *('input_scale', 'activation_scale', 'input_scale_ub', 'q_scale', 'k_scale', 'v_scale'),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,18 +34,25 @@ class Method:
     those of the plain model. Nothing is read yet; names, shapes and dtypes are checked, and a
     ValueError names what does not fit.
   file: where older tools wrote the settings, beside a config.json without them.
+  unused: last parts of the names of tensors that are left out, because they are about activations,
+    which stay floating point here.
   """
 
   name: str  # `quant_method` in the settings
   read: Callable[[Mapping[str, Any], Mapping[str, Tensor]], dict[str, Tensor]]
   file: str | None = None
+  unused: tuple[str, ...] = ()
 
 
 METHODS = {
   method.name: method
   for method in (
     Method(name='gptq', read=gptq.read, file='quantize_config.json'),
-    Method(name=scheme.METHOD, read=compressed_tensors.read),
+    Method(name='awq', read=awq.read, file='quant_config.json'),
+    Method(name='bitsandbytes', read=bitsandbytes.read),
+    Method(name='fp8', read=fp8.read, unused=ACTIVATION_SCALES),
+    Method(name='fbgemm_fp8', read=fp8.read, unused=ACTIVATION_SCALES),
+    Method(name=scheme.METHOD, read=compressed_tensors.read, unused=compressed_tensors.UNUSED),
   )
 }
 
@@ -59,13 +70,26 @@ def settings(folder: Path, hf: Mapping[str, Any]) -> dict[str, Any] | None:
     return stated[0] if stated else None
   if not isinstance(found, dict):
     raise ValueError(f'{KEY} in config.json must be a JSON object, not {found!r}')
+  if 'quant_method' not in found and {'load_in_8bit', 'load_in_4bit'} & found.keys():
+    return {'quant_method': 'bitsandbytes', **found}  # its first files do not name it
   return found
 
 
-def decode(found: Mapping[str, Any] | None, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def decode(
+  found: Mapping[str, Any] | None, stored: Mapping[str, Tensor], say: Callable[[str], None]
+) -> dict[str, Tensor]:
   """The tensors of the plain model; those of methods that are not in `METHODS` stay as they are.
 
-  Raises ValueError, naming the tensors, where parts of a matrix are missing or do not fit.
+  `say` gets a line if tensors are left out. Raises ValueError, naming the tensors, where parts of a
+  matrix are missing or do not fit.
   """
   method = METHODS.get(found.get('quant_method')) if found else None
-  return dict(stored) if method is None else method.read(found, stored)
+  if method is None:
+    return dict(stored)
+  used = {name: t for name, t in stored.items() if name.rpartition('.')[2] not in method.unused}
+  if len(used) < len(stored):
+    say(
+      f'activations and caches stay floating point: {len(stored) - len(used)} scales of theirs are '
+      'left out'
+    )
+  return method.read(found, used)

@@ -36,8 +36,10 @@ from model.safetensors_io import Tensor
 LOG = logging.getLogger(__name__)
 SCALE, PACKED, PLAIN = 'weight_scale', 'weight_packed', 'weight'
 # Scales of what is computed at run time, and which no weight type has.
-_OF_RUNS = ('input_zero_point', 'input_global_scale', 'output_scale', 'output_zero_point')
-_OF_CACHES = ('k_scale', 'v_scale', 'q_scale', 'k_zero_point', 'v_zero_point', 'q_zero_point')
+UNUSED = (
+  *('input_zero_point', 'input_global_scale', 'output_scale', 'output_zero_point'),
+  *('q_scale', 'k_scale', 'v_scale', 'q_zero_point', 'k_zero_point', 'v_zero_point'),
+)
 _STATES = (None, 'compressed')
 
 
@@ -58,8 +60,7 @@ def read(settings: Mapping[str, Any], stored: Mapping[str, Tensor]) -> dict[str,
     dropped.add('the cache is not quantized')
   for line in sorted(dropped):
     LOG.warning('what the checkpoint says of running the model is left out: %s', line)
-  run_time = tuple(f'.{leaf}' for leaf in (*_OF_RUNS, *_OF_CACHES))
-  return {name: tensor for name, tensor in left.items() if not name.endswith(run_time)}
+  return left
 
 
 def _groups(settings) -> list[tuple[list[str], Scheme]]:

@@ -25,9 +25,7 @@ from model.hf_quantized import parts
 from model.hf_quantized.codes import Codes, coded
 from model.safetensors_io import DTYPES, Tensor
 
-WORDS = (np.dtype(np.int32), np.dtype(np.uint32))
-INDICES = (*WORDS, np.dtype(np.int64))
-SCALES = (DTYPES['F16'], DTYPES['BF16'], DTYPES['F32'])
+INDICES = (*parts.WORDS, DTYPES['I64'])
 BITS = (2, 3, 4, 8)
 # What is stored in place of a zero point, less the zero point.
 SHIFTS = {'gptq': -1, 'gptq_v2': 0}
@@ -50,17 +48,15 @@ def read(settings: Mapping[str, Any], stored: Mapping[str, Tensor]) -> dict[str,
   varied = bool(settings.get('dynamic'))
   left = dict(stored)
   for module in parts.modules(stored, 'qweight'):
-    name = f'{module}.weight'
-    if name in left:
-      raise ValueError(f'{name} is stored twice, the second time as {module}.qweight')
-    left[name] = _matrix(left, module, None if varied else (bits, group), -SHIFTS[form])
+    matrix = _matrix(left, module, None if varied else (bits, group), -SHIFTS[form])
+    parts.put(left, f'{module}.weight', matrix)
   return left
 
 
 def _matrix(stored, module, stated, shift):
   take = functools.partial(parts.take, stored, module)
-  qweight, qzeros = take('qweight', WORDS, 2), take('qzeros', WORDS, 2)
-  scales = take('scales', SCALES, 2)
+  qweight, qzeros = take('qweight', parts.WORDS, 2), take('qzeros', parts.WORDS, 2)
+  scales = take('scales', parts.SCALES, 2)
   (groups, outputs), (words, _) = scales.shape, qweight.shape
   parts.require(qweight, f'{module}.qweight', (words, outputs))
   bits = 32 * qzeros.shape[1] // outputs if outputs else 0

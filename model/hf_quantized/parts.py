@@ -4,7 +4,10 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from model.safetensors_io import Tensor
+from model.safetensors_io import DTYPES, Tensor
+
+WORDS = (DTYPES['I32'], DTYPES['U32'])
+SCALES = (DTYPES['F16'], DTYPES['BF16'], DTYPES['F32'])
 
 
 def modules(stored: Mapping[str, Tensor], leaf: str) -> list[str]:
@@ -34,6 +37,13 @@ def take(
   if rank is not None and len(tensor.shape) != rank:
     raise ValueError(f'{name} has the shape {tensor.shape}, not {rank} axes')
   return tensor
+
+
+def put(stored: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+  """Adds a tensor under a name. Raises ValueError if there is one already."""
+  if name in stored:
+    raise ValueError(f'{name} is stored twice, as a matrix of numbers and as one of codes')
+  stored[name] = tensor
 
 
 def require(tensor: Tensor, name: str, shape: tuple[int, ...]) -> None:

@@ -3,11 +3,13 @@
 import json
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 from safetensors.numpy import save_file
 
 from model import hf, transformer
@@ -72,6 +74,18 @@ class Checkpoint:
       if '.layers.' in name and 'norm' not in name
     ]
 
+  def stored(self, encode, **options):
+    """Random matrices as a method stores them: its tensors, and the matrices [O, I] by name.
+
+    `encode(rng, outputs, inputs, **options)` returns the parts of one by the ends of their names,
+    and what they stand for.
+    """
+    rng, tensors, wide = np.random.default_rng(2), {}, {}
+    for layer in self.layers():
+      own, wide[layer] = encode(rng, *self.state[f'{layer}.weight'].shape, **options)
+      tensors |= {f'{layer}.{leaf}': np.ascontiguousarray(array) for leaf, array in own.items()}
+    return tensors, wide
+
   def write(self, folder, about, tensors):
     """Writes a folder with some tensors in place of the matrices."""
     dropped = {f'{layer}.weight' for layer in self.layers()}
@@ -102,7 +116,8 @@ class Checkpoint:
     self.theirs.load_state_dict(matrices, strict=False)
     with torch.no_grad():
       expected = self.theirs(torch.tensor(TOKENS)).logits.numpy()
-    logits = model(jnp.asarray(TOKENS, jnp.int32))
+    graphdef, state = nnx.split(model)
+    logits = jax.jit(lambda s, t: nnx.merge(graphdef, s)(t))(state, jnp.asarray(TOKENS, jnp.int32))
     np.testing.assert_allclose(logits, expected, atol=LOGIT_TOLERANCE, rtol=LOGIT_TOLERANCE)
 
 
@@ -110,18 +125,3 @@ class Checkpoint:
 def checkpoints():
   """A checkpoint of each family."""
   return {family: Checkpoint(family) for family in FAMILIES}
-
-
-@pytest.fixture(scope='session')
-def to_words():
-  """A function (codes [n, C], bits) -> words [n * bits / 32, C], by arithmetic on long integers."""
-  return _to_words
-
-
-def _to_words(codes, bits):
-  columns = []
-  for column in codes.T.tolist():
-    stream = sum(code << (bits * i) for i, code in enumerate(column))
-    count = -(-len(column) * bits // 32)
-    columns.append([(stream >> (32 * k)) & 0xFFFFFFFF for k in range(count)])
-  return np.ascontiguousarray(np.array(columns, np.uint32).T).view(np.int32)

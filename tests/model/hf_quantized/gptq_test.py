@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from model import hf_quantized
+from model import hf, hf_quantized
 from model.hf_quantized import parts
+from model.safetensors_io import Tensor
 from ops.quantized import QuantizedTensor
 
 GROUP = 32
@@ -14,42 +15,43 @@ def _settings(bits=4, **others):
   return {'quant_method': 'gptq', 'bits': bits, 'group_size': GROUP, **others}
 
 
-@pytest.fixture
-def store(checkpoints, to_words):
-  """A function that stores random codes for the matrices of a family, and says what they are."""
-
-  def stored(family, bits=4, *, symmetric=False, shift=1, group=GROUP, order=None):
-    rng, tensors, wide = np.random.default_rng(2), {}, {}
-    checkpoint = checkpoints[family]
-    for layer in checkpoint.layers():
-      outputs, inputs = checkpoint.state[f'{layer}.weight'].shape
-      groups = np.arange(inputs) // group
-      if order == 'activations':
-        groups = rng.permutation(groups)
-      shape = (groups.max() + 1, outputs)
-      codes = rng.integers(0, 2**bits, (inputs, outputs))
-      half = np.full(shape, 2 ** (bits - 1))
-      zeros = half if symmetric else rng.integers(shift, 2**bits, shape)
-      scales = (0.5 ** (bits - 2) * rng.uniform(0.1, 0.3, shape)).astype(np.float16)
-      tensors |= {
-        f'{layer}.qweight': to_words(codes, bits),
-        f'{layer}.qzeros': np.ascontiguousarray(to_words((zeros - shift).T, bits).T),
-        f'{layer}.scales': scales,
-      }
-      if order is not None:
-        tensors[f'{layer}.g_idx'] = groups.astype(np.int32)
-      w = [
-        (codes[i] - zeros[g]).astype(np.float32) * scales[g].astype(np.float32)
-        for i, g in enumerate(groups)
-      ]
-      wide[layer] = np.stack(w, 1)
-    return checkpoint, tensors, wide
-
-  return stored
+def _words(codes_IO, bits):
+  """Each column as one long integer, cut into words of 32 bits."""
+  columns = []
+  for column in codes_IO.T.tolist():
+    stream = sum(code << (bits * i) for i, code in enumerate(column))
+    columns.append([stream >> 32 * k & 0xFFFFFFFF for k in range(len(column) * bits // 32)])
+  return np.array(columns, np.uint32).T.view(np.int32)
 
 
-def test_symmetric_codes_stay_and_the_logits_are_those_of_transformers(store, tmp_path):
-  checkpoint, tensors, wide = store('llama', symmetric=True, order='groups')
+def _encode(rng, outputs, inputs, *, bits=4, symmetric=False, shift=1, group=GROUP, order=None):
+  """Random codes as GPTQ stores them, and the matrix that they are."""
+  groups = np.arange(inputs) // group
+  if order == 'activations':
+    groups = rng.permutation(groups)
+  shape = (groups.max() + 1, outputs)
+  codes = rng.integers(0, 2**bits, (inputs, outputs))
+  zeros = rng.integers(shift, 2**bits, shape)
+  if symmetric:
+    zeros[:] = 2 ** (bits - 1)
+  scales = (0.5 ** (bits - 2) * rng.uniform(0.1, 0.3, shape)).astype(np.float16)
+  stored = {
+    'qweight': _words(codes, bits),
+    'qzeros': _words((zeros - shift).T, bits).T,
+    'scales': scales,
+  }
+  if order is not None:
+    stored['g_idx'] = groups.astype(np.int32)
+  wide = [
+    (codes[i] - zeros[g]).astype(np.float32) * scales[g].astype(np.float32)
+    for i, g in enumerate(groups)
+  ]
+  return stored, np.stack(wide, 1)
+
+
+def test_symmetric_codes_stay_and_the_logits_are_those_of_transformers(checkpoints, tmp_path):
+  checkpoint = checkpoints['llama']
+  tensors, wide = checkpoint.stored(_encode, symmetric=True, order='groups')
   zeros = {f'{layer}.bias': np.zeros(len(w), np.float16) for layer, w in wide.items()}
   checkpoint.write(tmp_path, _settings(desc_act=False, sym=True), tensors | zeros)
   loaded = checkpoint.check_weights(tmp_path, wide)
@@ -61,50 +63,90 @@ def test_symmetric_codes_stay_and_the_logits_are_those_of_transformers(store, tm
   checkpoint.check_logits(loaded.model, wide)
 
 
-@pytest.mark.parametrize('bits', [2, 3, 4, 8])
-def test_parts_of_fused_matrices_stay_codes(store, tmp_path, bits):
-  form, shift = ('gptq', 1) if bits in (3, 4) else ('gptq_v2', 0)
-  checkpoint, tensors, wide = store('phi3', bits, shift=shift)
-  checkpoint.write(tmp_path, _settings(bits, checkpoint_format=form), tensors)
-  loaded = checkpoint.check_weights(tmp_path, wide)
+@pytest.mark.parametrize('bits, form, shift', [(3, 'gptq', 1), (4, 'gptq_v2', 0)])
+def test_parts_of_fused_matrices_stay_codes(checkpoints, tmp_path, bits, form, shift):
+  tensors, wide = checkpoints['phi3'].stored(_encode, bits=bits, shift=shift)
+  checkpoints['phi3'].write(tmp_path, _settings(bits, checkpoint_format=form), tensors)
+  loaded = checkpoints['phi3'].check_weights(tmp_path, wide)
   for w in loaded.weights.values():
     assert isinstance(w, QuantizedTensor) and w.format == f'int{bits}'
     assert w.zeros.dtype == np.uint8
   assert loaded.said == []
 
 
-def test_zero_points_of_all_ones_are_one_above_the_codes(store, tmp_path):
-  _, tensors, _ = store('llama')
-  for name in tensors:
-    if name.endswith('qzeros'):
-      tensors[name] = np.full_like(tensors[name], -1)
-  found = hf_quantized.decode(_settings(), {n: _tensor(a) for n, a in tensors.items()})
-  codes = found['model.layers.0.mlp.up_proj.weight'].codes()
-  assert (codes.zeros == 16).all()
-
-
-def test_the_order_of_activations_is_widened_and_said(store, tmp_path):
-  checkpoint, tensors, wide = store('llama', order='activations')
-  checkpoint.write(tmp_path, None, tensors)
+def test_the_order_of_activations_is_widened_and_said(checkpoints, tmp_path):
+  tensors, wide = checkpoints['llama'].stored(_encode, order='activations')
+  checkpoints['llama'].write(tmp_path, None, tensors)
   (tmp_path / 'quantize_config.json').write_text('{"bits": 4, "group_size": 32, "desc_act": true}')
-  loaded = checkpoint.check_weights(tmp_path, wide)
+  loaded = checkpoints['llama'].check_weights(tmp_path, wide)
   assert not any(isinstance(w, QuantizedTensor) for w in loaded.weights.values())
   (line,) = loaded.said
   assert line.startswith('14 quantized matrices are widened to floating point: consecutive inputs')
 
 
-def test_one_scale_a_column_and_settings_by_module(store, tmp_path):
-  checkpoint, tensors, wide = store('llama', 8, group=10**6)
+def test_one_scale_a_column_and_settings_by_module(checkpoints, tmp_path):
+  tensors, wide = checkpoints['llama'].stored(_encode, bits=8, group=10**6)
   settings = _settings(4, group_size=-1, dynamic={'.*': {'bits': 8}})
-  checkpoint.write(tmp_path, settings, tensors)
-  for w in checkpoint.check_weights(tmp_path, wide).weights.values():
+  checkpoints['llama'].write(tmp_path, settings, tensors)
+  for w in checkpoints['llama'].check_weights(tmp_path, wide).weights.values():
     assert (w.format, w.group_size) == ('int8', w.inputs)
 
 
-def _tensor(array):
-  return hf_quantized.Tensor(array.shape, array.dtype, lambda: array)
+def _decoded(arrays, settings):
+  stored = {f'up.{leaf}': Tensor(a.shape, a.dtype, lambda a=a: a) for leaf, a in arrays.items()}
+  return hf_quantized.decode(settings, stored, print)['up.weight']
+
+
+@pytest.mark.parametrize('bits, top', [(4, 16), (8, 256)])
+def test_a_zero_point_may_be_one_above_the_codes(bits, top):
+  arrays, _ = _encode(np.random.default_rng(3), 8, 64, bits=bits)
+  arrays['qzeros'] = np.full_like(arrays['qzeros'], -1)
+  codes = _decoded(arrays, _settings(bits)).codes()
+  assert (codes.zeros == top).all()
+  if bits == 8:
+    assert codes.weight(np.float32) == 'a zero point of 256 does not fit a byte'
+  else:
+    np.testing.assert_array_equal(codes.weight(np.float32).dense(), codes.dense())
+
+
+@pytest.mark.parametrize('bits', [2, 3, 8])
+@pytest.mark.parametrize('form, shift', [('gptq', 1), ('gptq_v2', 0)])
+def test_every_number_of_bits_in_both_forms(bits, form, shift):
+  arrays, wide = _encode(np.random.default_rng(3), 32, 96, bits=bits, shift=shift)
+  tensor = _decoded(arrays, _settings(bits, checkpoint_format=form))
+  np.testing.assert_array_equal(tensor.read(), wide)
+
+
+def test_a_last_group_may_be_shorter():
+  arrays, wide = _encode(np.random.default_rng(3), 8, 80)
+  codes = _decoded(arrays, _settings()).codes()
+  w = codes.weight(np.float32)
+  assert w.group_size == 16
+  np.testing.assert_array_equal(np.asarray(w.dense()).T, wide)
 
 
 def test_words_are_one_stream_of_bits():
   word = np.array([[0b11_010_001_000], [0]], np.int32)  # 0, 1, 2 and the low bits of 3
   assert parts.unpack(word, 3, 0)[:4, 0].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+  'settings, message',
+  [
+    ({'quant_method': 'gptq', 'checkpoint_format': 'marlin'}, "'marlin' .*supported: gptq, gptq_v"),
+    ({'quant_method': 'gptq', 'bits': 5}, 'bits 5 and group_size 128'),
+    ({'quant_method': 'gptq', 'bits': '4'}, "bits in config.json must be an integer, not '4'"),
+    ({'quant_method': 'gptq', 'group_size': 16}, '2 groups, but 64 inputs in groups of 16 have 4'),
+    ({'quant_method': 'gptq', 'bits': 3}, r'up.qweight .8, 8. holds no 8 columns of 3 bits'),
+  ],
+)
+def test_settings_that_do_not_fit_are_named(settings, message):
+  arrays, _ = _encode(np.random.default_rng(3), 8, 64)
+  with pytest.raises(ValueError, match=message):
+    _decoded(arrays, settings)
+
+
+def test_an_unknown_method_is_refused_with_those_that_are_read(checkpoints, tmp_path):
+  checkpoints['llama'].write(tmp_path, {'quant_method': 'aqlm'}, {})
+  with pytest.raises(ValueError, match=r'\(aqlm\).*supported: awq, bitsandbytes, .*gptq.*original'):
+    hf.load_pretrained(tmp_path)
