@@ -1,7 +1,7 @@
 """How compressed-tensors packs codes and masks: numpy arrays in, numpy arrays out.
 
 Matrices are theirs, [O, I]: a row of codes is one stream of bits, of which code i has the bits
-[i * bits, (i + 1) * bits), and words are little-endian. Releases up to 0.12 left the last bits of a
+[i * bits, (i + 1) * bits), and words are little-endian. Older releases left the last bits of a
 word free where `bits` does not divide 32; `unpack_words` reads both forms, which differ in width.
 
 Format: https://github.com/vllm-project/compressed-tensors, compressors/pack_quantized and nvfp4; of

@@ -1,6 +1,6 @@
 """Sparse matrices as a bitmask and the values that it keeps.
 
-Releases of compressed-tensors up to 0.11 write and read these two forms, and later ones neither:
+Releases of compressed-tensors up to 0.14 have these two forms, and later ones neither:
 
   sparse-24-bitmask  X.compressed [O, I / 2], X.bitmask uint8 [O, ceil(I / 8)], X.shape int64 [2, 1]
   sparse-bitmask     the same under X.weight, with flat values, X.weight.shape int64 [2], and

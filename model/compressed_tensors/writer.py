@@ -7,7 +7,7 @@ is widened, and `Written` says so and why. So are embeddings and routers, which 
 layers to their readers.
 
 A sparse matrix is written with its zeros. With `bitmask`, it is stored as the values that are left
-and a mask, which only releases up to 0.11 of compressed-tensors read, and `hf_quantized`.
+and a mask, which only releases up to 0.14 of compressed-tensors read, and `hf_quantized`.
 """
 
 import dataclasses
@@ -221,7 +221,7 @@ def _notes(plan: _Plan, sparsity: Mapping[str, Any]) -> list[str]:
   by_name = {module.name: module.scheme for module in plan.coded}
   notes = []
   if sparsity:
-    notes.append('masks are read by compressed-tensors up to 0.11 and by Lissom, not by vLLM')
+    notes.append('masks are read by compressed-tensors up to 0.14 and by Lissom, not by vLLM')
   if any(m.entry.expert is not None and not _plain_experts(m) for m in plan.coded):
     notes.append('transformers reads experts as symmetric packed codes or fp8 alone')
   if len({m.scheme for m in plan.coded if m.entry.expert is not None}) > 1:
