@@ -77,8 +77,9 @@ class Codes:
     bits = FORMATS[self.format].bits
     if self.zeros is not None and (self.zeros != 2 ** (bits - 1)).any():
       zeros_JO = self.zeros[places]
-      if zeros_JO.min() < 0 or zeros_JO.max() > 255:
-        return f'a zero point of {zeros_JO.max()} does not fit a byte'
+      outside = zeros_JO[(zeros_JO < 0) | (zeros_JO > 255)]
+      if outside.size:
+        return f'a zero point of {outside[0]} does not fit a byte'
       zeros_JO = jnp.asarray(zeros_JO.astype(np.uint8))
     values_IO = self._stored(bits, zeros_JO is None)
     return QuantizedTensor(

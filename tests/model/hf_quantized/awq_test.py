@@ -32,7 +32,7 @@ def _encode(rng, outputs, inputs):
   return {'qweight': _words(codes), 'qzeros': _words(zeros), 'scales': scales}, wide
 
 
-@pytest.mark.parametrize('family', ['llama', 'phi3'])
+@pytest.mark.parametrize('family', [pytest.param('llama', marks=pytest.mark.slow), 'phi3'])
 def test_codes_stay_and_the_logits_are_those_of_transformers(checkpoints, tmp_path, family):
   tensors, wide = checkpoints[family].stored(_encode)
   checkpoints[family].write(tmp_path, {**SETTINGS, 'version': 'gemm'}, tensors)

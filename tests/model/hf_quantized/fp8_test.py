@@ -40,7 +40,7 @@ def _encode(rng, outputs, inputs, *, scaled='tile', leaf='weight_scale_inv'):
 @pytest.mark.parametrize(
   'family, scaled, leaf, method',
   [
-    ('llama', 'tile', 'weight_scale_inv', 'fp8'),
+    pytest.param('llama', 'tile', 'weight_scale_inv', 'fp8', marks=pytest.mark.slow),
     ('phi3', 'tile', 'weight_scale_inv', 'fp8'),
     ('llama', 'output', 'weight_scale', 'fbgemm_fp8'),
     ('phi3', 'matrix', 'weight_scale', 'fp8'),
