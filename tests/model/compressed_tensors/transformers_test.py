@@ -17,7 +17,10 @@ from model.transformer import parameters
 from ops import quantized
 from ops.activations import ActivationQuantized
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.filterwarnings('ignore:You passed .quantization_config'),  # is how it is said
+]
 LOGIT_TOLERANCE = 1e-4  # of float32 sums in another order; logits are of order 1
 BFLOAT16_TOLERANCE = 0.03  # of weights that are rounded to 8 bits
 TOKENS = np.random.default_rng(1).integers(0, 99, (2, 16))
