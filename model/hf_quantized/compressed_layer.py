@@ -132,6 +132,8 @@ def take(left: dict[str, Tensor], name: str, own: Scheme) -> Layer:
   """
   of = functools.partial(parts.take, left, name)
   values, outputs, inputs = _values(of, name, own)
+  if min(outputs, inputs) < 1:
+    raise ValueError(f'the matrix has the shape {(outputs, inputs)}')
   spread = _spread(own, outputs, inputs)
   scales = of('weight_scale', _SCALES.get(own.format, _FLOATS))
   if not spread.fits(scales.shape):
@@ -173,7 +175,7 @@ def _values(of, name, own) -> tuple[Tensor, int, int]:
   parts.require(stated, f'{name}.weight_shape', (2,))
   outputs, inputs = (int(n) for n in stated.read())
   words = layout.words(inputs, own.bits), -(-inputs // (layout.WORD // own.bits))
-  if inputs < 1 or packed.shape not in [(outputs, one) for one in words]:
+  if packed.shape not in [(outputs, one) for one in words]:
     raise ValueError(
       f'{name}.weight_packed has the shape {packed.shape}, and weight_shape is '
       f'{(outputs, inputs)} of {own.bits} bits'
@@ -183,8 +185,7 @@ def _values(of, name, own) -> tuple[Tensor, int, int]:
 
 def _spread(own: Scheme, outputs: int, inputs: int) -> _Spread:
   height, width = own.block or (1, own.group_size or inputs)
-  if own.strategy == 'tensor':
-    height = outputs
+  height = outputs if own.strategy == 'tensor' else min(height, outputs)
   if own.strategy != 'block' and inputs % width:
     raise ValueError(f'groups of {width} do not divide {inputs} inputs')
   rows, columns = -(-outputs // height), -(-inputs // width)

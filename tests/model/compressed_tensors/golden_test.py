@@ -144,9 +144,18 @@ def test_layers_are_found_by_name_expression_and_class(golden, as_tensors):
     compressed_tensors.read(settings, as_tensors(arrays))
 
 
+@pytest.mark.parametrize('case', ['int4', 'w8a8_static', 'fp8_block', 'mxfp4'])
+def test_empty_matrices_are_refused(golden, as_tensors, case):
+  leaves = ('weight', 'weight_packed')
+  arrays = {n: a[:0] if n[2:] in leaves else a for n, a in golden.arrays(case).items()}
+  with pytest.raises(ValueError, match=r'X.*(has the shape|weight_packed)'):
+    compressed_tensors.read(golden.settings(case), as_tensors(arrays))
+
+
 @pytest.mark.parametrize(
   'case, change, message',
   [
+    ('fp8_block', {'block_structure': [2**40, 32]}, 'weight_scale has the shape'),
     ('int4', {'num_bits': 9}, 'has no 9 bits'),
     ('int4', {'group_size': 48}, 'groups of 48 do not divide 64 inputs'),
     ('int4', {'dynamic': True}, 'the scales of weights are dynamic'),

@@ -8,10 +8,11 @@ import pytest
 
 from model import compressed_tensors, hf, safetensors_io
 from model.transformer import parameters
-from ops import lora, sparse
+from ops import lora
 from ops.activations import ActivationQuantized
 from ops.linear import dense
 from ops.quantized import QuantizedTensor
+from ops.sparse import SparseTensor
 
 GROUP = 32
 
@@ -104,10 +105,15 @@ def test_a_tied_head_is_no_quantized_layer(tiny_model, random_codes, tmp_path):
   assert _settings(tmp_path / 'm')['ignore'] == ['lm_head']
 
 
-def _sparse(rng, shape, values=lambda v: v):
-  w_IO = jnp.asarray(rng.standard_normal(shape).astype(np.float32))
-  mask_IO = sparse.n_of_m_mask(jnp.abs(w_IO), 2, 4)
-  return sparse.compress(w_IO, mask_IO, 2, 4).map_values(values)
+def _sparse(rng, shape, values=None):
+  """A 2:4 weight with random places; `values` is of its kept entries [I / 2, O]."""
+  inputs, outputs = shape
+  order = rng.permuted(np.tile(np.arange(4)[:, None], (inputs // 4, 1, outputs)), axis=1)
+  places = np.sort(order[:, :2], axis=1).reshape(-1, 4, outputs)
+  indices = sum(places[:, i] << 2 * i for i in range(4)).astype(np.uint8)
+  if values is None:
+    values = jnp.asarray(rng.standard_normal((inputs // 2, outputs)).astype(np.float32))
+  return SparseTensor(values, jnp.asarray(indices), 2, 4)
 
 
 @pytest.mark.parametrize('bitmask', [False, True])
@@ -117,10 +123,10 @@ def test_sparse_layers_keep_their_zeros(bitmask, tiny_model, random_codes, tmp_p
       return _sparse(rng, shape)
     if path.endswith('down.weight'):
       codes = random_codes(rng, (shape[0] // 2, shape[1]), 'int8')
-      return ActivationQuantized(_sparse(rng, shape, lambda v: codes), None, 8)
+      return ActivationQuantized(_sparse(rng, shape, codes), None, 8)
     if path.endswith('gate.weight'):
       codes = random_codes(rng, (shape[0] // 2, shape[1]), 'int4', 16, symmetric=False)
-      return _sparse(rng, shape, lambda v: codes)
+      return _sparse(rng, shape, codes)
     return random_codes(rng, shape, 'int4', GROUP)
 
   model = tiny_model('llama', weight, num_hidden_layers=1)
