@@ -86,7 +86,7 @@ def load_pretrained(
   if native.is_native(folder):
     return native.read(folder, dtype), tokenizer
   quantized = hf_quantized.settings(folder, read_json(folder / CONFIG))
-  stored = hf_quantized.decode(quantized, safetensors_io.read_folder(folder), say)
+  stored = hf_quantized.decode(quantized, hf_quantized.files.read(folder, quantized), say)
   return load_tensors(config, stored, dtype, say=say), tokenizer
 
 

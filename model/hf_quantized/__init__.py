@@ -15,6 +15,7 @@ from typing import Any
 from model.compressed_tensors import scheme
 from model.files import read_json
 from model.hf_quantized import awq, bitsandbytes, compressed_tensors, fp8, gptq
+from model.hf_quantized import files as files
 from model.hf_quantized.codes import CodedTensor as CodedTensor
 from model.hf_quantized.codes import Codes as Codes
 from model.safetensors_io import Tensor

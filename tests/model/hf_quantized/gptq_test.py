@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from model import hf, hf_quantized
+from model import hf, hf_quantized, native
 from model.hf_quantized import parts
 from model.safetensors_io import Tensor
 from ops.quantized import QuantizedTensor
@@ -67,6 +67,10 @@ def test_symmetric_codes_stay_and_the_logits_are_those_of_transformers(checkpoin
   (line,) = loaded.said
   assert 'are left out: ' in line and 'model.layers.*.self_attn.q_proj.bias (2)' in line
   checkpoint.check_logits(loaded.model, wide)
+  hf.save_pretrained(loaded.model, None, tmp_path / 'saved')
+  again = checkpoint.check_weights(tmp_path / 'saved', wide)
+  assert native.is_native(tmp_path / 'saved')
+  assert again.weights['0.ffn.up'].nbytes == loaded.weights['0.ffn.up'].nbytes
 
 
 @pytest.mark.parametrize('bits, form', [(3, 'gptq'), (4, 'gptq_v2')])
