@@ -33,7 +33,6 @@ from model import (
   hf_quantized,
   kept_codes,
   native,
-  safetensors_io,
   transformer,
 )
 from model.config import ModelConfig
