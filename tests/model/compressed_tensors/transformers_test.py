@@ -25,6 +25,18 @@ LOGIT_TOLERANCE = 1e-4  # of float32 sums in another order; logits are of order 
 BFLOAT16_TOLERANCE = 0.03  # of weights that are rounded to 8 bits
 TOKENS = np.random.default_rng(1).integers(0, 99, (2, 16))
 EXPERTS = {'num_experts_per_tok': 2, 'moe_intermediate_size': 32}
+LATENT = {
+  'n_routed_experts': 4,
+  'n_shared_experts': 1,
+  'first_k_dense_replace': 1,
+  'num_key_value_heads': 4,
+  'kv_lora_rank': 32,
+  'q_lora_rank': 32,
+  'qk_nope_head_dim': 16,
+  'qk_rope_head_dim': 16,
+  'v_head_dim': 16,
+  **EXPERTS,
+}
 FAMILIES = {
   'llama': {'tie_word_embeddings': True},
   'mistral': {'sliding_window': None},
@@ -41,6 +53,21 @@ FAMILIES = {
   'qwen2_moe': {'num_experts': 4, 'shared_expert_intermediate_size': 64, **EXPERTS},
   'qwen3_moe': {'num_experts': 4, 'head_dim': 32, **EXPERTS},
   'olmoe': {'num_experts': 4, 'num_experts_per_tok': 2},
+  'granitemoe': {'num_local_experts': 4, 'num_experts_per_tok': 2},
+  'qwen3_next': {
+    'num_experts': 4,
+    'head_dim': 32,
+    'shared_expert_intermediate_size': 64,
+    'linear_num_key_heads': 2,
+    'linear_num_value_heads': 4,
+    'linear_key_head_dim': 16,
+    'linear_value_head_dim': 16,
+    'layer_types': ['full_attention', 'linear_attention'],
+    **EXPERTS,
+  },
+  'gpt_oss': {'num_local_experts': 4, 'num_experts_per_tok': 2, 'head_dim': 32},
+  'deepseek_v2': {'topk_method': 'greedy', **LATENT},
+  'deepseek_v3': {'n_group': 2, 'topk_group': 1, **LATENT},
 }
 
 
