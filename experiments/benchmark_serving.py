@@ -16,6 +16,9 @@ ignore_eos. TTFT is the time from the call to the first piece of text, TPOT the 
 the number of tokens but one, ITL the time between pieces, which may have several tokens. Goodput
 counts the requests a second that keep --slo_ttft_ms and --slo_tpot_ms.
 
+Energy and price are per token of the answers, with the reading of the prompts. The counters are
+those of this machine: they include the idle servers beside the one that answers, and the clients.
+
 Device: any. Minutes: a load takes as long as the server does for --requests requests.
 """
 
@@ -29,6 +32,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from pydoc_data import topics
 
@@ -36,14 +40,15 @@ import numpy as np
 from absl import flags
 
 from experiments import base as embedded
-from experiments import common, load
+from experiments import carbon, common, costs, load
 from experiments.load import Answer, Server
 from model import hf
-from model.eval import records, serving_figure, timing
+from model.eval import energy, records, serving_figure, timing
 from model.eval.records import Metric, Record
 from model.tokenizer import Tokenizer
 
 CHARACTERS = 300_000  # of the language reference
+LOCAL = {'127.0.0.1', 'localhost', '::1'}
 PERCENTILES = {'median': 50, 'p95': 95, 'p99': 99}
 
 MODEL = flags.DEFINE_string('model', None, 'Folder, hub id or .gguf file: model and tokenizer.')
@@ -63,6 +68,7 @@ SLO_TPOT = flags.DEFINE_float('slo_tpot_ms', 100.0, 'The longest good time per t
 SEED = flags.DEFINE_integer('seed', 0, 'Seed of prompts and arrivals.')
 OUTPUT = flags.DEFINE_string('output', None, 'A .jsonl file to append records to.')
 FIGURE = flags.DEFINE_string('figure', None, 'A PNG to draw latency over throughput into.')
+COSTS, CARBON = costs.define(), carbon.define()
 SMOKE = flags.DEFINE_bool('smoke', False, 'The tiny base model, few requests.')
 
 
@@ -81,9 +87,11 @@ class Load:
 
 def main() -> None:
   loads, requests = _loads(), 4 if SMOKE.value else REQUESTS.value
+  spent = costs.of(COSTS, gpus=None)
   others = [_other(text) for text in URL.value]
   found = {}
   with contextlib.ExitStack() as stack:
+    totals = stack.enter_context(carbon.tracked(CARBON))
     model, tokenizer = _inputs(stack)
     tokens = tokenizer.encode('\n\n'.join(topics.topics.values())[:CHARACTERS])
     calls = functools.partial(_calls, tokenizer, tokens)
@@ -97,15 +105,18 @@ def main() -> None:
       round_calls = calls(requests, turn)
       for one in loads:
         for server in [*servers[turn % len(servers) :], *servers[: turn % len(servers)]]:
-          answers = asyncio.run(one.put_on(server, round_calls, SEED.value + turn))
-          found.setdefault((server, one), []).append(answers)
-  results = [_record(*pair, rounds) for pair, rounds in found.items()]
+          with costs.counted(_meters(server, spent)) as joules:
+            answers = asyncio.run(one.put_on(server, round_calls, SEED.value + turn))
+          found.setdefault((server, one), []).append((answers, joules))
+  results = [_record(*pair, rounds, spent) for pair, rounds in found.items()]
   for record in results:
     print(_words(record))
     if OUTPUT.value:
       records.append(OUTPUT.value, record)
   if FIGURE.value:
     serving_figure.write(results, FIGURE.value)
+  if totals.found:
+    print(totals)
 
 
 def _loads() -> list[Load]:
@@ -184,7 +195,15 @@ def _other(text: str) -> Server:
   return dataclasses.replace(server, model=asyncio.run(load.model_of(server)))
 
 
-def _record(server: Server, one: Load, rounds: list[list[Answer]]) -> Record:
+def _meters(server: Server, spent: costs.Costs) -> energy.Meters | None:
+  """The counters of this machine, which are not those of a server elsewhere."""
+  if spent.meters is None or urllib.parse.urlsplit(server.url).hostname in LOCAL:
+    return spent.meters
+  return energy.Meters(missing=(f'{server.url} is another machine',))
+
+
+def _record(server: Server, one: Load, counted: list[tuple], spent: costs.Costs) -> Record:
+  rounds = [answers for answers, _ in counted]
   good = [answer for answers in rounds for answer in answers if answer.error is None]
   errors = [answer.error for answers in rounds for answer in answers if answer.error is not None]
   if not good:
@@ -205,14 +224,17 @@ def _record(server: Server, one: Load, rounds: list[list[Answer]]) -> Record:
   }
   for name, values in samples.items():
     metrics |= _distribution(name, np.asarray(values))
+  tokens = [sum(a.tokens for a in answers if a.error is None) for answers in rounds]
+  seconds = [_seconds(answers) for answers in rounds]
+  found, about = spent.of_rounds([joules for _, joules in counted], seconds, tokens)
   return Record(
     experiment='benchmark_serving',
     recipe=server.name,
     command=common.command(),
-    config=_config(one),
+    config={**_config(one), **spent.settings, **about},
     environment=records.environment(),
     seed=SEED.value,
-    metrics=metrics,
+    metrics=metrics | found,
     notes=tuple(sorted(set(errors))[:3]),
   )
 
@@ -221,9 +243,12 @@ def _rate(rounds, amount, unit) -> Metric:
   """An amount per second, from the first call of a round to its last answer, over all rounds."""
   rates = []
   for answers in rounds:
-    seconds = max(a.ended_s for a in answers) - min(a.asked_s for a in answers)
-    rates.append(sum(amount(a) for a in answers if a.error is None) / seconds)
+    rates.append(sum(amount(a) for a in answers if a.error is None) / _seconds(answers))
   return timing.summarize(rates, unit)
+
+
+def _seconds(answers: Sequence[Answer]) -> float:
+  return max(a.ended_s for a in answers) - min(a.asked_s for a in answers)
 
 
 def _is_good(answer: Answer) -> bool:
@@ -269,11 +294,14 @@ def _words(record: Record) -> str:
     if f'{name}_median_s' in record.metrics
   ]
   failed = f', {value("failed"):.0f} failed' if value('failed') else ''
+  energy_j, price = value(costs.ENERGY), record.metrics.get(costs.MONEY)
+  spent = '' if energy_j is None else f'; {energy_j:.3g} J/token'
+  spent += '' if price is None else f'; {price.value:.3g} {price.unit} per million tokens'
   return (
     f'{record.recipe}, {record.config["amount"]:g} {unit}: '
     f'{value("output_tokens_per_s"):.1f} tokens/s, {value("requests_per_s"):.2f} requests/s, '
     f'{value("goodput_requests_per_s"):.2f} good{failed}; '
-    f'ms, median (p95): {", ".join(times)}'
+    f'ms, median (p95): {", ".join(times)}{spent}'
   )
 
 

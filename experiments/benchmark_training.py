@@ -46,7 +46,7 @@ from experiments import children, common
 from experiments.children import Child
 from experiments.methods import METHODS
 from experiments.training_updates import Job
-from model import presets, stacked
+from model import stacked
 from model.eval import records, timing
 from model.eval.records import Metric, Record
 from model.hf_names import config_to_hf
@@ -69,6 +69,9 @@ ENVIRONMENT = {
 PEAK_TFLOPS = {'H100 80GB HBM3': 989.4, 'H200': 989.4}
 
 PRESET = flags.DEFINE_string('preset', 'smollm2-135m', 'A shape of model/presets.py.')
+LAYERS = flags.DEFINE_integer(
+  'layers', None, "Keep so many of the preset's layers, the first ones.", lower_bound=1
+)
 MODEL = flags.DEFINE_string('model', None, 'A folder or .gguf file, instead of a preset.')
 NAMES = flags.DEFINE_list('methods', ['full', 'lora', 'qlora'], f'Of {", ".join(TIMED)}.')
 DTYPE = flags.DEFINE_enum('dtype', 'float32', DTYPES, 'Type of activations and products.')
@@ -151,12 +154,13 @@ def _jobs() -> list[Job]:
   if PEER_PYTHON.value and DOCUMENTS.value > 1:
     raise ValueError('the peer has one document per row; leave --documents or --peer out')
   preset = 'tiny-llama' if SMOKE.value else PRESET.value
-  if MODEL.value is None:
-    presets.preset(preset)  # that it exists
-  return [
+  if MODEL.value is not None and LAYERS.value is not None:
+    raise ValueError('--layers is of a preset; leave it or --model out')
+  jobs = [
     Job(
       method=name,
       preset=preset,
+      layers=LAYERS.value,
       model=MODEL.value,
       dtype=DTYPE.value,
       param_dtype=param_dtype,
@@ -175,6 +179,9 @@ def _jobs() -> list[Job]:
     )
     for name in NAMES.value
   ]
+  if MODEL.value is None:
+    _ = jobs[0].config  # that the preset exists and has as many layers
+  return jobs
 
 
 def _run(job: Job) -> Run:
@@ -202,7 +209,7 @@ def _start(name: str, command: list[str], job: Job, **more):
 
 def _peer(job: Job, platform: str, stack: contextlib.ExitStack) -> tuple[Child | None, dict]:
   """The peer and its first answer: why it is unavailable, if it has no such method or fails."""
-  config = None if job.model else config_to_hf(presets.preset(job.preset))
+  config = None if job.model else config_to_hf(job.config)
   command = [PEER_PYTHON.value, str(PEER_SCRIPT)]
   try:
     child, ready = stack.enter_context(

@@ -26,8 +26,8 @@ SHORT_S = 2.0  # a wait without a progress bar
 WRONG_INPUT, INTERRUPTED = 2, 130  # exit statuses
 
 
-def run(main: Callable[[], None]) -> None:
-  """Runs a script's `main`.
+def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
+  """Runs a script's `main`, which may take the list of arguments that are no flags.
 
   Wrong input and errors of the disk end the process with one line on stderr and exit status 2; with
   LISSOM_TRACEBACK set, they show where they come from. Compiled programs are kept in the cache
@@ -38,15 +38,17 @@ def run(main: Callable[[], None]) -> None:
     logging.set_verbosity(logging.WARNING)  # the checkpoint library reports every file at INFO
     compilation.use_cache(cache_folder() / 'xla')
     try:
-      if len(argv) > 1:
+      if len(argv) > 1 and not takes_arguments:
         raise ValueError(f'unexpected arguments: {shlex.join(argv[1:])}; options need a --')
-      main()
+      main(*[argv[1:]] * takes_arguments)
       sys.stdout.flush()
     except (ValueError, OSError, KeyboardInterrupt) as error:
       if os.environ.get('LISSOM_TRACEBACK'):
         raise
       _end(error)
 
+  if takes_arguments:
+    flags.FLAGS.set_gnu_getopt()  # flags may come after them
   app.run(guarded)
 
 

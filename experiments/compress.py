@@ -26,7 +26,7 @@ import pathlib
 
 from absl import flags
 
-from experiments import common, comparison, search, study, terminal
+from experiments import carbon, common, comparison, costs, search, study, terminal
 from experiments import inputs as inputs_lib
 from experiments.comparison import Comparison
 from model import files
@@ -117,6 +117,7 @@ SEED = flags.DEFINE_integer('seed', 0, 'Seed of training and of the timed prompt
 LIST = flags.DEFINE_bool('list', False, 'Print the recipes and techniques, and stop.')
 SMOKE = flags.DEFINE_bool('smoke', False, 'A tiny base model and two recipes, in under a minute.')
 PLUGINS = common.define_plugins()
+COSTS, CARBON = costs.define(), carbon.define()
 
 
 def main() -> None:
@@ -126,16 +127,18 @@ def main() -> None:
     return
   budget, recipes, choices = _budget(), _recipes(), _resolve(BUDGET_CHOICES.value)
   out = common.out(OUT.value)
-  with files.claim(out, kind=comparison.KIND) as output:
+  with carbon.tracked(CARBON) as totals, files.claim(out, kind=comparison.KIND) as output:
     work = _comparison(recipes, choices)
     with output.writing(work.key(PLUGINS.value)) as folder:
       rows, choice = _run(work, budget, folder, out)
-  print(terminal.results(rows, choice, out))
+      totals.write(folder)
+  print(terminal.results(rows, choice, out, str(totals)))
 
 
 def _run(work: Comparison, budget: select.Budget, folder: pathlib.Path, out: pathlib.Path):
   experts = any(isinstance(layer.ffn, RoutedConfig) for layer in work.work.base.config.layers)
   measured = [study.EXPERTS_CHANGED] if experts else []
+  measured += work.work.costs.metrics
   table = terminal.Table([one.name for one in work.recipes], measured)
   table.header()
   rows = comparison.run(work, folder, on_start=table.start, on_row=table.row)
@@ -146,8 +149,9 @@ def _run(work: Comparison, budget: select.Budget, folder: pathlib.Path, out: pat
 
 def _comparison(recipes: list[Recipe], choices: list[Recipe]) -> Comparison:
   """Loads the model and the text, checks that the recipes fit, and searches for the budget's."""
+  protocol = _protocol()
   inputs = inputs_lib.load(MODEL.value, TEXT.value, seed=SEED.value, smoke=SMOKE.value)
-  work = inputs_lib.make_study(inputs, _protocol())
+  work = inputs_lib.make_study(inputs, protocol)
   plain = Comparison(inputs=inputs, work=work, recipes=tuple(recipes))
   comparison.check(plain)
   if BUDGET_MEGABYTES.value is None:
@@ -166,6 +170,7 @@ def _protocol() -> inputs_lib.Protocol:
     prompt_length=PROMPT_LENGTH.value,
     rounds=ROUNDS.value,
     seed=SEED.value,
+    costs=costs.of(COSTS),
   )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments import base as embedded
 from experiments import common, study
+from experiments.costs import Costs
 from experiments.lessons import School
 from model import corpus
 from model.eval import perplexity, records
@@ -44,6 +45,7 @@ class Protocol:
   prompt_length: int = 128
   rounds: int = 7
   seed: int = 0
+  costs: Costs = Costs()
 
 
 def load(
@@ -97,6 +99,7 @@ def make_study(inputs: Inputs, protocol: Protocol) -> study.Study:
     environment=records.environment(),
     seed=protocol.seed,
     rounds=protocol.rounds,
+    costs=protocol.costs,
     prompt_length=min(protocol.prompt_length, inputs.model.config.max_positions // 2),
     school=School(
       original=inputs.model,
@@ -163,6 +166,7 @@ def _settings(inputs: Inputs, work: study.Study) -> dict:
     'batch': study.BATCH,
     'prompt_length': work.prompt_length,
     'decode_steps': study.DECODE_STEPS,
+    **work.costs.settings,
   }
 
 

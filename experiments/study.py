@@ -15,6 +15,7 @@ the base (model/eval/routing.py).
 
 import collections
 import dataclasses
+import math
 import pathlib
 import time
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ import jax
 import numpy as np
 
 from experiments import common
+from experiments.costs import Costs
 from experiments.lessons import School
 from model.compress import pipeline
 from model.compress.ledger import Ledger
@@ -54,6 +56,7 @@ class Study:
   rounds: int = 7
   prompt_length: int = 128
   school: School | None = None  # what steps that train learn from
+  costs: Costs = Costs()
 
   @property
   def text(self) -> perplexity.Windows:
@@ -93,9 +96,9 @@ def base_record(study: Study, base: Baseline) -> Record:
   """The row that every ratio refers to."""
   metrics = {**_quality_metrics(base.qualities, base), **_bytes(study.base)}
   metrics |= _widened(study, study.base, base.ready, base.qualities, base)
-  metrics |= _speed(study, study.base, base.bench, base)
+  speed, about = _speed(study, study.base, base.bench, base)
   recipe, missing = {'name': records.BASE, 'steps': []}, missing_kernels(study.base, base.ready)
-  return _record(study, recipe, metrics, Ledger(), missing)
+  return _record(study, recipe, metrics | speed, Ledger(), missing, about)
 
 
 def run(
@@ -119,10 +122,10 @@ def run(
   metrics = {**_quality_metrics(qualities, base), **_bytes(model)}
   metrics |= _experts_changed(study, ready, base)
   metrics |= _widened(study, model, ready, qualities, base, recipe.name)
-  metrics |= _speed(study, model, _bench(study, ready), base)
-  metrics['compress_s'] = Metric(compress_s, 's')
+  speed, about = _speed(study, model, _bench(study, ready), base)
+  metrics |= {**speed, 'compress_s': Metric(compress_s, 's')}
   missing = missing_kernels(model, ready)
-  return model, _record(study, recipe.to_dict(), metrics, ledger, missing)
+  return model, _record(study, recipe.to_dict(), metrics, ledger, missing, about)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,10 +232,20 @@ def _metrics_of_text(quality, base) -> dict[str, Metric]:
     'seq_len': Metric(quality.seq_len, 'token'),
     'bits_per_byte': Metric(quality.bits_per_byte, 'bit/byte', n),
   }
+  errors = {
+    'ppl_se': (quality.ppl_error, '1'),
+    'ppl_ratio_se': (perplexity.ratio(quality, base).standard_error, '1'),
+  }
   if quality.kl_to_base is not None:
     metrics['kl_to_base'] = Metric(quality.kl_to_base, 'nat/token', n)
     metrics['flip_rate'] = Metric(quality.flip_rate, '1', n)
-  return metrics
+    errors['kl_to_base_se'] = quality.kl_error, 'nat/token'
+  windows = len(quality.nll_B)
+  return metrics | {
+    name: Metric(error, unit, windows)
+    for name, (error, unit) in errors.items()
+    if math.isfinite(error)
+  }
 
 
 def _bytes(model) -> dict[str, Metric]:
@@ -241,7 +254,8 @@ def _bytes(model) -> dict[str, Metric]:
   return {'parameters': count, **cost.storage_metrics(_blocks(model), stored)}
 
 
-def _speed(study, model, own: bench.Bench, base: Baseline) -> dict[str, Metric]:
+def _speed(study, model, own: bench.Bench, base: Baseline) -> tuple[dict[str, Metric], dict]:
+  """Metrics of speed and costs, and for the config what the energy was measured with."""
   metrics = {}
   for phase, tokens in (('prefill', BATCH * own.prompt_length), ('decode', BATCH * own.steps)):
     calls = {'this': getattr(own, phase)}
@@ -250,6 +264,7 @@ def _speed(study, model, own: bench.Bench, base: Baseline) -> dict[str, Metric]:
     timed = timing.time_interleaved(calls, base=list(calls)[-1], rounds=study.rounds)['this']
     metrics[f'{phase}_tokens_per_s'] = timed.rate(tokens, 'token/s')
     metrics[f'{phase}_speedup'] = timed.speedup
+  costs, about = study.costs.measure(calls, timed, tokens, study.rounds)  # of decoding
   stored = {path: param.get_value() for path, param in parameters(model).items()}
   context = own.prompt_length + own.steps // 2
   read = cost.decode_bytes_per_token(model.config, stored, context, model.dtype)
@@ -259,10 +274,10 @@ def _speed(study, model, own: bench.Bench, base: Baseline) -> dict[str, Metric]:
   metrics['copy_bandwidth_bytes_per_s'] = base.bandwidth
   metrics['decode_of_copy'] = Metric(read * rate.value / base.bandwidth.value, '1', rate.n)
   metrics['decode_program_peak_bytes'] = Metric(own.decode_peak_bytes, 'byte')
-  return metrics
+  return metrics | costs, about
 
 
-def _record(study, recipe: dict, metrics, ledger, missing: MissingKernels) -> Record:
+def _record(study, recipe: dict, metrics, ledger, missing: MissingKernels, about: dict) -> Record:
   rows = tuple(
     {
       'layer': event.layer,
@@ -276,7 +291,7 @@ def _record(study, recipe: dict, metrics, ledger, missing: MissingKernels) -> Re
     experiment='compress',
     recipe=recipe['name'],
     command=common.command(),
-    config={**study.settings, 'recipe': recipe, 'layers': layers},
+    config={**study.settings, **about, 'recipe': recipe, 'layers': layers},
     environment=study.environment,
     seed=study.seed,
     metrics=metrics,

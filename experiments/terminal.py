@@ -71,14 +71,21 @@ def listing() -> str:
   return '\n'.join(lines)
 
 
-def results(rows: Sequence[Record], choice: select.Choice, out: pathlib.Path) -> str:
-  """The chosen recipe, and the files that were written."""
+def results(
+  rows: Sequence[Record], choice: select.Choice, out: pathlib.Path, totals: str = ''
+) -> str:
+  """The chosen recipe, what the energy was measured with, and the files that were written.
+
+  `totals`: the estimate for the whole run, if there is one.
+  """
   best = choice.record or choice.nearest or rows[-1]
   return '\n'.join(
     [
       '',
       choice.reason,
       '',
+      *(f'energy:  {source}' for source in report.energy_sources(rows)),
+      *(f'total:   {text}' for text in [totals] if text),
       f'page:    {out}/report.html',
       f'picture: {out}/pareto.png',
       f'layers:  {out}/{LAYERS}',

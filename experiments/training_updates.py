@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from experiments import children, resident
 from experiments.methods import METHODS, Options, Ready, prepare, prepare_random
 from model import hf, presets, rounds, stacked
+from model.config import ModelConfig
 from model.eval import cost, records
 from model.train import bench, optimizer, step
 from model.train.bench import Bench
@@ -32,6 +33,7 @@ class Job:
 
   dtype: of activations.
   param_dtype: of the matrices that are frozen; what is trained is float32.
+  layers: how many of the preset's layers are kept, the first ones; None: all.
   documents: of a row; with more than one, attention is masked.
   updates: of a round.
   """
@@ -53,7 +55,16 @@ class Job:
   loss_chunk: int
   rank: int
   alpha: float
+  layers: int | None = None
   seed: int = 0
+
+  @property
+  def config(self) -> ModelConfig:
+    """The preset with the layers that are kept. Raises ValueError if it has not as many."""
+    config = presets.preset(self.preset)
+    if self.layers is not None and self.layers > len(config.layers):
+      raise ValueError(f'--layers={self.layers}, but {self.preset} has {len(config.layers)}')
+    return config.replace(layers=config.layers[: self.layers])
 
 
 def main() -> None:
@@ -101,8 +112,7 @@ def _ready(job: Job) -> Ready:
   method, options = METHODS[job.method], Options(rank=job.rank, alpha=job.alpha)
   dtype = jnp.dtype(job.param_dtype)
   if job.model is None:
-    config = presets.preset(job.preset)
-    ready = prepare_random(config, method, options, dtype=dtype, seed=job.seed)
+    ready = prepare_random(job.config, method, options, dtype=dtype, seed=job.seed)
   else:
     ready = prepare(hf.load_pretrained(job.model, dtype)[0], method, options, job.seed)
   if not job.stacked:

@@ -1,4 +1,4 @@
-r"""Writes the generated parts of README.md and docs/: measured tables, techniques, the tree.
+r"""Writes the generated parts of README.md and docs/: tables, pictures, techniques, the tree.
 
   python -m experiments.update_readme            # rewrites the files
   python -m experiments.update_readme --check    # exits with 2 if one is out of date
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 
 from absl import flags
 
-from experiments import common, serving_tables, study_tables
+from experiments import common, pictures, serving_tables, study_tables
 from experiments import lessons as lessons  # its techniques
 from experiments.speed_tables import decoding, grouped, link, long_texts, machine, retrofit, spread
 from model.compress import registry
@@ -47,6 +47,7 @@ def main() -> None:
     if new != old:
       path.write_text(new)
       print(f'{name} was rewritten', file=sys.stderr)
+  pictures.update(RESULTS, check=CHECK.value)
 
 
 def render(file: str, text: str) -> str:

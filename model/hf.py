@@ -9,6 +9,9 @@ A folder holds config.json, model.safetensors (or shards and their index) and th
 files, which hold everything in one file. The tensors of a checkpoint are compared with its config
 before any of them is read, and are read and written one at a time.
 
+Matrices that other tools have quantized (`model.hf_quantized`) stay as they are stored where a
+weight type of ours holds the same numbers.
+
 A model that config.json cannot describe (compressed weights, layers of different widths) is written
 in the format of `model.native`, which `load_pretrained` reads too.
 """
@@ -17,14 +20,14 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import gguf, hf_names, native, safetensors_io, transformer
+from model import gguf, hf_names, hf_quantized, kept_codes, native, safetensors_io, transformer
 from model.config import ModelConfig
 from model.files import atomic_folder, check_replaceable, read_json
 from model.hf_names import Entry, Family, Layout, coded
@@ -39,21 +42,25 @@ GENERATION = 'generation_config.json'
 MAX_LISTED = 20
 BYTES = (np.dtype(np.uint8),)
 LOG = logging.getLogger(__name__)
+Say = Callable[[str], None]
 # What is downloaded: weights, configs and tokenizer files of the top folder. Some repositories keep
 # a second copy of their weights in consolidated*.safetensors.
 _WANTED = ('*.json', '*.safetensors', '*.jinja', '*.txt', '*.model')
 _UNWANTED = ('*/*', 'consolidated*')
 
 
-def load_pretrained(path_or_hub_id: str | Path, dtype=None) -> tuple[Transformer, Tokenizer | None]:
+def load_pretrained(
+  path_or_hub_id: str | Path, dtype=None, *, say: Say = LOG.warning
+) -> tuple[Transformer, Tokenizer | None]:
   """Loads a model, and its tokenizer if the checkpoint has one.
 
   A GGUF file is named itself, or by its folder if that holds no other and no config.json. Its
   weights are dequantized to float32.
 
   `dtype` is the type of the activations, and the parameters are cast to it. None keeps the stored
-  type of the parameters (float32 for float64) and computes in float32. Buffers and the heads of
-  other tasks are left out, and a warning is logged that names them.
+  type of the parameters (float32 for float64) and computes in float32. `say` gets a line for each
+  kind of tensor that is not loaded as it is stored: buffers and the heads of other tasks are left
+  out, and quantized matrices are widened where no weight type holds their numbers.
 
   Raises:
     ValueError: there is no such file, folder or hub repository; the config is absent or describes
@@ -63,7 +70,7 @@ def load_pretrained(path_or_hub_id: str | Path, dtype=None) -> tuple[Transformer
   """
   file = gguf.find_file(path_or_hub_id)
   if file is not None:
-    return _load_gguf(file, dtype)
+    return _load_gguf(file, dtype, say)
   folder = find_folder(path_or_hub_id)
   config = load_config(folder)
   tokenizer = Tokenizer.load(folder)
@@ -71,17 +78,19 @@ def load_pretrained(path_or_hub_id: str | Path, dtype=None) -> tuple[Transformer
     check_tokenizer(tokenizer, config.vocab_size)
   if native.is_native(folder):
     return native.read(folder, dtype), tokenizer
-  return load_tensors(config, safetensors_io.read_folder(folder), dtype), tokenizer
+  quantized = hf_quantized.settings(folder, read_json(folder / CONFIG))
+  stored = hf_quantized.decode(quantized, hf_quantized.files.read(folder, quantized), say)
+  return load_tensors(config, stored, dtype, say=say), tokenizer
 
 
-def _load_gguf(path, dtype):
+def _load_gguf(path, dtype, say):
   file = gguf.read(path)
   config, tokenizer = gguf.to_config(file), gguf.to_tokenizer(file)
   if tokenizer is not None:
     check_tokenizer(tokenizer, config.vocab_size)
   names = gguf.find(file.metadata['general.architecture'])
   try:
-    return load_tensors(config, file.tensors, dtype, names), tokenizer
+    return load_tensors(config, file.tensors, dtype, names, say=say), tokenizer
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
 
@@ -121,12 +130,13 @@ def load_config(folder: str | Path) -> ModelConfig:
   if not (folder / CONFIG).is_file():
     raise ValueError(f'{folder} has no {CONFIG}, so it is no checkpoint of Hugging Face')
   hf = read_json(folder / CONFIG)
+  hf[hf_quantized.KEY] = hf_quantized.settings(folder, hf)
   generation = _read_generation(folder / GENERATION)
   for key, wins in (('eos_token_id', True), ('pad_token_id', hf.get('pad_token_id') is None)):
     if wins and generation.get(key) is not None:
       hf[key] = generation[key]
   try:
-    return hf_names.config_from_hf(hf)
+    return hf_names.config_from_hf(hf, hf_quantized.METHODS)
   except ValueError as error:
     raise ValueError(f'{folder / CONFIG}: {error}') from error
 
@@ -137,7 +147,12 @@ def _read_generation(path):
 
 
 def load_tensors(
-  config: ModelConfig, stored: Mapping[str, Tensor], dtype=None, names: Family | None = None
+  config: ModelConfig,
+  stored: Mapping[str, Tensor],
+  dtype=None,
+  names: Family | None = None,
+  *,
+  say: Say = LOG.warning,
 ) -> Transformer:
   """Builds the model from the tensors of a checkpoint, as `load_pretrained` describes.
 
@@ -151,11 +166,16 @@ def load_tensors(
   forms, fields = native.flatten(model)
   shapes = {path: tuple(form.shape) for path, form in forms.items()}
   entries = hf_names.entries(family, config, shapes, layout)
+  idle = kept_codes.idle_biases(entries, kept)
+  kept = {name: t for name, t in kept_codes.oriented(entries, kept).items() if name not in idle}
   _check_tensors(entries, kept)
-  _say(kept, dropped)
-  arrays = _read_arrays(entries, kept, forms, dtype)
+  weights, widened = kept_codes.keep(entries, kept, dtype)
+  _say(kept, [*dropped, *idle], widened, say)
+  others = [entry for entry in entries if not weights.keys() & set(entry.ours)]
+  arrays = _read_arrays(others, kept, forms, dtype)
   for path, param in transformer.parameters(model).items():
-    param.set_value(native.build(fields[path], path, arrays.pop))
+    own = weights.get(path)
+    param.set_value(native.build(fields[path], path, arrays.pop) if own is None else own)
   return model
 
 
@@ -190,14 +210,16 @@ def _read(tensor: Tensor) -> np.ndarray:
     return tensor.read().astype(np.float32)
 
 
-def _say(kept, dropped):
-  """Logs which tensors are not loaded as they are stored, a line for each kind."""
+def _say(kept, dropped, widened, say):
+  """Says which tensors are not loaded as they are stored, a line for each kind."""
   if dropped:
-    LOG.warning('tensors that are no weights of the model are left out: %s', _patterns(dropped))
+    say(f'tensors that are no weights of the model are left out: {_patterns(dropped)}')
   wide = [name for name, tensor in kept.items() if tensor.dtype == np.float64]
   if wide:
     names = 'all of them' if len(wide) == len(kept) else _patterns(wide)
-    LOG.warning('tensors of float64 are rounded to float32: %s', names)
+    say(f'tensors of float64 are rounded to float32: {names}')
+  for reason, count in widened.items():
+    say(f'{count} quantized matrices are widened to floating point: {reason}')
 
 
 def _patterns(names: list[str]) -> str:

@@ -159,7 +159,20 @@ def _arange(batch: int, length: int) -> jax.Array:
 
 def abstract(config: ModelConfig, dtype=jnp.float32) -> Transformer:
   """Builds a model with `jax.ShapeDtypeStruct`s as parameters, to load arrays into."""
-  return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype))
+  return nnx.eval_shape(lambda: Transformer(config, rngs=_OneKey(), dtype=dtype))
+
+
+class _OneKey:
+  """Gives the same key for all parameters, whose values nobody computes.
+
+  `nnx.Rngs` counts its keys, which takes most of the time where everything is abstract.
+  """
+
+  def __init__(self):
+    self._key = jax.random.key(0)
+
+  def params(self) -> jax.Array:
+    return self._key
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Param]:

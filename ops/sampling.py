@@ -23,6 +23,7 @@ import numpy as np
 
 from ops import axes
 
+STRETCH = 256  # logits of a stretch, see `_top`
 STRONGEST_PENALTY = 100.0  # of presence or frequency; OpenAI's API allows 2
 
 
@@ -222,9 +223,18 @@ def _argmax(logits_BV):
 
 
 def _top(logits_BV):
-  # The same token, the first of equals, in a quarter of the time: XLA:CPU's argmax is not
-  # vectorized, and took 5 % of a decode step of a 4-bit model with a vocabulary of 49152.
-  return jax.lax.top_k(logits_BV, 1)[1][:, 0]
+  """The same token, the first of equals: the likeliest one of the stretch with the largest logit.
+
+  XLA:CPU vectorizes a maximum, but no argmax: this takes a seventh of its time for 32 rows of 49152
+  logits.
+  """
+  logits_BV = jnp.pad(
+    logits_BV, ((0, 0), (0, -logits_BV.shape[1] % STRETCH)), constant_values=-jnp.inf
+  )
+  logits_B__ = logits_BV.reshape(len(logits_BV), -1, STRETCH)
+  best_B = jnp.argmax(logits_B__.max(2), axis=1)
+  within_B_ = jnp.take_along_axis(logits_B__, best_B[:, None, None], axis=1)[:, 0]
+  return (best_B * STRETCH + jnp.argmax(within_B_, axis=1)).astype(jnp.int32)
 
 
 def _keep(logits_BV, kept_BV):

@@ -153,6 +153,7 @@ def test_a_checkpoint_comes_out_smaller_and_loads_again(execute):
   _check_checkpoint(run)
 
 
+@pytest.mark.slow
 def test_a_technique_of_ten_lines_prunes_a_model(execute):
   run, zeros = execute('your_technique', SHARES_OF_ZEROS, True)
   assert zeros and zeros == pytest.approx([0.5] * len(zeros), abs=1e-3)

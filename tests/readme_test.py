@@ -3,14 +3,15 @@
 import pathlib
 import re
 import shlex
+import shutil
 
 import pytest
 import yaml
 
-from experiments import update_readme
+from experiments import pictures, update_readme
 from model.compress import recipe, registry
 
-SHARED_FLAGS = ('common.py', 'training.py', 'arms.py')
+SHARED_FLAGS = ('common.py', 'training.py', 'arms.py', 'costs.py', 'carbon.py')
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / 'README.md').read_text()
 RECIPES_PAGE = (ROOT / 'docs' / 'compressing.md').read_text()
@@ -29,6 +30,20 @@ def test_readme_is_short():
 def test_generated_parts_are_those_of_the_code_and_the_records(file):
   text = (ROOT / file).read_text()
   assert update_readme.render(file, text) == text
+
+
+def test_pictures_of_records_are_those_of_the_records(tmp_path):
+  results = ROOT / 'experiments' / 'results'
+  pictures.update(results, check=True)
+  for picture in pictures.PICTURES:
+    assert f'](experiments/results/{picture.file})' in README
+    rows = (results / picture.results).read_text().splitlines()
+    (tmp_path / picture.results).write_text('\n'.join(rows[:-1]))
+    shutil.copy(results / picture.file, tmp_path)
+    with pytest.raises(ValueError, match=f'{picture.file} is out of date'):
+      pictures.update(tmp_path, check=True)
+    pictures.update(tmp_path, check=False)
+    pictures.update(tmp_path, check=True)
 
 
 def test_a_changed_number_is_noticed():
@@ -77,6 +92,9 @@ def test_every_flag_of_a_command_exists(command):
   source = (ROOT / 'experiments' / f'{name}.py').read_text()
   shared = ''.join((ROOT / 'experiments' / name).read_text() for name in SHARED_FLAGS)
   for word in words[3:]:
+    if not word.startswith('--'):
+      assert 'takes_arguments=True' in source, word
+      continue
     flag = word.removeprefix('--').partition('=')[0]
     known = re.search(rf"'{flag}'", source + shared)
     assert known or (flag.startswith('mesh_') and 'mesh_{axis}' in shared), flag

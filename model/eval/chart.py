@@ -70,7 +70,7 @@ def points(records: Sequence[Record]) -> list[Point]:
   size = lambda r: r.value(SIZE_RATIO)
   loss = lambda r: select.ppl_ratio(r, records)
   front = {id(r) for r in select.pareto_front(records, size, loss)}
-  known = [r for r in records if _positive(size(r)) and _positive(loss(r))]
+  known = [r for r in records if positive(size(r)) and positive(loss(r))]
   kind = lambda r: BASE if r.recipe == BASE else ('front' if id(r) in front else 'other')
   known.sort(key=lambda r: kind(r) != 'other')
   return [
@@ -170,5 +170,6 @@ def _around(start: tuple[float, float], end: tuple[float, float], margin: float 
   return Box(x0 - margin, y0 - margin, x1 - x0 + 2 * margin, y1 - y0 + 2 * margin)
 
 
-def _positive(value: float | None) -> bool:
+def positive(value: float | None) -> bool:
+  """Whether there is a finite number above zero."""
   return value is not None and math.isfinite(value) and value > 0

@@ -22,6 +22,7 @@ class Column:
   bar: bool = False  # a small bar in the cell
   bar_from: float = 0.0  # the value of an empty bar
   optional: bool = False  # left out where no record has the metric
+  names_unit: bool = False  # the heading of a page ends in the unit of the metric
 
 
 def change(ratio: float) -> str:
@@ -138,6 +139,24 @@ COLUMNS = (
     show=lambda v: f'{v:.2f}×',
     meaning='Speed of decoding against the base, timed in the same rounds; above 1 is faster.',
   ),
+  Column(
+    metric='energy_j_per_token',
+    title='generating, joules per token',
+    short=('energy', 'J/tok'),
+    show=lambda v: f'{v:.4g}',
+    meaning='Energy per new token by counters of the hardware, idle power included; see “How it '
+    'was measured” for which counters.',
+    optional=True,
+  ),
+  Column(
+    metric='money_per_million_tokens',
+    title='generating, price of a million tokens',
+    short=('price', '/Mtok'),
+    show=lambda v: f'{v:,.4g}',
+    meaning='The price of the time of a million new tokens, from a price per hour that was given.',
+    optional=True,
+    names_unit=True,
+  ),
 )
 
 
@@ -149,8 +168,13 @@ def of_terminal(measured: Collection[str] = ()) -> tuple[Column, ...]:
 
 def of_page(records: Sequence[Record]) -> tuple[Column, ...]:
   """The columns of a page that shows these records."""
-  measured = {name for record in records for name in record.metrics}
-  return tuple(c for c in COLUMNS if not c.optional or c.metric in measured)
+  units: dict[str, set[str]] = {}
+  for record in records:
+    for name, metric in record.metrics.items():
+      units.setdefault(name, set()).add(metric.unit)
+  shown = (c for c in COLUMNS if not c.optional or c.metric in units)
+  named = lambda c: f'{c.title}, {" or ".join(sorted(units[c.metric]))}'
+  return tuple(dataclasses.replace(c, title=named(c)) if c.names_unit else c for c in shown)
 
 
 def value(record: Record, column: Column, records: Sequence[Record]) -> float | None:

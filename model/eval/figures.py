@@ -5,6 +5,7 @@ need not tell colours apart (https://jfly.uni-koeln.de/color/).
 """
 
 import dataclasses
+import hashlib
 import math
 import os
 import unicodedata
@@ -17,7 +18,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from model.eval import chart
 from model.eval.chart import Box, Point
-from model.eval.records import Record, replacing
+from model.eval.records import Record, replacing, to_line
 
 X_LABEL = 'linear weights: bytes as a share of bfloat16'
 Y_LABEL = 'perplexity ÷ perplexity of the base'
@@ -82,25 +83,32 @@ def svg(records: Sequence[Record]) -> SvgChart | None:
 
 
 def write_png(records: Sequence[Record], path: str | os.PathLike) -> None:
-  """Draws the chart with matplotlib, 1600 x 1000 pixels."""
+  """Draws the chart with matplotlib, 1600 x 1000 pixels. The file names its `source`."""
   points = chart.points(records)
   figure = Figure(figsize=(8, 5), dpi=200, layout='constrained')
   canvas = FigureCanvasAgg(figure)
   axes = figure.add_subplot()
   if points:
-    _draw_axes(axes, points)
+    draw_axes(axes, points)
     _draw_points(axes, points)
     canvas.draw()  # fixes the layout, on which the labels depend
     figure.set_layout_engine('none')
-    _draw_labels(axes, points, canvas.get_renderer())
+    draw_labels(axes, points, canvas.get_renderer())
   else:
     axes.set_axis_off()
     axes.text(0.5, 0.5, 'no record has both a size and a perplexity ratio', ha='center')
   with replacing(path) as partial:
-    figure.savefig(partial, format='png', metadata={'Software': None})
+    metadata = {'Software': None, 'Source': source(records)}
+    figure.savefig(partial, format='png', metadata=metadata)
 
 
-def _draw_axes(axes, points):
+def source(records: Sequence[Record]) -> str:
+  """The SHA-256 of records, by which a picture tells what it was drawn from."""
+  return hashlib.sha256('\n'.join(map(to_line, records)).encode()).hexdigest()
+
+
+def draw_axes(axes, points):
+  """Scales, ticks, names and limits of the axes for these points."""
   x_limits, y_limits = chart.limits(points)
   log = chart.is_log(points)
   axes.set_xscale('log')
@@ -134,12 +142,13 @@ def _draw_points(axes, points):
   axes.legend(frameon=False, fontsize=8.5, ncols=len(STYLES), handletextpad=0.2, **below)
 
 
-def _draw_labels(axes, points, renderer):
+def draw_labels(axes, points, renderer):
+  """Writes the recipes of the points where there is room. The layout must be fixed."""
   pixel = axes.figure.dpi / CSS_DPI
   box = lambda e: Box(e.x0 / pixel, e.y0 / pixel, e.width / pixel, e.height / pixel)
   at = axes.transData.inverted().transform
   style = {'fontsize': 8.5, 'va': 'bottom', 'ha': 'left', 'zorder': 5, 'parse_math': False}
-  texts = [axes.text(0, 0, _short(p.recipe), **style) for p in points]
+  texts = [axes.text(0, 0, short(p.recipe), **style) for p in points]
   sizes = [box(t.get_window_extent(renderer)) for t in texts]
   pixels = lambda pairs: (axes.transData.transform(pairs) / pixel).tolist()
   anchors = pixels([(p.size_ratio, p.ppl_ratio) for p in points])
@@ -160,7 +169,7 @@ def _draw_labels(axes, points, renderer):
 
 def _svg_points(points, x_of, y_of, corners) -> tuple[SvgPoint, ...]:
   anchors = [(x_of(p.size_ratio), y_of(p.ppl_ratio)) for p in points]
-  labels = [_short(p.recipe) for p in points]
+  labels = [short(p.recipe) for p in points]
   sizes = [(_text_width(label), SVG_FONT_SIZE * 1.25) for label in labels]
   places = chart.place_labels(anchors, sizes, SVG_PLOT, corners)
   return tuple(
@@ -192,5 +201,6 @@ def _percent(share: float) -> str:
   return f'{100 * share:.3g}%'
 
 
-def _short(recipe: str, width: int = 32) -> str:
+def short(recipe: str, width: int = 32) -> str:
+  """A name that is cut if it is long."""
   return recipe if len(recipe) <= width else recipe[: width - 1] + '…'

@@ -59,7 +59,8 @@ class Windows:
 class Quality:
   """Sums over all predicted tokens. KL and flips are None where there was no base.
 
-  nll_B: the negative log likelihood of each window.
+  nll_B and kl_B: the sums of each window, of which standard errors are made (to first order, over
+  windows as independent samples; NaN of one window).
   """
 
   nll_sum: float
@@ -70,6 +71,7 @@ class Quality:
   kl_sum: float | None = None
   flips: int | None = None
   nll_B: tuple[float, ...] = ()
+  kl_B: tuple[float, ...] = ()
 
   @property
   def ppl(self) -> float:
@@ -87,6 +89,14 @@ class Quality:
   @property
   def flip_rate(self) -> float | None:
     return None if self.flips is None else self.flips / self.tokens
+
+  @property
+  def ppl_error(self) -> float:
+    return self.ppl * _error(self.nll_B, self.tokens)
+
+  @property
+  def kl_error(self) -> float:
+    return _error(self.kl_B, self.tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,7 +179,7 @@ def evaluate(
   for one in (model, base):
     if one is not None:
       check(one, text)
-  parts, totals, nll_B = batches(text), np.zeros(3), []
+  parts, totals, nll_B, kl_B = batches(text), np.zeros(3), [], []
   for i in progress(list(range(len(parts)))):
     with jax.default_matmul_precision('highest'):
       hidden = None if base_hidden is None else base_hidden[i]
@@ -177,6 +187,7 @@ def evaluate(
     sums = np.asarray(jax.device_get(sums), np.float64)
     totals += sums.sum((1, 2))
     nll_B += _of_windows(sums[0], parts[i])
+    kl_B += _of_windows(sums[1], parts[i])
   return Quality(
     nll_sum=float(totals[0]),
     tokens=text.predicted,
@@ -186,6 +197,7 @@ def evaluate(
     kl_sum=None if base is None else float(totals[1]),
     flips=None if base is None else round(totals[2]),
     nll_B=tuple(nll_B),
+    kl_B=() if base is None else tuple(kl_B),
   )
 
 
@@ -194,6 +206,14 @@ def hidden_states(model: Transformer, text: Windows) -> list[np.ndarray]:
   graphdef, state = nnx.split(model)
   with jax.default_matmul_precision('highest'):
     return [np.asarray(_hidden(graphdef, state, tokens_BT)) for tokens_BT in batches(text)]
+
+
+def _error(sums_B: Sequence[float], tokens: int) -> float:
+  """The standard error of the mean per token, from the sums of windows of equal length."""
+  count = len(sums_B)
+  if count < 2:
+    return math.nan
+  return float(np.std(sums_B, ddof=1) / (tokens / count) / math.sqrt(count))
 
 
 def _of_windows(chunks, tokens_BT) -> list[float]:

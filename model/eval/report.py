@@ -68,9 +68,15 @@ def html(records: Sequence[Record], page: Page | None = None) -> str:
     chart=figures.svg(records),
     styles=figures.STYLES,
     labels=(figures.X_LABEL, figures.Y_LABEL),
+    protocol=(*page.protocol, *(f'Energy per token: {s}.' for s in energy_sources(records))),
     ledger=[(r.recipe, event) for r in records for event in r.ledger],
     environments=_environments(records),
   )
+
+
+def energy_sources(records: Sequence[Record]) -> list[str]:
+  """What the energy was measured with, or why it was not, in order of the records."""
+  return list(dict.fromkeys(r.config['energy'] for r in records if 'energy' in r.config))
 
 
 def write(

@@ -75,19 +75,23 @@ def layout_of(family: Family, stored: Collection[str]) -> Layout:
   return max(family.layouts, key=lambda layout: layout.count(stored))
 
 
-def config_from_hf(hf: dict) -> ModelConfig:
+def config_from_hf(hf: dict, methods: Collection[str] = ()) -> ModelConfig:
   """Reads the contents of a config.json.
 
-  Raises ValueError, naming the key, if it describes something that is not supported.
+  `methods` are the quantization methods that the caller decodes. Raises ValueError, naming the key,
+  if it describes something that is not supported.
   """
   if 'model_type' not in hf:
     raise ValueError(f'config.json has no model_type; supported: {", ".join(sorted(FAMILIES))}')
   family = find(hf['model_type'])
   method = (hf.get('quantization_config') or {'quant_method': None}).get('quant_method', 'unknown')
-  if method not in [layout.format for layout in family.layouts]:
+  known = [*(layout.format for layout in family.layouts), *methods]
+  if method not in known:
+    supported = ', '.join(sorted(filter(None, known)))
     raise ValueError(
-      f'quantization_config ({method}) in config.json: the checkpoint is already quantized; '
-      'load the original, or dequantize it first'
+      f'quantization_config ({method}) in config.json: the checkpoint is already quantized in a '
+      f'way that is not read (supported: {supported or "none"}); load the original, or '
+      'dequantize it first'
     )
   return family.config_from_hf(hf)
 

@@ -10,7 +10,7 @@ model, and the one that fits a checkpoint is read.
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,6 +99,17 @@ class Codec:
     else:
       parts = np.split(array, np.cumsum(sizes)[:-1], self._axis)
     return [self._shifted(self._turn(self._halved(p, heads.width)), -self.offset) for p in parts]
+
+  def columns(self, shapes: Sequence[tuple[int, ...]], heads: Heads) -> list[np.ndarray] | None:
+    """Which outputs of theirs each of ours consists of, in order.
+
+    None: ours are other numbers than theirs, or the inputs lie in another order.
+    """
+    if self.offset or self.block is not None or self.depthwise or self.raw:
+      return None
+    places = np.arange(sum(shape[-1] for shape in shapes))
+    parts = self.split(places[:, None] if self.transpose else places[None], list(shapes), heads)
+    return [part.reshape(-1) for part in parts]
 
   def _runs(self, size: int, heads: Heads) -> int | None:
     """How many runs each part is divided into, if the parts alternate."""

@@ -8,9 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from experiments import load
+from experiments import costs, load
 from experiments.load import Server
-from model.eval import records
+from model.eval import energy, records
 
 STEP_S, TOKENS = 0.05, 4
 KINDS = 'closed', 'open'
@@ -139,6 +139,7 @@ def test_servers_are_measured_side_by_side(script, base, tmp_path, capsys, monke
   monkeypatch.setattr(script.module.Load, 'put_on', noted)
   out, figure = tmp_path / 'load.jsonl', tmp_path / 'load.png'
   loads = ['--clients=2', '--rates=40', '--requests=4', '--rounds=2', '--slo_tpot_ms=1']
+  loads += ['--price_per_hour=3.6', '--currency=EUR']
   lengths = [f'--new_tokens={TOKENS}', '--prompt_tokens=8']
   urls = [f'--url=a={address}', f'--url=b={address}']
   script(f'--model={base}', *urls, *loads, *lengths, f'--output={out}', f'--figure={figure}')
@@ -154,8 +155,20 @@ def test_servers_are_measured_side_by_side(script, base, tmp_path, capsys, monke
     assert record.value('goodput_requests_per_s') == 0  # no token comes within a millisecond
     ratio = record.value('output_tokens_per_s') / record.value('requests_per_s')
     assert ratio == pytest.approx(TOKENS)
+    price = record.metrics['money_per_million_tokens']  # a thousandth of a euro a second
+    assert price.value == pytest.approx(1000 / record.value('output_tokens_per_s'), rel=0.05)
+    assert (price.unit, price.n, record.config['currency']) == ('EUR', 2, 'EUR')
+    assert ('energy_j_per_token' in record.metrics) != record.config['energy'].startswith('not ')
   assert figure.stat().st_size > 5000
   assert capsys.readouterr().out.count(' tokens/s') == 4
+
+
+def test_the_counters_of_this_machine_do_not_measure_another(script):
+  here = energy.Meters(meters=(object(),))
+  spent = costs.Costs(meters=here)
+  assert script.module._meters(Server('s', 'http://localhost:1/v1', 'm'), spent) is here
+  there = script.module._meters(Server('s', 'http://10.0.0.7:1/v1', 'm'), spent)
+  assert there.source == 'not measured: http://10.0.0.7:1/v1 is another machine'
 
 
 @pytest.mark.slow

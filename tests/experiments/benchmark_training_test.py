@@ -177,6 +177,7 @@ BAD = {
   'an optimizer': (['--optimizer=lion', '--peer=python'], 'the peer has no lion'),
   'documents': (['--documents=2', '--peer=python'], 'one document per row'),
   'a preset': (['--preset=smolm'], 'did you mean'),
+  'layers': (['--preset=tiny-llama', '--layers=9'], '--layers=9, but tiny-llama has 2'),
 }
 
 

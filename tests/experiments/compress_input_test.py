@@ -38,6 +38,8 @@ EARLY = {
   'no megabytes': (['--max_megabytes=0'], '--max_megabytes must be above 0, not 0'),
   'negative ratio': (['--max_ppl_ratio=-1'], '--max_ppl_ratio must be above 0'),
   'ratio that is no number': (['--max_ppl_ratio=nan'], 'a positive number, not nan'),
+  'no price': (['--price_per_hour=0'], '--price_per_hour must be a number above 0, not 0'),
+  'no country': (['--codecarbon'], '--codecarbon needs the country'),
   'text alone': (['--text=x.txt'], '--text needs a --model'),
   'no such model': (['--model=no/such/folder/x'], 'no folder'),
   'no such hub model': (['--model=nobody/nothing'], 'could not be fetched'),

@@ -117,6 +117,7 @@ def test_the_records_say_what_was_measured(finished):
   assert base.value('ppl_ratio') == 1.0
   assert int8.value('ppl') == pytest.approx(base.value('ppl'), rel=0.01)
   assert int8.value('kl_to_base') < sparse.value('kl_to_base')
+  assert base.value('ppl_ratio_se') == 0 < int8.value('ppl_ratio_se') < sparse.value('ppl_ratio_se')
   assert int8.value('linear_bytes_vs_bf16') == pytest.approx(0.5, abs=0.02)
   assert sparse.value('linear_bytes') < int8.value('linear_bytes') < base.value('linear_bytes')
   for row in rows.values():
@@ -126,6 +127,8 @@ def test_the_records_say_what_was_measured(finished):
     assert row.config['prompt_length'] == 128
     assert row.metrics['ppl'].n == row.config['texts']['python-source']['windows'] * 63 == 16 * 63
     assert row.metrics['decode_tokens_per_s'].n == 5
+    assert row.metrics['ppl_se'].n == 16 and row.value('ppl_se') > 0
+    assert ('energy_j_per_token' in row.metrics) != row.config['energy'].startswith('not ')
   assert int8.config['recipe']['steps'][-1]['round_to_nearest']['format'] == 'int8'
   if jax.default_backend() == 'cpu':
     expected = 0 if cpu.available() else 14  # two layers of seven matrices

@@ -188,6 +188,7 @@ def test_attention_alone_gets_as_many_parameters_as_all_layers():
   assert attention == pytest.approx(everywhere, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_int8_products_and_float_ones_train_the_same_model(smoke):
   rows = smoke(study_int8)
   assert rows['float'].value('train_tokens') == rows['int8_inputs'].value('train_tokens')

@@ -62,6 +62,15 @@ def kept(probabilities, **cuts):
   return ''.join('.X'[int(v)] for v in np.isfinite(left)[0])
 
 
+@pytest.mark.parametrize('size', [3, 256, 700])
+def test_the_likeliest_token_is_the_first_of_equals(size, rng):
+  logits = rng.integers(0, 40, (50, size)).astype(np.float32)  # the largest occurs several times
+  logits[:3, 1:] = -np.inf
+  logits[3] = -np.inf
+  tokens = jax.jit(lambda x: sampling.sample(x, sampling.GREEDY, None))(logits)
+  np.testing.assert_array_equal(tokens, logits.argmax(1))
+
+
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
   assert kept([0.1, 0.4, 0.2, 0.3], top_p=0.39) == '.X..'
   assert kept([0.1, 0.4, 0.2, 0.3], top_p=0.41) == '.X.X'

@@ -135,6 +135,7 @@ class _Other:
     return arrays
 
 
+@pytest.mark.slow
 def test_each_technique_moves_the_block_less_than_rounding(model):
   stream = calibrate.Stream(model[0], [TOKENS_BT])
 

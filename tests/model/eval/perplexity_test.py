@@ -108,6 +108,8 @@ def test_kl_and_flips_are_those_of_torch(tokenizer, tmp_path):
   assert 0 < flips <= quality.tokens
   assert quality.flip_rate == flips / quality.tokens
   assert quality.kl_to_base == pytest.approx(kl / quality.tokens, rel=TOLERANCE)
+  assert sum(quality.kl_B) == pytest.approx(kl, rel=TOLERANCE)
+  assert len(quality.kl_B) == len(quality.nll_B)
   assert quality.nll_sum == pytest.approx(float(_torch_nll(others[1], ids_T)), rel=TOLERANCE)
 
 
@@ -305,6 +307,26 @@ def test_a_ratio_of_perplexities_has_the_standard_error_of_its_pairs_of_windows(
   assert math.isnan(perplexity.ratio(_alone(own_B[:1]), _alone(other_B[:1])).standard_error)
   with pytest.raises(ValueError, match='40 windows of 2000 tokens are no pairs with 1 of 50'):
     perplexity.ratio(own, _alone(other_B[:1]))
+
+
+def test_standard_errors_are_those_of_windows():
+  rng = np.random.default_rng(1)
+  tokens, count = 50, 40
+  nll_B, kl_B = rng.normal(150, 10, count), rng.exponential(2, count)
+  quality = perplexity.Quality(
+    nll_sum=nll_B.sum(),
+    tokens=count * tokens,
+    predicted_bytes=1,
+    seq_len=tokens + 1,
+    kl_sum=kl_B.sum(),
+    nll_B=tuple(nll_B),
+    kl_B=tuple(kl_B),
+  )
+  drawn = rng.integers(count, size=(4000, count))  # the bootstrap
+  ppls, kls = np.exp(nll_B[drawn].mean(1) / tokens), kl_B[drawn].mean(1) / tokens
+  assert quality.ppl_error == pytest.approx(ppls.std(), rel=0.05)
+  assert quality.kl_error == pytest.approx(kls.std(), rel=0.05)
+  assert math.isnan(_alone(nll_B[:1]).ppl_error)
 
 
 def _alone(nll_B):

@@ -9,7 +9,7 @@ from flax import nnx
 
 from model import sharding
 from model.config import ModelConfig
-from model.infer import programs
+from model.infer import batch, programs
 from model.infer.engine import BLOCK, Engine
 from model.infer.generate import generate
 from model.infer.request import Request
@@ -281,6 +281,20 @@ def test_a_guide_decides_which_tokens_may_come():
   assert [token % 2 for token in new] == [0, 1, 0, 1, 0, 1, 0]
   assert other == _engine().run([free])[0]
   assert {token % 2 for token in other} == {0, 1}
+
+
+def test_a_batch_that_half_empties_is_halved_a_little_later():
+  engine = _engine(slots=4, burst=1)
+  for new in (9, 9, 30, 30):
+    engine.add(Request(prompt=(5, 6), max_new_tokens=new, ignore_eos=True))
+  steps = []
+  while engine.busy:
+    engine.step()
+    steps.append((len(engine._batch.running), engine._batch.width))
+  assert (4, 4) in steps
+  half = [width for running, width in steps[steps.index((4, 4)) :] if running == 2]
+  assert half[: batch.PATIENCE] == [4] * batch.PATIENCE
+  assert set(half[batch.PATIENCE :]) == {2}
 
 
 def test_cancelled_requests_leave_nothing():

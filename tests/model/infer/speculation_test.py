@@ -98,6 +98,7 @@ def test_guides_and_beginnings_work_with_a_draft():
   assert engine.metrics.prefix_hits > 0
 
 
+@pytest.mark.slow
 def test_what_is_drawn_has_the_distribution_of_the_model():
   spec = Speculation(draft=_model('int4'), tokens=2, always=True)
   engine = _engine(speculation=spec, slots=16)

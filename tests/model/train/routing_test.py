@@ -168,6 +168,7 @@ def _trained(model, batch, objective):
   return _run(model, batch, objective, 40, StepConfig(accumulation=2))[1]
 
 
+@pytest.mark.slow
 def test_training_learns_and_spreads_the_tokens_over_the_experts(rng):
   model, batch = _model(layers=1, dense=False), _batch(rng, rows=16)
   with_loss = _trained(model, batch, Balanced(balance=0.3))
