@@ -96,8 +96,8 @@ def quality(path: pathlib.Path) -> str:
   """The quality and the size of each recipe of one run on one text as a table."""
   rows = records.read(path)
   lines = [
-    '| recipe | perplexity | vs base | KL, nats | linear layers, of bf16 |',
-    '| --- | ---: | ---: | ---: | ---: |',
+    '| recipe | perplexity | vs base | KL, nats | linear layers, of bf16 | model, MB |',
+    f'| --- |{" ---: |" * 5}',
     *(_quality_line(row) for row in rows),
   ]
   lines.append(f'\n`{rows[0].command}`; records: {link(path, COMPRESSING)}.')
@@ -105,8 +105,8 @@ def quality(path: pathlib.Path) -> str:
 
 
 def _quality_line(row: Record) -> str:
-  cells = [f'`{row.recipe}`', *_quality(row), f'{row.value("linear_bytes_vs_bf16"):.3f}']
-  return f'| {" | ".join(cells)} |'
+  sizes = f'{row.value("linear_bytes_vs_bf16"):.3f}', f'{row.value("stored_bytes") / MEGABYTE:.1f}'
+  return f'| {" | ".join([f"`{row.recipe}`", *_quality(row), *sizes])} |'
 
 
 def real(path: pathlib.Path) -> str:
@@ -304,6 +304,7 @@ PARTS = (
   Part(file='README.md', name='real', generate=real, results=('smollm2_cpu.jsonl',)),
   Part(file=EMBEDDED, name='results', generate=results, results=('compress_cpu.jsonl',)),
   Part(file=COMPRESSING, name='formats', generate=quality, results=('formats_smollm2_cpu.jsonl',)),
+  Part(file=COMPRESSING, name='heads', generate=quality, results=('heads_smollm2_cpu.jsonl',)),
   Part(file='README.md', name='decoding', generate=decoding, results=('decode_cpu.jsonl',)),
   Part(
     file=COMPRESSING,

@@ -23,11 +23,21 @@ from model import config as configs
 from model import safetensors_io
 from model.safetensors_io import Tensor
 from model.transformer import Transformer, abstract, parameters
-from ops import activations, int8_training, lora, masked, qat, quantized, rotated, sparse
+from ops import (
+  activations,
+  int8_training,
+  lora,
+  masked,
+  qat,
+  quantized,
+  rotated,
+  sparse,
+  transposed,
+)
 from ops.linear import WEIGHT_TYPES, Matrix, Weight
 
 # Importing a module registers its weight types.
-BUILT_IN = (activations, int8_training, lora, masked, qat, quantized, rotated, sparse)
+BUILT_IN = (activations, int8_training, lora, masked, qat, quantized, rotated, sparse, transposed)
 MANIFEST = 'lissom.json'
 VERSION = 1
 # In config.json. Tools refuse an unknown model type. At an unknown quantization method transformers

@@ -86,10 +86,7 @@ class Transformer(nnx.Module):
 
   def logits(self, x: jax.Array) -> jax.Array:
     """Maps normalized hidden states [..., D] to float32 logits [..., V]."""
-    if self.head is None:
-      y = jnp.matmul(x, self.embedding.table.get_value().astype(x.dtype).T)
-    else:
-      y = self.head(x)
+    y = self.embedding.project(x) if self.head is None else self.head(x)
     y = y.astype(jnp.float32)
     if self.config.logit_divisor != 1.0:
       y = y / self.config.logit_divisor

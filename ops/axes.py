@@ -7,6 +7,7 @@ The letters are the same in names (`q_BTNH`), in einsum strings and in checks. A
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 ALPHABET = {
@@ -56,6 +57,16 @@ def check(spec: str, *arrays) -> dict[str, int]:
     if array is not None:
       _bind(part, tuple(array.shape), sizes)
   return sizes
+
+
+def take(array: jax.Array, letters: str, letter: str, index: jax.Array) -> jax.Array:
+  """Takes the elements with these numbers along one axis; all, if the array lacks that axis.
+
+  `letters` are those of the last axes of the array.
+  """
+  if letter not in letters:
+    return array
+  return jnp.take(array, index, axis=letters.index(letter) - len(letters), mode='clip')
 
 
 def is_array(value: Any) -> bool:

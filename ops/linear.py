@@ -3,7 +3,8 @@
 Every linear layer calls `matmul(x, w)`, or `matmuls` together with those that share its input. `w`
 is a `jax.Array` or a `Weight`: a frozen dataclass, registered as a pytree, that stands for an array
 of shape (I, O) and stores it in its own way. What it costs and how it multiplies is the type's own
-business, so a compressed model is the same model with other weight types in its tree.
+business, so a compressed model is the same model with other weight types in its tree. A table is
+looked up by `rows`; as the head of a tied model it is multiplied by `matmul_transposed`.
 
 A new weight type is a subclass under `@weight_type`; each of its arrays says which axes it has in
 the alphabet of `ops.axes`, in terms of the weight's own I and O (and J for the groups along I), and
@@ -45,8 +46,8 @@ class Weight(abc.ABC):
 
   dtype: jnp.dtype  # of `dense()`; a field or a property
 
-  # True for a type that changes the inputs and multiplies them with its field `weight`. What is
-  # calibrated and compressed is that inner weight, on the inputs that it meets; see `core`.
+  # True for a type that changes the inputs, or the order of the axes, around its field `weight`.
+  # What is calibrated and compressed is that inner weight, on the inputs that it meets; see `core`.
   transforms_input = False
 
   # The field with the weight that takes the product over, for a type that adds to it: it changes or
@@ -123,6 +124,19 @@ class Weight(abc.ABC):
     expert at a time is decoded; on a GPU, all that have rows are.
     """
     return _in_groups(x_TI, self, group_sizes_E)
+
+  def matmul_transposed(self, x: jax.Array) -> jax.Array:
+    """Multiplies x[..., O] by the transpose: [..., I] in the dtype of x."""
+    return matmul(x, self.dense().T)
+
+  def rows(self, index: jax.Array) -> jax.Array:
+    """Looks up rows by their numbers: [..., O]."""
+    return self.dense()[index]
+
+  def columns(self, index: jax.Array) -> 'Matrix':
+    """The weight that stands for some columns, by their numbers, stored as this one is."""
+    some = {f.name: columns(v, index, f.metadata['axes']) for f, v in _arrays(self)}
+    return dataclasses.replace(self, **some)
 
   @classmethod
   def matmuls(cls, x: jax.Array, weights: Sequence['Weight']) -> tuple[jax.Array, ...]:
@@ -219,6 +233,23 @@ def matmul(x: jax.Array, w: Matrix) -> jax.Array:
   return jax.lax.platform_dependent(x, w, tpu=eights, cuda=eights, default=jnp.matmul)
 
 
+def matmul_transposed(x: jax.Array, table: Matrix) -> jax.Array:
+  """Multiplies x[..., D] by the transpose of a table [V, D]: [..., V] in the dtype of x."""
+  if isinstance(table, Weight):
+    return table.matmul_transposed(x)
+  return jnp.matmul(x, table.astype(x.dtype).T)
+
+
+def rows(table: Matrix, index: jax.Array) -> jax.Array:
+  """Looks up rows of a table [V, D] by their numbers: [..., D] in the table's dtype."""
+  return table.rows(index) if isinstance(table, Weight) else table[index]
+
+
+def columns(w: Matrix, index: jax.Array, letters: str = 'IO') -> Matrix:
+  """Some columns of a weight by their numbers; of an array, along the axis O of its `letters`."""
+  return w.columns(index) if isinstance(w, Weight) else axes.take(w, letters, 'O', index)
+
+
 @jax.custom_vjp
 def _product(x: jax.Array, w_IO: jax.Array) -> jax.Array:
   """x[..., I] @ w, whose gradient of w is computed as it lies.
@@ -309,7 +340,7 @@ def dense(w: Matrix) -> jax.Array:
 
 
 def core(w: Matrix) -> Matrix:
-  """The weight inside all types that change the inputs first; of others, the weight itself."""
+  """The weight inside all types that `transforms_input` names; of others, the weight itself."""
   while isinstance(w, Weight) and w.transforms_input:
     w = w.weight
   return w

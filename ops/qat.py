@@ -78,6 +78,9 @@ class QatTensor(Weight):
   def dense(self):
     return _rounded(self)
 
+  def columns(self, index):
+    return self.dense()[..., index]  # scales may depend on all columns
+
   def matmul(self, x):
     return _product(x, self)
 

@@ -51,6 +51,11 @@ class QuantizedScales(Weight):
     """The scales, float32 [J, O]."""
     return self.codes.astype(jnp.float32) * _blocks(self.scales, self.shape[-1]) + self.offset
 
+  def columns(self, index):
+    """The scales of some columns, float32: blocks of neighbours have no meaning for them."""
+    scales_JO = self.scales[:, index // _block(self.shape[-1], self.scales.shape[1])]
+    return self.codes[:, index].astype(jnp.float32) * scales_JO + self.offset
+
   def map_values(self, fn):
     raise ValueError('scales that are quantized already cannot be quantized or cast')
 
@@ -112,5 +117,9 @@ def e4m3_scales(scales_JO: jax.Array) -> E4m3Scales:
 
 
 def _blocks(scales, outputs):
-  width = -(-outputs // scales.shape[1])
-  return jnp.repeat(scales, width, axis=1)[:, :outputs]
+  return jnp.repeat(scales, _block(outputs, scales.shape[1]), axis=1)[:, :outputs]
+
+
+def _block(outputs: int, count: int) -> int:
+  """How many neighbours share each of `count` second-level scales."""
+  return -(-outputs // count)

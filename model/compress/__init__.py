@@ -16,4 +16,5 @@ from model.compress import smoothquant as smoothquant
 from model.compress import sparse_attention as sparse_attention
 from model.compress import structured as structured
 from model.compress import techniques as techniques
+from model.compress import untying as untying
 from model.compress import upcycling as upcycling

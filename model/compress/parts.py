@@ -1,8 +1,9 @@
 """The parts of a model, which matrices of a part a step compresses, and the check of a recipe."""
 
 import dataclasses
+import fnmatch
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -14,28 +15,47 @@ from model.compress.phases import WHOLE
 from model.compress.programs import execute, has_experts, prepare
 from model.compress.recipe import Recipe, Step
 from model.compress.registry import PLAN, PREPARED
-from model.layers.basic import decides
+from model.layers.basic import Table, decides
 from model.transformer import Transformer, abstract, linears, parameters
 from ops import experts
 from ops.linear import Matrix, core, on_one_device
 from ops.quantized import QuantizedTensor
 from ops.sparse import SparseTensor, looks_pruned
+from ops.transposed import as_table, as_transposed
 
 # Cloning a module sorts its attributes, so their own order says nothing.
 ORDER = ('embedding', 'positions', 'layers', 'final_norm', 'head')
+MATRICES = ('embedding', 'head')  # outside the blocks; learned positions stay as they are
+NO_INPUTS = (
+  'calibration does not measure what lies outside the blocks (embedding and head), so that only a '
+  'technique without calibration compresses it'
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-  """A piece of the model that is compressed at once: a block, or what lies outside the blocks."""
+  """A piece of the model that is compressed at once: a block, or what lies outside the blocks.
+
+  names: of what lies outside the blocks; the embedding of a tied model is its 'head' too.
+  """
 
   prefix: str
   module: nnx.Module
   is_block: bool
+  names: tuple[str, ...] = ()
 
   def layer(self, path: str) -> str:
     """The layer that a parameter of this part belongs to, by its path in the model."""
-    return f'{self.prefix}.{path}'.removesuffix('.weight')
+    return f'{self.prefix}.{path}'.removesuffix('.weight').removesuffix('.table')
+
+  def matches(self, step: Step, path: str) -> bool:
+    """Whether a pattern of a step means a parameter of this part, by its layer or by its path."""
+    own = (self.layer(path), f'{self.prefix}.{path}', *(self.names if path == 'table' else ()))
+    return any(map(step.matches, own))
+
+  def asked_for(self, recipe: Recipe) -> bool:
+    """Whether a recipe compresses the matrices of this part."""
+    return self.is_block or any(getattr(recipe, name, False) for name in self.names)
 
 
 def parts(model: Transformer) -> list[Part]:
@@ -47,7 +67,9 @@ def parts(model: Transformer) -> list[Part]:
       blocks = enumerate(child)
       found += [Part(prefix=f'{name}.{i}', module=one, is_block=True) for i, one in blocks]
     elif isinstance(child, nnx.Module):
-      found.append(Part(prefix=name, module=child, is_block=False))
+      tied = name == 'embedding' and model.head is None
+      names = (name, 'head') if tied else (name,)
+      found.append(Part(prefix=name, module=child, is_block=False, names=names))
   return found
 
 
@@ -65,10 +87,39 @@ def targets(part: Part, step: Step, recipe: Recipe) -> list[str]:
   if scope != 'parameters':
     layers = linears(part.module).items()
     found = [f'{path}.weight'.strip('.') for path, linear in layers if not linear.decides]
-    calibrated = step.row.statistics or scope == 'block'
-    if not part.is_block and not (recipe.head and not calibrated):
+    found += ['table'] if isinstance(part.module, Table) else []
+    if not part.asked_for(recipe) or not (part.is_block or _without_data(step)):
       found = []
-  return [path for path in found if step.matches(part.layer(path))]
+  return [path for path in found if part.matches(step, path)]
+
+
+def _without_data(step: Step) -> bool:
+  """Whether a step compresses a matrix by itself, so that it suits what lies outside the blocks."""
+  return not step.row.statistics and step.row.scope != 'block'
+
+
+def tables(part: Part, recipe: Recipe) -> list[str]:
+  """The tables of a part that steps compress as matrices, by their paths in it."""
+  steps = [step for step in recipe.steps if step.row.scope != 'parameters']
+  return sorted({p for step in steps for p in targets(part, step, recipe) if p == 'table'})
+
+
+def turn(part: Part, recipe: Recipe, fn: Callable[[Matrix], Matrix]) -> None:
+  """Replaces the tables that a recipe compresses: by `as_transposed` before, `as_table` after it.
+
+  Techniques take a table (V, D) as the matrix (D, V) of a head, whose outputs are the tokens.
+  """
+  params = parameters(part.module)
+  for path in tables(part, recipe):
+    params[path].set_value(fn(params[path].get_value()))
+
+
+def left_out(model: Transformer, recipe: Recipe, step: Step) -> list[str]:
+  """What lies outside the blocks, is asked for and matched, but cannot be calibrated for a step."""
+  if step.row.scope in (*WHOLE, 'parameters') or _without_data(step):
+    return []
+  named = [(name, part) for part in parts(model) for name in part.names]
+  return [name for name, part in named if getattr(recipe, name, False) and step.matches(name)]
 
 
 def check(
@@ -97,6 +148,7 @@ def check(
       _check_patterns(after, recipe, step)
     for part in parts(after):
       _check_part(part, phase.recipe, zeros)
+  _check_asked(after, recipe)
 
 
 def pruned(model: Transformer, recipe: Recipe) -> set[str]:
@@ -150,8 +202,30 @@ def _check_patterns(model, recipe, step):
     if not any(targets(part, one, recipe) for part in parts(model)):
       raise ValueError(
         f'recipe {recipe.name}: no layer matches {pattern!r} of {step.technique}; '
+        f'{_outside(model, step, pattern)}'
         f'there are {", ".join(_layers(model, step, recipe)[:8])}, ...'
       )
+
+
+def _outside(model, step, pattern: str) -> str:
+  """Why a pattern that means the embedding or the head matches nothing; '' if it means neither."""
+  meant = {name for part in parts(model) for name in part.names if name in MATRICES}
+  names = sorted(fnmatch.filter(meant, pattern))
+  if not names:
+    return ''
+  if not _without_data(step):
+    return f'{NO_INPUTS}, such as round_to_nearest; '
+  return f'the recipe needs "{names[0]}: true" for that; '
+
+
+def _check_asked(model, recipe):
+  """Raises ValueError where a recipe names the embedding and no step compresses it."""
+  part = parts(model)[0]
+  if recipe.embedding and not tables(part, recipe):
+    raise ValueError(
+      f'recipe {recipe.name}: no step compresses the embedding; {NO_INPUTS}, such as '
+      'round_to_nearest with only: [embedding]'
+    )
 
 
 def _layers(model, step, recipe) -> Iterable[str]:
@@ -201,6 +275,7 @@ class _Zeros:
 def _check_part(part: Part, recipe: Recipe, zeros: _Zeros):
   """Runs steps on the shapes of a part, which change as the steps would change them."""
   params = parameters(part.module)
+  turn(part, recipe, functools.partial(jax.eval_shape, as_transposed))
   for step in recipe.steps:
     for path in targets(part, step, recipe):
       where = f'{part.prefix}.{path}'.strip('.')
@@ -212,6 +287,7 @@ def _check_part(part: Part, recipe: Recipe, zeros: _Zeros):
       params[path].set_value(after)
       if step.row.prunes and not isinstance(core(after), SparseTensor):
         zeros.note(where, step.technique)
+  turn(part, recipe, functools.partial(jax.eval_shape, as_table))
 
 
 def _check_zeros(after, where: str, zeros: _Zeros):

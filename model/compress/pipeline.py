@@ -36,9 +36,12 @@ from model.compress.parts import (
   calibrated,
   check,
   compile_ahead,
+  left_out,
   parts,
   pruned,
+  tables,
   targets,
+  turn,
   weights,
 )
 from model.compress.phases import Phase, phases
@@ -48,6 +51,7 @@ from model.compress.recipe import Recipe, Step
 from model.compress.registry import PLAN, Site
 from model.compress.results import Results, describe, relative_error
 from model.transformer import Transformer, matrices, parameters
+from ops.transposed import as_table, as_transposed
 
 __all__ = ['calibrated', 'check', 'compress', 'describe']
 
@@ -148,7 +152,7 @@ def _run_phase(model, phase: Phase, run: _Run, masked: set[str], given: _Given) 
     run.ledger.extend(ledger)
     if part.is_block:
       kept.save(i, part.module, run.stream, ledger)
-  _note_head(model, run)
+  _note_left_out(model, run)
   return model
 
 
@@ -220,7 +224,8 @@ def _stream(model, recipe, calibration_BT):
 
 def _compress(part: Part, run: _Run) -> None:
   original = nnx.clone(part.module) if run.recipe.sequential == 'none' else None
-  groups, results = _together(run.recipe.steps), Results(part)
+  groups, results = _together(run.recipe.steps), Results(part, tables(part, run.recipe))
+  turn(part, run.recipe, as_transposed)
   for g, steps in enumerate(groups):
     later = _paths(part, itertools.chain(*groups[g + 1 :]), run.recipe)
     if steps[0][1].row.scope == 'block':
@@ -233,6 +238,7 @@ def _compress(part: Part, run: _Run) -> None:
   if run.stream is not None and part.is_block:
     run.stream.advance(original or part.module)
   run.ledger.layers.extend(results.all())
+  turn(part, run.recipe, as_table)
 
 
 def _compile_ahead(part, run):
@@ -349,9 +355,10 @@ def _note_repeats(calibration_BT, run):
   run.ledger.add('model', 'calibration', {what: rows - distinct})
 
 
-def _note_head(model, run):
+def _note_left_out(model, run):
   for step in run.recipe.steps:
-    left_out = run.recipe.head and model.head is not None and step.matches('head')
-    if left_out and step.row.scope != 'parameters' and calibrated(step):
+    for name in left_out(model, run.recipe, step):
       what = 'left as it was, because calibration ends before it'
-      run.ledger.add('head', step.technique, {what: 1})
+      if name == 'embedding':
+        what = 'left as it was, because calibration begins after it'
+      run.ledger.add(name, step.technique, {what: 1})

@@ -7,6 +7,16 @@
     - round_to_nearest: {format: int8}
       only: ["layers.*.ffn.*"]
 
+Only the blocks are compressed, unless `head: true` or `embedding: true` asks for more. `only` can
+name these too: GPTQ in 4 bits with a head in 8 is
+
+  head: true
+  steps:
+    - gptq: {format: int4}
+      only: ["layers.*"]
+    - round_to_nearest: {format: int8}
+      only: [head]
+
 Calibrated steps measure the inputs of a layer in the partly compressed model. `sequential` says
 what is compressed before a layer is measured: all layers before it ('layers', as in GPTQ's
 true-sequential order), all blocks before its own ('blocks', as in SparseGPT and Wanda), or nothing
@@ -28,6 +38,7 @@ import yaml
 
 from model.compress import registry
 
+OUTSIDE = ('head', 'embedding')  # what lies outside the blocks is compressed on request
 SEQUENTIAL = ('layers', 'blocks', 'none')
 NAME = r'[A-Za-z0-9_+][A-Za-z0-9_.+-]*'
 
@@ -50,12 +61,17 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-  """Steps in order. `head` also compresses the head, if it is not tied to the embedding."""
+  """Steps in order.
+
+  `head` and `embedding` also compress these, by the steps that need no calibration. Where both are
+  one matrix, because they are tied, either means that one.
+  """
 
   name: str
   steps: tuple[Step, ...]
   description: str = ''
   head: bool = False
+  embedding: bool = False
   sequential: str = 'layers'
 
   def to_dict(self) -> dict:
@@ -68,7 +84,7 @@ class Recipe:
         entry['only'] = list(step.only)
       steps.append(entry)
     result = {'name': self.name, 'description': self.description, 'steps': steps}
-    result |= {'head': True} if self.head else {}
+    result |= {key: True for key in OUTSIDE if getattr(self, key)}
     return result | ({} if self.sequential == 'layers' else {'sequential': self.sequential})
 
 
@@ -78,7 +94,7 @@ def parse(data: Any, source: str = 'recipe') -> Recipe:
   Raises ValueError, which names `source`, the place and the nearest valid names.
   """
   _check_mapping(data, f'{source}: a recipe')
-  _check_keys(data, ('name', 'description', 'steps', 'head', 'sequential'), source)
+  _check_keys(data, ('name', 'description', 'steps', *OUTSIDE, 'sequential'), source)
   if not isinstance(data.get('name'), str) or not re.fullmatch(NAME, data['name']):
     raise ValueError(
       f'{source}: a recipe needs a name of letters, digits and .-_+, not {data.get("name")!r}'
@@ -88,9 +104,10 @@ def parse(data: Any, source: str = 'recipe') -> Recipe:
   if not isinstance(data.get('steps'), list) or not data['steps']:
     raise ValueError(f'{source}: a recipe needs a list of steps')
   steps = tuple(_parse_step(s, f'{source}, step {i + 1}') for i, s in enumerate(data['steps']))
-  head = data.get('head', False)
-  if not isinstance(head, bool):
-    raise ValueError(f'{source}: head is true or false, not {head!r}')
+  outside = {key: data.get(key, False) for key in OUTSIDE}
+  for key, value in outside.items():
+    if not isinstance(value, bool):
+      raise ValueError(f'{source}: {key} is true or false, not {value!r}')
   sequential = data.get('sequential', 'layers')
   if sequential not in SEQUENTIAL:
     raise ValueError(f'{source}: sequential is {" or ".join(SEQUENTIAL)}, not {sequential!r}')
@@ -98,7 +115,7 @@ def parse(data: Any, source: str = 'recipe') -> Recipe:
     name=data['name'],
     steps=steps,
     description=data.get('description', ''),
-    head=head,
+    **outside,
     sequential=sequential,
   )
 

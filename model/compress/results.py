@@ -10,14 +10,19 @@ from model.compress.parts import Part
 from model.compress.programs import compiled
 from model.transformer import matrices, parameters
 from ops.linear import Matrix, Weight, dense
+from ops.transposed import as_table
 
 
 class Results:
-  """Compares the matrices of a part with the originals, each as soon as it has its final form."""
+  """Compares the matrices of a part with the originals, each as soon as it has its final form.
 
-  def __init__(self, part: Part):
-    found = matrices(part.module)
+  `tables`: the paths of tables that are compressed as matrices.
+  """
+
+  def __init__(self, part: Part, tables: Iterable[str] = ()):
+    found, params = matrices(part.module), parameters(part.module)
     self._before = {f'{layer}.weight'.strip('.'): w for layer, w in found.items()}
+    self._before |= {path: params[path].get_value() for path in tables}
     self._part, self._order, self._found = part, tuple(self._before), {}
 
   def settle(self, paths: Iterable[str]) -> None:
@@ -25,7 +30,7 @@ class Results:
     params = parameters(self._part.module)
     for path in paths:
       if path in self._before:
-        now, was = params[path].get_value(), self._before.pop(path)
+        now, was = as_table(params[path].get_value()), self._before.pop(path)
         self._found[path] = LayerResult(
           layer=self._part.layer(path).removesuffix('weight').strip('.'),
           shape=tuple(now.shape),
@@ -57,4 +62,4 @@ def describe(w: Matrix) -> str:
   ]
   inner = getattr(w, w.passes_to or 'values', None)
   nested = f' of {describe(inner)}' if isinstance(inner, Weight) else ''
-  return f'{type(w).__name__} {" ".join(static)}{nested}'
+  return f'{" ".join([type(w).__name__, *static])}{nested}'

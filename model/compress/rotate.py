@@ -72,10 +72,11 @@ def rotate(model, spec):
 
 
 def _check_plain(model):
-  for path, w in matrices(model).items():
+  table = {'embedding': model.embedding.table.get_value()}
+  for path, w in {**table, **matrices(model)}.items():
     if isinstance(w, Weight):
       raise ValueError(f'{path} is compressed already; rotation comes before everything else')
-    if looks_pruned(w):
+    if path not in table and looks_pruned(w):  # rows of a table may be zero: tokens never trained
       raise ValueError(
         f'{path} is pruned, and a rotation would fill its zeros; rotate the model as it was before '
         'it was pruned, then prune'

@@ -17,13 +17,14 @@ from ops.activations import ActivationQuantized
 from ops.formats import FORMATS
 from ops.linear import Matrix, dense, stored
 from ops.quantized import QuantizedTensor
+from ops.transposed import TransposedTensor
 
 FLOAT16 = np.finfo(np.float16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Copied:
-  """Codes [I, O] with float16 scales and minima [I / 32, O].
+  """Codes [I, O] with float16 scales and minima [I / 32, O]; of a table [V, D] and [V, D / 32].
 
   moved: the largest relative change of a scale.  shifted: that of a minimum, in steps of the grid.
   """
@@ -51,7 +52,7 @@ def kinds_of(w: Matrix) -> tuple[Kind, ...]:
 
 def copy(w: Matrix) -> Copied:
   """The codes of a weight that `kinds_of` has a type for."""
-  w = _quantized(w)
+  transposed, w = isinstance(w, TransposedTensor), _quantized(w)
   blocks = w.group_size // BLOCK
   scales_JO = np.asarray(dense(w.scales), np.float32)
   narrow_JO = scales_JO.astype(np.float16)
@@ -63,9 +64,10 @@ def copy(w: Matrix) -> Copied:
     exact_JO = -np.asarray(w.zeros, np.float32) * scales_JO
     minima_JO = exact_JO.astype(np.float16)
     shifted_JO = np.abs(minima_JO.astype(np.float32) - exact_JO) / safe_JO
-  spread = lambda a_JO: None if a_JO is None else np.repeat(a_JO, blocks, axis=0)
+  turned = lambda a: a.T if transposed else a
+  spread = lambda a_JO: None if a_JO is None else turned(np.repeat(a_JO, blocks, axis=0))
   return Copied(
-    codes=np.asarray(w.codes()),
+    codes=turned(np.asarray(w.codes())),
     scales=spread(narrow_JO),
     minima=spread(minima_JO),
     moved=float(moved_JO.max()),
@@ -75,12 +77,18 @@ def copy(w: Matrix) -> Copied:
 
 def rounds_inputs(w: Matrix) -> bool:
   """Whether a weight rounds its inputs, which a file cannot say."""
-  return isinstance(stored(w), ActivationQuantized)
+  return isinstance(_matrix(w), ActivationQuantized)
+
+
+def _matrix(w: Matrix) -> Matrix:
+  """A weight as it is saved; of a table, the weight whose outputs are the tokens."""
+  w = stored(w)
+  return w.weight if isinstance(w, TransposedTensor) else w
 
 
 def _quantized(w: Matrix) -> QuantizedTensor | None:
   """The matrix of integers inside a weight, if a GGUF type has its groups and its scales."""
-  w = stored(w)
+  w = _matrix(w)
   w = w.values if isinstance(w, ActivationQuantized) else w
   if not isinstance(w, QuantizedTensor) or not FORMATS[w.format].integer or w.group_size % BLOCK:
     return None

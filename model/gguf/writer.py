@@ -57,7 +57,7 @@ class Types:
 
   matrices: of the matrices of blocks; 'auto': that of the weight's own codes, where it has some.
   rest: of the embedding and the head, and with 'auto' of matrices without such codes; None: what
-    llama.cpp takes beside `matrices`, and f16 with 'auto'.
+    llama.cpp takes beside `matrices`, and with 'auto' their own codes, else f16.
   """
 
   matrices: str = AUTO
@@ -153,12 +153,12 @@ def _planned(entry, parts, tied: bool, types, importance) -> _Planned:
   return _widened(entry, parts, kind, how, weights)
 
 
-def _wanted(entry, tied: bool, types) -> Kind:
-  """The type of an embedding or a head."""
+def _wanted(entry, tied: bool, types) -> Kind | None:
+  """The type of an embedding or a head; None: that of its own codes, if it has some."""
   if types.rest is not None:
     return TYPES[types.rest]
   if types.matrices == AUTO:
-    return Kind.F16
+    return None
   kind = TYPES[types.matrices]
   is_head = tied or entry.ours[0].startswith('head')
   small = kind not in (*_FLOATS, Kind.Q8_0)

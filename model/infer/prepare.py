@@ -3,13 +3,18 @@
 import jax
 from flax import nnx
 
-from model.transformer import Transformer, linears
+from model.transformer import Transformer, linears, parameters
 from ops.kernels.cpu import layout, packed
-from ops.linear import Matrix, on_one_device
+from ops.linear import Matrix, Weight, kernel, on_one_device
+from ops.transposed import as_transposed
+
+EMBEDDING = 'embedding.table'
 
 
 def prepare(model: Transformer, *, activations: packed.Activations = 'int16') -> Transformer:
   """Returns the model with its matrices, the head's included, in the form the platform multiplies.
+
+  An embedding that is the head too is looked up in that form; one that is not stays as it is.
 
   On a CPU they are packed for native products, on a TPU or GPU for those that do not widen them. A
   matrix for which there is none, or that is packed already, stays as it is, and so does everything
@@ -18,19 +23,27 @@ def prepare(model: Transformer, *, activations: packed.Activations = 'int16') ->
   perplexity does not show, and 'float' keeps them and is slower.
   Call it once where a model is used often: packing reads every weight.
   """
-  packed_matrices = {}
-  for path, linear in linears(model).items():
-    w = linear.weight.get_value()
-    fast = _pack(w, activations)
-    if fast is not w:
-      packed_matrices[path] = fast
-  if not packed_matrices:
+  held = {f'{path}.weight': linear.weight.get_value() for path, linear in linears(model).items()}
+  fast = {path: _pack(w, activations) for path, w in held.items()}
+  if model.head is None:
+    held[EMBEDDING] = model.embedding.table.get_value()
+    fast[EMBEDDING] = _pack_table(held[EMBEDDING], activations)
+  changed = {path: w for path, w in fast.items() if w is not held[path]}
+  if not changed:
     return model
   copy = nnx.clone(model)  # merging what was split would share the parameters
-  for path, linear in linears(copy).items():
-    if path in packed_matrices:
-      linear.weight.set_value(packed_matrices[path])
+  params = parameters(copy)
+  for path, w in changed.items():
+    params[path].set_value(w)
   return copy
+
+
+def _pack_table(w: Matrix, activations: packed.Activations) -> Matrix:
+  """The embedding of a tied model: an array stays one where XLA multiplies it well."""
+  if not isinstance(w, Weight) and kernel(w, jax.default_backend()) is not None:
+    return w
+  fast = _pack(as_transposed(w), activations)
+  return fast if isinstance(fast.weight, Weight) else w
 
 
 def _pack(w: Matrix, activations: packed.Activations) -> Matrix:

@@ -1,7 +1,8 @@
 """Defines the modules that blocks are built of: linear layers, norms and tables.
 
 Every matrix is the `weight` of a `Linear`, has the shape (I, O), and is multiplied only by
-`ops.linear.matmul` or `matmuls`, so that any `Weight` can take its place. `axes` names the axes of
+`ops.linear.matmul` or `matmuls`, so that any `Weight` can take its place; the table of a `Table`
+likewise, by `rows` and `matmul_transposed`. `axes` names the axes of
 a module's parameter by the letters of `ops.axes`: `model.sharding` maps those of matrices to mesh
 axes, and `model.units` finds what is removed together with a channel or a head.
 """
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ops import norms
-from ops.linear import grouped_matmul, matmul, matmuls
+from ops.linear import grouped_matmul, matmul, matmul_transposed, matmuls, rows
 
 NormKind = Literal['rms', 'layer']
 INIT_STDDEV = 0.02
@@ -117,11 +118,18 @@ class Norm(nnx.Module):
 
 
 class Table(nnx.Module):
-  """A table of vectors that are looked up by index: token or position embeddings."""
+  """A table of vectors that are looked up by index: token or position embeddings.
+
+  The embedding of a tied model is its head too: `project` multiplies by the transpose.
+  """
 
   def __init__(self, rows: int, width: int, *, axes: tuple[str, str], rngs, dtype):
     self.table = nnx.Param(INIT_STDDEV * jax.random.normal(rngs.params(), (rows, width), dtype))
     self.axes = axes
 
   def __call__(self, index: jax.Array) -> jax.Array:
-    return self.table.get_value()[index]
+    return rows(self.table.get_value(), index)
+
+  def project(self, x: jax.Array) -> jax.Array:
+    """Multiplies x[..., D] by each vector of the table: [..., V]."""
+    return matmul_transposed(x, self.table.get_value())

@@ -71,9 +71,9 @@ def test_the_table_of_the_real_model_has_two_texts(write):
 
 def test_the_table_of_one_text_has_quality_and_size(write):
   lines = update_readme.quality(write('e.jsonl', ENGLISH)).splitlines()
-  assert {line.count('|') for line in lines[:4]} == {6}
-  assert lines[2] == '| `base` | 20.000 |  |  | 2.000 |'
-  assert lines[3] == '| `int4` | 21.000 | +5.00% | 0.0210 | 0.500 |'
+  assert {line.count('|') for line in lines[:4]} == {7}
+  assert lines[2] == '| `base` | 20.000 |  |  | 2.000 | 400.0 |'
+  assert lines[3] == '| `int4` | 21.000 | +5.00% | 0.0210 | 0.500 | 100.0 |'
   assert lines[-1] == '`python -m experiments.compress`; records: [`e.jsonl`](../e.jsonl).'
 
 

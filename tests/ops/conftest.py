@@ -20,6 +20,7 @@ from ops import (
   rotated,
   scales,
   sparse,
+  transposed,
 )
 from ops.kernels import fused
 from ops.kernels.cpu import layout
@@ -65,6 +66,10 @@ def _activations(fn, bits=8, absmax=None):
   return lambda w_IO: activations.quantize_activations(fn(w_IO), bits, absmax=limit)
 
 
+def _transposed(fn):
+  return lambda w_IO: transposed.TransposedTensor(fn(w_IO.T))
+
+
 EXAMPLES = {
   'int8': _quantized('int8'),
   'int8 asymmetric groups': _quantized('int8', group_size=32, symmetric=False),
@@ -96,6 +101,7 @@ EXAMPLES = {
   'learned int8 with inputs': _activations(lambda w_IO: qat.learn(w_IO, 'int8', held=True)),
   'learned 2:4': _sparse(2, 4, lambda v: qat.learn(v, 'int8', held=True)),
   'int8 products': int8_training.Int8Products,
+  'transposed int4': _transposed(_quantized('int4', group_size=16, symmetric=False)),
   'rotated': lambda w_IO: rotated.RotatedTensor(w_IO, 1),
   'rotated heads of int8': lambda w_IO: rotated.RotatedTensor(_quantized('int8')(w_IO), 16),
   'lora': _lora(lambda w_IO: w_IO),

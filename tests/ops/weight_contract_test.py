@@ -63,6 +63,12 @@ def test_products_are_those_of_the_dense_form(example, lead, dtype, inputs_of, a
   assert_near(y, example.seen(x) @ example.dense, dtype)
 
 
+def test_some_columns_are_those_of_the_dense_form(example, assert_near):
+  some = np.array([31, 0, 17, 17, 5])
+  found = jax.jit(lambda w: linear.dense(linear.columns(w, some)))(example.weight)
+  assert_near(found, example.dense[:, some])
+
+
 def test_new_values_do_not_compile_again(example, inputs_of, assert_near):
   traces = []
 

@@ -127,6 +127,19 @@ class PackedTensor(Weight):
       values_IO = values_IO - self._spread(self.zeros)
     return (values_IO * self._spread(self.scales)).astype(self.dtype)
 
+  def columns(self, index):
+    """Reads the codes of the wanted columns alone, out of their tiles."""
+    fewer = functools.partial(_some_outputs, index=index)
+    halved = self.format == 'int4' or self.format in CODEBOOKS
+    return dataclasses.replace(
+      self,
+      values=fewer(self.values, halved=halved),
+      places=None if self.places is None else fewer(self.places, halved=True),
+      scales=None if self.scales is None else fewer(self.scales),
+      zeros=None if self.zeros is None else fewer(self.zeros),
+      outputs=len(index),
+    )
+
   def matmul(self, x):
     return product(x, self)
 
@@ -329,6 +342,18 @@ def _native_call(target, call, x_TI, more, weights):
 
 def _from_tiles(tiles, outputs: int):
   return tiles.transpose(1, 3, 0, 2).reshape(-1, tiles.shape[0] * TILE)[:, :outputs]
+
+
+def _some_outputs(tiles, index, halved: bool = False):
+  """Tiles [tiles, steps, 32, ...] of some outputs; `halved`: 16 bytes hold two outputs each."""
+  lanes = tiles.shape[2]
+  own = tiles[index // TILE, :, index % lanes]
+  if halved:
+    high = (index % TILE >= lanes).reshape(-1, *[1] * (own.ndim - 1))
+    own = jnp.where(high, own >> 4, own & 15)
+  filled = jnp.pad(own, ((0, -len(index) % TILE), *[(0, 0)] * (own.ndim - 1)))
+  tiles = jnp.moveaxis(filled.reshape(-1, TILE, *own.shape[1:]), 1, 2)
+  return tiles[:, :, :lanes] | tiles[:, :, lanes:] << 4 if halved else tiles
 
 
 def _spread_pairs(kept_IO, places):

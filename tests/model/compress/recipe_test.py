@@ -66,7 +66,7 @@ WRONG = {
   'no mapping': (['magnitude'], 'recipe: a recipe is a mapping, not'),
   'empty file': (None, 'a recipe is a mapping, not None'),
   'unknown key': (_recipe(step=[]), "unknown key 'step'; did you mean steps?"),
-  'unknown key, none near': (_recipe(zzz=1), "unknown key 'zzz'; there are description, head"),
+  'unknown key, none near': (_recipe(zzz=1), 'there are description, embedding, head'),
   'key of another type': (_recipe(**{}) | {7: 1}, 'unknown key 7'),
   'no name': ({'steps': [{'magnitude': {}}]}, 'needs a name'),
   'empty name': (_recipe(name=''), 'needs a name'),

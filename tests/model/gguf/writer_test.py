@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 from gguf import GGMLQuantizationType as Kind
 
 from model import hf
@@ -19,6 +20,7 @@ from model.gguf.container import Container
 from model.transformer import parameters
 from ops import lora, quantized
 from ops.activations import ActivationQuantized
+from ops.transposed import TransposedTensor
 
 LOGIT_TOLERANCE = 2e-4  # of float32 sums in another order; logits are of order 1
 TABLE_TOLERANCE = 5e-3  # llama.cpp looks GELU up in a table of float16
@@ -241,6 +243,21 @@ def test_codes_are_those_of_the_file_bit_for_bit(with_weights, tmp_path):
   np.testing.assert_array_equal(codes_OI, np.asarray(w.stored_codes()).T)
   scales_OJ = np.ascontiguousarray(rows[:, :, :2]).view(np.float16)[..., 0]
   np.testing.assert_array_equal(scales_OJ, np.asarray(w.scales).T)
+
+
+@pytest.mark.parametrize('change, kind', [(_to('int8', 32), 'Q8_0'), (_to('int4', 32), 'Q4_0')])
+def test_codes_of_a_tied_table_are_copied(change, kind, llama, tmp_path):
+  model = nnx.clone(llama)
+  table = model.embedding.table
+  w = TransposedTensor(change(table.get_value().T))
+  table.set_value(w)
+  rows = {row.name: row for row in _write(tmp_path / 'm.gguf', model)}
+  assert rows['token_embd.weight'].how == 'codes copied'
+  tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / 'm.gguf').tensors}
+  stored = tensors['token_embd.weight']
+  assert stored.tensor_type.name == kind and 'output.weight' not in tensors
+  found_VD = gguf.quants.dequantize(stored.data, stored.tensor_type)
+  np.testing.assert_array_equal(found_VD, w.dense())
 
 
 def test_other_weights_are_widened(with_weights, tmp_path):
