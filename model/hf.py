@@ -16,7 +16,6 @@ A model that config.json cannot describe (compressed weights, layers of differen
 in the format of `model.native`, which `load_pretrained` reads too.
 """
 
-import json
 import logging
 import re
 from collections import Counter
@@ -27,9 +26,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import gguf, hf_names, hf_quantized, kept_codes, native, safetensors_io, transformer
+from model import (
+  gguf,
+  hf_folder,
+  hf_names,
+  hf_quantized,
+  kept_codes,
+  native,
+  transformer,
+)
 from model.config import ModelConfig
-from model.files import atomic_folder, check_replaceable, read_json
+from model.files import read_json
+from model.hf_folder import CONFIG, GENERATION
 from model.hf_names import Entry, Family, Layout, coded
 from model.safetensors_io import Tensor
 from model.tokenizer import Tokenizer
@@ -37,8 +45,6 @@ from model.tokenizer import check as check_tokenizer
 from model.transformer import Transformer
 from ops.linear import Weight
 
-CONFIG = 'config.json'
-GENERATION = 'generation_config.json'
 MAX_LISTED = 20
 BYTES = (np.dtype(np.uint8),)
 LOG = logging.getLogger(__name__)
@@ -256,7 +262,7 @@ def save_pretrained(
   path: str | Path,
   *,
   recipe: dict | None = None,
-  max_shard_bytes: int = 5 * 10**9,
+  max_shard_bytes: int = hf_folder.SHARD_BYTES,
 ) -> None:
   """Writes a folder that `load_pretrained` can load.
 
@@ -269,21 +275,11 @@ def save_pretrained(
     ValueError: the folder holds something else; the tokenizer has more tokens than the model; the
       family is unknown.
   """
-  check_replaceable(path)
-  if tokenizer is not None:
-    check_tokenizer(tokenizer, model.config.vocab_size)
+  hf_folder.check(path, model.config, tokenizer)
   config, layout = _describe(model)
   tensors = native.tensors(model) if layout is None else _in_layout(model, layout)
-  tokens = {key: config[key] for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
-  generation = {key: value for key, value in tokens.items() if value is not None}
-  with atomic_folder(path) as folder:
-    safetensors_io.write_folder(folder, tensors, max_shard_bytes=max_shard_bytes)
-    if layout is None:
-      _write_json(folder / native.MANIFEST, native.manifest(model, recipe))
-    _write_json(folder / CONFIG, config)
-    _write_json(folder / GENERATION, {'_from_model_config': True, **generation})
-    if tokenizer is not None:
-      tokenizer.save(folder)
+  others = {native.MANIFEST: native.manifest(model, recipe)} if layout is None else {}
+  hf_folder.write(path, config, tensors, tokenizer, others=others, max_shard_bytes=max_shard_bytes)
 
 
 def _describe(model) -> tuple[dict, Layout | None]:
@@ -299,8 +295,7 @@ def _describe(model) -> tuple[dict, Layout | None]:
     if layout is not None:
       LOG.warning('saved in the format of Lissom, which transformers does not read: %s', error)
     layout = None
-  dtype = str(model.embedding.table.get_value().dtype)
-  dtypes = {'dtype': dtype, 'torch_dtype': dtype}  # both spellings: transformers 4 and 5
+  dtypes = hf_folder.dtypes(model.embedding.table.get_value().dtype)
   return {**config, **dtypes, **(native.HF_MARK if layout is None else layout.keys)}, layout
 
 
@@ -341,7 +336,3 @@ def _joined(entry: Entry, arrays: Mapping[str, jax.Array]) -> Tensor:
     return entry.join([np.asarray(part).astype(dtype, copy=False) for part in own])
 
   return Tensor(entry.shape, BYTES[0] if entry.codec.raw else dtype, read)
-
-
-def _write_json(path, data):
-  path.write_text(json.dumps(data, indent=2, sort_keys=True) + '\n', encoding='utf-8')

@@ -20,7 +20,12 @@ FOUNDATION = 'layers'
 # The sub-packages that are parts of the reader and writer of checkpoints, model/hf.py. GGUF files
 # are read by the families' own tables.
 OPEN_TO_MODEL = {'hf_names', 'gguf', 'hf_quantized'}
-OPEN_TO_PARTS = {('gguf', 'hf_names'), ('hf_quantized', 'hf_names')}
+OPEN_TO_PARTS = {
+  ('gguf', 'hf_names'),
+  ('hf_quantized', 'hf_names'),
+  ('hf_quantized', 'compressed_tensors'),
+  ('compressed_tensors', 'hf_names'),
+}
 
 
 @functools.cache

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from model.compressed_tensors import scheme
 from model.files import read_json
-from model.hf_quantized import awq, bitsandbytes, fp8, gptq
+from model.hf_quantized import awq, bitsandbytes, compressed_tensors, fp8, gptq
 from model.hf_quantized import files as files
 from model.hf_quantized.codes import CodedTensor as CodedTensor
 from model.hf_quantized.codes import Codes as Codes
@@ -52,6 +53,7 @@ METHODS = {
     Method(name='bitsandbytes', read=bitsandbytes.read),
     Method(name='fp8', read=fp8.read, unused=ACTIVATION_SCALES),
     Method(name='fbgemm_fp8', read=fp8.read, unused=ACTIVATION_SCALES),
+    Method(name=scheme.METHOD, read=compressed_tensors.read, unused=compressed_tensors.UNUSED),
   )
 }
 

@@ -52,8 +52,26 @@ def test_scales_are_weighted_by_calibration_text(script, base, tmp_path, capsys)
     assert (tensor.data != rounded[tensor.name]).any() == weighted, tensor.name
 
 
+def test_a_folder_for_transformers(script, int4, tmp_path, capsys):
+  script(f'--model={int4}', '--format=compressed-tensors', f'--out={tmp_path / "m"}')
+  said = capsys.readouterr().out
+  assert 'int4 g32, pack-quantized' in said and said.endswith(' MB\n')
+  (ours, _), (again, tokenizer) = map(hf.load_pretrained, (int4, tmp_path / 'm'))
+  assert tokenizer is not None
+  for path, w in transformer.matrices(ours).items():
+    found = transformer.matrices(again)[path]
+    assert type(found) is type(w)
+    np.testing.assert_array_equal(quantized.dense(found), quantized.dense(w))
+
+
 def test_bad_input_is_refused(script, base, tmp_path):
   with pytest.raises(ValueError, match='export needs --model'):
     script(f'--out={tmp_path / "m.gguf"}')
   with pytest.raises(ValueError, match=r'does not end in \.gguf'):
     script(f'--model={base}', f'--out={tmp_path / "m.bin"}')
+  with pytest.raises(ValueError, match='--type is for --format=gguf, not compressed-tensors'):
+    script(
+      f'--model={base}', '--format=compressed-tensors', '--type=q8_0', f'--out={tmp_path / "m"}'
+    )
+  with pytest.raises(ValueError, match='no linear layer of this model has codes'):
+    script(f'--model={base}', '--format=compressed-tensors', f'--out={tmp_path / "m"}')
