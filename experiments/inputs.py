@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from experiments import base as embedded
-from experiments import common, study
+from experiments import common, exams, study
 from experiments.lessons import School
 from model import corpus
 from model.eval import perplexity, records
@@ -18,7 +18,7 @@ from model.transformer import Transformer
 
 DEFAULT_SEQ_LEN = 512
 CALIBRATION_TOKENS = 32_768
-SMOKE_ROWS, SMOKE_WINDOWS = 8, 16
+SMOKE_ROWS, SMOKE_WINDOWS, SMOKE_DOCUMENTS = 8, 16, 16
 HELD_OUT = 'held_out.txt'
 
 
@@ -36,7 +36,10 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Protocol:
-  """How much text is used and how often is timed; None takes the default."""
+  """How much text is used and how often is timed; None takes the default.
+
+  tasks: names of `model.eval.library_tasks`. task_documents: how many of each; None: all.
+  """
 
   seq_len: int | None = None
   calibration_rows: int | None = None
@@ -44,6 +47,8 @@ class Protocol:
   prompt_length: int = 128
   rounds: int = 7
   seed: int = 0
+  tasks: tuple[str, ...] = ()
+  task_documents: int | None = None
 
 
 def load(
@@ -98,6 +103,7 @@ def make_study(inputs: Inputs, protocol: Protocol) -> study.Study:
     seed=protocol.seed,
     rounds=protocol.rounds,
     prompt_length=min(protocol.prompt_length, inputs.model.config.max_positions // 2),
+    exams=exams.load(protocol.tasks, inputs.tokenizer, protocol.task_documents),
     school=School(
       original=inputs.model,
       tokenizer=inputs.tokenizer,
@@ -163,6 +169,7 @@ def _settings(inputs: Inputs, work: study.Study) -> dict:
     'batch': study.BATCH,
     'prompt_length': work.prompt_length,
     'decode_steps': study.DECODE_STEPS,
+    **({'tasks': exams.about(work.exams)} if work.exams else {}),
   }
 
 
