@@ -14,7 +14,7 @@ With a budget, it searches for each layer the treatment with which all fits into
 
   python -m experiments.compress --model=DIR --text=FILE --recipes=int4 --budget_megabytes=70
 
-With --tasks, small tasks that need no download stand beside the perplexity, as accuracies with their
+With --tasks, small tasks that need no download stand beside the perplexity, as accuracies with
 standard errors:
 
   python -m experiments.compress --tasks=python_words,python_summaries,python_lines

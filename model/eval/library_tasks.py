@@ -119,16 +119,13 @@ def _lines(text: str, tree: ast.Module) -> Iterator[Document]:
 def _statements(node: ast.AST, source: list[str]) -> Iterator[int]:
   """The rows of simple statements that have a line to themselves."""
   for one in ast.walk(node):
-    simple = isinstance(one, ast.stmt) and not hasattr(one, 'body')
-    if (
-      simple
-      and one.lineno == one.end_lineno
-      and not source[one.lineno - 1][: one.col_offset].strip()
-    ):
-      row = one.lineno - 1
-      docstring = isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant)
-      if len(source[row].strip()) in LINE and not docstring:
-        yield row
+    if not isinstance(one, ast.stmt) or hasattr(one, 'body') or one.lineno != one.end_lineno:
+      continue
+    row = one.lineno - 1
+    docstring = isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant)
+    first = not source[row][: one.col_offset].strip()
+    if first and not docstring and len(source[row].strip()) in LINE:
+      yield row
 
 
 def _choice(context: str, right: str, others: set[str], before: str = '') -> Iterator[Document]:

@@ -14,7 +14,6 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from os.path import commonpath
 
 Tokens = tuple[int, ...]
 
@@ -139,13 +138,19 @@ def _groups(rows: Sequence[Tokens], wanted: Sequence[int]) -> list[_Group]:
   for i, row in enumerate(rows):
     if groups:
       last = groups[-1]
-      pair = [rows[last.begin][: last.shared], row[: wanted[i]]]
-      common, count = len(commonpath(pair)), i - last.begin
+      common = _common(rows[last.begin][: last.shared], row[: wanted[i]])
+      count = i - last.begin
       if common >= LEAST_SHARED and count * common > (count - 1) * last.shared:
         groups[-1] = _Group(last.begin, i + 1, common)
         continue
     groups.append(_Group(i, i + 1, wanted[i]))
   return [g if len(g.rows) > 1 else _Group(g.begin, g.end, 0) for g in groups]
+
+
+def _common(one: Tokens, other: Tokens) -> int:
+  """How many first tokens are the same."""
+  pairs = enumerate(zip(one, other))
+  return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _shared_stages(rows, groups: Sequence[_Group], tokens: int) -> list[Stage]:
