@@ -110,7 +110,7 @@ def _lines(text: str, tree: ast.Module) -> Iterator[Document]:
     rows = [row for row in rows if row - first in CONTEXT]
     if rows:
       row = min(rows, key=lambda row: _hash(source[row]))
-      before = '\n'.join(line[node.col_offset :].rstrip() for line in source[first:row])
+      before = '\n'.join(line[node.col_offset :] for line in source[first:row]).rstrip()
       indent = '\n' + source[row][node.col_offset :].partition(source[row].strip())[0]
       others = every - {line.strip() for line in source[first:last]}
       yield from _choice(before, source[row].strip(), others, indent)

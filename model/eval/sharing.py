@@ -7,7 +7,9 @@ question, or the questions after the same examples. The last token of a beginnin
 predictions that are wanted.
 
 Reads are padded to a few widths, because each one is a program to compile. They are chosen so that
-padding and compiling cost least together, where a program costs as much as `PROGRAM` tokens.
+padding and compiling cost least together, where a program costs as much as `PROGRAM` tokens. By the
+same cost, it is decided how long a beginning has to be, so that short ones are not shared where
+that saves nothing.
 """
 
 import collections
@@ -17,9 +19,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 Tokens = tuple[int, ...]
 
-STEP = 16  # widths are multiples of it
-PROGRAM = 4096  # tokens that are read in the time of compiling a program, for usual models on a CPU
-LEAST_SHARED = 16  # tokens of a beginning that is worth a cache
+STEP = 8  # widths are multiples of it
+PROGRAM = 2048  # tokens that are read in the time of compiling a program, for small models on CPUs
+CACHED = 2  # tokens in caches for each token of a call
+LEAST_SHARED = (16, 32, 64, 128, None)  # tokens of a beginning that is shared; None: none is
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,15 @@ class Plan:
       for row, at in call.rows
     )
 
+  @property
+  def cost(self) -> int:
+    """Tokens that are read with padding and idle rows, and what compiling costs in tokens."""
+    reads = [(s.size, s.width, s.capacity) for s in self.stages if s.beginnings]
+    calls = [(s.size, c.size, c.width, s.capacity) for s in self.stages for c in s.calls]
+    tokens = sum(size * width for size, width, _ in reads)
+    tokens += sum(size * width for _, size, width, _ in calls)
+    return tokens + PROGRAM * (len(set(reads)) + len(set(calls)))
+
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
@@ -91,12 +103,16 @@ class _Group:
 
 
 def plan(texts: Sequence[Text], tokens: int) -> Plan:
-  """Plans to read texts; a call holds about `tokens` tokens at once, or one row."""
+  """Plans to read texts; a call reads at most `tokens` tokens at once, or one row."""
   rows, row_of = _rows([text.tokens for text in texts])
   wanted = [len(row) for row in rows]
   for text, row in zip(texts, row_of, strict=True):
     wanted[row] = min(wanted[row], text.wanted)
-  groups = _groups(rows, wanted)
+  plans = (_plan(rows, row_of, _groups(rows, wanted, least), tokens) for least in LEAST_SHARED)
+  return min(plans, key=lambda one: one.cost)
+
+
+def _plan(rows, row_of, groups: Sequence[_Group], tokens: int) -> Plan:
   alone = [group.begin for group in groups if not group.shared]
   lengths = [len(rows[row]) for row in alone]
   sizes = _sizes([lengths], {width: tokens // width for width in widths(lengths)})
@@ -132,15 +148,17 @@ def _rows(texts: Sequence[Tokens]) -> tuple[tuple[Tokens, ...], tuple[int, ...]]
   return tuple(kept), tuple(row_of)
 
 
-def _groups(rows: Sequence[Tokens], wanted: Sequence[int]) -> list[_Group]:
+def _groups(rows: Sequence[Tokens], wanted: Sequence[int], least: int | None) -> list[_Group]:
   """Neighbours that share a beginning, as far as a wider group saves more than a narrower one."""
+  if least is None:
+    return [_Group(i, i + 1, 0) for i in range(len(rows))]
   groups: list[_Group] = []
   for i, row in enumerate(rows):
     if groups:
       last = groups[-1]
       common = _common(rows[last.begin][: last.shared], row[: wanted[i]])
       count = i - last.begin
-      if common >= LEAST_SHARED and count * common > (count - 1) * last.shared:
+      if common >= least and count * common > (count - 1) * last.shared:
         groups[-1] = _Group(last.begin, i + 1, common)
         continue
     groups.append(_Group(i, i + 1, wanted[i]))
@@ -159,7 +177,7 @@ def _shared_stages(rows, groups: Sequence[_Group], tokens: int) -> list[Stage]:
   for width, same in _by_width(groups, lengths, widths(lengths)):
     rest_widths = widths([len(rows[row]) - g.shared for g in same for row in g.rows])
     capacity = width + rest_widths[-1]
-    most = max(1, tokens // capacity)
+    most = max(1, CACHED * tokens // capacity)
     size = _size(len(same), most)
     parts = _parts(same, size)
     members = [[(row, at) for at, group in enumerate(part) for row in group.rows] for part in parts]
