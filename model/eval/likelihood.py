@@ -5,8 +5,9 @@ tokens, and whether each of them is the most likely one. Beginnings that texts s
 (`model.eval.sharing`), and continuations that differ in their last token alone are one text.
 
 A text is read in one call, or in two through a cache of the model's own dtype. Padding comes after
-a text and changes nothing. Log-probabilities are in float32 and are summed in float64. Float32
-products are float32 on GPU and TPU as well, which round them further by default.
+a text and changes nothing, and neither do other texts in its row, which are other segments.
+Log-probabilities are in float32 and are summed in float64. Float32 products are float32 on GPU and
+TPU as well, which round them further by default.
 """
 
 import dataclasses
@@ -73,7 +74,8 @@ def score(
   """
   limit = _limit(model, max_length)
   texts = [_text(model, request, limit) for request in requests]
-  plan = sharing.plan(texts, tokens)
+  packs = all(layer.mixer.packs for layer in model.config.layers)
+  plan = sharing.plan(texts, tokens, packs=packs)
   log_probs, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
   of_row = [[] for _ in plan.rows]
   for i, row in enumerate(plan.row_of):
@@ -130,23 +132,36 @@ def _padded(rows: Sequence[Sequence[int]], size: int, width: int):
 
 def _run(graphdef, state, caches, plan: Plan, stage: Stage, call: Call) -> jax.Array:
   """The hidden states x_BTD of the rows of a call, from the ends of their beginnings on."""
-  starts = [len(stage.beginnings[at]) if caches is not None else 0 for _, at in call.rows]
-  rests = [plan.rows[row][start:] for (row, _), start in zip(call.rows, starts)]
-  tokens_BT, lengths_B = _padded(rests, call.size, call.width)
+  rests = [plan.rows[place.number][stage.start(place) :] for place in call.places]
   if caches is None:
-    return _whole(graphdef, state, tokens_BT)
+    return _whole(graphdef, state, *_laid_out(call, rests))
+  tokens_BT, lengths_B = _padded(rests, call.size, call.width)
   from_B, starts_B = np.zeros(call.size, np.int32), np.zeros(call.size, np.int32)
-  from_B[: len(starts)], starts_B[: len(starts)] = [at for _, at in call.rows], starts
+  from_B[: len(rests)] = [place.beginning for place in call.places]
+  starts_B[: len(rests)] = [stage.start(place) for place in call.places]
   return _continue(graphdef, state, caches, from_B, tokens_BT, starts_B, lengths_B)
+
+
+def _laid_out(call: Call, texts: Sequence[Sequence[int]]):
+  """Tokens of texts in their places, positions, and segments, which are None if none is needed."""
+  shape = call.size, call.width
+  tokens_BT, positions_BT, segments_BT = (np.zeros(shape, np.int32) for _ in range(3))
+  for i, (place, text) in enumerate(zip(call.places, texts, strict=True), 1):
+    at = place.row, slice(place.column, place.column + len(text))
+    tokens_BT[at], positions_BT[at], segments_BT[at] = text, np.arange(len(text)), i
+  if all(place.column == 0 for place in call.places):
+    return tokens_BT, None, None
+  return tokens_BT, positions_BT, segments_BT
 
 
 def _wanted(plan: Plan, stage: Stage, call: Call, texts, of_row) -> list[_Prediction]:
   found = []
-  for b, (row, at) in enumerate(call.rows):
-    start = len(stage.beginnings[at]) if stage.beginnings else 0
-    for i in of_row[row]:
-      columns = range(texts[i].wanted - start, len(texts[i].tokens) - start)
-      found += [_Prediction(b, *pair, i) for pair in zip(columns, texts[i].targets, strict=True)]
+  for place in call.places:
+    shift = place.column - stage.start(place)
+    for i in of_row[place.number]:
+      columns = range(texts[i].wanted + shift, len(texts[i].tokens) + shift)
+      pairs = zip(columns, texts[i].targets, strict=True)
+      found += [_Prediction(place.row, *pair, i) for pair in pairs]
   return found
 
 
@@ -163,8 +178,9 @@ def _predict(graphdef, state, x_BTD, wanted: Sequence[_Prediction]):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _whole(graphdef, state, tokens_BT):
-  return nnx.merge(graphdef, state).hidden(tokens_BT)[0]
+def _whole(graphdef, state, tokens_BT, positions_BT, segments_BT):
+  model = nnx.merge(graphdef, state)
+  return model.hidden(tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -9,7 +9,8 @@ predictions that are wanted.
 Reads are padded to a few widths, because each one is a program to compile. They are chosen so that
 padding and compiling cost least together, where a program costs as much as `PROGRAM` tokens. By the
 same cost, it is decided how long a beginning has to be, so that short ones are not shared where
-that saves nothing.
+that saves nothing. Rows that share nothing stand one after another in wider ones, as far as the
+model tells documents in one row apart.
 """
 
 import collections
@@ -22,6 +23,7 @@ Tokens = tuple[int, ...]
 STEP = 8  # widths are multiples of it
 PROGRAM = 2048  # tokens that are read in the time of compiling a program, for small models on CPUs
 CACHED = 2  # tokens in caches for each token of a call
+PACKED = 256  # tokens of the narrowest row that holds several texts
 LEAST_SHARED = (16, 32, 64, 128, None)  # tokens of a beginning that is shared; None: none is
 
 
@@ -34,16 +36,23 @@ class Text:
   targets: Tokens
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a row stands: from a column of a row of a call on, after a beginning of the stage."""
+
+  number: int  # of the row
+  row: int
+  column: int = 0
+  beginning: int = 0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-  """Rows that are read at once, in `size` rows of `width` tokens; those that are too many are idle.
-
-  rows: the number of each row, and that of its beginning among those of the stage.
-  """
+  """Rows that are read at once, in `size` rows of `width` tokens, of which some may be idle."""
 
   width: int
   size: int
-  rows: tuple[tuple[int, int], ...]
+  places: tuple[Place, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +68,10 @@ class Stage:
   capacity: int = 0  # tokens that a row of the cache holds
   calls: tuple[Call, ...]
 
+  def start(self, place: Place) -> int:
+    """The tokens of a row that are in the caches already."""
+    return len(self.beginnings[place.beginning]) if self.beginnings else 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -73,10 +86,10 @@ class Plan:
     """Tokens that are read, without padding."""
     shared = sum(len(one) for stage in self.stages for one in stage.beginnings)
     return shared + sum(
-      len(self.rows[row]) - len(stage.beginnings[at] if stage.beginnings else ())
+      len(self.rows[place.number]) - stage.start(place)
       for stage in self.stages
       for call in stage.calls
-      for row, at in call.rows
+      for place in call.places
     )
 
   @property
@@ -102,28 +115,27 @@ class _Group:
     return range(self.begin, self.end)
 
 
-def plan(texts: Sequence[Text], tokens: int) -> Plan:
-  """Plans to read texts; a call reads at most `tokens` tokens at once, or one row."""
+def plan(texts: Sequence[Text], tokens: int, *, packs: bool = True) -> Plan:
+  """Plans to read texts; a call reads at most `tokens` tokens at once, or one row.
+
+  packs: whether several texts may stand in one row of a call.
+  """
   rows, row_of = _rows([text.tokens for text in texts])
   wanted = [len(row) for row in rows]
   for text, row in zip(texts, row_of, strict=True):
     wanted[row] = min(wanted[row], text.wanted)
-  plans = (_plan(rows, row_of, _groups(rows, wanted, least), tokens) for least in LEAST_SHARED)
+  plans = []
+  for least in LEAST_SHARED:
+    groups = _groups(rows, wanted, least)
+    alone = [group.begin for group in groups if not group.shared]
+    stages = [Stage(calls=(call,)) for call in _alone(rows, alone, tokens, packs)]
+    plans.append(Plan(rows, row_of, (*_shared_stages(rows, groups, tokens), *stages)))
   return min(plans, key=lambda one: one.cost)
-
-
-def _plan(rows, row_of, groups: Sequence[_Group], tokens: int) -> Plan:
-  alone = [group.begin for group in groups if not group.shared]
-  lengths = [len(rows[row]) for row in alone]
-  sizes = _sizes([lengths], {width: tokens // width for width in widths(lengths)})
-  calls = _calls([(row, 0) for row in alone], lengths, sizes)
-  stages = [Stage(calls=(call,)) for call in calls]
-  return Plan(rows, row_of, (*_shared_stages(rows, groups, tokens), *stages))
 
 
 def widths(lengths: Sequence[int]) -> list[int]:
   """The multiples of `STEP` to which lengths are padded, so that tokens and programs cost least."""
-  ceilings = sorted(-(-length // STEP) * STEP for length in lengths)
+  ceilings = sorted(map(_ceiling, lengths))
   tops = sorted(set(ceilings))
   below = [0, *(sum(c <= top for c in ceilings) for top in tops)]
   best: list[tuple[int, list[int]]] = [(0, [])]
@@ -135,6 +147,10 @@ def widths(lengths: Sequence[int]) -> list[int]:
     cost, before = min(options, key=lambda option: option[0])
     best.append((cost, [*before, top]))
   return best[-1][1]
+
+
+def _ceiling(length: int) -> int:
+  return -(-length // STEP) * STEP
 
 
 def _rows(texts: Sequence[Tokens]) -> tuple[tuple[Tokens, ...], tuple[int, ...]]:
@@ -171,10 +187,51 @@ def _common(one: Tokens, other: Tokens) -> int:
   return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
+def _alone(rows, numbers: Sequence[int], tokens: int, packs: bool) -> list[Call]:
+  """Calls that read rows from their first tokens on, the longest first."""
+  numbers = sorted(numbers, key=lambda number: -len(rows[number]))
+  lengths = [len(rows[number]) for number in numbers]
+  if packs:
+    bins = _packed(lengths)
+  else:
+    bins = [(width, [i]) for width, same in _by_width(range(len(numbers)), lengths) for i in same]
+  calls = []
+  for width, same in itertools.groupby(sorted(bins, key=lambda one: -one[0]), lambda one: one[0]):
+    same = [members for _, members in same]
+    size = _size(len(same), tokens // width)
+    for part in _parts(same, size):
+      places = []
+      for row, members in enumerate(part):
+        ends = [0, *itertools.accumulate(lengths[i] for i in members)]
+        places += [Place(numbers[i], row, end) for i, end in zip(members, ends)]
+      calls.append(Call(width=width, size=size, places=tuple(places)))
+  return calls
+
+
+def _packed(lengths: Sequence[int]) -> list[tuple[int, list[int]]]:
+  """Puts texts of falling lengths into rows, each into the first that has room: (width, texts).
+
+  A row that is opened for a text is as wide as a power of two times `PACKED`, or as all texts.
+  """
+  bins, most = [], _ceiling(sum(lengths))
+  room = []  # (tokens that are left, texts) of each row that may take another one
+  for i, length in enumerate(lengths):
+    place = next((one for one in room if one[0] >= length), None)
+    if place is None:
+      width = PACKED << max(0, -(-length // PACKED) - 1).bit_length()
+      place = [min(width, most), []]
+      bins.append((place[0], place[1]))
+      room.append(place)
+    place[0] -= length
+    place[1].append(i)
+    room = [one for one in room if one[0] >= lengths[-1]] if place[0] < lengths[-1] else room
+  return bins
+
+
 def _shared_stages(rows, groups: Sequence[_Group], tokens: int) -> list[Stage]:
   groups = sorted((g for g in groups if g.shared), key=lambda g: -g.shared)
-  stages, lengths = [], [g.shared for g in groups]
-  for width, same in _by_width(groups, lengths, widths(lengths)):
+  stages = []
+  for width, same in _by_width(groups, [g.shared for g in groups]):
     rest_widths = widths([len(rows[row]) - g.shared for g in same for row in g.rows])
     capacity = width + rest_widths[-1]
     most = max(1, CACHED * tokens // capacity)
@@ -188,16 +245,23 @@ def _shared_stages(rows, groups: Sequence[_Group], tokens: int) -> list[Stage]:
     for part, own, lengths in zip(parts, members, rests, strict=True):
       beginnings = tuple(rows[g.begin][: g.shared] for g in part)
       read = {'beginnings': beginnings, 'width': width, 'size': size, 'capacity': capacity}
-      stages.append(Stage(**read, calls=tuple(_calls(own, lengths, sizes))))
+      stages.append(Stage(**read, calls=tuple(_rests(own, lengths, sizes))))
   return stages
 
 
-def _calls(members, lengths, sizes: Mapping[int, int]) -> list[Call]:
-  """Calls that read so many tokens of each member, the longest first; sizes: width -> rows."""
+def _rests(members, lengths, sizes: Mapping[int, int]) -> list[Call]:
+  """Calls that read so many tokens of each member, the longest first; sizes: width -> rows.
+
+  members: the number of a row, and that of its beginning.
+  """
   order = sorted(range(len(members)), key=lambda i: -lengths[i])
   members, lengths = [members[i] for i in order], [lengths[i] for i in order]
   return [
-    Call(width=width, size=sizes[width], rows=tuple(part))
+    Call(
+      width=width,
+      size=sizes[width],
+      places=tuple(Place(number, row, beginning=at) for row, (number, at) in enumerate(part)),
+    )
     for width, same in _by_width(members, lengths, sizes)
     for part in _parts(same, sizes[width])
   ]
@@ -226,8 +290,9 @@ def _width(length: int, chosen: Iterable[int]) -> int:
   return min(width for width in chosen if width >= length)
 
 
-def _by_width(items, lengths, chosen):
-  """(width, items) for each width that some of them need; they are in order of their lengths."""
+def _by_width(items, lengths, chosen=None):
+  """(width, items) for each width that some need, in order of their lengths, of those chosen."""
+  chosen = widths(lengths) if chosen is None else chosen
   needed = [_width(length, chosen) for length in lengths]
   pairs = itertools.groupby(zip(needed, items, strict=True), key=lambda pair: pair[0])
   return [(width, [item for _, item in same]) for width, same in pairs]

@@ -54,7 +54,7 @@ def _oracle(theirs, request: Request, length: int = POSITIONS) -> tuple[float, b
   return log_probs[np.arange(count), targets].sum(), bool((logits.argmax(1) == targets).all())
 
 
-def test_beginnings_are_read_once(rng):
+def test_beginnings_are_read_once(rng, monkeypatch):
   """Of four questions with four answers each, nearly a quarter of the tokens is read."""
   texts = []
   for _ in range(4):
@@ -64,6 +64,9 @@ def test_beginnings_are_read_once(rng):
       texts.append(
         sharing.Text(tokens=(*question, *answer[:-1]), wanted=len(question) - 1, targets=answer)
       )
+  plan = sharing.plan(texts * 20, 4096)  # asked again, they are read once all the same
+  assert len(plan.rows) == 16
+  monkeypatch.setattr(sharing, 'PROGRAM', 10)  # reading them has to be worth the programs
   plan = sharing.plan(texts, 4096)
   assert plan.read == 4 * (99 + 4 * 3)
   assert [len(stage.calls) for stage in plan.stages] == [1]
@@ -86,8 +89,10 @@ def _requests(rng) -> list[Request]:
   return [*answers, *shots, *alone, *long, begun, same, answers[0]]
 
 
+@pytest.mark.parametrize('least', [16, None], ids=['shared', 'packed'])
 @pytest.mark.quick(models=('Gemma3',))
-def test_every_score_is_that_of_the_text_alone(models, rng):
+def test_every_score_is_that_of_the_text_alone(models, least, rng, monkeypatch):
+  monkeypatch.setattr(sharing, 'LEAST_SHARED', (least,))
   ours, theirs = models
   requests = _requests(rng)
   order = rng.permutation(len(requests))

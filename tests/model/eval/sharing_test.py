@@ -24,31 +24,38 @@ def _texts(rng) -> list[Text]:
   return found
 
 
-@pytest.mark.parametrize('seed', range(5))
-def test_each_text_is_read_whole_and_what_is_wanted_is_after_its_beginning(seed):
+@pytest.mark.parametrize('packs', [False, True])
+@pytest.mark.parametrize('seed', range(3))
+def test_each_text_is_read_whole_and_what_is_wanted_is_after_its_beginning(seed, packs):
   texts = _texts(np.random.default_rng(seed))
-  plan = sharing.plan(texts, TOKENS)
-  beginning_of = {}
+  plan = sharing.plan(texts, TOKENS, packs=packs)
+  start_of = {}
   for stage in plan.stages:
     assert len(stage.beginnings) <= stage.size or not stage.beginnings
-    assert stage.size * stage.capacity <= TOKENS
+    assert stage.size * stage.capacity <= sharing.CACHED * TOKENS
     assert all(0 < len(one) <= stage.width for one in stage.beginnings)
     for call in stage.calls:
-      assert call.size * (stage.capacity or call.width) <= TOKENS and len(call.rows) <= call.size
       assert stage.width + call.width <= stage.capacity or not stage.beginnings
-      for row, at in call.rows:
-        assert row not in beginning_of  # once
-        beginning_of[row] = stage.beginnings[at] if stage.beginnings else ()
-        assert plan.rows[row][: len(beginning_of[row])] == beginning_of[row]
-        assert 0 < len(plan.rows[row]) - len(beginning_of[row]) <= call.width
-  assert set(beginning_of) == set(range(len(plan.rows)))
+      assert call.size * (stage.capacity or call.width) <= sharing.CACHED * TOKENS
+      taken = np.zeros((call.size, call.width), int)
+      for place in call.places:
+        row, start = plan.rows[place.number], stage.start(place)
+        assert place.number not in start_of  # once
+        start_of[place.number] = start
+        assert row[:start] == (stage.beginnings[place.beginning] if stage.beginnings else ())
+        rest = taken[place.row, place.column :][: len(row) - start]
+        assert 0 < len(row) - start == len(rest)
+        rest += 1
+        assert place.column == 0 or (packs and not stage.beginnings)
+      assert taken.max() == 1
+  assert set(start_of) == set(range(len(plan.rows)))
   for text, row in zip(texts, plan.row_of, strict=True):
     assert plan.rows[row][: len(text.tokens)] == text.tokens
-    assert len(beginning_of[row]) <= text.wanted
-  assert plan.read < 0.9 * sum(map(len, {text.tokens for text in texts}))
+    assert start_of[row] <= text.wanted
 
 
-def test_questions_after_the_same_examples_share_them_or_their_own_beginning():
+def test_questions_after_the_same_examples_share_them_or_their_own_beginning(monkeypatch):
+  monkeypatch.setattr(sharing, 'PROGRAM', 10)  # few texts would not be worth the programs
   draw = lambda rng, n: tuple(rng.integers(0, 1000, n).tolist())
 
   def read(examples, question):
