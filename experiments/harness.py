@@ -8,8 +8,8 @@ r"""Measures a model by tasks of `lm-evaluation-harness`, from local files or it
 the harness, so that any model of it runs the same documents. --task_folder is a folder of such
 files, or of your own: a YAML file with `dataset_path: json`, and `data_files` that names files of
 JSON lines, needs no network. Without one, the tasks of --tasks that are of `library_tasks` are
-written to a temporary folder, and all others are looked up in the harness' collection, whose
-documents come from a hub.
+written to a temporary folder, and if there are others, all are looked up in the harness' collection
+too, whose documents come from a hub.
 
 The numbers are those of the harness, which asks and counts; the answers are ours
 (experiments/harness_adapter.py). Texts are batched, and beginnings that they share are read once.
@@ -101,9 +101,9 @@ def _evaluate(folders: list[str]):
 
   from experiments import harness_adapter
 
-  # Its own collection takes seconds to look through, and its documents a network.
+  # Its own collection takes long to look through, and its documents a network.
   manager = TaskManager(include_path=folders, include_defaults=False)
-  if set(TASKS.value) - set(manager.all_tasks):
+  if TASK_FOLDER.value is None and set(TASKS.value) - set(manager.all_tasks):
     manager = TaskManager(include_path=folders)
   unknown = set(TASKS.value) - set(manager.all_tasks)
   if unknown:
