@@ -16,7 +16,7 @@ The numbers are those of the harness, which asks and counts; the answers are our
 FILE gets a JSON line for each task, with the hash of its documents and prompts. Needs the extra
 `harness`; the main job's --tasks does not.
 
-Device: any. Minutes: 1 for a model of 135 M parameters and 150 multiple choices on two CPU cores.
+Device: any. Minutes: a few for a model of 135 M parameters and the three tasks on two CPU cores.
 """
 
 import hashlib
