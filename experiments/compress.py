@@ -14,6 +14,11 @@ With a budget, it searches for each layer the treatment with which all fits into
 
   python -m experiments.compress --model=DIR --text=FILE --recipes=int4 --budget_megabytes=70
 
+With --tasks, small tasks that need no download stand beside the perplexity, as accuracies with
+standard errors:
+
+  python -m experiments.compress --tasks=python_words,python_summaries,python_lines
+
 Every compressed model is saved as OUT/models/NAME, which `experiments.evaluate` and
 `experiments.generate` load. Recipes are the files of experiments/recipes, YAML files of your own,
 or the names of techniques; --list prints them. A killed run resumes when it is started again.
@@ -26,13 +31,13 @@ import pathlib
 
 from absl import flags
 
-from experiments import carbon, common, comparison, costs, search, study, terminal
+from experiments import carbon, common, comparison, costs, exams, search, study, terminal
 from experiments import inputs as inputs_lib
 from experiments.comparison import Comparison
 from model import files
 from model.compress import recipe
 from model.compress.recipe import Recipe
-from model.eval import select
+from model.eval import library_tasks, select, tasks
 from model.layers.routed import RoutedConfig
 
 DEFAULT_RECIPES = (
@@ -89,6 +94,9 @@ CALIBRATION_ROWS = flags.DEFINE_integer(
 MAX_WINDOWS = flags.DEFINE_integer(
   'max_windows', 0, 'Windows of held-out text to measure on. 0 takes all.', lower_bound=0
 )
+TASKS = flags.DEFINE_list(
+  'tasks', [], f'Tasks to measure every model by: some of {", ".join(library_tasks.TASKS)}.'
+)
 ROUNDS = flags.DEFINE_integer('rounds', 7, 'Timed rounds per recipe.', lower_bound=5)
 PROMPT_LENGTH = flags.DEFINE_integer(
   'prompt_length', 128, 'Tokens of the timed prefill, at batch 1.', lower_bound=1
@@ -125,6 +133,7 @@ def main() -> None:
   if LIST.value:
     print(terminal.listing())
     return
+  exams.check_names(TASKS.value)
   budget, recipes, choices = _budget(), _recipes(), _resolve(BUDGET_CHOICES.value)
   out = common.out(OUT.value)
   with carbon.tracked(CARBON) as totals, files.claim(out, kind=comparison.KIND) as output:
@@ -139,6 +148,7 @@ def _run(work: Comparison, budget: select.Budget, folder: pathlib.Path, out: pat
   experts = any(isinstance(layer.ffn, RoutedConfig) for layer in work.work.base.config.layers)
   measured = [study.EXPERTS_CHANGED] if experts else []
   measured += work.work.costs.metrics
+  measured += [f'{tasks.ACCURACY}:{one.task.name}' for one in work.work.exams]
   table = terminal.Table([one.name for one in work.recipes], measured)
   table.header()
   rows = comparison.run(work, folder, on_start=table.start, on_row=table.row)
@@ -171,6 +181,8 @@ def _protocol() -> inputs_lib.Protocol:
     rounds=ROUNDS.value,
     seed=SEED.value,
     costs=costs.of(COSTS),
+    tasks=tuple(TASKS.value),
+    task_documents=inputs_lib.SMOKE_DOCUMENTS if smoke else None,
   )
 
 

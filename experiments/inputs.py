@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from experiments import base as embedded
-from experiments import common, study
+from experiments import common, exams, study
 from experiments.costs import Costs
 from experiments.lessons import School
 from model import corpus
@@ -19,7 +19,7 @@ from model.transformer import Transformer
 
 DEFAULT_SEQ_LEN = 512
 CALIBRATION_TOKENS = 32_768
-SMOKE_ROWS, SMOKE_WINDOWS = 8, 16
+SMOKE_ROWS, SMOKE_WINDOWS, SMOKE_DOCUMENTS = 8, 16, 16
 HELD_OUT = 'held_out.txt'
 
 
@@ -37,7 +37,10 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Protocol:
-  """How much text is used and how often is timed; None takes the default."""
+  """How much text is used and how often is timed; None takes the default.
+
+  tasks: names of `model.eval.library_tasks`. task_documents: how many of each; None: all.
+  """
 
   seq_len: int | None = None
   calibration_rows: int | None = None
@@ -46,6 +49,8 @@ class Protocol:
   rounds: int = 7
   seed: int = 0
   costs: Costs = Costs()
+  tasks: tuple[str, ...] = ()
+  task_documents: int | None = None
 
 
 def load(
@@ -101,6 +106,7 @@ def make_study(inputs: Inputs, protocol: Protocol) -> study.Study:
     rounds=protocol.rounds,
     costs=protocol.costs,
     prompt_length=min(protocol.prompt_length, inputs.model.config.max_positions // 2),
+    exams=exams.load(protocol.tasks, inputs.tokenizer, protocol.task_documents),
     school=School(
       original=inputs.model,
       tokenizer=inputs.tokenizer,
@@ -167,6 +173,7 @@ def _settings(inputs: Inputs, work: study.Study) -> dict:
     'prompt_length': work.prompt_length,
     'decode_steps': study.DECODE_STEPS,
     **work.costs.settings,
+    **({'tasks': exams.about(work.exams)} if work.exams else {}),
   }
 
 

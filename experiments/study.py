@@ -9,6 +9,8 @@ perplexity of the same weights widened to floating point is measured beside it, 
 Quality may be measured on several texts. The metrics of the first have plain names; those of
 another text end in its name, as in `ppl:python-source`.
 
+With tasks, each record has accuracies (experiments/exams.py).
+
 Of a model with experts, `experts_changed` is the share of tokens that go to other experts than in
 the base (model/eval/routing.py).
 """
@@ -23,7 +25,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from experiments import common
+from experiments import common, exams
 from experiments.costs import Costs
 from experiments.lessons import School
 from model.compress import pipeline
@@ -31,6 +33,7 @@ from model.compress.ledger import Ledger
 from model.compress.recipe import Recipe
 from model.eval import cost, perplexity, records, routing, timing
 from model.eval.records import Metric, Record
+from model.eval.tasks import Exam, Grade
 from model.infer import bench
 from model.infer.prepare import prepare
 from model.transformer import Transformer, matrices, parameters
@@ -57,6 +60,7 @@ class Study:
   prompt_length: int = 128
   school: School | None = None  # what steps that train learn from
   costs: Costs = Costs()
+  exams: tuple[Exam, ...] = ()  # tasks that every model has to do
 
   @property
   def text(self) -> perplexity.Windows:
@@ -72,6 +76,7 @@ class Baseline:
   hidden: Mapping[str, list[np.ndarray] | None]  # by the name of the text; None: not kept
   qualities: Mapping[str, perplexity.Quality]  # likewise
   chosen: Mapping[str, routing.Chosen]  # likewise: the experts of each token
+  grades: tuple[Grade, ...]  # one of each exam
   bench: bench.Bench
   bandwidth: Metric
 
@@ -87,6 +92,7 @@ def baseline(study: Study) -> Baseline:
     hidden=hidden,
     qualities=_evaluate_all(study, ready, None, 'base'),
     chosen={name: routing.chosen(ready, text) for name, text in study.texts.items()},
+    grades=exams.grade(ready, study.exams, 'base'),
     bench=_bench(study, ready),
     bandwidth=timing.copy_bandwidth(),
   )
@@ -96,6 +102,7 @@ def base_record(study: Study, base: Baseline) -> Record:
   """The row that every ratio refers to."""
   metrics = {**_quality_metrics(base.qualities, base), **_bytes(study.base)}
   metrics |= _widened(study, study.base, base.ready, base.qualities, base)
+  metrics |= exams.metrics(study.exams, base.grades)
   speed, about = _speed(study, study.base, base.bench, base)
   recipe, missing = {'name': records.BASE, 'steps': []}, missing_kernels(study.base, base.ready)
   return _record(study, recipe, metrics | speed, Ledger(), missing, about)
@@ -122,6 +129,8 @@ def run(
   metrics = {**_quality_metrics(qualities, base), **_bytes(model)}
   metrics |= _experts_changed(study, ready, base)
   metrics |= _widened(study, model, ready, qualities, base, recipe.name)
+  grades = exams.grade(ready, study.exams, recipe.name)
+  metrics |= exams.metrics(study.exams, grades, base.grades)
   speed, about = _speed(study, model, _bench(study, ready), base)
   metrics |= {**speed, 'compress_s': Metric(compress_s, 's')}
   missing = missing_kernels(model, ready)

@@ -50,7 +50,7 @@ class Table:
     if sys.stderr.isatty():
       print(CLEAR_LINE, end='', file=sys.stderr, flush=True)
     values = [(c, columns.value(record, c, self._rows)) for c in self._columns]
-    cells = [columns.text(value, c) for c, value in values]
+    cells = [columns.cell(record, c, value) for c, value in values]
     self._print(record.recipe, cells, report.NO_KERNEL if record.without_kernel else '')
 
   def _print(self, name: str, cells: Sequence[str], mark: str = '') -> None:

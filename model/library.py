@@ -15,6 +15,7 @@ from pydoc_data import topics
 # Installed packages, frozen copies of old grammars and fixtures that are not real modules.
 SKIPPED_FOLDERS = frozenset({'site-packages', 'dist-packages', 'lib2to3', 'idle_test'})
 TESTS = 'test'
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 SHORTEST_DOCSTRING = 400  # characters; shorter docstrings are lists of parameters rather than prose
 
 
@@ -23,7 +24,7 @@ def source() -> list[str]:
 
   Some distributions ship Python without its tests, which leaves about 700 files and 12 MB.
   """
-  return [text for _, text in _modules()]
+  return [text for _, text in modules()]
 
 
 def documentation() -> list[str]:
@@ -32,14 +33,15 @@ def documentation() -> list[str]:
   The docstrings of one module are one document. Tests of the standard library are left out.
   """
   documents = [topics.topics[name] for name in sorted(topics.topics)]
-  for file, text in _modules():
+  for file, text in modules():
     docstrings = [] if TESTS in file.parts else _docstrings(text)
     if docstrings:
       documents.append('\n\n\n'.join(docstrings) + '\n')
   return documents
 
 
-def _modules() -> Iterator[tuple[pathlib.Path, str]]:
+def modules() -> Iterator[tuple[pathlib.Path, str]]:
+  """Yields the text of each file of `source`, and its path within the standard library."""
   folder = pathlib.Path(sysconfig.get_path('stdlib'))
   for file in sorted(folder.rglob('*.py')):
     relative = file.relative_to(folder)
@@ -50,13 +52,18 @@ def _modules() -> Iterator[tuple[pathlib.Path, str]]:
         continue  # test data about other encodings
 
 
-def _docstrings(text: str) -> list[str]:
+def parsed(text: str) -> ast.Module | None:
+  """The syntax tree of a source file; None if it is broken, as test data may be."""
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')  # old escape sequences in strings
-      tree = ast.parse(text)
+      return ast.parse(text)
   except (SyntaxError, ValueError):
-    return []  # test data about broken source
-  kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-  found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+    return None
+
+
+def _docstrings(text: str) -> list[str]:
+  tree = parsed(text)
+  nodes = [] if tree is None else ast.walk(tree)
+  found = (ast.get_docstring(node) for node in nodes if isinstance(node, DOCUMENTED))
   return [docstring for docstring in found if docstring and len(docstring) >= SHORTEST_DOCSTRING]

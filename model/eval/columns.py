@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Sequence
 
-from model.eval import select
+from model.eval import library_tasks, select, tasks
 from model.eval.records import Record
 
 DASH = '–'
@@ -23,6 +23,7 @@ class Column:
   bar_from: float = 0.0  # the value of an empty bar
   optional: bool = False  # left out where no record has the metric
   names_unit: bool = False  # the heading of a page ends in the unit of the metric
+  error: str | None = None  # the metric of its standard error, which stands beside the number
 
 
 def change(ratio: float) -> str:
@@ -36,6 +37,19 @@ def _rate(value: float) -> str:
 
 def _size(value: float) -> str:
   return f'{value / select.MEGABYTE:,.2f}' if value < 1e9 else f'{value / select.MEGABYTE:,.0f}'
+
+
+def _accuracy(task: str) -> Column:
+  return Column(
+    metric=f'{tasks.ACCURACY}:{task}',
+    title=f'{task}: right, %',
+    short=(task.removeprefix('python_'), 'right, %'),
+    show=lambda v: f'{100 * v:.1f}',
+    meaning='The share of documents of this task that are right, ± its standard error; '
+    'accuracy_change in the records has the difference to the base and its smaller error.',
+    optional=True,
+    error=f'{tasks.ACCURACY}_se:{task}',
+  )
 
 
 COLUMNS = (
@@ -79,6 +93,7 @@ COLUMNS = (
     show=lambda v: f'{100 * v:.2f}',
     meaning='Flip rate: the share of tokens whose most likely prediction is not that of the base.',
   ),
+  *map(_accuracy, library_tasks.TASKS),
   Column(
     metric='experts_changed',
     title='tokens with other experts, %',
@@ -189,6 +204,13 @@ def text(number: float | None, column: Column) -> str:
   if number is None:
     return DASH
   return column.show(number) if math.isfinite(number) else non_finite(number)
+
+
+def cell(record: Record, column: Column, number: float | None) -> str:
+  """A number of a record in the format of its column, with its standard error if it has one."""
+  shown = text(number, column)
+  error = None if column.error is None else record.value(column.error)
+  return shown if error is None else f'{shown}±{text(error, column)}'
 
 
 def bar_percent(number: float | None, column: Column, numbers: Sequence[float | None]) -> float:

@@ -109,7 +109,7 @@ def _rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def _cell(record: Record, column: columns.Column, number, numbers) -> dict[str, Any]:
   return {
-    'text': columns.text(number, column),
+    'text': columns.cell(record, column, number),
     'sort': number if number is not None and math.isfinite(number) else '',
     'bar': columns.bar_percent(number, column, numbers),
     'spread': columns.spread(record, column),

@@ -29,7 +29,7 @@ def of_records(records: Sequence[Record], metrics: Sequence[str]) -> str:
   if unknown:
     raise ValueError(f'no column shows {", ".join(unknown)}; there are {", ".join(known)}')
   shown = [known[metric] for metric in metrics]
-  cell = lambda record, column: columns.text(columns.value(record, column, records), column)
+  cell = lambda record, column: columns.cell(record, column, columns.value(record, column, records))
   return markdown(
     ['recipe', *(column.title for column in shown)],
     [[f'`{r.recipe}`', *(cell(r, column) for column in shown)] for r in records],

@@ -73,6 +73,8 @@ class MixerConfig(SubLayerConfig):
   rope: RopeConfig | None  # of this layer; None: the model's
   # The last position from which the first tokens of a text are met; None: the query's own.
   first_reach: int | None = None
+  # Whether several documents can stand in one row, told apart by their segments.
+  packs = True
 
   @property
   @abc.abstractmethod

@@ -35,6 +35,8 @@ EARLY = {
   'an empty recipe': (['--recipes=int8,'], "unknown recipe ''"),
   'recipe twice': (['--recipes=int8,int8'], 'names int8 twice'),
   'two budgets': (['--max_megabytes=1', '--max_ppl_ratio=1.1'], 'not both'),
+  'no such task': (['--tasks=python_lines,mmlu'], "'mmlu' is no task; there are python_words"),
+  'task twice': (['--tasks=python_lines,python_lines'], "'python_lines' is named twice"),
   'no megabytes': (['--max_megabytes=0'], '--max_megabytes must be above 0, not 0'),
   'negative ratio': (['--max_ppl_ratio=-1'], '--max_ppl_ratio must be above 0'),
   'ratio that is no number': (['--max_ppl_ratio=nan'], 'a positive number, not nan'),

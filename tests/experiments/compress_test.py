@@ -11,7 +11,7 @@ import pytest
 from experiments import common, comparison, search, study
 from model import hf, manifest
 from model.compress import registry
-from model.eval import perplexity, records
+from model.eval import library_tasks, perplexity, records
 from model.infer.generate import generate
 from model.infer.prepare import prepare
 from model.tokenizer import Tokenizer
@@ -19,6 +19,7 @@ from ops.kernels import cpu
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECIPES = ('int8', 'wanda_2of4_int8')
+TASKS = '--tasks=python_lines'
 
 
 def _evaluate(model, out, *arguments) -> dict:
@@ -49,13 +50,13 @@ def finished(script, tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(study, 'run', killed)
     with pytest.raises(KeyboardInterrupt):
-      script('--smoke', f'--out={out}', '--rounds=5')
+      script('--smoke', f'--out={out}', '--rounds=5', TASKS)
     assert not out.exists()
     (partial,) = out.parent.iterdir()
     (partial / 'models' / '.int8.abc.partial').mkdir()  # as a kill while saving leaves it
     (partial / 'models' / '.int8.lock').touch()
     patch.setattr(study, 'run', resumed)
-    script('--smoke', f'--out={out}', '--rounds=5')
+    script('--smoke', f'--out={out}', '--rounds=5', TASKS)
   return out, first, after
 
 
@@ -142,6 +143,26 @@ def test_the_records_say_what_was_measured(finished):
       assert rows[name].value('ppl_vs_widened') == pytest.approx(1 / ratio)
       assert 0 < rows[name].value('ppl_vs_widened_se') < 0.003
       assert rows[name].metrics['ppl_vs_widened_se'].n == 16
+
+
+def test_accuracies_stand_beside_perplexities(finished):
+  rows = records.read(finished[0] / 'records.jsonl')
+  task = library_tasks.load('python_lines', 16)
+  base = rows[0].value('accuracy:python_lines')
+  for row in rows:
+    assert row.config['tasks']['python_lines'] == {
+      'fingerprint': task.fingerprint,
+      'documents': 16,
+      'chance': 0.25,
+    }
+    accuracy, error = row.metrics['accuracy:python_lines'], row.value('accuracy_se:python_lines')
+    assert accuracy.n == 16 and 0 < accuracy.value < 1
+    assert error == pytest.approx((accuracy.value * (1 - accuracy.value) / 15) ** 0.5)
+    if row.recipe != 'base':
+      assert row.value('accuracy_change:python_lines') == pytest.approx(accuracy.value - base)
+    assert f'{100 * accuracy.value:.1f}±{100 * error:.1f}' in (
+      finished[0] / 'report.html'
+    ).read_text('utf-8')
 
 
 def test_the_committed_records_show_that_native_products_cost_next_to_no_quality():

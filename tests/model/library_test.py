@@ -44,6 +44,6 @@ def test_documentation_leaves_out_tests_and_short_docstrings(monkeypatch):
   long, short = 'Explains much.' * 40, 'Explains little.'
   source = f'"""{long}"""\n\ndef f():\n  """{short}"""\n'
   paths = pathlib.Path('test', 'of.py'), pathlib.Path('json', 'of.py')
-  monkeypatch.setattr(library, '_modules', lambda: iter([(path, source) for path in paths]))
+  monkeypatch.setattr(library, 'modules', lambda: iter([(path, source) for path in paths]))
   documents = library.documentation()[len(topics.topics) :]
   assert documents == [long + '\n']

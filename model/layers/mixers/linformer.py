@@ -38,6 +38,7 @@ class LinformerConfig(AttentionConfig):
   summaries: int  # of each chunk
   weights: Weights = 'static'  # of the sums: by the place in the chunk, or by the token
   causal: bool = True
+  packs = False  # chunks begin with the row
 
   def __post_init__(self):
     super().__post_init__()
