@@ -292,7 +292,7 @@ def fit(
   `clip` 'mse' searches the share of the range that loses least. Raises ValueError as `quantize`.
   """
   axes.check('IO', w_IO)
-  formats.check_form(format, double=double)
+  formats.check_form(format, clip=clip, symmetric=symmetric, double=double)
   check_options(format, w_IO.shape[0], group_size, symmetric, clip)
   size = resolve_group(format, w_IO.shape[0], group_size)
   w_JgO = w_IO.astype(jnp.float32).reshape(-1, size, w_IO.shape[1])
