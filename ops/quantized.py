@@ -291,8 +291,8 @@ def fit(
 ) -> tuple[Matrix, jax.Array | None]:
   """Finds the scales [J, O] as they are stored, and zero points or None, that span each group.
 
-  `clip` 'mse' searches the share of the range that loses least, 'signed' has a scale whose sign puts
-  the largest value on the grid, and 'signed_mse' both. Raises ValueError as `quantize`.
+  `clip` 'mse' searches the share of the range that loses least, 'signed' gives scales the sign that
+  puts the largest value on the grid, 'signed_mse' does both. Raises ValueError as `quantize`.
   """
   axes.check('IO', w_IO)
   formats.check_form(format, clip=clip, symmetric=symmetric, double=double)
