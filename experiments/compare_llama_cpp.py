@@ -13,9 +13,9 @@ PEER_VENV: pip install llama-cpp-python numpy.
 
 Device: CPU. Minutes: 10 for a model of 135 M parameters, two cores and 20 windows.
 Expected: both perplexities of a file within 0.5 %; llama.cpp rounds the inputs of each product with
-quantized weights to 8 bits. On SmolLM2-135M, GPTQ in symmetric int4 on 8,192 tokens of calibration
-text is above llama.cpp's Q4_0, whose scales have a sign: the largest weight of a group is on its
-grid, and half a step off ours.
+quantized weights to 8 bits. On SmolLM2-135M, GPTQ with 8,192 tokens of calibration text is above
+llama.cpp's own Q4_0 with positive scales (gptq_int4_g32: the largest weight of a group is half a
+step off the grid) and below it with signed ones, as Q4_0 has them (gptq_int4_g32_signed).
 """
 
 import json
@@ -44,7 +44,7 @@ MODEL = flags.DEFINE_string('model', None, 'Folder, hub id or .gguf file to comp
 TEXT = flags.DEFINE_string('text', None, 'Text for calibration and measurement.')
 PEER = flags.DEFINE_string('peer', None, 'Python of the environment that has llama-cpp-python.')
 RECIPES = flags.DEFINE_list(
-  'recipes', ['gptq_int4_g32'], 'Recipes whose codes are those of a type of llama.cpp.'
+  'recipes', ['gptq_int4_g32_signed'], 'Recipes whose codes are those of a type of llama.cpp.'
 )
 TYPES = flags.DEFINE_list('types', ['q4_0'], "Types of llama.cpp's own that it quantizes to.")
 CALIBRATED = flags.DEFINE_list('calibrated', ['q4_0'], 'Types that we round to by importance.')

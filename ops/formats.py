@@ -15,6 +15,11 @@ search is that of GPTQ's reference code (Frantar et al. 2022, https://arxiv.org/
 `CLIP_STEPS` ranges down to a fifth the one of the least error in a norm of 2.4, at the cost of 81
 roundings. Here the candidates' scales are rounded to their stored precision first.
 
+The scale of a symmetric group of integers may have a sign ('signed'), as in llama.cpp's Q4_0: the
+value of largest magnitude divided by -2**(bits-1). That value is then exactly the lowest code
+whatever its own sign is, and a step of int4 is amax / 8 in place of amax / 7.5; values near amax on
+the other side are clipped to 7/8 of it. 'signed_mse' searches the range under both signs.
+
 Microscaling formats (OCP Microscaling Formats Specification 1.0, 2023,
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf; Rouhani et
 al. 2023, https://arxiv.org/abs/2310.10537) have blocks of 32 and powers of two as scales. The scale
@@ -35,7 +40,7 @@ import jax
 import jax.numpy as jnp
 
 FormatName = Literal['int8', 'int4', 'int3', 'int2', 'nf4', 'fp8_e4m3', 'mxfp4', 'mxfp8', 'nvfp4']
-Clip = Literal['none', 'mse']
+Clip = Literal['none', 'mse', 'signed', 'signed_mse']
 ScaleForm = Literal['floating', 'e8m0', 'e4m3']
 
 NF4_CODEBOOK = (
@@ -62,6 +67,7 @@ E2M1_MAX, FP8_MAX = 6.0, 448.0
 TINY = 1e-30  # the least scale that is divided by
 CLIP_GRID, CLIP_STEPS = 100, 80  # ranges are shrunk by a hundredth, 80 times
 CLIP_NORM = 2.4
+SEARCHED, SIGNED = ('mse', 'signed_mse'), ('signed', 'signed_mse')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,6 +131,11 @@ def check_form(
     raise ValueError(f'{format} has no asymmetric form; only the integer formats have one')
   if clip not in typing.get_args(Clip):
     raise ValueError(f'clip {clip!r} is not one of {", ".join(typing.get_args(Clip))}')
+  if clip in SIGNED and (not symmetric or not FORMATS[format].integer or double):
+    form = 'double quantization' if double else format if symmetric else 'asymmetric groups'
+    raise ValueError(
+      f'clip {clip!r} is for symmetric integers with plain scales, not for {form}; use none or mse'
+    )
   block = FORMATS[format].block
   if block and group_size not in (None, block):
     raise ValueError(f'{format} has blocks of {block} inputs, not of {group_size}')
@@ -136,10 +147,23 @@ def check_form(
 def fit(w_JgO: jax.Array, format: FormatName, symmetric: bool, clip: Clip, dtype: jnp.dtype):
   """The scales [J, O] in `dtype`, and zero points or None, that span each group's range."""
   low_JO, high_JO = jnp.minimum(w_JgO.min(1), 0), jnp.maximum(w_JgO.max(1), 0)
-  if symmetric:
-    high_JO = jnp.maximum(-low_JO, high_JO)
-  span = functools.partial(_span, low_JO, high_JO, format, symmetric, dtype)
-  return span(1.0) if clip == 'none' else _least_error(w_JgO, span, format)
+  if clip in SIGNED:
+    spans = [
+      functools.partial(_signed_span, low_JO, high_JO, FORMATS[format].bits, dtype, exact)
+      for exact in (True, False)
+    ]
+  else:
+    if symmetric:
+      high_JO = jnp.maximum(-low_JO, high_JO)
+    spans = [functools.partial(_span, low_JO, high_JO, format, symmetric, dtype)]
+  return _least_error(w_JgO, spans, format) if clip in SEARCHED else spans[0](1.0)
+
+
+def _signed_span(low_JO, high_JO, bits, dtype, exact, share):
+  """The scales that send this share of the largest value to the lowest code, or to the highest."""
+  half = 2 ** (bits - 1)
+  scales_JO = share / half * jnp.where(high_JO > -low_JO, -high_JO, -low_JO)
+  return stored(scales_JO if exact else -half / (half - 1) * scales_JO, dtype), None
 
 
 def _span(low_JO, high_JO, format, symmetric, dtype, share):
@@ -173,8 +197,9 @@ def _not_above(high_JO, top, dtype):
 
 
 def stored(scale_JO: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Rounds scales to the nearest of `dtype`, within its range and never to zero."""
-  return jnp.clip(scale_JO, _smallest(dtype), float(jnp.finfo(dtype).max)).astype(dtype)
+  """Rounds scales to the nearest of `dtype`, within its range and never to zero; signs stay."""
+  size_JO = jnp.clip(jnp.abs(scale_JO), _smallest(dtype), float(jnp.finfo(dtype).max))
+  return jnp.where(scale_JO < 0, -size_JO, size_JO).astype(dtype)
 
 
 def _smallest(dtype) -> float:
@@ -187,9 +212,9 @@ def zero_points(low_JO: jax.Array, scale_JO: jax.Array, bits: int) -> jax.Array:
   return jnp.clip(codes_JO, 0, 2**bits - 1).astype(jnp.uint8)
 
 
-def _least_error(w_JgO, span, format):
+def _least_error(w_JgO, spans, format):
   """The scales and zero points of the range that loses least, each group by itself."""
-  whole = span(1.0)
+  whole = spans[0](1.0)
   unit_JO = whole[0].astype(jnp.float32)  # neither tiny nor huge weights leave float32's range
 
   def error(scales_JO, zeros_JO):
@@ -197,12 +222,16 @@ def _least_error(w_JgO, span, format):
     return (jnp.abs(moved_JgO / unit_JO[:, None]) ** CLIP_NORM).sum(1)
 
   def step(i, best):
-    found = span(1 - i / CLIP_GRID)
-    candidate = (error(*found), found)
-    better_JO = candidate[0] < best[0]
-    return jax.tree.map(functools.partial(jnp.where, better_JO), candidate, best)
+    for span in spans:
+      found = span(1 - i / CLIP_GRID)
+      candidate = (error(*found), found)
+      better_JO = candidate[0] < best[0]
+      best = jax.tree.map(functools.partial(jnp.where, better_JO), candidate, best)
+    return best
 
-  return jax.lax.fori_loop(1, CLIP_STEPS + 1, step, (error(*whole), whole))[1]
+  # With a second span, its whole range is a candidate too.
+  first = 2 - len(spans)
+  return jax.lax.fori_loop(first, CLIP_STEPS + 1, step, (error(*whole), whole))[1]
 
 
 def nearest(w_JgO: jax.Array, scale_JO: jax.Array, zeros_JO, format: FormatName) -> jax.Array:

@@ -151,7 +151,8 @@ def _straight_through(w: QatTensor, w_bar_IO: jax.Array) -> QatTensor:
   nearest = lambda far: formats.nearest(
     jnp.full_like(values_JgO, far), scale_J1O[:, 0], w.zeros, w.format
   )
-  inside_JgO = (values_JgO >= nearest(-FAR)) & (values_JgO <= nearest(FAR))
+  ends = nearest(-FAR), nearest(FAR)  # the other way round where a scale is negative
+  inside_JgO = (values_JgO >= jnp.minimum(*ends)) & (values_JgO <= jnp.maximum(*ends))
   levels_JgO = grouped(stored.dense()) / scale_J1O
   slope_JgO = levels_JgO - jnp.where(inside_JgO, values_JgO / scale_J1O, 0)
   zeros_bar = None if w.zeros is None else np.zeros(w.zeros.shape, jax.dtypes.float0)

@@ -15,8 +15,10 @@ asymmetric one a zero point:  w = (code - zero) * scale, or w = codebook[code] *
 
 Codes of fewer than 8 bits are packed without gaps (ops/packing.py). Rounding is half to even.
 Symmetric scales are amax / (2**bits - 1) * 2, so the grid reaches from -2**(bits-1) to
-2**(bits-1) - 1 and the largest value of a group is half a step away, as in compressed-tensors. Zero
-is exactly representable wherever zero points are integers, so pruned weights stay pruned.
+2**(bits-1) - 1 and the largest value of a group is half a step away, as in compressed-tensors; with
+the clip 'signed' they are the largest value / -2**(bits-1), so that it is on the grid, and some are
+negative. Zero is exactly representable wherever zero points are integers, so pruned weights stay
+pruned.
 
 Codes are computed from the scale as it is stored. It is float32 for 8-bit codes and for whole
 columns, and float16 for groups of smaller codes, whose scales are a large part of the bytes and
@@ -289,10 +291,11 @@ def fit(
 ) -> tuple[Matrix, jax.Array | None]:
   """Finds the scales [J, O] as they are stored, and zero points or None, that span each group.
 
-  `clip` 'mse' searches the share of the range that loses least. Raises ValueError as `quantize`.
+  `clip` 'mse' searches the share of the range that loses least, 'signed' gives scales the sign that
+  puts the largest value on the grid, 'signed_mse' does both. Raises ValueError as `quantize`.
   """
   axes.check('IO', w_IO)
-  formats.check_form(format, double=double)
+  formats.check_form(format, clip=clip, symmetric=symmetric, double=double)
   check_options(format, w_IO.shape[0], group_size, symmetric, clip)
   size = resolve_group(format, w_IO.shape[0], group_size)
   w_JgO = w_IO.astype(jnp.float32).reshape(-1, size, w_IO.shape[1])

@@ -53,6 +53,7 @@ class AwqSpec:
   format: quantized.FormatName = 'int4'
   group_size: int | None = None
   symmetric: bool = False
+  clip: quantized.Clip = 'none'
   clip_search: bool = True
   grid: int = 20
   rows: int | None = 8
@@ -69,7 +70,9 @@ class AwqSpec:
   @property
   def rounding(self) -> QuantizeSpec:
     """The options of the rounding itself."""
-    return QuantizeSpec(format=self.format, group_size=self.group_size, symmetric=self.symmetric)
+    return QuantizeSpec(
+      format=self.format, group_size=self.group_size, symmetric=self.symmetric, clip=self.clip
+    )
 
 
 @dataclasses.dataclass(frozen=True)

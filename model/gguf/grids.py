@@ -1,10 +1,10 @@
 """Weights whose codes a GGUF type takes over as they are.
 
 A symmetric matrix of integers with groups of 32 inputs, or of a multiple of 32, is a Q4_0, Q5_0 or
-Q8_0: w = d * code. An asymmetric one is a Q4_1 or Q5_1: (code - zero) * scale = d * code + m with
-d = scale and m = -zero * scale. Codes are copied bit for bit. The scales of a file are float16.
-Those of 8-bit codes here are float32, and minima have more digits than scales, so `Copied` says how
-far rounding moved them.
+Q8_0: w = d * code, where d may be negative. An asymmetric one is a Q4_1 or Q5_1: (code - zero) *
+scale = d * code + m with d = scale and m = -zero * scale. Codes are copied bit for bit. The scales
+of a file are float16. Those of 8-bit codes here are float32, and minima have more digits than
+scales, so `Copied` says how far rounding moved them.
 """
 
 import dataclasses
@@ -56,14 +56,15 @@ def copy(w: Matrix) -> Copied:
   blocks = w.group_size // BLOCK
   scales_JO = np.asarray(dense(w.scales), np.float32)
   narrow_JO = scales_JO.astype(np.float16)
-  held_JO = scales_JO >= FLOAT16.smallest_subnormal  # groups of smaller scales are all zeros
+  # Groups of smaller scales are all zeros.
+  held_JO = np.abs(scales_JO) >= FLOAT16.smallest_subnormal
   safe_JO = np.where(held_JO, scales_JO, 1)
   moved_JO = np.where(held_JO, np.abs(narrow_JO.astype(np.float32) / safe_JO - 1), 0)
   minima_JO, shifted_JO = None, np.zeros_like(scales_JO)
   if w.zeros is not None:
     exact_JO = -np.asarray(w.zeros, np.float32) * scales_JO
     minima_JO = exact_JO.astype(np.float16)
-    shifted_JO = np.abs(minima_JO.astype(np.float32) - exact_JO) / safe_JO
+    shifted_JO = np.abs(minima_JO.astype(np.float32) - exact_JO) / np.abs(safe_JO)
   turned = lambda a: a.T if transposed else a
   spread = lambda a_JO: None if a_JO is None else turned(np.repeat(a_JO, blocks, axis=0))
   return Copied(
@@ -92,4 +93,4 @@ def _quantized(w: Matrix) -> QuantizedTensor | None:
   w = w.values if isinstance(w, ActivationQuantized) else w
   if not isinstance(w, QuantizedTensor) or not FORMATS[w.format].integer or w.group_size % BLOCK:
     return None
-  return w if float(dense(w.scales).max()) <= FLOAT16.max else None
+  return w if float(np.abs(dense(w.scales)).max()) <= FLOAT16.max else None

@@ -75,7 +75,7 @@ EXAMPLES = {
   'int8': _quantized('int8'),
   'int8 asymmetric groups': _quantized('int8', group_size=32, symmetric=False),
   'int4': _quantized('int4', group_size=16),
-  'int3': _quantized('int3'),
+  'int3': _quantized('int3', clip='signed'),
   'int2 asymmetric': _quantized('int2', group_size=16, symmetric=False, clip='mse'),
   'int4 floating zeros': _floating_zeros,
   'nf4 double': _quantized('nf4', double=True),

@@ -85,10 +85,12 @@ def test_gradients_pass_straight_through_the_rounding(rng, form, held):
   np.testing.assert_array_equal(np.asarray(values_bar)[moved], 0)
 
 
-def test_held_scales_cut_gradients_off_and_have_that_of_lsq(rng):
+@pytest.mark.parametrize('sign', [1, -1])
+def test_held_scales_cut_gradients_off_and_have_that_of_lsq(rng, sign):
   x, w_IO, y_bar = _problem(rng)
   w = qat.learn(0.3 * w_IO, 'int4', group_size=16, held=True)
-  w = dataclasses.replace(w, values=w_IO)  # many values are beyond the grid now
+  # Many values are beyond the grid now.
+  w = dataclasses.replace(w, values=w_IO, scales=sign * w.scales)
 
   def loss(values, scales):
     own = dataclasses.replace(w, values=values, scales=scales)

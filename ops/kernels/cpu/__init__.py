@@ -23,6 +23,7 @@ PREFILL = 'lissom_prefill_attention'
 WRITE_ROWS = 'lissom_write_rows'
 TARGETS = (PRODUCT, GROUPED_PRODUCT, ATTENTION, PREFILL, WRITE_ROWS)
 _MODULE = '_native'
+_callable = jax.make_user_context(True)  # part of the key under which JAX keeps traced functions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,12 +38,17 @@ class Library:
 
 def available() -> bool:
   """Whether products can run natively."""
-  return load().selected is not None
+  return _callable.value and load().selected is not None
 
 
 def why_not() -> str:
   """The reason why they cannot, or nothing."""
-  return load().why_not
+  return load().why_not if _callable.value else 'the program is for machines without the library'
+
+
+def left_out():
+  """A context in which nothing is native, to trace programs for machines without the library."""
+  return _callable(False)
 
 
 def instruction_sets() -> list[str]:

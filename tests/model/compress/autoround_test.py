@@ -37,17 +37,27 @@ def _step(**options):
   return {'autoround': {'format': 'int3', 'group_size': 16, 'steps': 3, 'batch': 4} | options}
 
 
-@pytest.mark.parametrize('format, symmetric', FORMATS)
-@pytest.mark.quick(format=QUICK, symmetric=(False,))
-def test_learning_starts_at_rounding_to_nearest(rng, format, symmetric):
+def _starts_at_the_nearest(rng, **options):
   w_IO = jnp.asarray(rng.standard_t(3, (32, 6)), jnp.float32).at[16:, 2].set(0)
-  spec = _spec(format=format, symmetric=symmetric)
+  spec = _spec(**options)
   grids = autoround._grids({'w': w_IO}, spec)
-  expected = quantize(w_IO, format, group_size=16, symmetric=symmetric)
+  expected = quantize(w_IO, group_size=16, **options)
   start = {'w': autoround._start(w_IO, grids['w'])}
   found = autoround._stored({'w': w_IO}, start, grids, spec)['w']
   assert jax.tree.structure(found) == jax.tree.structure(expected)
   jax.tree.map(np.testing.assert_array_equal, found, expected)
+  return found
+
+
+@pytest.mark.parametrize('format, symmetric', FORMATS)
+@pytest.mark.quick(format=QUICK, symmetric=(False,))
+def test_learning_starts_at_rounding_to_nearest(rng, format, symmetric):
+  _starts_at_the_nearest(rng, format=format, symmetric=symmetric)
+
+
+def test_scales_keep_their_signs(rng):
+  found = _starts_at_the_nearest(rng, format='int4', clip='signed')
+  assert 0 < (np.asarray(found.scales) < 0).mean() < 1
 
 
 def _torch_rounded(w_IO, offset_IO, low_JO, high_JO, grid, bits):

@@ -180,6 +180,8 @@ def _to(format, group_size=None, *, symmetric=True, fine=False):
     if bits == 8:
       values = codes.view(np.int8) if symmetric else codes
     scales = rng.uniform(0.001, 0.01, (groups, outputs)).astype(np.float32 if fine else np.float16)
+    if symmetric:
+      scales *= rng.choice([-1, 1], scales.shape).astype(scales.dtype)
     zeros = rng.integers(0, 2**bits, (groups, outputs)).astype(np.uint8)
     arrays = (jnp.asarray(values), jnp.asarray(scales), None if symmetric else jnp.asarray(zeros))
     return quantized.QuantizedTensor(*arrays, format, inputs, jnp.dtype(jnp.float32))

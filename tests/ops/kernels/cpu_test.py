@@ -49,7 +49,7 @@ FORMATS = {
   'int8 asymmetric': _quantize('int8', group_size=64, symmetric=False),
   'int4 g16': _quantize('int4', group_size=16),
   'int4 g32': _quantize('int4', group_size=32),
-  'int4 g64': _quantize('int4', group_size=64),
+  'int4 g64': _quantize('int4', group_size=64, clip='signed'),  # some scales are negative
   'int4 g192': _quantize('int4', group_size=192),
   'int4 column': _quantize('int4', group_size=-1),
   'int4 asymmetric': _quantize('int4', group_size=64, symmetric=False),
@@ -68,7 +68,7 @@ FORMATS = {
   '2:4 int8': _two_of_four(_quantize('int8')),
   '2:4 int8 g32': _two_of_four(_quantize('int8', group_size=32)),
   '2:4 int4 column': _two_of_four(_quantize('int4', group_size=-1)),
-  '2:4 int4 g32': _two_of_four(_quantize('int4', group_size=32)),
+  '2:4 int4 g32': _two_of_four(_quantize('int4', group_size=32, clip='signed')),
   '2:4 int3 g32': _two_of_four(_quantize('int3', group_size=32)),
 }
 WHOLE_COLUMN = ['int8', 'int4 column', 'fp8', 'bf16', 'f16']  # any number of inputs

@@ -27,7 +27,7 @@ EXAMPLES = {
   'nf4': {'format': 'nf4', 'group_size': 64},
   'nf4 double': {'format': 'nf4', 'group_size': 64, 'double': True},
   'nf4 column': {'format': 'nf4', 'group_size': -1},
-  'int4': {'format': 'int4', 'group_size': 64},
+  'int4': {'format': 'int4', 'group_size': 64, 'clip': 'signed'},  # some scales are negative
   'int4 asymmetric': {'format': 'int4', 'group_size': 32, 'symmetric': False},
   'int4 column': {'format': 'int4', 'group_size': -1},
   'int3': {'format': 'int3', 'group_size': 32},

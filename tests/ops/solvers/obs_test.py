@@ -18,7 +18,7 @@ from ops.solvers import obs, walk
 SAME = 1e-5  # float32 and a few hundred steps, against float64
 GPTQ = (
   obs.Grid(format='int4', group=16),
-  obs.Grid(format='int2', group=16, clip='mse'),
+  obs.Grid(format='int2', group=16, clip='signed_mse'),
   obs.Grid(format='int3', group=48, symmetric=False, clip='mse'),
   obs.Grid(format='int8', group=24, symmetric=False),
   obs.Grid(format='nf4', group=16),
