@@ -111,12 +111,22 @@ def load_plugins(paths: list[str]) -> None:
     spec.loader.exec_module(sys.modules[name])
 
 
-def load_model(path: str, dtype: jnp.dtype | None = None) -> tuple[Transformer, Tokenizer]:
+def load_model(
+  path: str, dtype: jnp.dtype | None = None, said: list[str] | None = None
+) -> tuple[Transformer, Tokenizer]:
   """Loads a model with its tokenizer; for the rest see `hf.load_pretrained`.
+
+  What is not loaded as it is stored is logged, and appended to `said`.
 
   Raises ValueError if there is no tokenizer, or the model cannot be loaded.
   """
-  model, tokenizer = hf.load_pretrained(path, dtype)
+
+  def say(line):
+    hf.LOG.warning(line)
+    if said is not None:
+      said.append(line)
+
+  model, tokenizer = hf.load_pretrained(path, dtype, say=say)
   if tokenizer is not None:
     return model, tokenizer
   if gguf.find_file(path) is not None:

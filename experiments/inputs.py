@@ -33,6 +33,7 @@ class Inputs:
   name: str
   about: dict  # for the records: how the model was trained here, or the hash of its file
   seq_len: int  # the default length of a window
+  said: tuple[str, ...] = ()  # what of the model was not loaded as it is stored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,8 @@ def load(
     trained = embedded.load_or_train(common.cache_folder(), seed=seed, smoke=smoke, plan=plan)
     return _embedded(trained)
   _check_names(texts)
-  loaded, tokenizer = common.load_model(model)
+  said = []
+  loaded, tokenizer = common.load_model(model, said=said)
   return Inputs(
     model=loaded,
     tokenizer=tokenizer,
@@ -83,6 +85,7 @@ def load(
     name=model,
     about=_hash(pathlib.Path(model)),
     seq_len=min(DEFAULT_SEQ_LEN, loaded.config.max_positions),
+    said=tuple(said),
   )
 
 
@@ -98,6 +101,7 @@ def make_study(inputs: Inputs, protocol: Protocol) -> study.Study:
   rows = protocol.calibration_rows or -(-CALIBRATION_TOKENS // seq_len)
   work = study.Study(
     base=inputs.model,
+    said=inputs.said,
     calibration_BT=_calibration_rows(inputs, seq_len, rows, bos_id),
     texts=texts,
     settings={},

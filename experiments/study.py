@@ -61,6 +61,7 @@ class Study:
   school: School | None = None  # what steps that train learn from
   costs: Costs = Costs()
   exams: tuple[Exam, ...] = ()  # tasks that every model has to do
+  said: tuple[str, ...] = ()  # what of the base was not loaded as it is stored
 
   @property
   def text(self) -> perplexity.Windows:
@@ -105,7 +106,9 @@ def base_record(study: Study, base: Baseline) -> Record:
   metrics |= exams.metrics(study.exams, base.grades)
   speed, about = _speed(study, study.base, base.bench, base)
   recipe, missing = {'name': records.BASE, 'steps': []}, missing_kernels(study.base, base.ready)
-  return _record(study, recipe, metrics | speed, Ledger(), missing, about)
+  ledger = Ledger()
+  ledger.add('model', 'loading', dict.fromkeys(study.said, 1))
+  return _record(study, recipe, metrics | speed, ledger, missing, about)
 
 
 def run(

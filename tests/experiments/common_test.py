@@ -9,8 +9,9 @@ import types
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from experiments import common
+from experiments import common, inputs
 from model import hf
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -102,6 +103,19 @@ def test_a_model_without_a_tokenizer_is_refused_with_what_helps(base, tmp_path):
   for name in ('m.gguf', '.'):  # the file, and the folder that holds it
     with pytest.raises(ValueError, match='has no vocabulary; take a GGUF file that was written'):
       common.load_model(tmp_path / name)
+
+
+def test_what_is_not_loaded_as_it_is_stored_is_said_and_reaches_the_study(base, tmp_path, caplog):
+  model, tokenizer = common.load_model(base)
+  hf.save_pretrained(model, tokenizer, tmp_path)
+  file = tmp_path / 'model.safetensors'
+  more = {'v_head.summary.weight': np.zeros((1, 4), np.float32)}
+  save_file({**load_file(file), **more}, file, {'format': 'pt'})
+  found = inputs.load(str(tmp_path), [], seed=0)
+  (line,) = found.said
+  assert 'v_head.summary.weight' in line and line in caplog.text
+  work = inputs.make_study(found, inputs.Protocol(max_windows=2, calibration_rows=1))
+  assert work.said == found.said
 
 
 def _write_gguf(path):
