@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from model import hf, manifest, transformer
+from model import hf, hf_folder, manifest, transformer
 from model.tokenizer import Tokenizer
 
 VOCABULARY = 99
@@ -237,7 +237,7 @@ def test_a_killed_save_leaves_the_earlier_output(folder, monkeypatch):
   def killed(*_, **__):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(hf.safetensors_io, 'write_folder', killed)
+  monkeypatch.setattr(hf_folder.safetensors_io, 'write_folder', killed)
   with pytest.raises(KeyboardInterrupt):
     hf.save_pretrained(model, None, folder)
   assert sorted(path.read_bytes() for path in folder.iterdir()) == before
