@@ -20,7 +20,7 @@ from model.infer.programs import Chosen, Rows
 from model.infer.speculation import Governor, Speculation, propose
 from ops.sampling import History
 
-PATIENCE = 2  # steps that a batch waits for requests to come back before it is halved
+PATIENCE = 2  # steps that a batch waits for other requests before it becomes narrower
 
 
 class Batch:
@@ -46,7 +46,7 @@ class Batch:
     self._vocabulary = self._lane.config.vocab_size
     self.widths = [*powers(slots), slots]
     self._jobs: list[Job | None] = [None]
-    self._history, self._half_idle = History.empty(1, self._vocabulary), 0
+    self._history, self._fitting = History.empty(1, self._vocabulary), 0
     self._tell()
     self._check_speculation()
 
@@ -79,14 +79,14 @@ class Batch:
     self._tell()
 
   def narrow(self) -> None:
-    """Halves a batch of which no more than half has run for some steps.
+    """Takes the next width, if what runs has fitted into it for some steps.
 
     Moving the rows takes less time than one step of rows that are free.
     """
     at = self.widths.index(self.width)
     fits = at and len(self.running) <= self.widths[at - 1]
-    self._half_idle = self._half_idle + 1 if fits else 0
-    if self._half_idle > PATIENCE:
+    self._fitting = self._fitting + 1 if fits else 0
+    if self._fitting > PATIENCE:
       self._rearrange(self.widths[at - 1])
 
   def decode(self, *, one: bool) -> list[tuple[Job, Sequence[Chosen]]]:
@@ -149,7 +149,7 @@ class Batch:
     self._jobs = [*running, *[None] * (width - len(running))]
     for row, job in enumerate(running):
       job.row = row
-    self._half_idle = 0
+    self._fitting = 0
     self._tell()
 
   def _tell(self) -> None:

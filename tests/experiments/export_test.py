@@ -1,10 +1,14 @@
 """export: codes that are kept, scales that are weighted, and bad input."""
 
+import subprocess
+import sys
+
 import gguf
 import numpy as np
 import pytest
 
 from model import hf, transformer
+from model.infer.generate import generate
 from ops import quantized
 
 
@@ -50,6 +54,19 @@ def test_scales_are_weighted_by_calibration_text(script, base, tmp_path, capsys)
   for tensor in gguf.GGUFReader(tmp_path / 'm.gguf').tensors:
     weighted = tensor.name.startswith('blk.') and 'norm' not in tensor.name
     assert (tensor.data != rounded[tensor.name]).any() == weighted, tensor.name
+
+
+def test_programs_run_by_their_own_script(script, int4, tmp_path, capsys):
+  """It continues as `generate` does; `stablehlo_test` shows it for other weights and caches."""
+  pytest.importorskip('flatbuffers')
+  folder = tmp_path / 'm'
+  script(f'--model={int4}', '--format=stablehlo', '--capacity=32', '--steps=8', f'--out={folder}')
+  assert 'step_8.bin' in capsys.readouterr().out
+  command = [sys.executable, '-I', str(folder / 'run.py'), '5,6,7', '6']
+  said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+  model, _ = hf.load_pretrained(int4)
+  (expected,) = generate(model, [[5, 6, 7]], max_new_tokens=6)
+  assert said.split() == str(expected).split()
 
 
 def test_a_folder_for_transformers(script, int4, tmp_path, capsys):
