@@ -41,16 +41,29 @@ class Case:
 class Recall:
   """What was found, and what the cache took.
 
-  answers: the share of rows of which all expected tokens are the most likely ones.
-  tokens: the share of expected tokens that are.
+  right_BT: of each expected token, whether it is the most likely one.
   cache_bytes: of all rows, as allocated.
   peak_bytes: of the call that reads the text, weights included, as compiled.
   """
 
-  answers: float
-  tokens: float
+  right_BT: np.ndarray
   cache_bytes: int
   peak_bytes: int
+
+  @property
+  def answers_B(self) -> np.ndarray:
+    """Of each row, whether all expected tokens are the most likely ones."""
+    return self.right_BT.all(1)
+
+  @property
+  def answers(self) -> float:
+    """The share of such rows."""
+    return float(self.answers_B.mean())
+
+  @property
+  def tokens(self) -> float:
+    """The share of expected tokens that are the most likely ones."""
+    return float(self.right_BT.mean())
 
 
 def query_aware(contexts_BT, questions_BT, answers_BT, *, given: int = 0) -> Case:
@@ -111,8 +124,7 @@ def measure(model: Transformer, case: Case, cache_format: CacheSpec | str) -> Re
   found_TB = _feed(graphdef, state, jnp.asarray(tokens_BT.T, jnp.int32), caches, start)
   right_BT = case.expected_BT == np.asarray(found_TB)[fed - 1 :].T
   return Recall(
-    answers=float(right_BT.all(1).mean()),
-    tokens=float(right_BT.mean()),
+    right_BT=right_BT,
     cache_bytes=held,
     peak_bytes=peak_bytes(reading),
   )

@@ -13,6 +13,7 @@ from experiments import (
   small_models,
   study_adapters,
   study_attention,
+  study_caches,
   study_compressed_experts,
   study_distillation,
   study_experts,
@@ -30,6 +31,7 @@ from model.transformer import Transformer
 STUDIES = (
   study_adapters,
   study_attention,
+  study_caches,
   study_compressed_experts,
   study_distillation,
   study_experts,
