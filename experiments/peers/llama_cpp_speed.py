@@ -3,11 +3,14 @@ r"""Measures the prefill and decode speed of llama.cpp.
   python -m experiments.peers.llama_cpp_speed --formats=f16,q8_0,q4_0
   python -m experiments.peers.llama_cpp_speed --model=model.gguf
   python -m experiments.peers.llama_cpp_speed --preset=olmoe-1b-7b --layers=4
+  python -m experiments.peers.llama_cpp_speed --model=model.gguf --formats=q8_0 --prompt=16384 \
+      --prefills=1 --kv_cache=q8_0
 
 The model has random weights in the shape of a preset of the Llama family or of OLMoE and is written
 as a GGUF file in float16, or it is a GGUF file. It is converted by llama.cpp itself, and run on all
-cores. One JSON line per format has the tokens per second of the prefill (median of 3, logits of the
-last token only) and of decoding at batch 1 (median of the steps).
+cores. One JSON line per format has the tokens per second of the prefill (median of --prefills, the
+last token's logits only) and of decoding after it at batch 1 (median of the steps). A quantized
+cache needs llama.cpp's flash attention.
 
 Device: CPU. Minutes: 1 on two cores. Needs the packages llama-cpp-python and gguf. llama.cpp should
 be compiled for the machine at hand: CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python gguf
@@ -29,6 +32,7 @@ from model.layers.routed import RoutedConfig
 from model.layers.sublayer import FfnConfig
 
 FILE_TYPES = {'f16': 1, 'q8_0': 7, 'q4_0': 2}  # llama.cpp's numbers
+CACHES = {'f16': 1, 'q8_0': 8, 'q4_0': 2}  # and of its tensors
 BYTE_TOKENS = 256
 SPECIAL_TOKENS = (b'<unk>', b'<s>', b'</s>')
 ARCHITECTURES = ('llama', 'olmoe')
@@ -38,8 +42,10 @@ FORMATS = flags.DEFINE_list('formats', list(FILE_TYPES), f'Of {", ".join(FILE_TY
 PROMPT = flags.DEFINE_integer('prompt', 512, 'Tokens of the prompt.', lower_bound=1)
 TOKENS = flags.DEFINE_integer('tokens', 64, 'Tokens to decode.', lower_bound=1)
 MODEL = flags.DEFINE_string('model', None, 'A .gguf file, instead of a preset.')
+FLASH = flags.DEFINE_bool('flash_attention', False, 'Attention without its scores.')
 SHAPE = shapes.define()
-PREFILLS = 3
+PREFILLS = flags.DEFINE_integer('prefills', 3, 'How often the prompt is timed.', lower_bound=1)
+KV_CACHE = flags.DEFINE_enum('kv_cache', 'f16', list(CACHES), 'Type of keys and values.')
 
 
 def main() -> None:
@@ -166,22 +172,26 @@ def _time(path: pathlib.Path, name: str) -> dict:
   model = llama_cpp.Llama(
     str(path),
     n_ctx=PROMPT.value + TOKENS.value,
-    n_batch=PROMPT.value,
+    n_batch=min(PROMPT.value, 2048),
+    type_k=CACHES[KV_CACHE.value],
+    type_v=CACHES[KV_CACHE.value],
+    flash_attn=FLASH.value or KV_CACHE.value != 'f16',
     n_threads=threads,
     n_threads_batch=threads,
     verbose=False,
   )
   first = BYTE_TOKENS + len(SPECIAL_TOKENS)
   tokens = np.random.default_rng(0).integers(first, model.n_vocab(), PROMPT.value).tolist()
-  model.eval(tokens)
+  model.eval(tokens[:512])
   prefills = []
-  for _ in range(PREFILLS):
+  for _ in range(PREFILLS.value):
     model.reset()
     prefills.append(_seconds(model, tokens))
   steps = [_seconds(model, [tokens[i % len(tokens)]]) for i in range(TOKENS.value)]
   return {
     'peer': 'llama.cpp',
     'weights': name,
+    'kv_cache': KV_CACHE.value,
     'prefill_tokens_per_s': PROMPT.value / statistics.median(prefills),
     'decode_tokens_per_s': 1 / statistics.median(steps),
   }
