@@ -87,6 +87,8 @@ class Load:
 
 def main() -> None:
   loads, requests = _loads(), 4 if SMOKE.value else REQUESTS.value
+  if _options():
+    common.need_extra('serve')
   spent = costs.of(COSTS, gpus=None)
   others = [_other(text) for text in URL.value]
   found = {}

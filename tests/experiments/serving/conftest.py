@@ -11,8 +11,9 @@ import openai
 import pytest
 
 from experiments.serving import server
-from experiments.serving.app import Access, State, build
-from experiments.serving.served import Limits, Served
+from experiments.serving.app import State, build
+from experiments.serving.limits import Access, Limits
+from experiments.serving.served import Served
 from model.infer.grammar import Vocabulary
 from model.infer.request import Progress, TokenLogprobs
 from model.infer.worker import Worker

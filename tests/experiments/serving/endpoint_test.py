@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from experiments.serving import endpoint
-from experiments.serving.served import Limits
+from experiments.serving.limits import Limits
 
 LONG = {'model': 'tiny', 'prompt': 'hello', 'max_tokens': 200, 'ignore_eos': True, 'seed': 0}
 
