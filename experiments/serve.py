@@ -26,6 +26,7 @@ from absl import flags
 from experiments import base as embedded
 from experiments import common
 from experiments.serving.limits import Access, Limits
+from experiments.serving.tools import formats
 from model import peft, sharding
 from model.infer.cascade import Cascade
 from model.infer.engine import Engine
@@ -73,6 +74,12 @@ THRESHOLD = flags.DEFINE_float(
   -0.5,
   'The mean log-probability of an answer from which it is sure; experiments.cascade finds one.',
 )
+TOOL_CALLS = flags.DEFINE_enum(
+  'tool_calls',
+  formats.AUTO,
+  list(formats.NAMES),
+  'How the model writes calls of tools; auto: by its chat template; none: they stay text.',
+)
 WARM = flags.DEFINE_bool('warm', True, 'Compile all programs before the first request.')
 DTYPE = common.define_dtype()
 SMOKE = flags.DEFINE_bool('smoke', False, 'Ask the tiny base model one thing, and end.')
@@ -106,6 +113,7 @@ def main() -> None:
       capacity=engine.capacity,
       adapters=tuple(names),
       limits=limits,
+      tool_format=formats.pick(TOOL_CALLS.value, tokenizer.chat_template),
     )
     state, worker = State(), Worker(engine, most=engine.slots + limits.queue)
     app = build(served, worker, state, access)

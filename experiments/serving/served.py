@@ -5,6 +5,7 @@ import dataclasses
 from experiments.serving.body import Fields, shown
 from experiments.serving.errors import ApiError, invalid
 from experiments.serving.limits import Limits
+from experiments.serving.tools.formats import Format
 from experiments.serving.words import Words
 from model.infer.grammar import Vocabulary
 from model.tokenizer import Tokenizer
@@ -20,6 +21,7 @@ class Served:
   capacity: int
   adapters: tuple[str, ...] = ()
   limits: Limits = Limits()
+  tool_format: Format | None = None  # how the model writes calls of tools; None: not known
 
   @property
   def vocab_size(self) -> int:
