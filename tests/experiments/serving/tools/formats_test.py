@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from experiments.serving.tools import forced, formats
+from experiments.serving.body import Fields
+from experiments.serving.tools import asked, forced, formats
 from experiments.serving.tools.formats import FORMATS
 
 # Sentences of published templates.
@@ -44,6 +45,16 @@ def test_ids_differ_and_are_what_templates_want():
   ids = [FORMATS['mistral'].new_id() for _ in range(20)]
   assert len(set(ids)) == 20 and all(re.fullmatch('[a-zA-Z0-9]{9}', one) for one in ids)
   assert FORMATS['hermes'].new_id().startswith('call_')
+
+
+def test_templates_get_tools_by_the_names_that_they_look_for():
+  """SmolLM3's template reads xml_tools; without a format, the usual name is left."""
+  listed = [{'type': 'function', 'function': {'name': 'f'}}]
+  fields = Fields({'tools': listed})
+  assert asked.tools(fields, FORMATS['hermes']).variables == {'tools': listed, 'xml_tools': listed}
+  assert asked.tools(fields, None).variables == {'tools': listed}
+  for hidden in (Fields({'tools': listed, 'tool_choice': 'none'}), Fields({'tools': []})):
+    assert asked.tools(hidden, FORMATS['hermes']).variables == {}
 
 
 def test_the_schema_of_a_list_of_calls_has_definitions_at_its_root():
