@@ -34,6 +34,12 @@ HERMES = [
   ),
   ('\n\n<tool_call>{"name": "add", "arguments": "{\\"a\\": 1}"}</tool_call>', '', [ADD]),
   (f'<tool_call>{{"name": "run", "arguments": {TRICKY.arguments}}}</tool_call>', '', [TRICKY]),
+  (
+    '<tool_call>[{"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 1}}]'
+    '</tool_call>',
+    '',
+    [ADD, ADD],
+  ),
   # The model ended before the second tag, or within it.
   ('<tool_call>\n{"name": "add", "arguments": {"a": 1}}', '', [ADD]),
   ('<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool', '', [ADD]),
@@ -51,6 +57,8 @@ HERMES_TEXT = [
   '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>',
   '<tool_call>{"name": "add", "arguments": {"a": 1}} and more',
   '<tool_call>add(1)</tool_call>',
+  '<tool_call>[]</tool_call>',
+  '<tool_call>[{"name": "add", "arguments": {}}, 1]</tool_call>',
   '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>',
 ]
 LLAMA = [
