@@ -4,6 +4,7 @@ r"""Measures servers under load: times to the first token and per token, through
   python -m experiments.benchmark_serving --model=DIR --rates=0.5,1,2 --figure=load.png
   python -m experiments.benchmark_serving --model=DIR --clients=32 --serve='--slots=32 --name=own' \
     --url=llama.cpp=http://127.0.0.1:8080/v1
+  python -m experiments.benchmark_serving --model=DIR --clients=64 --seconds=600 --output=FILE
 
 Servers are ours, started by this script with the options of each --serve, and any others of
 OpenAI's API at each --url, all on the same prompts. Each round puts each load on every server in
@@ -16,10 +17,15 @@ ignore_eos. TTFT is the time from the call to the first piece of text, TPOT the 
 the number of tokens but one, ITL the time between pieces, which may have several tokens. Goodput
 counts the requests a second that keep --slo_ttft_ms and --slo_tpot_ms.
 
+With --seconds, each closed load lasts so long and asks the same --distinct greedy prompts again and
+again: experiments/soak.py says how wrong answers, percentiles after warm-up, memory with its slope
+and slots that stay in use are found.
+
 Energy and price are per token of the answers, with the reading of the prompts. The counters are
 those of this machine: they include the idle servers beside the one that answers, and the clients.
 
-Device: any. Minutes: a load takes as long as the server does for --requests requests.
+Device: any. Minutes: a load takes as long as the server does for --requests requests, or --seconds
+after --distinct answers alone.
 """
 
 import asyncio
@@ -40,7 +46,7 @@ import numpy as np
 from absl import flags
 
 from experiments import base as embedded
-from experiments import carbon, common, costs, load
+from experiments import carbon, common, costs, latency, load, soak
 from experiments.load import Answer, Server
 from model import hf
 from model.eval import energy, records, serving_figure, timing
@@ -49,7 +55,6 @@ from model.tokenizer import Tokenizer
 
 CHARACTERS = 300_000  # of the language reference
 LOCAL = {'127.0.0.1', 'localhost', '::1'}
-PERCENTILES = {'median': 50, 'p95': 95, 'p99': 99}
 
 MODEL = flags.DEFINE_string('model', None, 'Folder, hub id or .gguf file: model and tokenizer.')
 SERVE = flags.DEFINE_multi_string('serve', None, 'Options of experiments.serve; may be repeated.')
@@ -58,6 +63,8 @@ KEY = flags.DEFINE_string('key', None, 'The API key of the servers at --url.')
 CLIENTS = flags.DEFINE_list('clients', [], 'Closed loads: clients that ask at once.')
 RATES = flags.DEFINE_list('rates', [], 'Open loads: requests a second.')
 REQUESTS = flags.DEFINE_integer('requests', 64, 'Requests of each load.', lower_bound=1)
+SECONDS = flags.DEFINE_float('seconds', None, 'Let each closed load last so long.', 1.0)
+DISTINCT = flags.DEFINE_integer('distinct', 16, 'Prompts of a load that lasts.', lower_bound=1)
 PROMPT = flags.DEFINE_integer('prompt_tokens', 128, 'Tokens of a prompt.', lower_bound=1)
 SHARED = flags.DEFINE_integer('shared_tokens', 0, 'Of these, tokens that all prompts share.', 0)
 NEW = flags.DEFINE_integer('new_tokens', 128, 'Tokens of an answer.', lower_bound=1)
@@ -87,6 +94,8 @@ class Load:
 
 def main() -> None:
   loads, requests = _loads(), 4 if SMOKE.value else REQUESTS.value
+  if _options():
+    common.need_extra('serve')
   spent = costs.of(COSTS, gpus=None)
   others = [_other(text) for text in URL.value]
   found = {}
@@ -99,6 +108,8 @@ def main() -> None:
     servers += others
     if len({server.name for server in servers}) < len(servers):
       raise ValueError('servers need different names: --serve has --name, --url has NAME=')
+    if SECONDS.value is not None:
+      return _last(servers, loads, calls(DISTINCT.value, 0))
     for server in servers:  # compiles what it compiles, and is not measured
       asyncio.run(load.closed(server, calls(4, -1), 2))
     for turn in common.progress(range(ROUNDS.value), 'rounds'):
@@ -121,6 +132,8 @@ def main() -> None:
 
 def _loads() -> list[Load]:
   clients, rates = CLIENTS.value, RATES.value
+  if rates and SECONDS.value is not None:
+    raise ValueError('--seconds is for --clients; an open load lasts for --requests requests')
   if not clients and not rates:
     clients = ['2'] if SMOKE.value else ['1', '8', '32']
   found = []
@@ -134,6 +147,28 @@ def _loads() -> list[Load]:
         raise ValueError(f'--{name} must be above 0, not {text}')
       found.append(Load(kind, amount))
   return found
+
+
+def _last(servers: Sequence[Server], loads: Sequence[Load], calls: Sequence[dict]) -> None:
+  """Puts the loads on for the set time, prints and records what was seen."""
+  for one in loads:
+    for server in servers:
+      found = asyncio.run(soak.run(server, calls, int(one.amount), SECONDS.value))
+      errors = sorted({answer.error for answer in found.answers if answer.error is not None})
+      record = Record(
+        experiment='benchmark_serving_lasting',
+        recipe=server.name,
+        command=common.command(),
+        config={**_config(one), 'seconds': SECONDS.value, 'distinct': DISTINCT.value},
+        environment=records.environment(),
+        seed=SEED.value,
+        metrics=soak.metrics(found),
+        notes=(*errors[:3], *map(str, found.wrong[:3])),
+      )
+      print(f'{server.name}, {one.amount:g} clients for {SECONDS.value:g} s:')
+      print('\n'.join(f'  {line}' for line in (*soak.words(record.metrics), *record.notes)))
+      if OUTPUT.value:
+        records.append(OUTPUT.value, record)
 
 
 def _options() -> list[str]:
@@ -182,7 +217,7 @@ def _own(model: str, options: str) -> Iterator[Server]:
       if not line.startswith('Serving '):
         raise ValueError(f'{shlex.join(command)} ended with the status {process.wait()}')
       _, name, _, url = line.rsplit(maxsplit=3)
-      yield Server(name, f'{url}/v1', name)
+      yield Server(name, f'{url}/v1', name, pid=process.pid)
     finally:
       process.send_signal(signal.SIGTERM)
 
@@ -216,14 +251,7 @@ def _record(server: Server, one: Load, counted: list[tuple], spent: costs.Costs)
     'tokens_per_s': _rate(rounds, lambda a: a.tokens + a.prompt_tokens, 'token/s'),
     'goodput_requests_per_s': _rate(rounds, _is_good, 'request/s'),
   }
-  samples = {
-    'ttft': [a.first_s for a in good],
-    'tpot': [a.each_s for a in good if a.each_s is not None],
-    'itl': np.concatenate([a.gaps_s for a in good]),
-    'e2e': [a.whole_s for a in good],
-  }
-  for name, values in samples.items():
-    metrics |= _distribution(name, np.asarray(values))
+  metrics |= latency.of(good)
   tokens = [sum(a.tokens for a in answers if a.error is None) for answers in rounds]
   seconds = [_seconds(answers) for answers in rounds]
   found, about = spent.of_rounds([joules for _, joules in counted], seconds, tokens)
@@ -254,17 +282,6 @@ def _seconds(answers: Sequence[Answer]) -> float:
 def _is_good(answer: Answer) -> bool:
   each_s = answer.each_s or 0.0
   return 1e3 * answer.first_s <= SLO_TTFT.value and 1e3 * each_s <= SLO_TPOT.value
-
-
-def _distribution(name: str, values: np.ndarray) -> dict[str, Metric]:
-  if not len(values):
-    return {}
-  found = {f'{name}_mean_s': Metric(values.mean(), 's', len(values))}
-  for which, percentile in PERCENTILES.items():
-    spread = timing.interquartile_range(values) if which == 'median' else None
-    value = np.percentile(values, percentile)
-    found[f'{name}_{which}_s'] = Metric(value, 's', len(values), spread)
-  return found
 
 
 def _config(one: Load) -> dict:

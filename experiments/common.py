@@ -22,6 +22,11 @@ from model.transformer import Transformer
 
 RECIPES = pathlib.Path(__file__).parent / 'recipes'
 CHARACTERS_A_TOKEN = 4  # of usual text and vocabularies
+# The modules of optional extras without which a script cannot do its work.
+EXTRAS = {
+  'harness': ('lm_eval',),
+  'serve': ('llguidance', 'prometheus_client', 'starlette', 'uvicorn'),
+}
 SHORT_S = 2.0  # a wait without a progress bar
 WRONG_INPUT, INTERRUPTED = 2, 130  # exit statuses
 
@@ -157,6 +162,13 @@ def calibration_rows(
       file=sys.stderr,
     )
   return rows_BT
+
+
+def need_extra(extra: str) -> None:
+  """Raises ValueError with what to install if a module of an optional extra is not there."""
+  missing = [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
+  if missing:
+    raise ValueError(f"{', '.join(missing)} not installed; pip install -e '.[{extra}]'")
 
 
 def check_positive(**values: float | None) -> None:

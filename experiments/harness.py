@@ -21,7 +21,6 @@ Device: any. Minutes: a few for a model of 135 M parameters and the three tasks 
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import math
 import pathlib
 import tempfile
@@ -73,8 +72,7 @@ def main() -> None:
       return
   if MODEL.value is None or not TASKS.value or OUTPUT.value is None:
     raise ValueError('harness needs --model, --tasks and --output, or --write_tasks')
-  if importlib.util.find_spec('lm_eval') is None:
-    raise ValueError("lm-evaluation-harness is not installed; pip install 'lissom[harness]'")
+  common.need_extra('harness')
   output = pathlib.Path(OUTPUT.value).expanduser()
   with tempfile.TemporaryDirectory() as scratch:
     results, model = _evaluate(_folders(pathlib.Path(scratch)))

@@ -2,18 +2,22 @@
 
 A client is a connection of its own with a few lines of HTTP, so that measuring takes little of a
 machine that also serves. Loads are open, with arrivals of a Poisson process whatever the server
-does, or closed, with so many clients that each wait for their answer before they ask again.
+does, or closed, with so many clients that each wait for their answer before they ask again: until
+all calls are answered, or for a set time.
 """
 
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import time
 import urllib.parse
 from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
+
+PAUSE_S = 0.2  # of a client whose call has failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Server:
   url: str
   model: str
   key: str | None = dataclasses.field(default=None, repr=False)
+  pid: int | None = None  # of its process, where that is a child of this one
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -36,6 +41,8 @@ class Answer:
   tokens: int = 0
   prompt_tokens: int = 0
   error: str | None = None
+  text: str = ''
+  call: int = 0  # the index of what was asked for, in a load that asks again
 
   @property
   def first_s(self) -> float:
@@ -64,6 +71,25 @@ async def closed(server: Server, calls: Sequence[dict], clients: int) -> list[An
   async def client():
     while waiting:
       answers.append(await ask(server, waiting.pop()))
+
+  await asyncio.gather(*(client() for _ in range(clients)))
+  return answers
+
+
+async def lasting(
+  server: Server, calls: Sequence[dict], clients: int, seconds: float
+) -> list[Answer]:
+  """Asks the calls again and again by so many clients for a set time; what has begun may end."""
+  turns, answers, end = itertools.count(), [], time.perf_counter() + seconds
+
+  async def client():
+    while time.perf_counter() < end:
+      index = next(turns) % len(calls)
+      answer = await ask(server, calls[index])
+      answer.call = index
+      answers.append(answer)
+      if answer.error is not None:
+        await asyncio.sleep(PAUSE_S)
 
   await asyncio.gather(*(client() for _ in range(clients)))
   return answers
@@ -102,6 +128,7 @@ def _take(answer: Answer, event: dict) -> None:
   if 'error' in event:
     raise ValueError(str(event['error']))
   choices = event.get('choices') or []
+  answer.text += ''.join(choice['text'] for choice in choices)
   # The first token may have no text yet, as half a character has none.
   if any(choice['text'] for choice in choices) or (choices and not answer.pieces_s):
     answer.pieces_s.append(time.perf_counter())
@@ -113,15 +140,35 @@ def _take(answer: Answer, event: dict) -> None:
 async def model_of(server: Server) -> str:
   """The name of the first model of a server. Raises ValueError if it does not answer."""
   try:
-    async with _connected(server) as (reader, writer):
-      writer.write(_request(server, 'GET', '/models'))
-      status = await _status(reader)
-      data = b''.join([piece async for piece in _pieces(reader, await _headers(reader))])
+    status, data = await _get(server, '/models')
   except (OSError, EOFError) as error:
     raise ValueError(f'{server.url} does not answer: {error}') from None
   if status != 200:
     raise ValueError(f'{server.url} answers with {status}: {data[:300].decode(errors="replace")}')
   return json.loads(data)['data'][0]['id']
+
+
+async def metrics_of(server: Server) -> dict[str, float]:
+  """The values of a server's /metrics, each summed over its labels; none where there is no such."""
+  found = {}
+  try:
+    root = dataclasses.replace(server, url=server.url.rstrip('/').removesuffix('/v1'))
+    status, data = await _get(root, '/metrics')
+    for line in data.decode().splitlines() if status == 200 else ():
+      if line and not line.startswith('#'):
+        name, _, value = line.rpartition(' ')
+        name = name.split('{')[0]
+        found[name] = found.get(name, 0.0) + float(value)
+  except (OSError, EOFError, ValueError):
+    return {}
+  return found
+
+
+async def _get(server: Server, path: str) -> tuple[int, bytes]:
+  async with _connected(server) as (reader, writer):
+    writer.write(_request(server, 'GET', path))
+    status = await _status(reader)
+    return status, b''.join([piece async for piece in _pieces(reader, await _headers(reader))])
 
 
 @contextlib.asynccontextmanager

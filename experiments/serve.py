@@ -25,13 +25,11 @@ from absl import flags
 
 from experiments import base as embedded
 from experiments import common
-from experiments.serving import server
-from experiments.serving.app import Access, State, build
-from experiments.serving.served import Limits, Served
+from experiments.serving.limits import Access, Limits
+from experiments.serving.tools import formats
 from model import peft, sharding
 from model.infer.cascade import Cascade
 from model.infer.engine import Engine
-from model.infer.grammar import Vocabulary
 from model.infer.speculation import Speculation
 from model.infer.worker import Worker
 from model.transformer import Transformer
@@ -76,6 +74,12 @@ THRESHOLD = flags.DEFINE_float(
   -0.5,
   'The mean log-probability of an answer from which it is sure; experiments.cascade finds one.',
 )
+TOOL_CALLS = flags.DEFINE_enum(
+  'tool_calls',
+  formats.AUTO,
+  list(formats.NAMES),
+  'How the model writes calls of tools; auto: by its chat template; none: they stay text.',
+)
 WARM = flags.DEFINE_bool('warm', True, 'Compile all programs before the first request.')
 DTYPE = common.define_dtype()
 SMOKE = flags.DEFINE_bool('smoke', False, 'Ask the tiny base model one thing, and end.')
@@ -85,6 +89,12 @@ PLUGINS = common.define_plugins()
 
 
 def main() -> None:
+  common.need_extra('serve')
+  from experiments.serving import server
+  from experiments.serving.app import State, build
+  from experiments.serving.served import Served
+  from model.infer.grammar import Vocabulary
+
   common.load_plugins(PLUGINS.value)
   access, limits = _access(), _limits()
   bound = server.listen(HOST.value, 0 if SMOKE.value else PORT.value)
@@ -103,6 +113,7 @@ def main() -> None:
       capacity=engine.capacity,
       adapters=tuple(names),
       limits=limits,
+      tool_format=formats.pick(TOOL_CALLS.value, tokenizer.chat_template),
     )
     state, worker = State(), Worker(engine, most=engine.slots + limits.queue)
     app = build(served, worker, state, access)
@@ -179,7 +190,7 @@ def _cascade(large: Engine, name: str) -> Cascade:
   return Cascade(_engine(small, {}, None), large, threshold=THRESHOLD.value, name=name)
 
 
-def _started(served: Served, url: str, access: Access, drain) -> None:
+def _started(served, url: str, access: Access, drain) -> None:
   print(f'Serving {served.name} at {url}', flush=True)
   if access.key is None and access.hosts is None:
     print(f'anybody who reaches {url} may ask; {KEY} sets a key', file=sys.stderr, flush=True)

@@ -61,8 +61,10 @@ def _render(template, messages, variables, *, mark: bool) -> str:
   if not messages:
     raise ValueError('a chat template needs at least one message')
   try:
-    # Templates test whether a key is there, so one without a value has to be absent.
-    chat = [{k: v for k, v in m.items() if v is not None} for m in messages]
+    # Templates test whether a key is there, so one without a value has to be absent; but for the
+    # content of a message that calls tools, which they look at whether it is there or not.
+    held = lambda key, value: value is not None or key == 'content'
+    chat = [{k: v for k, v in m.items() if held(k, v)} for m in messages]
     values = json.loads(json.dumps({**variables, 'messages': chat}))
     if mark and re.search(f'[{_START}{_STOP}]', json.dumps(values, ensure_ascii=False)):
       raise ValueError('U+FDD0 and U+FDD1 are not characters of a text')

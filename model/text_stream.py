@@ -14,10 +14,11 @@ class TextStream:
   token adds to a text depends on the tokens before it (a space at its beginning does), so each
   call decodes the new tokens together with a few whose text is known. Where bytes never become
   UTF-8, a sentencepiece decoder may take back the characters before them, which a stream cannot.
+  With `special`, the names of special tokens are text too.
   """
 
-  def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
-    self._tokenizer = tokenizer
+  def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], *, special: bool = False):
+    self._tokenizer, self._special = tokenizer, special
     self._ids = list(prompt)
     self._given = 0  # tokens whose text is given out or belongs to the prompt
     self._start, self._context = 0, ''  # `_context` is the text of the tokens from _start to _given
@@ -48,4 +49,4 @@ class TextStream:
     self._given, self._context = len(self._ids), text
 
   def _decode(self, start: int) -> str:
-    return self._tokenizer.decode(self._ids[start:], skip_special=True)
+    return self._tokenizer.decode(self._ids[start:], skip_special=not self._special)

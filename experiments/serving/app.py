@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from experiments.serving import chat, completions
 from experiments.serving.endpoint import Endpoint, health
 from experiments.serving.errors import ApiError
+from experiments.serving.limits import Access
 from experiments.serving.metrics import Metrics
 from experiments.serving.served import Served, no_such_model
 from model.infer.worker import Worker
@@ -34,18 +35,6 @@ class State:
 
   answering: int = 0
   draining: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Access:
-  """Who may ask. `hosts` are the names that a Host header may have; None: any."""
-
-  key: str | None = dataclasses.field(default=None, repr=False)
-  hosts: frozenset[str] | None = None
-
-  def __post_init__(self):
-    if self.key is not None and not (self.key and self.key.isascii() and self.key.isprintable()):
-      raise ValueError('the key must have printable ASCII characters, and at least one')
 
 
 class Guard:

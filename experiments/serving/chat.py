@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 
 from experiments.serving import settings as common
 from experiments.serving.body import Fields, shown
@@ -10,6 +11,8 @@ from experiments.serving.choice import Choice, Piece, Scored
 from experiments.serving.errors import invalid
 from experiments.serving.grammars import grammar
 from experiments.serving.served import Served
+from experiments.serving.tools.asked import Tools, tools
+from experiments.serving.tools.calls import ToolCall
 from experiments.serving.words import Words
 
 ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
@@ -43,21 +46,22 @@ async def prepare(fields: Fields, served: Served) -> Call:
   if top is not None and not scored:
     raise invalid('top_logprobs', 'top_logprobs needs "logprobs": true')
   most = common.limit(fields, ['max_completion_tokens', 'max_tokens'], None, 1)
-  prompt = await asyncio.to_thread(_prompt, fields, served)
+  asked = tools(fields, served.tool_format)
+  prompt = await asyncio.to_thread(_prompt, fields, served, asked)
   served.check_tokens([prompt])
   limit = common.new_tokens(prompt, most, served.capacity, 1)
-  rules = await grammar(fields, served)
+  rules = await grammar(fields, served, asked.schema)
   requests = own.requests([prompt], [limit], rules, logprobs=(top or 0) if scored else None)
+  text = lambda request: own.text(served.tokenizer, request.prompt, special=asked.marked)
   choices = [
-    Choice(i, r, served.tokenizer, stops=own.stops, included=own.included)
-    for i, r in enumerate(requests)
+    Choice(i, r, served.tokenizer, text(r), tools=asked.stream()) for i, r in enumerate(requests)
   ]
-  form = form_of(served.words, scored=scored)
+  form = form_of(served.words, scored=scored, new_id=asked.new_id)
   return Call(model=model, settings=own, choices=tuple(choices), form=form)
 
 
-def _prompt(fields: Fields, served: Served) -> list[int]:
-  messages, variables = _messages(fields), _variables(fields)
+def _prompt(fields: Fields, served: Served, asked: Tools) -> list[int]:
+  messages, variables = _messages(fields), _variables(fields) | asked.variables
   if not served.chats:
     raise invalid('messages', 'this model has no chat template; continue a text at /v1/completions')
   generation = fields.flag('add_generation_prompt', True)
@@ -125,13 +129,6 @@ def _tool_call(fields: Fields, call) -> dict:
 
 
 def _variables(fields: Fields) -> dict:
-  tools = fields.list('tools') or []
-  for tool in tools:
-    function = tool.get('function') if isinstance(tool, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get('name'), str):
-      raise fields.wrong('tools', 'a list of functions, each with a name')
-  fields.only('tool_choice', 'auto', 'none', why='can only be auto or none')
-  used = tools if fields.values.get('tool_choice') != 'none' else []
   extra = fields.inner('chat_template_kwargs')
   values = {} if extra is None else dict(extra.values)
   for name in RESERVED:
@@ -139,29 +136,44 @@ def _variables(fields: Fields) -> dict:
       raise extra.wrong(name, 'left out: it has its own place')
   if fields.has('reasoning_effort'):
     values['reasoning_effort'] = fields.text('reasoning_effort')
-  return values | ({'tools': used} if used else {})
+  return values
 
 
-def form_of(words: Words, *, scored: bool) -> Form:
-  """The form of chats; `scored`: with log-probabilities."""
+def form_of(words: Words, *, scored: bool, new_id: Callable[[], str]) -> Form:
+  """The form of chats; `scored`: with log-probabilities. `new_id` names a call of a tool."""
 
   def entry(choice: Choice, what: dict, piece: Piece) -> dict:
     content = [_logprob(words, score) for score in piece.scored]
     logprobs = {'content': content, 'refusal': None} if scored else None
-    ends = {'finish_reason': piece.finish, 'stop_reason': piece.stop}
+    finish = 'tool_calls' if piece.finish == 'stop' and choice.called else piece.finish
+    ends = {'finish_reason': finish, 'stop_reason': piece.stop}
     return {'index': choice.index, **what, 'logprobs': logprobs, **ends}
 
-  message = lambda text: {'message': {'role': 'assistant', 'content': text, 'refusal': None}}
-  delta = lambda text: {'delta': {'content': text} if text else {}}
+  def message(piece: Piece) -> dict:
+    content = piece.text or (None if piece.calls else '')
+    calls = {'tool_calls': [_tool(new_id, call) for call in piece.calls]} if piece.calls else {}
+    return {'message': {'role': 'assistant', 'content': content, 'refusal': None} | calls}
+
+  def delta(piece: Piece) -> dict:
+    numbered = enumerate(piece.calls, piece.called)
+    calls = [{'index': i, **_tool(new_id, call)} for i, call in numbered]
+    content = {'content': piece.text} if piece.text else {}
+    return {'delta': content | ({'tool_calls': calls} if calls else {})}
+
   opening = {'delta': {'role': 'assistant', 'content': ''}}
   return Form(
     prefix='chatcmpl',
     whole_object='chat.completion',
     part_object='chat.completion.chunk',
     opening=lambda choice: entry(choice, opening, Piece()),
-    part=lambda choice, piece: entry(choice, delta(piece.text), piece),
-    whole=lambda choice, piece: entry(choice, message(piece.text), piece),
+    part=lambda choice, piece: entry(choice, delta(piece), piece),
+    whole=lambda choice, piece: entry(choice, message(piece), piece),
   )
+
+
+def _tool(new_id: Callable[[], str], call: ToolCall) -> dict:
+  function = {'name': call.name, 'arguments': call.arguments}
+  return {'id': new_id(), 'type': 'function', 'function': function}
 
 
 def _logprob(words: Words, score: Scored) -> dict:

@@ -4,6 +4,8 @@ import dataclasses
 from collections import deque
 from collections.abc import Sequence
 
+from experiments.serving.tools.calls import ToolCall
+from experiments.serving.tools.stream import CallStream
 from model.infer.request import Progress, Request, TokenLogprobs
 from model.infer.stops import StoppedText
 from model.tokenizer import Tokenizer
@@ -35,9 +37,14 @@ def _finite(logprob: float) -> float:
 
 @dataclasses.dataclass(kw_only=True)
 class Piece:
-  """What is new of a choice; `finish` and `stop` are set with the last piece."""
+  """What is new of a choice; `finish` and `stop` are set with the last piece.
+
+  `calls` are calls of tools, which are no part of the text; `called` came before them.
+  """
 
   text: str = ''
+  calls: tuple[ToolCall, ...] = ()
+  called: int = 0
   scored: tuple[Scored, ...] = ()
   tokens: int = 0
   finish: str | None = None
@@ -48,6 +55,7 @@ def joined(pieces: Sequence[Piece]) -> Piece:
   """All pieces of a choice as one."""
   return Piece(
     text=''.join(piece.text for piece in pieces),
+    calls=tuple(call for piece in pieces for call in piece.calls),
     scored=tuple(score for piece in pieces for score in piece.scored),
     tokens=sum(piece.tokens for piece in pieces),
     finish=pieces[-1].finish,
@@ -59,7 +67,8 @@ class Choice:
   """The state of one continuation.
 
   `finish` is None until it ends, then 'stop' or 'length'; `stop` is the stop string that ended it,
-  `tokens` the number of tokens so far. With `echo`, the prompt is the beginning of the text.
+  `tokens` the number of tokens so far. `text` decodes and ends it. With `echo`, the prompt is the
+  beginning of the text. With `tools`, calls are taken out of it; `called` counts them.
   """
 
   def __init__(
@@ -67,19 +76,23 @@ class Choice:
     index: int,
     request: Request,
     tokenizer: Tokenizer,
+    text: StoppedText,
     *,
-    stops: Sequence[str] = (),
-    included: bool = False,
     echo: bool = False,
+    tools: CallStream | None = None,
   ):
     self.index, self.request = index, request
     self.finish, self.tokens, self.cached_tokens = None, 0, 0
     self.echo = ''
     self._tokenizer, self._waiting = tokenizer, deque()
-    self._text = StoppedText(tokenizer, request.prompt, stops, included=included)
+    self._text, self._tools = text, tools
     if echo:
       self.echo = tokenizer.decode(request.prompt, skip_special=True)
     self._echo_is_due = echo
+
+  @property
+  def called(self) -> int:
+    return 0 if self._tools is None else self._tools.called
 
   @property
   def stop(self) -> str | None:
@@ -105,6 +118,10 @@ class Choice:
     if self.finish is None and progress.finish is not None:
       piece.text += self._text.end()
       self.finish = 'length' if progress.finish == 'length' and self.stop is None else 'stop'
+    if self._tools is not None:
+      piece.called = self.called
+      split = self._tools.push(piece.text, ended=self.finish is not None)
+      piece.text, piece.calls = split.text, split.calls
     self.tokens += piece.tokens
     piece.scored += tuple(self._certain())
     piece.finish, piece.stop = self.finish, self.stop

@@ -35,7 +35,7 @@ async def prepare(fields: Fields, served: Served) -> Call:
     prompt_logprobs=(logprobs or 0) if echo and (logprobs is not None or most == 0) else None,
   )
   choices = [
-    Choice(i, r, served.tokenizer, stops=own.stops, included=own.included, echo=echo)
+    Choice(i, r, served.tokenizer, own.text(served.tokenizer, r.prompt), echo=echo)
     for i, r in enumerate(requests)
   ]
   form = form_of(served.words, scored=logprobs is not None)

@@ -150,7 +150,7 @@ async def _stream(call: Call, pieces, answer: '_Answer') -> None:
         if call.form.opening is not None and choice not in opened:
           opened.add(choice)
           events.append(call.part([call.form.opening(choice)]))
-        if piece.text or piece.scored or piece.finish is not None:
+        if piece.text or piece.calls or piece.scored or piece.finish is not None:
           events.append(call.part([call.form.part(choice, piece)]))
       await answer.events(events)
   last = [call.usage_part()] if call.settings.include_usage else []

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from experiments.serving.body import Fields
 from experiments.serving.errors import invalid
@@ -17,9 +19,16 @@ GUIDED = {
 }
 
 
-async def grammar(fields: Fields, served: Served) -> Grammar | None:
-  """The grammar that a call asks for. Raises ApiError: several, or one that cannot be followed."""
-  found = [one for one in (_response_format(fields), *_structured(fields)) if one is not None]
+async def grammar(
+  fields: Fields, served: Served, schema: Mapping[str, Any] | None = None
+) -> Grammar | None:
+  """The grammar that a call asks for; `schema` is that of the tools which it must call.
+
+  Raises ApiError: several, or one that cannot be followed.
+  """
+  tools = None if schema is None else ('tool_choice', 'json', schema)
+  asked = (tools, _response_format(fields), *_structured(fields))
+  found = [one for one in asked if one is not None]
   if not found:
     return None
   if len(found) > 1:

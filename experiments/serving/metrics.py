@@ -61,6 +61,7 @@ class Metrics:
   def __init__(self, engine, model: str):
     self.registry = prometheus_client.CollectorRegistry()
     self.registry.register(_OfEngine(engine, model))
+    prometheus_client.ProcessCollector(registry=self.registry)  # memory, processor time, files
     labels = {'labelnames': ['model_name'], 'registry': self.registry}
     self._histograms = {
       name: prometheus_client.Histogram(name, what, buckets=buckets, **labels).labels(model)

@@ -1,28 +1,14 @@
-"""What the server serves: a model with its tokenizer, its names and the limits of a call."""
+"""What the server serves: a model with its tokenizer, its names and its limits."""
 
 import dataclasses
 
 from experiments.serving.body import Fields, shown
 from experiments.serving.errors import ApiError, invalid
+from experiments.serving.limits import Limits
+from experiments.serving.tools.formats import Format
 from experiments.serving.words import Words
 from model.infer.grammar import Vocabulary
 from model.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-  """What a call may take; `queue` is the number of choices that may wait for a slot."""
-
-  body_bytes: int = 4 * 2**20
-  queue: int = 256
-  seconds: float = 600.0
-  body_seconds: float = 30.0
-
-  def __post_init__(self):
-    for field in dataclasses.fields(self):
-      value, least = getattr(self, field.name), 0 if field.name == 'queue' else 1
-      if not value >= least:
-        raise ValueError(f'the limit {field.name} must be at least {least}, not {value}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +21,7 @@ class Served:
   capacity: int
   adapters: tuple[str, ...] = ()
   limits: Limits = Limits()
+  tool_format: Format | None = None  # how the model writes calls of tools; None: not known
 
   @property
   def vocab_size(self) -> int:

@@ -10,6 +10,8 @@ from experiments.serving.errors import invalid
 from experiments.serving.served import Served
 from model.infer.grammar import Grammar
 from model.infer.request import MOST_LOGPROBS, Request
+from model.infer.stops import StoppedText
+from model.tokenizer import Tokenizer
 from ops.sampling import SamplingConfig
 
 MOST_CHOICES = 128  # of one call, over all of its prompts
@@ -53,6 +55,13 @@ class Settings:
   include_usage: bool
   continuous_usage: bool
   adapter: str | None
+
+  def text(
+    self, tokenizer: Tokenizer, prompt: Sequence[int], *, special: bool = False
+  ) -> StoppedText:
+    """The text that continues a prompt; `special`: with the names of special tokens."""
+    given = {'included': self.included, 'special': special}
+    return StoppedText(tokenizer, prompt, self.stops, **given)
 
   def requests(
     self,

@@ -14,7 +14,8 @@ class StoppedText:
   The stop string that is complete first ends the text before it, or after it if it is `included`;
   of several that are complete with the same character, the longest. Text that may turn out to be
   the beginning of one is held back. `known` counts the characters decoded so far, `given` those
-  that were given out, `stop` is the stop string that was met.
+  that were given out, `stop` is the stop string that was met. With `special`, the names of special
+  tokens are text too.
   """
 
   def __init__(
@@ -24,10 +25,11 @@ class StoppedText:
     stops: Sequence[str] = (),
     *,
     included: bool = False,
+    special: bool = False,
   ):
     if '' in stops:
       raise ValueError('a stop string has at least one character')
-    self._stream = TextStream(tokenizer, prompt[-CONTEXT:])
+    self._stream = TextStream(tokenizer, prompt[-CONTEXT:], special=special)
     self._stops, self._included = tuple(stops), included
     self._held = ''
     self.given, self.stop = 0, None

@@ -2,14 +2,15 @@
 
 import asyncio
 import json
+import os
 import threading
 import time
 
 import numpy as np
 import pytest
 
-from experiments import costs, load
-from experiments.load import Server
+from experiments import costs, load, soak
+from experiments.load import Answer, Server
 from model.eval import energy, records
 
 STEP_S, TOKENS = 0.05, 4
@@ -21,17 +22,21 @@ class Scripted:
 
   def __init__(self):
     self.open, self.most, self.arrivals, self.status = 0, 0, [], 200
+    self.step_s, self.wrong_at, self.metrics = STEP_S, frozenset(), b''
 
   async def __call__(self, reader, writer):
     headers = await reader.readuntil(b'\r\n\r\n')
     if headers.startswith(b'GET /v1/models'):
       writer.write(b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{"data": [{"id": "scripted"}]}')
+    elif headers.startswith(b'GET /metrics'):
+      writer.write(b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n' + self.metrics)
     else:
       length = int(headers.lower().split(b'content-length:')[1].split(b'\r\n')[0])
       await self._answer(writer, json.loads(await reader.readexactly(length)))
     writer.close()
 
   async def _answer(self, writer, call):
+    text = 'no' if len(self.arrivals) in self.wrong_at else 'né'
     self.arrivals.append(time.perf_counter())
     self.open += 1
     self.most = max(self.most, self.open)
@@ -40,8 +45,8 @@ class Scripted:
     else:
       writer.write(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n')
       for _ in range(call['max_tokens']):
-        await asyncio.sleep(STEP_S)
-        self._event(writer, {'choices': [{'text': 'né'}]})
+        await asyncio.sleep(self.step_s)
+        self._event(writer, {'choices': [{'text': text}]})
       usage = {'completion_tokens': call['max_tokens'], 'prompt_tokens': len(call['prompt'])}
       self._event(writer, {'choices': [], 'usage': usage})
       self._chunk(writer, b'data: [DONE]\n\n')
@@ -106,6 +111,72 @@ def test_the_name_of_the_model_is_asked_for():
     asyncio.run(load.model_of(Server('s', 'http://127.0.0.1:9/v1', 'm')))
 
 
+HELD = b"""# HELP x
+vllm:num_requests_running{model_name="a"} 1.0
+vllm:num_requests_running{model_name="b"} 1.0
+vllm:num_requests_waiting{model_name="a"} 3.0
+process_resident_memory_bytes 2.097152e+06
+"""
+
+
+def test_a_load_that_lasts_counts_wrong_answers_and_what_stays_in_use(monkeypatch):
+  """Calls 5 and 6 are the first and second of the load; four references precede them."""
+  monkeypatch.setattr(soak, 'EVERY_S', 0.05)
+  monkeypatch.setattr(soak, 'PATIENCE_S', 0.2)
+  scripted = Scripted()
+  scripted.step_s, scripted.wrong_at, scripted.metrics = 0.01, {4, 9}, HELD
+  seen = _with(scripted, lambda server: soak.run(server, CALLS[:4], 3, 0.5))
+  assert (len(seen.reference), scripted.most) == (4, 3)
+  assert {answer.call for answer in seen.answers} == set(range(4))
+  assert [str(wrong) for wrong in seen.wrong] == [
+    f"call {call}, from character 1 on: 'ononono', not 'énénéné'" for call in (0, 1)
+  ]
+  found = {name: metric.value for name, metric in soak.metrics(seen).items()}
+  assert (found['wrong'], found['failed'], found['in_use_afterwards']) == (2, 0, 5)
+  assert found['completed'] == len(scripted.arrivals) - 4 > 20
+  assert found['e2e_p99_s'] / found['e2e_median_s'] == found['e2e_p99_over_median']
+  assert found['memory_start_bytes'] == found['memory_end_bytes'] == 2**21
+  assert found['memory_slope_bytes_per_s'] == pytest.approx(0, abs=1e-3)
+  lines = soak.words(soak.metrics(seen))
+  assert lines[0].startswith(f'{found["completed"]:.0f} requests, 0 failed, 2 wrong; ')
+  assert lines[-2:] == [
+    'memory, MiB: 2.0 at the start, 2.0 after warm-up, 2.0 at the end, +0.00 a minute since, '
+    '+0.00 in the later half',
+    'in use afterwards: 5',
+  ]
+
+
+def _answer(asked_s, ended_s, text='a', **more):
+  return Answer(asked_s=asked_s, ended_s=ended_s, pieces_s=[ended_s], tokens=1, text=text, **more)
+
+
+def test_the_warm_up_is_left_out_of_times_and_of_the_slope_of_memory():
+  """The first answers of two clients take 5 s, later ones 1 s; 3, then 10 bytes a second leak."""
+  answers = [_answer(0, 5), _answer(0, 5), *(_answer(5 + i, 6 + i) for i in range(10))]
+  answers.append(_answer(6, 6.1, error='OSError: gone'))
+  memory = [(0, 100), (2, 900), *((float(t), 1000 + 3 * t) for t in range(5, 16))]
+  memory += [(float(t), 1045 + 10 * (t - 15)) for t in range(16, 26)]
+  seen = soak.Soak(
+    clients=2, reference=[_answer(0, 1)], answers=answers, memory=memory, in_use=None
+  )
+  found = {name: metric.value for name, metric in soak.metrics(seen).items()}
+  assert (found['warm_up_s'], found['e2e_p99_s'], found['failed']) == (5, 1, 1)
+  assert 3 < found['memory_slope_bytes_per_s'] < found['memory_late_slope_bytes_per_s']
+  assert found['memory_late_slope_bytes_per_s'] == pytest.approx(10)
+  assert (found['memory_start_bytes'], found['memory_warm_bytes']) == (100, 1015)
+  assert 'in_use_afterwards' not in found
+  assert soak.words(soak.metrics(seen))[-1] == 'in use afterwards: not known'
+
+
+def test_memory_is_read_where_it_is(monkeypatch):
+  """Of a process of ours from /proc, which a large array changes; of no process, from nowhere."""
+  server = Server('s', 'http://127.0.0.1:9/v1', 'm', pid=os.getpid())
+  before = asyncio.run(soak._memory(server))[1]
+  held = np.ones(40 * 2**20, np.uint8)
+  assert asyncio.run(soak._memory(server))[1] - before > 30 * 2**20 < held.nbytes
+  assert asyncio.run(soak._memory(Server('s', 'http://127.0.0.1:9/v1', 'm'))) is None
+
+
 @pytest.fixture
 def address():
   """The address of a scripted server in a thread of its own."""
@@ -163,6 +234,24 @@ def test_servers_are_measured_side_by_side(script, base, tmp_path, capsys, monke
   assert capsys.readouterr().out.count(' tokens/s') == 4
 
 
+def test_a_load_that_lasts_is_recorded(script, base, tmp_path, capsys, address):
+  out = tmp_path / 'soak.jsonl'
+  lengths = [f'--new_tokens={TOKENS}', '--prompt_tokens=8', '--distinct=2']
+  script(
+    f'--model={base}',
+    f'--url=a={address}',
+    '--clients=2',
+    '--seconds=1',
+    *lengths,
+    f'--output={out}',
+  )
+  (record,) = records.read(out)
+  assert (record.config['seconds'], record.config['distinct']) == (1, 2)
+  assert record.value('completed') >= 6 and record.value('wrong') == 0
+  shown = capsys.readouterr().out
+  assert shown.startswith('a, 2 clients for 1 s:\n') and ' 0 wrong; ' in shown
+
+
 def test_the_counters_of_this_machine_do_not_measure_another(script):
   here = energy.Meters(meters=(object(),))
   spent = costs.Costs(meters=here)
@@ -183,6 +272,7 @@ def test_smoke(script, capsys):
     ([], 'needs --model'),
     (['--smoke', '--clients=0'], '--clients must be above 0'),
     (['--smoke', '--rates=x'], '--rates must be numbers'),
+    (['--smoke', '--rates=1', '--seconds=9'], '--seconds is for --clients'),
     (['--smoke', '--shared_tokens=200'], '--shared_tokens must be below'),
     (['--smoke', '--url=x'], '--url must be NAME=http'),
   ],

@@ -38,7 +38,7 @@ def test_bad_input_is_refused(script, tmp_path, monkeypatch):
   every = ['--model=x', '--tasks=mine', f'--output={tmp_path}/records.jsonl']
   with monkeypatch.context() as patch:
     patch.setattr(importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(ValueError, match=r"is not installed; pip install 'lissom\[harness\]'"):
+    with pytest.raises(ValueError, match=r"lm_eval not installed; pip install -e '.\[harness\]'"):
       script(*every)
   if INSTALLED:
     with pytest.raises(ValueError, match='there is no task file'):

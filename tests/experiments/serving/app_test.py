@@ -5,7 +5,7 @@ import socket
 import openai
 import pytest
 
-from experiments.serving.app import Access
+from experiments.serving.limits import Access
 
 KEY = 'a-key-that-nobody-knows'
 CALL = {'model': 'tiny', 'prompt': 'hello', 'max_tokens': 2, 'seed': 0}

@@ -135,8 +135,6 @@ def test_other_forms(create, body):
     ),
     ({'max_tokens': 300}, 'prompt', 'the context has 256 here'),
     ({'top_logprobs': 2}, 'top_logprobs', 'needs "logprobs": true'),
-    ({'tools': [{'type': 'function'}]}, 'tools', 'a list of functions'),
-    ({'tools': [TOOL], 'tool_choice': 'required'}, 'tool_choice', 'can only be auto or none'),
     ({'response_format': {'type': 'xml'}}, 'response_format.type', 'text, json_object or'),
     (
       {'response_format': {'type': 'json_schema', 'json_schema': {'name': 'x'}}},

@@ -11,8 +11,9 @@ import openai
 import pytest
 
 from experiments.serving import server
-from experiments.serving.app import Access, State, build
-from experiments.serving.served import Limits, Served
+from experiments.serving.app import State, build
+from experiments.serving.limits import Access, Limits
+from experiments.serving.served import Served
 from model.infer.grammar import Vocabulary
 from model.infer.request import Progress, TokenLogprobs
 from model.infer.worker import Worker
@@ -33,9 +34,8 @@ class ScriptedEngine:
   `gate` holds each step until it is set.
   """
 
-  capacity = 256
-
-  def __init__(self, script, vocab_size, slots=4):
+  def __init__(self, script, vocab_size, slots=4, capacity=256):
+    self.capacity = capacity
     self.script, self.vocab_size, self.slots = list(script), vocab_size, slots
     self.requests, self.known, self.number = {}, set(), 0
     self.failing, self.gate = False, threading.Event()
@@ -119,7 +119,7 @@ def tokenizer():
 class Running:
   """A server in a thread."""
 
-  def __init__(self, engine, tokenizer, vocab_size, *, limits, access, adapters):
+  def __init__(self, engine, tokenizer, vocab_size, *, limits, access, **served):
     self.engine, self.state = engine, State()
     self.worker = Worker(engine, most=engine.slots + limits.queue)
     served = Served(
@@ -127,8 +127,8 @@ class Running:
       tokenizer=tokenizer,
       vocabulary=Vocabulary(tokenizer, vocab_size, (0,)),
       capacity=engine.capacity,
-      adapters=adapters,
       limits=limits,
+      **served,
     )
     app = build(served, self.worker, self.state, access)
     bound, started = server.listen('127.0.0.1', 0), threading.Event()
@@ -159,10 +159,11 @@ def serve(tokenizer):
   """A function (script or engine, ...) -> a server; all are ended with the session."""
   running = []
 
-  def start(script='hello world', *, engine=None, vocab_size=320, slots=4, adapters=(), **given):
-    engine = engine or ScriptedEngine(tokenizer.encode(script), vocab_size, slots)
+  def start(script='hello world', *, engine=None, vocab_size=320, slots=4, capacity=256, **given):
+    tokens = tokenizer.encode(script) if isinstance(script, str) else script
+    engine = engine or ScriptedEngine(tokens, vocab_size, slots, capacity)
     defaults = {'limits': Limits(), 'access': Access()}
-    running.append(Running(engine, tokenizer, vocab_size, adapters=adapters, **defaults | given))
+    running.append(Running(engine, tokenizer, vocab_size, **defaults | given))
     return running[-1]
 
   yield start

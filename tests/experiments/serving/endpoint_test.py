@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from experiments.serving import endpoint
-from experiments.serving.served import Limits
+from experiments.serving.limits import Limits
 
 LONG = {'model': 'tiny', 'prompt': 'hello', 'max_tokens': 200, 'ignore_eos': True, 'seed': 0}
 
@@ -196,6 +196,7 @@ def test_metrics(serve, http, client, until):
   assert {'vllm:kv_cache_usage_perc', 'vllm:prefix_cache_hits_total'} <= {
     name.split('{')[0] for name in values
   }
+  assert float(values['process_resident_memory_bytes']) > 2**20
 
 
 def _labels(more):

@@ -6,6 +6,8 @@ import random
 
 import pytest
 
+from experiments.serving.tools.formats import FORMATS
+
 CALLS = {
   'completions': {
     'model': 'tiny',
@@ -49,6 +51,13 @@ CALLS = {
     'stream_options': {'include_usage': True},
     'chat_template_kwargs': {'a': 1},
   },
+}
+CALLS['chat/completions?tools'] = {
+  **CALLS['chat/completions'],
+  'tool_choice': {'type': 'function', 'function': {'name': 'f'}},
+  'parallel_tool_calls': False,
+  'response_format': None,
+  'stream': False,
 }
 VALUES = [
   None,
@@ -114,7 +123,8 @@ def _damaged(call, rng):
 
 @pytest.mark.parametrize('count', [200, pytest.param(1000, marks=pytest.mark.slow)])
 def test_damaged_calls_are_answered_or_refused(serve, http, until, count):
-  running, rng, seen = serve(), random.Random(count), {}
+  running = serve(tool_format=FORMATS['hermes'])
+  rng, seen = random.Random(count), {}
   for _ in range(count):
     path = rng.choice(list(CALLS))
     data = _damaged(CALLS[path], rng)

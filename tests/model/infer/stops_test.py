@@ -54,6 +54,13 @@ def test_the_beginning_of_a_stop_string_is_held_back(tokenizer):
   assert (text.stop, text.end()) == ('stop', '')
 
 
+@pytest.mark.parametrize('special, text', [(False, 'ab'), (True, 'a<|endoftext|>b')])
+def test_special_tokens_are_text_where_they_are_asked_for(tokenizer, special, text):
+  found = StoppedText(tokenizer, tokenizer.encode('ab'), special=special)
+  tokens = [*tokenizer.encode('a'), 0, *tokenizer.encode('b')]
+  assert ''.join(map(found.push, tokens)) + found.end() == text
+
+
 def test_an_empty_stop_string_is_refused(tokenizer):
   with pytest.raises(ValueError, match='at least one character'):
     StoppedText(tokenizer, [], ['a', ''])
