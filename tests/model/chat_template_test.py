@@ -43,3 +43,13 @@ def test_marks_in_the_messages_are_refused():
   with pytest.raises(ValueError, match=r'U\+FDD0'):
     chat_template.render_with_spans(TEMPLATE, messages, {})
   assert chat_template.render(TEMPLATE, messages, {}) == 'A:a\ufdd0b.'
+
+
+def test_a_message_that_only_calls_tools_has_its_content_there_and_other_keys_without_value_not():
+  template = (
+    "{% for m in messages %}{{ m['content'] is none }} {{ 'name' in m }} "
+    "{{ m.get('content') or '' }}|{% endfor %}"
+  )
+  calling = {'role': 'assistant', 'content': None, 'name': None, 'tool_calls': []}
+  text = chat_template.render(template, [calling, {'role': 'user', 'content': 'hi'}], {})
+  assert text == 'True False |False False hi|'
