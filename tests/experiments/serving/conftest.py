@@ -21,7 +21,7 @@ from model.tokenizer import Tokenizer
 
 TEXTS = ['né 東京 🎉 {"a": [1, true], "b": null} hello world, hello there. One two three four.'] * 3
 TEMPLATE = (
-  '{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}'
+  "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}\n{% endfor %}"
   '{% if tools %}tools: {{ tools | tojson }}\n{% endif %}'
   '{% if add_generation_prompt %}<>{% endif %}'
 )
