@@ -40,6 +40,7 @@ STUDIES = {
     study_upcycling,
   )
 }
+OF_COMPRESSING = ('study_caches',)  # the page that has its table; all others are of training
 COLUMNS = {  # metric -> its heading and format
   'cross_entropy': ('loss, nats per token', '.4f'),
   'recall': ('recall', '.1%'),

@@ -341,7 +341,12 @@ PARTS = (
     results=('llama_cpp_smollm2_cpu.jsonl',),
   ),
   *(
-    Part(file=TRAINING, name=name, generate=study_tables.study, results=(f'{name}.jsonl',))
+    Part(
+      file=COMPRESSING if name in study_tables.OF_COMPRESSING else TRAINING,
+      name=name,
+      generate=study_tables.study,
+      results=(f'{name}.jsonl',),
+    )
     for name in study_tables.STUDIES
   ),
   Part(
