@@ -12,6 +12,7 @@ from model.compress import latent_heads as latent_heads
 from model.compress import obs as obs
 from model.compress import owl as owl
 from model.compress import rotate as rotate
+from model.compress import shared_caches as shared_caches
 from model.compress import slicing as slicing
 from model.compress import smoothquant as smoothquant
 from model.compress import sparse_attention as sparse_attention
