@@ -9,6 +9,7 @@ from model.compress import factoring as factoring
 from model.compress import grouped_heads as grouped_heads
 from model.compress import hqq as hqq
 from model.compress import latent_heads as latent_heads
+from model.compress import linearize as linearize
 from model.compress import obs as obs
 from model.compress import owl as owl
 from model.compress import rotate as rotate
