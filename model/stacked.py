@@ -95,7 +95,7 @@ def stack(
   blocks, parts = list(model.layers), []
   traits = [None] * len(blocks) if traits is None else traits
   kinds = [(kind(block), trait) for block, trait in zip(blocks, traits, strict=True)]
-  for run in _runs_of_layers(kinds, lending.pieces([block.layer for block in blocks])):
+  for run in runs_of_layers(kinds, lending.pieces([block.layer for block in blocks])):
     own = blocks[run.start : run.start + run.period * run.repeats]
     parts += own if run.repeats == 1 else [Stack.of(own, run.period, consume=consume)]
   return _with_layers(model, parts)
@@ -226,7 +226,7 @@ def runs(kinds: Sequence[Hashable]) -> list[Run]:
   return found
 
 
-def _runs_of_layers(kinds: Sequence[Hashable], pieces: Sequence[int]) -> list[Run]:
+def runs_of_layers(kinds: Sequence[Hashable], pieces: Sequence[int]) -> list[Run]:
   """`runs` of layers of which some read what others have lent: none begins or ends within a piece.
 
   `pieces` are the numbers of layers that belong together.

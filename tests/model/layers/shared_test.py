@@ -19,6 +19,7 @@ from model.layers.feed_forward import FeedForwardConfig
 from model.layers.mixers.attention import AttentionConfig
 from model.layers.mixers.linformer import LinformerConfig
 from model.layers.mixers.shared import SharedConfig
+from model.stacked import Run
 from model.transformer import Transformer, parameters
 from ops import patterns
 
@@ -143,10 +144,11 @@ def _feed(model, format, lengths) -> np.ndarray:
   ('name', 'format'),
   [('CLA3', 'float'), ('windows', 'float'), ('windows', 'int8'), ('CLA3', 'int4')],
 )
+@pytest.mark.quick(name=('windows',), format=('int8',))
 def test_decoding_equals_reading_at_once(name, format):
   """One by one and in parts, with windows that are left behind."""
   model = _model(*MIXERS[name])
-  found = _feed(model, format, (7, *(1,) * 4, 3))
+  found = _feed(model, format, (5, 5, *(1,) * 4))
   # All tokens fit into the page of int4 that is exact.
   expected = _feed(model, format, (LENGTH,)) if format == 'int8' else _logits(model, TOKENS_BT)
   np.testing.assert_allclose(found, expected, atol=EXACT)
@@ -180,31 +182,44 @@ def _grad(hidden, model):
 
 
 def test_loops_over_stacked_layers_keep_who_reads_whom():
-  """Of five layers the fourth and fifth pairs are alike, and the gradients are those of no loop."""
-  model = _model(LENDER, read(1), LENDER, read(1), OWN)
-  kinds = [type(layer).__name__ for layer in stacked.stack(model).layers]
-  assert kinds == ['Stack', 'Block']
+  """Two pairs are alike, and the gradients are those of no loop."""
+  model = _model(*(LENDER, read(1)) * 2)
+  assert [type(layer).__name__ for layer in stacked.stack(model).layers] == ['Stack']
   plain = dict(_grad(lambda model, tokens_BT: model.hidden(tokens_BT)[0], model))
   for path, value in _grad(functools.partial(stacked.hidden, remat='block'), model):
     expected = np.asarray(plain[path].get_value())
     atol = 2e-5 * np.abs(expected).max()
     np.testing.assert_allclose(value.get_value(), expected, atol=atol, err_msg=str(path))
-  assert lending.pieces(model.config.layers) == [2, 2, 1]
 
 
-def test_matrices_learn_from_all_layers_that_read_them(thrice):
+@pytest.mark.parametrize(
+  ('mixers', 'sizes'),
+  [
+    ((LENDER, read(1), LENDER, read(1), LENDER), [2, 2, 1]),
+    ((OWN, LENDER, read(1), read(2), OWN), [1, 3, 1]),
+    (MIXERS['windows'], [4]),
+  ],
+)
+def test_no_loop_parts_a_reader_from_its_lender(mixers, sizes):
+  assert lending.pieces(_config(*mixers).layers) == sizes
+  # Pairs and one more layer: not the first layer and a loop.
+  assert stacked.runs_of_layers('ABABA', [2, 2, 1]) == [Run(0, 2, 2), Run(4, 1, 1)]
+
+
+def test_matrices_learn_from_all_layers_that_read_them():
   """The slope along a direction, by central differences in float64 of the network by hand."""
-  w_IO, v_IO = (getattr(thrice.layers[0].attention, part).weight for part in ('key', 'value'))
+  model = _model(LENDER, read(1))
+  w_IO, v_IO = (getattr(model.layers[0].attention, part).weight for part in ('key', 'value'))
   weigh_TV = np.random.default_rng(2).standard_normal((LENGTH, VOCABULARY))
   loss = lambda model: jnp.sum(model(TOKENS_BT[:1])[0] * jnp.asarray(weigh_TV, 'float32'))
-  slopes = jax.jit(nnx.grad(loss))(thrice)
+  slopes = jax.jit(nnx.grad(loss))(model)
   for name, weight in (('key', w_IO), ('value', v_IO)):
     found = np.asarray(getattr(slopes['layers'][0]['attention'], name)['weight'].get_value())
     old, step = weight.get_value(), 2.0**-6
     values = []
     for sign in (1, -1):
       weight.set_value(old.at[3, 5].add(sign * step))
-      values.append((_by_hand(thrice, TOKENS_BT[0]) * weigh_TV).sum())
+      values.append((_by_hand(model, TOKENS_BT[0]) * weigh_TV).sum())
     weight.set_value(old)
     np.testing.assert_allclose(found[3, 5], (values[0] - values[1]) / (2 * step), rtol=1e-2)
 
