@@ -277,14 +277,12 @@ class Attention(Heads):
   def attend(self, x_BTD, q_BTNH, k_BTKH, v_BTKH, mask, cache, **scores):
     """Returns (cache, y_BTNH); what layers that attend in another way replace."""
     del x_BTD
-    if self.config.lends:
-      positions_BT = mask.q_positions_BT
-      new, held = (
-        (None, Pass(k_BTKH, v_BTKH)) if cache is None else cache.taken(k_BTKH, v_BTKH, positions_BT)
-      )
-      return Lent(new, held), held.read(q_BTNH, mask, **scores)
     if cache is None:
-      return None, self.compute(q_BTNH, k_BTKH, v_BTKH, mask, **scores)
+      y_BTNH = self.compute(q_BTNH, k_BTKH, v_BTKH, mask, **scores)
+      return (Lent(None, Pass(k_BTKH, v_BTKH)) if self.config.lends else None), y_BTNH
+    if self.config.lends:
+      new, held = cache.taken(k_BTKH, v_BTKH, mask.q_positions_BT)
+      return Lent(new, held), held.read(q_BTNH, mask, **scores)
     return cache.attend(q_BTNH, k_BTKH, v_BTKH, mask, **scores)
 
   def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
