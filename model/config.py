@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from model.layers import kinds
+from model.layers import kinds, lending
 from model.layers.basic import NormKind, StreamConfig
 from model.layers.block import LayerConfig
 from model.layers.checks import check_choice, check_count, check_positive
@@ -58,6 +58,7 @@ class ModelConfig:
           f'a rope rotates pairs, but layer {l} rotates {rotated} elements of a head; '
           'choose an even head_width or rotary_width'
         )
+    lending.check(self.layers)
 
   @property
   def stream(self) -> StreamConfig:

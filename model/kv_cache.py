@@ -9,7 +9,8 @@ Where all tokens stay, slot s of a row holds position s of that row. The rows of
 different lengths: a query sees only slots up to its own position, so slots past the end of a row
 are never read, and slots with padding are overwritten when the row reaches them. Layers with a
 window hold no more than that (`model.layers.mixers.slots`), whatever the policy of the others, and
-so do layers with a state of constant size.
+so do layers with a state of constant size. Layers that read the keys and values of an earlier layer
+hold nothing.
 """
 
 import functools
@@ -79,6 +80,11 @@ def _evicts(mixer: MixerConfig, capacity: int, format: CacheFormat) -> bool:
   """
   if mixer.pattern is not None and mixer.pattern.recent is None:
     raise ValueError(f'layers that see {mixer.pattern} cannot give tokens up; use all of them')
+  if mixer.lends and mixer.pattern is None:
+    raise ValueError(
+      'a layer whose keys and values later layers read cannot give tokens up, because its own '
+      'queries would choose them; use a cache of all tokens, such as int8'
+    )
   cache = jax.eval_shape(lambda: mixer.cache(1, capacity, jnp.float32, format))
   if mixer.pattern is not None or cache.capacity is None:
     return False

@@ -31,6 +31,7 @@ backward pass computes again what the forward pass did not keep:
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, get_args
 
@@ -39,7 +40,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from model.layers import lending
 from model.layers.block import Block
+from model.layers.lending import Lenders
 from model.transformer import Context, Transformer
 
 Remat = Literal['none', 'block', 'dots']
@@ -92,7 +95,7 @@ def stack(
   blocks, parts = list(model.layers), []
   traits = [None] * len(blocks) if traits is None else traits
   kinds = [(kind(block), trait) for block, trait in zip(blocks, traits, strict=True)]
-  for run in runs(kinds):
+  for run in runs_of_layers(kinds, lending.pieces([block.layer for block in blocks])):
     own = blocks[run.start : run.start + run.period * run.repeats]
     parts += own if run.repeats == 1 else [Stack.of(own, run.period, consume=consume)]
   return _with_layers(model, parts)
@@ -156,14 +159,16 @@ def hidden_and_read(
   """
   if remat not in REMATS:
     raise ValueError(f'remat {remat!r} is not one of {", ".join(REMATS)}')
-  found = []
+  found, lenders = [], Lenders(context.config.layers)
   for layer in model.layers:
     if isinstance(layer, Stack):
       x_BTD, own = _loop(layer, context, x_BTD, read, remat)
       found += own
     else:
       graphdef, state = nnx.split(layer)
-      x_BTD, one = _body(graphdef, context, read, remat, in_loop=False)(state, x_BTD)
+      body = _body(graphdef, context, read, remat, in_loop=False)
+      x_BTD, lent, one = body(state, x_BTD, lenders.given(layer.layer.mixer, None))
+      lenders.taken(layer.layer.mixer, lent)
       found.append(one)
   return model.final_norm(x_BTD), found
 
@@ -221,6 +226,17 @@ def runs(kinds: Sequence[Hashable]) -> list[Run]:
   return found
 
 
+def runs_of_layers(kinds: Sequence[Hashable], pieces: Sequence[int]) -> list[Run]:
+  """`runs` of layers of which some read what others have lent: none begins or ends within a piece.
+
+  `pieces` are the numbers of layers that belong together.
+  """
+  ends = list(itertools.accumulate(pieces, initial=0))
+  found = runs([tuple(kinds[a:b]) for a, b in itertools.pairwise(ends)])
+  layers = lambda run: ends[run.start + run.period] - ends[run.start]
+  return [Run(ends[run.start], layers(run), run.repeats) for run in found]
+
+
 def _repeats(ids, start, period):
   """How often the `period` layers from `start` on come in a row."""
   first, at = ids[start : start + period], start + period
@@ -232,11 +248,13 @@ def _repeats(ids, start, period):
 def _loop(layer: Stack, context: Context, x_BTD, read: Read, remat: Remat):
   graphdefs, states = zip(*map(nnx.split, layer.blocks))
   bodies = [_body(graphdef, context, read, remat, in_loop=True) for graphdef in graphdefs]
+  mixers = [block.layer.mixer for block in layer.blocks]
 
   def period(x_BTD, states):
-    found = []
-    for body, state in zip(bodies, states):
-      x_BTD, one = body(state, x_BTD)
+    found, lenders = [], Lenders(context.config.layers)
+    for body, state, mixer in zip(bodies, states, mixers):
+      x_BTD, lent, one = body(state, x_BTD, lenders.given(mixer, None))
+      lenders.taken(mixer, lent)
       found.append(one)
     return x_BTD, found
 
@@ -278,10 +296,10 @@ def _with_layers(model: Transformer, layers: Sequence[nnx.Module]) -> Transforme
 def _body(
   graphdef: nnx.GraphDef, context: Context, read: Read, remat: Remat, in_loop: bool
 ) -> Callable:
-  def apply(state, x_BTD):
+  def apply(state, x_BTD, given):
     block = nnx.merge(graphdef, state)
-    x_BTD, z_BTD = context.run_and_read(block, x_BTD)
-    return x_BTD, read(block, z_BTD)
+    x_BTD, lent, z_BTD = context.run_and_read(block, x_BTD, given)
+    return x_BTD, lent, read(block, z_BTD)
 
   if remat == 'none':
     return apply

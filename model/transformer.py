@@ -18,6 +18,7 @@ from model.config import ModelConfig
 from model.layers.basic import Linear, Norm, Table
 from model.layers.block import Block
 from model.layers.cache import Cache
+from model.layers.lending import Lenders
 from ops import axes, rope
 from ops.linear import Matrix
 from ops.masks import AttentionMask
@@ -66,10 +67,11 @@ class Transformer(nnx.Module):
     """
     x_BTD = self.embed(tokens_BT, positions_BT)
     context = Context.of(self.config, tokens_BT, positions_BT, segments_BT, cache)
-    caches = []
+    lenders, caches = Lenders(self.config.layers), []
     for i, block in enumerate(self.layers):
-      x_BTD, layer_cache = context.run(block, x_BTD, cache and cache[i])
-      caches.append(layer_cache)
+      mixer = block.layer.mixer
+      x_BTD, found = context.run(block, x_BTD, lenders.given(mixer, cache and cache[i]))
+      caches.append(lenders.taken(mixer, found))
     return self.final_norm(x_BTD), cache and tuple(caches)
 
   def embed(self, tokens_BT, positions_BT=None) -> jax.Array:
@@ -134,13 +136,12 @@ class Context:
     return cls(config, mask)
 
   def run(self, block: Block, x_BTD, cache: Cache | None = None):
-    """Applies one block and returns (x_BTD, cache)."""
+    """Applies one block and returns (x_BTD, cache); `Lenders` says what it is of some blocks."""
     return block(x_BTD, *self._own(block), cache)
 
-  def run_and_read(self, block: Block, x_BTD):
-    """Applies one block and returns (x_BTD, z_BTD), with what its feed-forward network has read."""
-    x_BTD, _, z_BTD = block.run(x_BTD, *self._own(block))
-    return x_BTD, z_BTD
+  def run_and_read(self, block: Block, x_BTD, cache: Cache | None = None):
+    """As `run`, with what the block's feed-forward network has read: (x_BTD, cache, z_BTD)."""
+    return block.run(x_BTD, *self._own(block), cache)
 
   def _own(self, block):
     key, reach = self._rotation(block.layer), block.layer.mixer.first_reach

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from model.config import ModelConfig
-from model.layers import basic
+from model.layers import basic, lending
 from model.layers.block import Block, LayerConfig
 from model.layers.sublayer import Units
 from model.transformer import Transformer, abstract, linears, parameters
@@ -144,6 +144,7 @@ def keep(unit: Unit, indices: Sequence[np.ndarray]) -> Kept:
 def resized(config: ModelConfig, kept: Kept) -> ModelConfig:
   """Returns the config of the model that is left."""
   numbers = range(len(config.layers)) if kept.layers is None else kept.layers
+  lending.check_kept(config.layers, numbers)
   layers = tuple(_resized_layer(config.layers[l], kept, l) for l in numbers)
   width = config.width if kept.width is None else len(kept.width)
   return config.replace(width=width, layers=layers)

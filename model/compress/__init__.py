@@ -9,9 +9,11 @@ from model.compress import factoring as factoring
 from model.compress import grouped_heads as grouped_heads
 from model.compress import hqq as hqq
 from model.compress import latent_heads as latent_heads
+from model.compress import linearize as linearize
 from model.compress import obs as obs
 from model.compress import owl as owl
 from model.compress import rotate as rotate
+from model.compress import shared_caches as shared_caches
 from model.compress import slicing as slicing
 from model.compress import smoothquant as smoothquant
 from model.compress import sparse_attention as sparse_attention

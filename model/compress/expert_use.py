@@ -65,7 +65,7 @@ def measure(stream: calibrate.Stream, block: Block, outputs: bool = False) -> Ex
 @functools.partial(compiled, static_argnums=(0, 1))
 def _of_batch(function: calibrate.BlockFunction, outputs: bool, values, tokens_BT, x_BTD):
   block = function.merge(values)
-  _, z_BTD = Context.of(function.config, tokens_BT).run_and_read(block, x_BTD)
+  z_BTD = Context.of(function.config, tokens_BT).run_and_read(block, x_BTD)[2]
   return of_tokens(block.ffn, z_BTD.reshape(-1, z_BTD.shape[-1]), outputs)
 
 

@@ -15,6 +15,7 @@ from model.compress.phases import WHOLE
 from model.compress.programs import execute, has_experts, prepare
 from model.compress.recipe import Recipe, Step
 from model.compress.registry import PLAN, PREPARED
+from model.layers import lending
 from model.layers.basic import Table, decides
 from model.transformer import Transformer, abstract, linears, parameters
 from ops import experts
@@ -142,6 +143,7 @@ def check(
         raise ValueError(f'recipe {recipe.name}: {step.technique} needs calibration text')
       if calibrated(step):
         _check_calibration(model, calibration_BT)
+        _check_alone(recipe, step, after)
       if step.row.scope == 'learn' and not learns:
         raise ValueError(f'recipe {recipe.name}: {step.technique} trains, and has no text for it')
       after = _check_whole(after, recipe, step)
@@ -248,6 +250,15 @@ def _check_calibration(model, calibration_BT):
     raise ValueError(
       f'calibration rows of {shape[1]} tokens are longer than the {model.config.max_positions} '
       'learned positions; use shorter ones'
+    )
+
+
+def _check_alone(recipe, step, model):
+  if lending.shares(model.config.layers):
+    raise ValueError(
+      f'recipe {recipe.name}: {step.technique} measures on calibration text block by block, and '
+      'layers of this model read keys and values of other blocks; use steps without calibration, '
+      'such as round_to_nearest'
     )
 
 

@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 
 from model import units
+from model.compress import full_layers
 from model.compress.measurements import Measurements
 from model.compress.registry import Reshaped, technique
 from model.config import ModelConfig
@@ -56,11 +57,7 @@ class SparseAttentionSpec:
     recent = self.parsed.recent
     if self.cap_first and not (recent and recent[1]):
       raise ValueError(f'cap_first needs a window with first tokens, not {self.pattern}')
-    if self.full_every is not None and self.full_every < 2:
-      raise ValueError(
-        f'full_every must be at least 2, not {self.full_every}; 1 would leave all layers as they '
-        'are, and null leaves none'
-      )
+    full_layers.check_every(self.full_every)
     if self.rows < 1:
       raise ValueError(f'rows must be at least 1, not {self.rows}')
     if self.choose == 'loss' and (self.full_layers or self.full_every is None):
@@ -79,15 +76,9 @@ class SparseAttentionSpec:
 
 def check(config: ModelConfig, spec: SparseAttentionSpec) -> None:
   """Raises ValueError if a layer that gets the pattern cannot have it, or if there is none."""
-  count = len(config.layers)
-  outside = [l for l in spec.full_layers or () if not 0 <= l < count]
-  if outside:
-    raise ValueError(f'full_layers names layer {outside[0]}; there are layers 0 to {count - 1}')
+  chosen = _by_order(config, spec)
   # By loss, any layer may get the pattern.
-  chosen = range(count) if spec.choose == 'loss' else _by_order(count, spec)
-  if not chosen:
-    raise ValueError(f'no layer of {count} gets the pattern; let fewer stay as they are')
-  for l in chosen:
+  for l in range(len(config.layers)) if spec.choose == 'loss' else chosen:
     mixer = config.layers[l].mixer
     if not isinstance(mixer, AttentionConfig):
       raise ValueError(
@@ -106,12 +97,8 @@ def check(config: ModelConfig, spec: SparseAttentionSpec) -> None:
     )
 
 
-def _by_order(count: int, spec: SparseAttentionSpec) -> list[int]:
-  """The layers that get the pattern."""
-  full = set(spec.full_layers or ())
-  if not full and spec.full_every is not None:
-    full = set(range(spec.full_every - 1, count, spec.full_every))
-  return [l for l in range(count) if l not in full]
+def _by_order(config: ModelConfig, spec: SparseAttentionSpec) -> list[int]:
+  return full_layers.others(config, spec.full_every, spec.full_layers)
 
 
 def _config(config: ModelConfig, chosen, spec: SparseAttentionSpec) -> ModelConfig:
@@ -129,16 +116,14 @@ def _config(config: ModelConfig, chosen, spec: SparseAttentionSpec) -> ModelConf
   scope='shape',
   check=check,
   # Which layers it will be changes neither shapes nor what later steps may do.
-  reshapes=lambda model, spec: _config(
-    model.config, _by_order(len(model.config.layers), spec), spec
-  ),
+  reshapes=lambda model, spec: _config(model.config, _by_order(model.config, spec), spec),
   calibrates=lambda spec: spec.choose == 'loss',
 )
 def sparse_attention(model, measurements, spec):
   """Give the attention of some layers a sparse pattern, such as a window with sinks."""
   config, values = model.config, {p: one.get_value() for p, one in parameters(model).items()}
   count, pattern = len(config.layers), spec.parsed
-  chosen, events = _by_order(count, spec), {}
+  chosen, events = _by_order(config, spec), {}
   if spec.choose == 'loss':
     costs = _costs(model, values, measurements, spec)
     chosen = np.sort(np.argsort(costs, kind='stable')[: len(chosen)]).tolist()

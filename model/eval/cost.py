@@ -139,13 +139,18 @@ def kv_cache_bytes(
   The scales of a format, and the tokens that it keeps exact in `dtype`, are counted as allocated.
   """
   _positive('the context', context)
+  return sum(_cache_bytes(config, context, dtype, cache_format))
+
+
+def _cache_bytes(config, context, dtype, cache_format) -> list[int]:
+  """Bytes that each layer holds of a row."""
 
   def held(i, layer):
     slots = layer.mixer.seen(context)
     make = lambda: kv_cache.of_layer(config, i, 1, slots, dtype, cache_format)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(make)))
 
-  return sum(held(i, layer) for i, layer in enumerate(config.layers))
+  return [held(i, layer) for i, layer in enumerate(config.layers)]
 
 
 def touched(config: ModelConfig, path: str, rows: int) -> float:
@@ -172,7 +177,10 @@ def decode_bytes_per_step(
   each sequence; a tied embedding is read whole, because it is also the head. For experts see
   `touched`.
   """
-  read = batch * kv_cache_bytes(config, context, cache_dtype, cache_format)
+  _positive('the context', context)
+  held = _cache_bytes(config, context, cache_dtype, cache_format)
+  # What several layers share is read by each of them.
+  read = batch * sum(held[i - layer.mixer.back] for i, layer in enumerate(config.layers))
   for path, w in weights.items():
     lookup = path in LOOKED_UP and not (path == EMBEDDING and config.tied)
     if lookup:

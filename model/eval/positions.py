@@ -18,6 +18,7 @@ from flax import nnx
 
 from model.eval import perplexity
 from model.eval.perplexity import Windows
+from model.layers.lending import Lenders
 from model.transformer import Context, Transformer
 from ops import losses
 
@@ -63,8 +64,12 @@ def hidden(
   graphdef, state = nnx.split(model)
   with jax.default_matmul_precision('highest'):
     x_BTD = _embed(graphdef, state, tokens_BT)
+    lenders = Lenders(model.config.layers)
     for block in progress(list(model.layers)):
-      x_BTD = _run(model.config, *nnx.split(block), tokens_BT, x_BTD)
+      mixer = block.layer.mixer
+      given = lenders.given(mixer, None)
+      x_BTD, found = _run(model.config, *nnx.split(block), tokens_BT, x_BTD, given)
+      lenders.taken(mixer, found)
   return x_BTD
 
 
@@ -90,8 +95,8 @@ def _embed(graphdef, state, tokens_BT):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _run(config, graphdef, state, tokens_BT, x_BTD):
-  return Context.of(config, tokens_BT).run(nnx.merge(graphdef, state), x_BTD)[0]
+def _run(config, graphdef, state, tokens_BT, x_BTD, given):
+  return Context.of(config, tokens_BT).run(nnx.merge(graphdef, state), x_BTD, given)
 
 
 @functools.partial(jax.jit, static_argnums=0)

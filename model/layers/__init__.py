@@ -10,6 +10,7 @@ network, which works on each token by itself. Read in this order:
   feed_forward.py  the feed-forward network of kind 'dense'
   kinds.py         the kinds by name, as they stand in files
   block.py         the block, which joins a mixer and a feed-forward network
+  lending.py       how a pass hands the keys and values of one block to later ones
 
 A new kind of sub-layer is a file with a config and a module, and a row in `kinds`. Initialisation,
 calibration, folding, rotation, pruning of units, cost and files read what the config says.

@@ -11,6 +11,7 @@ from model.layers.mixers.delta import GatedDeltaConfig
 from model.layers.mixers.latent import LatentConfig
 from model.layers.mixers.linear import LinearConfig
 from model.layers.mixers.linformer import LinformerConfig
+from model.layers.mixers.shared import SharedConfig
 from model.layers.routed import RoutedConfig
 from model.layers.sublayer import FfnConfig, MixerConfig, SubLayerConfig
 from ops import patterns
@@ -18,6 +19,7 @@ from ops.patterns import Pattern
 
 MIXERS: dict[str, type[MixerConfig]] = {
   'attention': AttentionConfig,
+  'shared': SharedConfig,
   'latent': LatentConfig,
   'linformer': LinformerConfig,
   'linear': LinearConfig,

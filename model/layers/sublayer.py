@@ -67,7 +67,8 @@ class SubLayerConfig(abc.ABC):
 class MixerConfig(SubLayerConfig):
   """The config of a mixer, which is called with (x_BTD, angles, mask, cache) -> (y_BTD, cache).
 
-  The cache is its own (`cache`), or None.
+  The cache is its own (`cache`), or None; `model.layers.lending` says what layers that share keys
+  and values get and return in its place.
   """
 
   rope: RopeConfig | None  # of this layer; None: the model's
@@ -75,6 +76,10 @@ class MixerConfig(SubLayerConfig):
   first_reach: int | None = None
   # Whether several documents can stand in one row, told apart by their segments.
   packs = True
+  # How many layers before this one the layer is whose keys and values it reads; 0: its own.
+  back = 0
+  # Whether later layers may read its keys and values.
+  lends = False
 
   @property
   @abc.abstractmethod

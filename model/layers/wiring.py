@@ -56,6 +56,16 @@ class Attended:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Shared:
+  """As `Attended`, but several layers attend to the same values, so that no one layer scales them.
+
+  `scores` are the linear layers of this block whose outputs are multiplied.
+  """
+
+  scores: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadNormed:
   """The producer is a norm of each head, whose scale all heads share; a gate multiplies its output.
 
@@ -86,14 +96,14 @@ class Activated:
   function: str
 
 
-Through = Normed | Streamed | Attended | HeadNormed | Passed | Gated | Activated
+Through = Normed | Streamed | Attended | Shared | HeadNormed | Passed | Gated | Activated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Edge:
   """The linear layers that read one input, and the norm or linear layer that it comes from.
 
-  All names are paths within the block. The residual stream has no producer.
+  All names are paths within the block. The residual stream and shared values have no producer.
   """
 
   producer: str | None
@@ -108,6 +118,8 @@ class Edge:
     """
     if isinstance(self.through, Streamed):
       return 'no norm comes before it'
+    if isinstance(self.through, Shared):
+      return 'several layers read the same values'
     if isinstance(self.through, Activated) and self.through.function != 'relu':
       return f'{self.through.function} does not commute with scales'
     if isinstance(self.through, Gated) and not self.through.linear:
@@ -146,5 +158,5 @@ class Wiring:
   @property
   def scores(self) -> tuple[str, ...]:
     """The linear layers whose outputs are multiplied with each other."""
-    heads = [e.through for e in self.edges if isinstance(e.through, Attended | HeadNormed)]
+    heads = [e.through for e in self.edges if isinstance(e.through, Attended | Shared | HeadNormed)]
     return tuple(name for one in heads for name in one.scores)

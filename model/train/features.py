@@ -26,6 +26,7 @@ from einops import rearrange
 
 from model import stacked
 from model.config import ModelConfig
+from model.layers.lending import Lenders
 from model.layers.mixers.attention import AttentionConfig
 from model.train.data import Batch
 from model.train.objectives import Network
@@ -162,7 +163,7 @@ class Relations(Feature):
       if not -count <= index < count:
         raise ValueError(f'the {who} has the layers 0 to {count - 1}, and {index} is none of them')
       mixer = config.layers[index].mixer
-      if not isinstance(mixer, AttentionConfig):
+      if not isinstance(mixer, AttentionConfig) or mixer.back:
         raise ValueError(
           f'layer {index} of the {who} has no attention whose relations could be compared: it is a '
           f'{type(mixer).__name__}'
@@ -188,8 +189,11 @@ def projections(
   context = Context.of(model.config, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
   x_BTD = model.embed(batch.tokens_BT, batch.positions_BT)
   layers = list(stacked.unstack(model).layers)
+  lenders = Lenders(model.config.layers)
   for block in layers[: index % len(layers)]:
-    x_BTD, _ = context.run(block, x_BTD)
+    mixer = block.layer.mixer
+    x_BTD, found = context.run(block, x_BTD, lenders.given(mixer, None))
+    lenders.taken(mixer, found)
   block = layers[index]
   return block.attention.project(block.mixer_input(x_BTD))
 

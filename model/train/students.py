@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.config import ModelConfig
+from model.layers import lending
 from model.transformer import Transformer
 
 
@@ -53,6 +54,7 @@ def _chosen(teacher: Transformer, layers: int | Sequence[int]) -> tuple[int, ...
   chosen = spread(layers, depth) if isinstance(layers, int) else tuple(layers)
   if not chosen or not all(0 <= index < depth for index in chosen):
     raise ValueError(f'the teacher has the layers 0 to {depth - 1}; {list(chosen)} are not of them')
+  lending.check_kept(teacher.config.layers, chosen)
   return chosen
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,12 @@ from flax import nnx
 from model.layers.basic import Linear, Norm, StreamConfig, apply
 from model.layers.checks import check_choice, check_count, check_positive
 from model.layers.mixers import slots
-from model.layers.mixers.kv import KVCache
+from model.layers.mixers.kv import KVCache, Lent, Pass
 from model.layers.mixers.paged import PagedCache
 from model.layers.mixers.sides import SIDES
 from model.layers.mixers.slots import RollingCache, SlotCache
 from model.layers.sublayer import MixerConfig, Units
-from model.layers.wiring import Attended, Edge, Normed
+from model.layers.wiring import Attended, Edge, Normed, Shared
 from ops import rope
 from ops.attention import attention
 from ops.masks import AttentionMask
@@ -51,6 +51,7 @@ class AttentionConfig(MixerConfig):
   first_reach: int | None = None  # the first tokens are met as from this position at most
   sinks: bool = False  # a logit of each query head that has no value (gpt-oss)
   gated: bool = False  # the sigmoid of a gate multiplies what the heads find (Qwen3-Next)
+  lends: bool = False  # its keys and values to later layers, of kind 'shared'
 
   def __post_init__(self):
     for name in ('query_heads', 'kv_heads', 'head_width'):
@@ -100,9 +101,12 @@ class AttentionConfig(MixerConfig):
     heads = Attended(
       head_width=self.head_width, copies=self.copies, scores=(query, key), gated=self.gated
     )
+    last = Edge(producer=value, through=heads, consumers=(output,))
+    if self.lends:
+      last = Edge(producer=None, through=Shared(scores=(query, key)), consumers=(output,))
     return (
       Edge(producer=f'{name}_norm', through=Normed(), consumers=(query, key, value, *gate)),
-      Edge(producer=value, through=heads, consumers=(output,)),
+      last,
     )
 
   def writers(self, name):
@@ -119,7 +123,11 @@ class AttentionConfig(MixerConfig):
 
     Elements within a head are no units: a rope rotates them in pairs at frequencies that depend on
     their place. Where one norm spans all heads, those that stay are normed without the others.
+    Where layers share key/value heads, none can be removed from one layer alone: these have query
+    heads, which nothing removes.
     """
+    if self.lends or self.back:
+      return Units(letter='Q', count=self.query_heads, axes=())
     return Units(letter='K', count=self.kv_heads, axes=('K', 'N', 'Q'))
 
   def resized(self, count):
@@ -178,8 +186,8 @@ class Sinks(nnx.Module):
     self.axes = ('Q',)
 
 
-class Attention(nnx.Module):
-  """Multi-head attention with an optional key/value cache.
+class Heads(nnx.Module):
+  """What attention has whosever keys and values it reads: queries, gates, and an output.
 
   `compute` is called as `ops.attention.attention` is, for whole sequences. Training with the tokens
   of a row on several devices sets another function (`model.context_parallel`).
@@ -188,57 +196,93 @@ class Attention(nnx.Module):
   def __init__(self, config: AttentionConfig, stream: StreamConfig, *, rngs, dtype):
     self.config = config
     width, queries = stream.width, config.query_heads * config.head_width
-    keys = config.kv_heads * config.head_width
     make = lambda shape, axes, bias, **kw: Linear(
       shape, axes=axes, bias=bias, rngs=rngs, dtype=dtype, **kw
     )
+    norm = lambda letter, span: (
+      Norm(span, stream, dtype=dtype, kind='rms', axes=(letter,)) if config.qk_norm else None
+    )
     self.query = make((width, queries), ('D', 'N'), config.qkv_bias)
-    self.key = make((width, keys), ('D', 'K'), config.qkv_bias)
-    self.value = make((width, keys), ('D', 'K'), config.qkv_bias)
+    self.make_keys(make, norm, width)
     self.gate = make((width, queries), ('D', 'N'), config.qkv_bias) if config.gated else None
     self.output = make((queries, width), ('N', 'D'), config.output_bias, stddev=stream.write_stddev)
-    spans = {'head': [('H', config.head_width)] * 2, 'all': [('N', queries), ('K', keys)]}
-    self.query_norm, self.key_norm = (
-      Norm(span, stream, dtype=dtype, kind='rms', axes=(letter,)) if config.qk_norm else None
-      for letter, span in spans[config.qk_norm_over]
-    )
+    whole = config.qk_norm_over == 'all'
+    self.query_norm = norm(*(('N', queries) if whole else ('H', config.head_width)))
     self.sinks = Sinks(config, dtype=dtype) if config.sinks else None
     self.compute: Callable[..., jax.Array] = attention
 
-  def __call__(self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None):
-    """Returns (y_BTD, cache).
+  @property
+  def gates(self) -> tuple[Linear, ...]:
+    """The gate, if there is one."""
+    return () if self.gate is None else (self.gate,)
 
-    `angles` is (cos, sin) or None; with a `first_reach`, these for the first tokens stand after.
-    """
-    heads = lambda x: rearrange(x, 'B T (heads H) -> B T heads H', H=self.config.head_width)
-    q_BTN, k_BTK, v_BTK, *gates = self._project(x_BTD)
-    if self.config.qk_norm:
-      q_BTN, k_BTK = _normed(self.query_norm, q_BTN), _normed(self.key_norm, k_BTK)
-    q_BTNH, k_BTKH, v_BTKH = map(heads, (q_BTN, k_BTK, v_BTK))
-    own = {}
-    if angles is not None:
-      *angles, cos, sin = angles
-      if angles:
-        own['q_first_BTNH'] = rope.rotate(q_BTNH, cos, sin)
-        cos, sin = angles
-      q_BTNH, k_BTKH = rope.rotate(q_BTNH, cos, sin), rope.rotate(k_BTKH, cos, sin)
-    scores = {
-      **own,
+  @property
+  def scores(self) -> dict[str, Any]:
+    """How scores are made, for `ops.attention.attention` and for caches."""
+    return {
       'scale': self.config.query_scale or self.config.head_width**-0.5,
       'softcap': self.config.softcap,
       'sinks_N': None if self.sinks is None else self.sinks.logits.get_value(),
     }
-    cache, y_BTNH = self.attend(x_BTD, q_BTNH, k_BTKH, v_BTKH, mask, cache, **scores)
-    y_BTN = rearrange(y_BTNH, 'B T N H -> B T (N H)')
-    if gates:
-      y_BTN = y_BTN * jax.nn.sigmoid(gates[0])
-    return self.output(y_BTN), cache
+
+  def heads(self, x_BTO) -> jax.Array:
+    """Divides the outputs of a matrix into heads."""
+    return rearrange(x_BTO, 'B T (heads H) -> B T heads H', H=self.config.head_width)
+
+  def queries(self, q_BTN, angles) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Normed and rotated: q_BTNH, and these for the first tokens, if they are others.
+
+    `angles` is (cos, sin) or None; with a `first_reach`, these for the first tokens stand after.
+    """
+    if self.query_norm is not None:
+      q_BTN = _normed(self.query_norm, q_BTN)
+    q_BTNH = self.heads(q_BTN)
+    if angles is None:
+      return q_BTNH, {}
+    cos, sin, *first = angles
+    own = {'q_first_BTNH': rope.rotate(q_BTNH, *first)} if first else {}
+    return rope.rotate(q_BTNH, cos, sin), own
+
+  def written(self, y_BTN, gates) -> jax.Array:
+    """What the heads have found, through the gate and the output."""
+    for gate_BTN in gates:
+      y_BTN = y_BTN * jax.nn.sigmoid(gate_BTN)
+    return self.output(y_BTN)
+
+
+class Attention(Heads):
+  """Multi-head attention with an optional key/value cache."""
+
+  def make_keys(self, make, norm, width):
+    """Makes what gives keys and values; here, because random numbers are drawn in this order."""
+    config = self.config
+    keys = config.kv_heads * config.head_width
+    self.key = make((width, keys), ('D', 'K'), config.qkv_bias)
+    self.value = make((width, keys), ('D', 'K'), config.qkv_bias)
+    whole = config.qk_norm_over == 'all'
+    self.key_norm = norm(*(('K', keys) if whole else ('H', config.head_width)))
+
+  def __call__(self, x_BTD, angles, mask: AttentionMask, cache: KVCache | None = None):
+    """Returns (y_BTD, cache), with a `Lent` in place of the cache if the layer lends."""
+    q_BTN, k_BTK, v_BTK, *gates = self._project(x_BTD)
+    q_BTNH, own = self.queries(q_BTN, angles)
+    if self.key_norm is not None:
+      k_BTK = _normed(self.key_norm, k_BTK)
+    k_BTKH, v_BTKH = map(self.heads, (k_BTK, v_BTK))
+    if angles is not None:
+      k_BTKH = rope.rotate(k_BTKH, *angles[:2])
+    cache, y_BTNH = self.attend(x_BTD, q_BTNH, k_BTKH, v_BTKH, mask, cache, **own, **self.scores)
+    return self.written(rearrange(y_BTNH, 'B T N H -> B T (N H)'), gates), cache
 
   def attend(self, x_BTD, q_BTNH, k_BTKH, v_BTKH, mask, cache, **scores):
     """Returns (cache, y_BTNH); what layers that attend in another way replace."""
     del x_BTD
     if cache is None:
-      return None, self.compute(q_BTNH, k_BTKH, v_BTKH, mask, **scores)
+      y_BTNH = self.compute(q_BTNH, k_BTKH, v_BTKH, mask, **scores)
+      return (Lent(None, Pass(k_BTKH, v_BTKH)) if self.config.lends else None), y_BTNH
+    if self.config.lends:
+      new, held = cache.taken(k_BTKH, v_BTKH, mask.q_positions_BT)
+      return Lent(new, held), held.read(q_BTNH, mask, **scores)
     return cache.attend(q_BTNH, k_BTKH, v_BTKH, mask, **scores)
 
   def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -246,8 +290,7 @@ class Attention(nnx.Module):
     return self._project(x_BTD)[:3]
 
   def _project(self, x_BTD) -> tuple[jax.Array, ...]:
-    gates = () if self.gate is None else (self.gate,)
-    return apply(x_BTD, self.query, self.key, self.value, *gates)
+    return apply(x_BTD, self.query, self.key, self.value, *self.gates)
 
 
 def _normed(norm: Norm, x_BTO: jax.Array) -> jax.Array:

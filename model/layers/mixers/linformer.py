@@ -45,6 +45,8 @@ class LinformerConfig(AttentionConfig):
     check_count('chunk', self.chunk)
     check_count('summaries', self.summaries)
     check_choice('weights', self.weights, get_args(Weights))
+    if self.lends:
+      raise ValueError('the summaries of a Linformer are its own; it lends nothing to later layers')
     if not self.causal:
       raise ValueError(
         'Linformer as published sums up all tokens of a text, those to come too, which a decoder '

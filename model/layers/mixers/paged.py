@@ -28,11 +28,10 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from model.layers import cache
-from model.layers.mixers.kv import KVCache
-from model.layers.mixers.sides import stored, stored_scale
-from ops import axes, masks, rows
-from ops.attention import attention
-from ops.masks import AttentionMask
+from model.layers.mixers.kv import LendingCache
+from model.layers.mixers.sides import Floats, stored, stored_scale
+from model.layers.mixers.slots import SlotCache
+from ops import axes, rows
 
 PAGE = 32  # tokens
 CHANNELS = 32
@@ -87,7 +86,7 @@ def _encode(x_BP_KH, low, high) -> Pages4:
 
 @cache.register
 @dataclasses.dataclass(frozen=True)
-class PagedCache(KVCache):
+class PagedCache(LendingCache):
   """Pages of 4-bit codes; row b keeps the exact tokens of its page page_B[b] in `recent`."""
 
   keys: Pages4
@@ -131,10 +130,9 @@ class PagedCache(KVCache):
   def capacity(self) -> int:
     return self.keys.codes.shape[1] * PAGE
 
-  def attend(self, q_BTNH, k_BTKH, v_BTKH, mask: AttentionMask, **scores):
-    new, k_BSKH, v_BSKH = self.update(k_BTKH, v_BTKH, mask.q_positions_BT)
-    seen = masks.over_cache(mask.q_positions_BT, self.capacity, pattern=mask.pattern)
-    return new, attention(q_BTNH, k_BSKH, v_BSKH, seen, **scores)
+  def taken(self, k_BTKH, v_BTKH, positions_BT):
+    new, k_BSKH, v_BSKH = self.update(k_BTKH, v_BTKH, positions_BT)
+    return new, SlotCache(Floats(k_BSKH), Floats(v_BSKH))
 
   def update(self, k_BTKH, v_BTKH, positions_BT):
     """Stores new tokens; returns the cache, and the keys and values that they see [B, S, K, H]."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from model.layers import cache
-from model.layers.mixers.kv import KVCache
+from model.layers.mixers.kv import Held, LendingCache
 from model.layers.mixers.sides import Side
 from ops import axes, masks, rows
 from ops.masks import AttentionMask
@@ -25,7 +25,7 @@ NOWHERE = jnp.iinfo(jnp.int32).max  # the position of a slot without a token: af
 
 @cache.register
 @dataclasses.dataclass(frozen=True)
-class SlotCache(KVCache):
+class SlotCache(LendingCache, Held):
   """Keys and values of as many positions as there are slots."""
 
   by_position = True
@@ -40,10 +40,13 @@ class SlotCache(KVCache):
   def capacity(self):
     return self.keys.slots
 
-  def attend(self, q_BTNH, k_BTKH, v_BTKH, mask: AttentionMask, **scores):
-    new = self.written(k_BTKH, v_BTKH, mask.q_positions_BT)
+  def taken(self, k_BTKH, v_BTKH, positions_BT):
+    new = self.written(k_BTKH, v_BTKH, positions_BT)
+    return new, new
+
+  def read(self, q_BTNH, mask: AttentionMask, **scores):
     seen = masks.over_cache(mask.q_positions_BT, self.capacity, pattern=mask.pattern)
-    return new, new.keys.attended(new.values, q_BTNH, seen, **scores)
+    return self.keys.attended(self.values, q_BTNH, seen, **scores)
 
   def written(self, k_BTKH, v_BTKH, positions_BT) -> 'SlotCache':
     """Stores new tokens."""
@@ -56,7 +59,7 @@ class SlotCache(KVCache):
 
 @cache.register
 @dataclasses.dataclass(frozen=True)
-class RollingCache(KVCache):
+class RollingCache(LendingCache, Held):
   """Keys and values of the `first` positions and of the last ones.
 
   Slot s < first holds position s. The other slots take turns: position p is in slot
@@ -83,13 +86,11 @@ class RollingCache(KVCache):
   def capacity(self):
     return None
 
-  def attend(self, q_BTNH, k_BTKH, v_BTKH, mask: AttentionMask, **scores):
-    new, source = self.taken(k_BTKH, v_BTKH, mask.q_positions_BT)
-    seen = AttentionMask(mask.q_positions_BT, source.positions_BS, pattern=mask.pattern)
-    return new, source.keys.attended(source.values, q_BTNH, seen, **scores)
+  def read(self, q_BTNH, mask: AttentionMask, **scores):
+    seen = AttentionMask(mask.q_positions_BT, self.positions_BS, pattern=mask.pattern)
+    return self.keys.attended(self.values, q_BTNH, seen, **scores)
 
   def taken(self, k_BTKH, v_BTKH, positions_BT) -> tuple['RollingCache', 'RollingCache']:
-    """Stores new tokens; returns the cache, and one that has all which the new tokens see."""
     new = self._written(k_BTKH, v_BTKH, positions_BT)
     # With several tokens, the last may have taken the places of what the first ones see.
     one = k_BTKH.shape[1] == 1

@@ -151,7 +151,7 @@ REFUSED = {
   'is no sparse pattern': {'pattern': 'windows8'},
   'which says how many layers stay': {'choose': 'loss', 'full_every': None},
   'layer 5; there are layers 0 to 4': {'full_layers': (1, 5)},
-  'no layer of 5 gets the pattern': {'full_layers': (0, 1, 2, 3, 4)},
+  'no layer of 5 changes': {'full_layers': (0, 1, 2, 3, 4)},
   'hides nothing within the 64 positions': {'pattern': 'window64'},
 }
 
