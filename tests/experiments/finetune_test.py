@@ -108,6 +108,7 @@ def chat_model(base, tmp_path):
   return folder
 
 
+@pytest.mark.slow
 def test_chats_are_learned_by_the_tokens_of_the_assistant(script, chat_model, tmp_path, capsys):
   data = tmp_path / 'chats.jsonl'
   data.write_text('\n'.join(_chat(i) for i in range(40)))

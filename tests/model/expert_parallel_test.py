@@ -246,6 +246,7 @@ def test_a_tight_capacity_drops_and_counts_what_finds_no_room(order, devices):
   np.testing.assert_allclose(np.reshape(found, (TOKENS, WIDTH)), y_TD, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_drops_are_reported_and_only_training_has_any():
   config = DispatchConfig(capacity_factor=0.5)
   metrics = _updated(config, updates=1)[1][0]

@@ -111,6 +111,7 @@ def test_scales_of_awq_cancel_out_and_are_a_power_of_what_each_expert_sees(model
     assert 5 * alpha == pytest.approx(round(5 * alpha), abs=0.01)
 
 
+@pytest.mark.slow
 def test_smoothing_cancels_out_and_each_expert_has_a_scale_of_its_inputs(model):
   smooth = {'fold': 'all', 'activations': 'static'}
   smoothed, _ = _compress(model[0], {'smoothquant': {**smooth, 'quantize': False}})
@@ -182,6 +183,7 @@ def test_channels_without_an_effect_go_from_all_experts():
   np.testing.assert_allclose(_logits(smaller), _logits(model), atol=CANCELLED)
 
 
+@pytest.mark.slow
 def test_owl_shares_a_sparsity_out_among_blocks_with_experts(model):
   result, _ = _compress(model[0], {'owl': {'sparsity': 0.5}})
   assert (_value(result, 'up.weight') == 0).mean() == pytest.approx(0.5, abs=0.02)

@@ -102,6 +102,7 @@ def test_a_ragged_batch_gives_what_each_row_gives_alone(kind, prompts):
 
 
 @pytest.mark.parametrize('format', ['int8', 'int4'])
+@pytest.mark.quick(format=('int4',))
 def test_quantized_caches_give_the_tokens_that_evaluation_sees(format, prompts):
   model, count = MODELS['windowed'](), 40  # over the edge of a page
   together = generate(model, prompts, max_new_tokens=count, cache_format=format)
@@ -220,7 +221,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize('format', ['float', 'int8'])
 @pytest.mark.parametrize('name', SETTINGS)
-@pytest.mark.quick(name=('cut',))
+@pytest.mark.quick(name=('cut',), format=('int8',))
 def test_company_does_not_change_a_row(plain, rng, name, format):
   run = functools.partial(generate, plain, max_new_tokens=12, cache_format=format)
   prompts = [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in (3, 1, 40, 17, 8)]

@@ -48,7 +48,7 @@ def _engine(model=MODEL, **options):
 
 def _requests():
   rng = np.random.default_rng(3)
-  for i in range(12):
+  for i in range(8):
     prompt = rng.integers(3, 67, int(rng.integers(1, 40))).tolist()
     yield Request(
       prompt=prompt * (1 + i % 2),
