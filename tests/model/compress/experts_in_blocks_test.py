@@ -151,6 +151,7 @@ def test_each_technique_moves_the_block_less_than_rounding(model):
   assert awq < 0.97 * nearest and learned_ < 0.8 * nearest
 
 
+@pytest.mark.slow
 def test_a_starved_expert_is_rounded_without_statistics_and_named(model):
   model = nnx.clone(model[0])
   bias = model.layers[0].ffn.router.bias

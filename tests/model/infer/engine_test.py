@@ -114,7 +114,7 @@ def _at_random(engine, requests, rng):
 @pytest.mark.parametrize(
   ('weights', 'cache', 'count'),
   [
-    ('float32', 'float', 40),
+    pytest.param('float32', 'float', 40, marks=pytest.mark.slow),
     ('2:4+int4', 'int8', 24),
     *(
       pytest.param(weights, cache, 500, marks=pytest.mark.slow)

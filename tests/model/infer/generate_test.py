@@ -243,6 +243,7 @@ def test_each_row_has_settings_and_a_seed_of_its_own(plain, prompts):
   assert run(prompts[:1] * 2, sampling_config=DRAW, seed=1) == [one, one]
 
 
+@pytest.mark.slow
 def test_samples_follow_the_models_distribution():
   # A vocabulary of 5 and 400 continuations of one prompt: frequencies against probabilities.
   model, tokens = _model(vocab_size=5), []
