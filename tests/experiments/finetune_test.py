@@ -20,7 +20,8 @@ ADAPTERS = ['lora', 'dora', 'pissa', 'qlora']
 SLOW = ('dora', 'pissa', 'qlora')  # a run each; tests/model/adapters_test.py is about them
 MORE = {
   'qat': ['--group_size=16'],
-  'lora': ['--b_rate=4', '--optimizer=adam8bit', '--evaluate_every=3'],
+  'dora': ['--optimizer=adam8bit'],
+  'lora': ['--b_rate=4', '--evaluate_every=3'],
 }
 MERGED = 1e-4  # nats; the product is added up in another order
 
