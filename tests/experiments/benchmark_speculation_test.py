@@ -6,6 +6,7 @@ from absl import flags
 from model.eval import records
 
 
+@pytest.mark.slow
 def test_a_smoke_run_records_each_draft(make_script, base, tmp_path, capsys):
   script = make_script('benchmark_speculation')
   output = tmp_path / 'r.jsonl'

@@ -191,6 +191,7 @@ def _on_one_device():
   'name, step', [('psum', {'accumulation': 2}), ('all_to_all', {'remat': 'block'})]
 )
 @pytest.mark.quick(name=('all_to_all',))
+@pytest.mark.slow
 def test_updates_are_those_of_one_device(name, step):
   (trained, buffers), expected = _on_one_device()
   state, found = _updated(STRATEGIES[name], sharding.make_mesh(data=2, expert=2), **step)

@@ -86,6 +86,7 @@ def test_layer_norms_are_merged_into_experts_before_slicing():
   np.testing.assert_allclose(_logits(merged), _logits(model), atol=CANCELLED)
 
 
+@pytest.mark.slow
 def test_slicing_nothing_away_changes_nothing():
   """The last dimension of the stream is zero wherever it is written, so it can go."""
   model = _model(norm_eps=1e-12)

@@ -222,6 +222,7 @@ SETTINGS = {
 @pytest.mark.parametrize('format', ['float', 'int8'])
 @pytest.mark.parametrize('name', SETTINGS)
 @pytest.mark.quick(name=('cut',), format=('int8',))
+@pytest.mark.slow
 def test_company_does_not_change_a_row(plain, rng, name, format):
   run = functools.partial(generate, plain, max_new_tokens=12, cache_format=format)
   prompts = [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in (3, 1, 40, 17, 8)]

@@ -180,6 +180,7 @@ def test_training_learns_and_spreads_the_tokens_over_the_experts(rng):
   assert with_loss[-1]['balance_loss'] < 1.05
 
 
+@pytest.mark.slow
 def test_micro_batches_have_the_losses_and_gradients_of_the_batch(rng):
   """The balance loss of each part with the part's own load would be another, as shown."""
   model, objective = _model(layers=1, dense=False), Balanced(balance=3.0, z=0.1)
