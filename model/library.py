@@ -6,6 +6,7 @@ the long docstrings of the standard library.
 """
 
 import ast
+import collections
 import pathlib
 import sysconfig
 import warnings
@@ -16,6 +17,7 @@ from pydoc_data import topics
 SKIPPED_FOLDERS = frozenset({'site-packages', 'dist-packages', 'lib2to3', 'idle_test'})
 TESTS = 'test'
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+BLOCKS = ('body', 'handlers', 'orelse', 'finalbody', 'cases')  # where definitions can stand
 SHORTEST_DOCSTRING = 400  # characters; shorter docstrings are lists of parameters rather than prose
 
 
@@ -64,6 +66,16 @@ def parsed(text: str) -> ast.Module | None:
 
 def _docstrings(text: str) -> list[str]:
   tree = parsed(text)
-  nodes = [] if tree is None else ast.walk(tree)
+  nodes = () if tree is None else _statements(tree)
   found = (ast.get_docstring(node) for node in nodes if isinstance(node, DOCUMENTED))
   return [docstring for docstring in found if docstring and len(docstring) >= SHORTEST_DOCSTRING]
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+  """The nodes of `ast.walk` in its order, without expressions, which are most of them."""
+  nodes = collections.deque([tree])
+  while nodes:
+    node = nodes.popleft()
+    yield node
+    for block in BLOCKS:
+      nodes.extend(getattr(node, block, ()))

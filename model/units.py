@@ -22,7 +22,7 @@ from model.config import ModelConfig
 from model.layers import basic, lending
 from model.layers.block import Block, LayerConfig
 from model.layers.sublayer import Units
-from model.transformer import Transformer, abstract, linears, parameters
+from model.transformer import Transformer, abstract, linears, modules, parameters
 from ops.linear import Weight
 
 Unit = Literal['F', 'K', 'D', 'L']
@@ -64,8 +64,8 @@ def letters(model: Transformer) -> dict[str, tuple[str, ...]]:
   A vector has the last letter of its module; so the letter of a bias is that of the outputs.
   """
   return {
-    '.'.join(map(str, (*path, name))): basic.letters(module, len(value.get_value().shape))
-    for path, module in nnx.iter_modules(model)
+    '.'.join((*path, name)): basic.letters(module, len(value.get_value().shape))
+    for path, module in modules(model)
     for name, value in vars(module).items()
     if isinstance(value, nnx.Param)
   }

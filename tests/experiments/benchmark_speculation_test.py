@@ -1,10 +1,12 @@
 """benchmark_speculation and cascade: their smoke runs print and record what they say."""
 
+import pytest
 from absl import flags
 
 from model.eval import records
 
 
+@pytest.mark.slow
 def test_a_smoke_run_records_each_draft(make_script, base, tmp_path, capsys):
   script = make_script('benchmark_speculation')
   output = tmp_path / 'r.jsonl'
@@ -18,6 +20,7 @@ def test_a_smoke_run_records_each_draft(make_script, base, tmp_path, capsys):
   assert found[1].metrics['acceptance'].n >= 12
 
 
+@pytest.mark.slow
 def test_a_cascade_is_measured_and_drawn(make_script, base, tmp_path, capsys):
   script = make_script('cascade')
   output = tmp_path / 'r.jsonl'

@@ -89,7 +89,8 @@ def answers(monkeypatch, capsys):
 
 # peft reads an attribute of transformers that is about to be renamed.
 @pytest.mark.filterwarnings('ignore:.*is_gradient_checkpointing:FutureWarning')
-@pytest.mark.parametrize('method', [pytest.param('full', marks=pytest.mark.slow), 'lora'])
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['full', 'lora'])
 def test_both_sides_compute_the_same_losses(base, torch_training, answers, method):
   """From equal weights. Adapters start at zero in B, so that the first loss is that of the base."""
   job = dataclasses.asdict(dataclasses.replace(JOB, method=method, model=str(base)))

@@ -21,6 +21,7 @@ found = {{'version': '0', 'system': 'none', 'files': dict.fromkeys(asked['measur
 """
 
 
+@pytest.mark.slow
 def test_all_files_are_measured_on_the_same_windows(script, base, tmp_path, capsys):
   peer, text, output = (tmp_path / name for name in ('peer', 'text.txt', 'out.jsonl'))
   peer.write_text(STAND_IN.format(python=sys.executable))

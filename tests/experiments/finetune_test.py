@@ -20,7 +20,8 @@ ADAPTERS = ['lora', 'dora', 'pissa', 'qlora']
 SLOW = ('dora', 'pissa', 'qlora')  # a run each; tests/model/adapters_test.py is about them
 MORE = {
   'qat': ['--group_size=16'],
-  'lora': ['--b_rate=4', '--optimizer=adam8bit', '--evaluate_every=3'],
+  'dora': ['--optimizer=adam8bit'],
+  'lora': ['--b_rate=4', '--evaluate_every=3'],
 }
 MERGED = 1e-4  # nats; the product is added up in another order
 
@@ -108,6 +109,7 @@ def chat_model(base, tmp_path):
   return folder
 
 
+@pytest.mark.slow
 def test_chats_are_learned_by_the_tokens_of_the_assistant(script, chat_model, tmp_path, capsys):
   data = tmp_path / 'chats.jsonl'
   data.write_text('\n'.join(_chat(i) for i in range(40)))

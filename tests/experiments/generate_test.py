@@ -40,6 +40,7 @@ def test_sampling_follows_the_seed(script, base, loaded, capsys):
 
 @pytest.mark.parametrize('format', ['int8+h2o16', 'int4'])
 @pytest.mark.quick(format=('int8+h2o16',))
+@pytest.mark.slow
 def test_the_cache_has_the_format_asked_for(script, base, loaded, capsys, format):
   both = [f'--prompt={prompt}' for prompt in PROMPTS]
   script(f'--model={base}', *both, '--max_new_tokens=12', f'--kv_cache={format}')

@@ -140,11 +140,13 @@ def _dense(model):
   return {layer: np.asarray(dense(w)) for layer, w in matrices(model).items()}
 
 
+@pytest.mark.slow
 def test_killed_in_a_lesson_of_the_last_phase_it_ends_with_the_same_bits(small, late):
   _, layout, arrays, _ = _run(small, LATE)
   assert layout == late[1] and arrays == late[2]
 
 
+@pytest.mark.slow
 def test_pruned_weights_stay_zero_in_training_and_the_others_learn(small, late):
   model, *_, ledger, rounded = late
   pruned, final, kinds = _dense(_pruned(small)), _dense(model), matrices(model)

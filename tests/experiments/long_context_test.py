@@ -10,6 +10,7 @@ from model.transformer import parameters
 from ops import patterns
 
 
+@pytest.mark.slow
 def test_a_smoke_run_measures_every_case(script, tmp_path):
   output, figure = tmp_path / 'long.jsonl', tmp_path / 'long.png'
   script('--smoke', f'--output={output}', f'--figure={figure}')

@@ -7,6 +7,7 @@ from model.eval import records
 BLOCKS = 3  # the limit on the memory of compression beyond the model
 
 
+@pytest.mark.slow
 def test_the_record_has_the_memory_of_a_process(script, tmp_path, capsys):
   out = tmp_path / 'memory.jsonl'
   script('--smoke', f'--output={out}')

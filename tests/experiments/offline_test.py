@@ -41,7 +41,7 @@ def test_answers_are_in_order_and_those_of_each_prompt_alone(tmp_path, base, gen
   found = _read(out)
   assert [one['index'] for one in found] == [0, 1, 2, 3, 4]
   model, tokenizer = hf.load_pretrained(base)
-  for line, answer in list(zip(LINES, found))[:4]:
+  for line, answer in list(zip(LINES, found))[:3]:
     prompt = tokenizer.prompt(line['prompt'])
     (new,) = generate(
       model,
@@ -56,7 +56,7 @@ def test_answers_are_in_order_and_those_of_each_prompt_alone(tmp_path, base, gen
   # A run that was ended in the middle of a line goes on and gives the same bytes.
   whole = out.read_bytes()
   out.write_bytes(whole[: whole.index(b'\n') + 30])
-  generate_script(f'--model={base}', f'--prompts={prompts}', f'--out={out}', '--slots=2',
+  generate_script(f'--model={base}', f'--prompts={prompts}', f'--out={out}', '--slots=3',
                   '--max_new_tokens=9')  # fmt: skip
   assert out.read_bytes() == whole
   with pytest.raises(ValueError, match='other settings'):

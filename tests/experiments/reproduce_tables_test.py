@@ -7,6 +7,7 @@ from model.compress import recipe
 from model.eval import records
 
 
+@pytest.mark.slow
 def test_rows_and_orders(script, tmp_path, capsys):
   out = tmp_path / 'tables.jsonl'
   script('--smoke', '--seeds=2', f'--output={out}', '--paper_model=llama-2-7b')

@@ -227,6 +227,7 @@ def _rows(whole):
     ),
   ],
 )
+@pytest.mark.slow
 def test_updates_are_those_of_one_device(config, strategy, mesh, step):
   whole = strategy == 'ring'  # a batch without positions and segments
   expected, losses = _on_one_device(config, whole)

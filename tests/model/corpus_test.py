@@ -37,6 +37,7 @@ def test_standard_library_is_split_by_content_hash_and_repeatable():
   assert sysconfig.get_python_version() in loaded.source
 
 
+@pytest.mark.slow
 def test_documentation_is_a_text_with_a_name(monkeypatch):
   what, read = corpus.BUILT_IN[corpus.DOCUMENTATION]
   assert read is library.documentation

@@ -191,6 +191,7 @@ def _on_one_device():
   'name, step', [('psum', {'accumulation': 2}), ('all_to_all', {'remat': 'block'})]
 )
 @pytest.mark.quick(name=('all_to_all',))
+@pytest.mark.slow
 def test_updates_are_those_of_one_device(name, step):
   (trained, buffers), expected = _on_one_device()
   state, found = _updated(STRATEGIES[name], sharding.make_mesh(data=2, expert=2), **step)
@@ -246,6 +247,7 @@ def test_a_tight_capacity_drops_and_counts_what_finds_no_room(order, devices):
   np.testing.assert_allclose(np.reshape(found, (TOKENS, WIDTH)), y_TD, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_drops_are_reported_and_only_training_has_any():
   config = DispatchConfig(capacity_factor=0.5)
   metrics = _updated(config, updates=1)[1][0]

@@ -89,6 +89,7 @@ def test_a_model_that_still_learns_is_saved_too(tmp_path):
   assert _logits(checkpoint.load(tmp_path / 'state')).tobytes() == _logits(model).tobytes()
 
 
+@pytest.mark.slow
 def test_scales_move_where_they_are_trained_and_only_there():
   config = CONFIGS['int2 with trained scales']
   start = learned.attach(_model(), config)

@@ -91,6 +91,7 @@ def test_the_forward_pass_matches_that_of_one_device(kind, shape):
   np.testing.assert_allclose(logits, _on_one_device(kind), atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_training_step_matches_that_of_one_device():
   positions = np.broadcast_to(np.arange(8, dtype=np.int32)[None], (8, 8))
   batch = Batch(

@@ -96,7 +96,7 @@ def _assert_equal(got, want):
 
 
 @pytest.mark.parametrize('name', CONFIGS)
-@pytest.mark.quick(name=('alternating windows', 'recurrent'))
+@pytest.mark.quick(name=('alternating windows',))
 def test_values_and_gradients_are_those_of_the_plain_forward_pass(name):
   graphdef, state = _split(CONFIGS[name])
   context = {'positions_BT': POSITIONS, 'segments_BT': SEGMENTS}
@@ -106,6 +106,7 @@ def test_values_and_gradients_are_those_of_the_plain_forward_pass(name):
   _assert_equal(got, want)
 
 
+@pytest.mark.slow
 def test_rematerialization_changes_no_number():
   graphdef, state = _split(_uneven())
   want = _value_and_grad(graphdef, state, _plain)

@@ -186,6 +186,17 @@ def test_the_split_and_jitted_model_equals_the_model(trait):
   np.testing.assert_allclose(make(trait)(_tokens()), full(trait), atol=SAME_SUMS)
 
 
+@pytest.mark.parametrize('name', ['tiny-llama', 'tiny-deepseek-v3', 'tiny-qwen3-next'])
+def test_modules_are_found_in_the_order_of_nnx(name):
+  config = presets.preset(name)
+  model = transformer.abstract(config.replace(layers=config.layers * 6))
+  model.layers[1] = model.layers[0]  # one that is met twice is given once
+  expected = [(tuple(map(str, path)), module) for path, module in nnx.iter_modules(model)]
+  found = transformer.modules(model)
+  assert [path for path, _ in found] == [path for path, _ in expected]
+  assert all(a is b for (_, a), (_, b) in zip(found, expected))
+
+
 @traits
 def test_paths_cover_every_parameter(trait, shapes_by_hand):
   model = make(trait)

@@ -1,5 +1,7 @@
 """Balance losses against numpy and their exact values, and statistics against counting."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,8 @@ SAME_FLOAT32 = 1e-6
 
 
 route = jax.jit(moe.route, static_argnums=1)
+_usage = jax.jit(functools.partial(balance.usage, score='softmax'))
+statistics, z_loss = jax.jit(balance.statistics), jax.jit(balance.z_loss)
 
 
 def _routed(rng, tokens=TOKENS, score='softmax'):
@@ -60,10 +64,10 @@ def test_padding_changes_nothing(rng):
   routed = route(more_TE, Router(choices=CHOICES))
   mask_T = jnp.arange(TOKENS + 9) < TOKENS
   assert _loss(more_TE, routed, mask_T) == pytest.approx(float(_loss(logits_TE, routing)), rel=1e-5)
-  z = balance.z_loss(logits_TE)
-  assert balance.z_loss(more_TE, mask_T) == pytest.approx(float(z), rel=1e-5)
-  own = balance.statistics(balance.usage(logits_TE, routing, 'softmax'))
-  masked = balance.statistics(balance.usage(more_TE, routed, 'softmax', mask_T))
+  z = z_loss(logits_TE)
+  assert z_loss(more_TE, mask_T) == pytest.approx(float(z), rel=1e-5)
+  own = statistics(_usage(logits_TE, routing))
+  masked = statistics(_usage(more_TE, routed, mask_T=mask_T))
   np.testing.assert_allclose([masked[k] for k in own], list(own.values()), rtol=1e-5)
 
 
@@ -77,7 +81,7 @@ def test_micro_batches_with_the_load_of_the_batch_give_its_loss_and_gradient(rng
     return sum(balance.balance_loss(x, load_E) for x in p) / 4
 
   whole = lambda x: balance.balance_loss(balance.probabilities(x, 'softmax'), load_E)
-  (a, slope_a), (b, slope_b) = (jax.value_and_grad(fn)(logits_TE) for fn in (parts, whole))
+  (a, slope_a), (b, slope_b) = (jax.jit(jax.value_and_grad(fn))(logits_TE) for fn in (parts, whole))
   assert a == pytest.approx(float(b), rel=1e-6)
   np.testing.assert_allclose(slope_a, slope_b, atol=SAME_FLOAT32)
   alone = np.mean([_loss(*_part(logits_TE, i)) for i in range(4)])
@@ -98,7 +102,7 @@ def test_the_gradient_of_the_balance_loss_takes_choices_from_full_experts():
 def test_the_z_loss_in_float64(rng):
   logits_TE, _ = _routed(rng)
   expected = np.mean(np.log(np.exp(np.float64(logits_TE)).sum(1)) ** 2)
-  assert balance.z_loss(logits_TE) == pytest.approx(expected, rel=1e-5)
+  assert z_loss(logits_TE) == pytest.approx(expected, rel=1e-5)
 
 
 def test_probabilities_of_sigmoids_add_up_to_one(rng):
@@ -145,10 +149,10 @@ def test_statistics_are_counted(rng):
 
   def usage(part):
     own = jax.tree.map(lambda a: a[part], routing)
-    return balance.usage(logits_TE[part], own, 'softmax', kept_TX=jnp.asarray(kept_TX[part]))
+    return _usage(logits_TE[part], own, kept_TX=jnp.asarray(kept_TX[part]))
 
   parts = usage(slice(0, 17)), usage(slice(17, None))
-  found = balance.statistics(jax.tree.map(jnp.add, *parts))  # the usages of parts add up
+  found = statistics(jax.tree.map(jnp.add, *parts))  # the usages of parts add up
   p_TE = np.exp(np.float64(logits_TE))
   p_TE /= p_TE.sum(1, keepdims=True)
   load_E = np.bincount(experts_TX.ravel(), minlength=EXPERTS)

@@ -52,6 +52,7 @@ def test_float_gradients_are_exact_and_the_others_near(rng, backward):
 
 
 @pytest.mark.parametrize('backward', ['inputs', 'all'])
+@pytest.mark.quick(backward=('all',))
 def test_both_engines_have_the_same_gradients_on_average(rng, backward):
   x, values, y_bar = _problem(rng)
   for i in (0, 1):

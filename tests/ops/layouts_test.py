@@ -105,6 +105,7 @@ def test_what_follows_changes_nothing(text):
 
 
 @pytest.mark.parametrize('text', ['window64', 'window16x8+first4', 'window64+random64x2'])
+@pytest.mark.quick(text=('window16x8+first4',))
 def test_cost_grows_with_the_length_and_not_its_square(text):
   """The memory of a program, and the blocks that its loops visit, with gradients."""
   held, visited = [], []

@@ -107,8 +107,9 @@ def test_products_of_one_input_are_those_of_each(rng):
   adapted = [adapter_starts.zero(w, 2, scale=1.0, key=jax.random.key(0)) for w in codes]
   adapted = [dataclasses.replace(w, b_RO=w.b_RO + 1) for w in adapted]
   for weights in (arrays, codes, adapted, [arrays[0], codes[1]], [adapted[0], arrays[1]]):
-    for w, y in zip(weights, linear.matmuls(x, weights), strict=True):
-      np.testing.assert_allclose(y, _exact(x, linear.dense(w)), atol=FLOAT32)
+    found, dense = jax.jit(lambda ws: (linear.matmuls(x, ws), [*map(linear.dense, ws)]))(weights)
+    for w_IO, y in zip(dense, found, strict=True):
+      np.testing.assert_allclose(y, _exact(x, w_IO), atol=FLOAT32)
   with pytest.raises(ValueError, match='x has 16 inputs, but the weight takes 4'):
     linear.matmuls(x, [codes[0], quantized.quantize(jnp.ones((4, 3)), 'int8')])
 

@@ -297,6 +297,7 @@ def _dense_and_product(cases, name, group, symmetric, double):
   dtype=(jnp.float32, jnp.float16),
   name=('int8', 'int4', 'int2', 'nf4', 'fp8_e4m3', 'mxfp4', 'nvfp4'),
 )
+@pytest.mark.quick(dtype=(jnp.float32,))
 def test_nothing_becomes_nan(rng, name, symmetric, double, dtype):
   cases = np.stack(list(_edge_cases(rng).values()))
   if dtype == jnp.float16:
@@ -311,6 +312,7 @@ def test_nothing_becomes_nan(rng, name, symmetric, double, dtype):
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(('name', 'symmetric'), FORMS + BLOCKS)
 @pytest.mark.quick(dtype=(jnp.bfloat16,))
+@pytest.mark.quick(name=('int8', 'int4', 'int2', 'nf4', 'mxfp4', 'nvfp4'))
 def test_half_precision_weights_have_the_codes_of_their_float32_values(rng, name, symmetric, dtype):
   w_IO = jnp.asarray(rng.normal(size=(64, 4)), dtype)
   size = _group(name)
@@ -393,6 +395,7 @@ def test_the_usual_group_or_the_largest_half_of_it_that_divides():
   ],
 )
 @pytest.mark.quick(dtype=(jnp.float32,))
+@pytest.mark.quick(name=('int8', 'int4', 'int2', 'nf4', 'mxfp4', 'nvfp4'))
 def test_codes_already_rounded_are_kept(rng, name, symmetric, dtype):
   w_IO = jnp.asarray(rng.normal(size=(64, 24)), dtype)
   q = jitted(w_IO, name, group_size=_group(name), symmetric=symmetric)

@@ -26,6 +26,7 @@ CASES = {
 
 
 cut = jax.jit(sampling.cut)
+sample = jax.jit(sampling.sample)
 
 
 def rows(config, count):
@@ -67,7 +68,7 @@ def test_the_likeliest_token_is_the_first_of_equals(size, rng):
   logits = rng.integers(0, 40, (50, size)).astype(np.float32)  # the largest occurs several times
   logits[:3, 1:] = -np.inf
   logits[3] = -np.inf
-  tokens = jax.jit(lambda x: sampling.sample(x, sampling.GREEDY, None))(logits)
+  tokens = jax.jit(lambda x: sample(x, sampling.GREEDY, None))(logits)
   np.testing.assert_array_equal(tokens, logits.argmax(1))
 
 
@@ -94,7 +95,7 @@ def test_each_cut_sees_what_the_one_before_left():
 
 def test_temperature_zero_is_greedy_and_needs_no_key(rng):
   logits = rng.standard_normal((8, 50)).astype(np.float32)
-  tokens = sampling.sample(jnp.asarray(logits), sampling.GREEDY, None)
+  tokens = sample(jnp.asarray(logits), sampling.GREEDY, None)
   assert tokens.dtype == jnp.int32
   np.testing.assert_array_equal(tokens, logits.argmax(-1))
 
@@ -116,7 +117,7 @@ def test_draws_as_often_as_the_probabilities_say(rng):
 
 def test_rows_are_drawn_independently_and_the_key_decides():
   logits_BV, config = jnp.zeros((64, 1000)), SamplingConfig(temperature=1.0)
-  draw = lambda seed: np.asarray(sampling.sample(logits_BV, rows(config, 64), keys(seed, 64)))
+  draw = lambda seed: np.asarray(sample(logits_BV, rows(config, 64), keys(seed, 64)))
   np.testing.assert_array_equal(draw(1), draw(1))
   assert len(set(draw(1))) > 32
   assert (draw(1) != draw(2)).any()
@@ -157,14 +158,14 @@ MIXED = [SamplingConfig(**case) for case in CASES.values()] + [
 def test_rows_of_different_settings_are_each_as_alone(rng):
   logits = (2 * rng.standard_normal((len(MIXED), 100))).astype(np.float32)
   keys_B = keys(1, len(MIXED))
-  together = sampling.sample(jnp.asarray(logits), sampling.settings(MIXED), keys_B)
-  cut = np.asarray(sampling.cut(jnp.asarray(logits), sampling.settings(MIXED)))
+  together = sample(jnp.asarray(logits), sampling.settings(MIXED), keys_B)
+  kept = np.asarray(cut(jnp.asarray(logits), sampling.settings(MIXED)))
   for row, config in enumerate(MIXED):
     one = slice(row, row + 1)
-    alone = sampling.sample(jnp.asarray(logits[one]), rows(config, 1), keys_B[one])
+    alone = sample(jnp.asarray(logits[one]), rows(config, 1), keys_B[one])
     assert together[row] == alone[0]
     if config.temperature > 0:
-      np.testing.assert_allclose(cut[one], hugging_face(logits[one], config), rtol=1e-6)
+      np.testing.assert_allclose(kept[one], hugging_face(logits[one], config), rtol=1e-6)
     else:
       assert together[row] == logits[row].argmax()
 
@@ -173,7 +174,7 @@ def test_equal_keys_draw_equal_tokens_in_any_row():
   logits_BV = jnp.zeros((3, 1000))
   keys_B = keys(0, 2)[jnp.asarray([0, 1, 0])]
   config = SamplingConfig(temperature=1.0, top_p=0.9)
-  a, b, c = sampling.sample(logits_BV, rows(config, 3), keys_B).tolist()
+  a, b, c = sample(logits_BV, rows(config, 3), keys_B).tolist()
   assert a == c != b
 
 
@@ -187,12 +188,12 @@ def test_settings_that_a_row_has_not_are_neutral():
 def test_bad_calls_are_refused():
   config = SamplingConfig(temperature=0.5)
   with pytest.raises(ValueError, match='needs a random key per row'):
-    sampling.sample(jnp.zeros((1, 3)), rows(config, 1), None)
+    sample(jnp.zeros((1, 3)), rows(config, 1), None)
   with pytest.raises(ValueError, match='BV has 2 axes'):
-    sampling.sample(jnp.zeros(3), rows(config, 1), keys(0, 1))
+    sample(jnp.zeros(3), rows(config, 1), keys(0, 1))
   with pytest.raises(ValueError, match='axis B'):
-    sampling.sample(jnp.zeros((2, 3)), rows(config, 2), keys(0, 1))
+    sample(jnp.zeros((2, 3)), rows(config, 2), keys(0, 1))
   with pytest.raises(ValueError, match='axis B'):
-    sampling.sample(jnp.zeros((2, 3)), rows(config, 1), keys(0, 2))
+    sample(jnp.zeros((2, 3)), rows(config, 1), keys(0, 2))
   with pytest.raises(ValueError, match='take the argmax'):
     sampling.cut(jnp.zeros((1, 3)), sampling.GREEDY)

@@ -14,8 +14,6 @@ QUICK = (
   'int4 floating zeros',
   'nf4 double',
   'mxfp4',
-  'scales',
-  'e4m3 scales',
   '2:4 of int8',
   'packed',
   'fused',
@@ -24,9 +22,7 @@ QUICK = (
   'learned int4',
   'int8 products',
   'rotated',
-  'lora',
   'dora',
-  'lora under a mask',
 )
 pytestmark = pytest.mark.quick(example=QUICK)
 grouped_matmul = jax.jit(linear.grouped_matmul)

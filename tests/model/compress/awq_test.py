@@ -205,6 +205,7 @@ def test_clipping_takes_the_best_range_of_each_group(rng, format, bits):
   assert shrunk > 2
 
 
+@pytest.mark.slow
 def test_query_and_key_are_not_clipped(tiny, tokens_BT, site_of):
   site = site_of(tiny(), tokens_BT, STATISTICS)
   clipped = awq.awq(site, SPEC).parameters
@@ -217,6 +218,7 @@ def test_query_and_key_are_not_clipped(tiny, tokens_BT, site_of):
   assert {path for path in same if same[path]} == {'attention.query.weight', 'attention.key.weight'}
 
 
+@pytest.mark.slow
 def test_inputs_that_never_occur_are_left_alone(tiny, tokens_BT):
   model = tiny(layers=1)
   norm = model.layers[0].ffn_norm

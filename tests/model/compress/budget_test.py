@@ -89,6 +89,7 @@ def _kl(p, q):
   return (np.exp(p) * (p - q)).sum(-1).mean()
 
 
+@pytest.mark.slow
 def test_costs_are_those_of_the_whole_model(tiny, tokens_BT):
   model = tiny(layers=2)
   options = budget.measure(model, budget.treatments(RECIPES), tokens_BT)

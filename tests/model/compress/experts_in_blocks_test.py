@@ -86,6 +86,7 @@ def test_layer_norms_are_merged_into_experts_before_slicing():
   np.testing.assert_allclose(_logits(merged), _logits(model), atol=CANCELLED)
 
 
+@pytest.mark.slow
 def test_slicing_nothing_away_changes_nothing():
   """The last dimension of the stream is zero wherever it is written, so it can go."""
   model = _model(norm_eps=1e-12)
@@ -111,6 +112,7 @@ def test_scales_of_awq_cancel_out_and_are_a_power_of_what_each_expert_sees(model
     assert 5 * alpha == pytest.approx(round(5 * alpha), abs=0.01)
 
 
+@pytest.mark.slow
 def test_smoothing_cancels_out_and_each_expert_has_a_scale_of_its_inputs(model):
   smooth = {'fold': 'all', 'activations': 'static'}
   smoothed, _ = _compress(model[0], {'smoothquant': {**smooth, 'quantize': False}})
@@ -150,6 +152,7 @@ def test_each_technique_moves_the_block_less_than_rounding(model):
   assert awq < 0.97 * nearest and learned_ < 0.8 * nearest
 
 
+@pytest.mark.slow
 def test_a_starved_expert_is_rounded_without_statistics_and_named(model):
   model = nnx.clone(model[0])
   bias = model.layers[0].ffn.router.bias
@@ -182,6 +185,7 @@ def test_channels_without_an_effect_go_from_all_experts():
   np.testing.assert_allclose(_logits(smaller), _logits(model), atol=CANCELLED)
 
 
+@pytest.mark.slow
 def test_owl_shares_a_sparsity_out_among_blocks_with_experts(model):
   result, _ = _compress(model[0], {'owl': {'sparsity': 0.5}})
   assert (_value(result, 'up.weight') == 0).mean() == pytest.approx(0.5, abs=0.02)

@@ -36,6 +36,7 @@ def _plan(row):
 
 
 @pytest.mark.parametrize('name', SINGLE)
+@pytest.mark.quick(name=('round_to_nearest', 'wanda', 'gptq', 'sparsegpt', 'hqq'))
 def test_each_expert_is_compressed_as_it_would_be_alone(name):
   row = registry.lookup(name)
   spec = row.spec(**OPTIONS.get(name, {}))

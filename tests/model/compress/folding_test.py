@@ -88,6 +88,7 @@ def _change(block, group, rng, fold=folding.fold):
     'parallel llama',
   )
 )
+@pytest.mark.quick(family=('gemma2', 'gpt2', 'biases', 'parallel llama'))
 def test_folding_does_not_change_the_logits(family, rng):
   config = FAMILIES[family]
   model = _model(config)
@@ -115,6 +116,7 @@ def _assert_folded(layer, before, after):
 
 @families
 @pytest.mark.quick(family=('gemma2', 'relu, one key head', 'parallel llama'))
+@pytest.mark.quick(family=('gemma2', 'parallel llama'))
 def test_each_part_of_a_group_matters(family, rng):
   """Folding without dividing the producer changes the logits, for every group."""
   config = FAMILIES[family]

@@ -315,6 +315,7 @@ def test_hqq_of_a_model_that_was_pruned_before_is_refused(tiny):
 
 
 @pytest.mark.parametrize('steps', [[TWO_OF_FOUR, HQQ], [HQQ, TWO_OF_FOUR]])
+@pytest.mark.quick(steps=([TWO_OF_FOUR, HQQ],))
 def test_zeros_that_are_not_stored_go_with_hqq(tiny, steps):
   compressed, _ = pipeline.compress(tiny(), _recipe(*steps))
   for path, w in matrices(compressed).items():
@@ -324,6 +325,7 @@ def test_zeros_that_are_not_stored_go_with_hqq(tiny, steps):
 
 
 @pytest.mark.parametrize('format', ['int4', 'nvfp4'])
+@pytest.mark.quick(format=('nvfp4',))
 def test_half_of_the_weights_stay_zero_in_formats_that_hold_zero(tiny, format):
   rounded = {'round_to_nearest': {'format': format}}
   for steps in ([HALF, rounded], [rounded, HALF]):

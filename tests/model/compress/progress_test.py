@@ -53,6 +53,7 @@ def whole(tiny, tokens_BT):
 
 
 @pytest.mark.parametrize('count', range(6))
+@pytest.mark.quick(count=(0, 2, 4))
 def test_a_stopped_compression_resumes_with_the_same_result(
   tiny, tokens_BT, tmp_path, whole, count
 ):

@@ -45,9 +45,14 @@ def _changed(model, base):
 
 def test_the_experts_are_those_of_the_largest_logits(base):
   model, text, chosen = base
-  context, x_BTD = Context.of(CONFIG, text.tokens_BT), model.embed(text.tokens_BT)
-  x_BTD, _ = context.run_and_read(model.layers[0], x_BTD)
-  _, z_BTD = context.run_and_read(model.layers[1], x_BTD)
+
+  @jax.jit
+  def read(tokens_BT):
+    context, x_BTD = Context.of(CONFIG, tokens_BT), model.embed(tokens_BT)
+    x_BTD, _ = context.run_and_read(model.layers[0], x_BTD)
+    return context.run_and_read(model.layers[1], x_BTD)[1]
+
+  z_BTD = read(text.tokens_BT)
   weight = np.float64(model.layers[1].ffn.router.weight.get_value())
   logits_TE = np.float64(z_BTD).reshape(-1, 16) @ weight
   expected_TX = np.argsort(-logits_TE, axis=1)[:, :2]

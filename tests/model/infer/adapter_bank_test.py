@@ -68,7 +68,7 @@ def _requests():
 
 
 def test_each_request_gets_its_adapter():
-  together = Engine(MODEL, slots=4, capacity=96, part=32, adapters=ADAPTERS)
+  together = Engine(MODEL, slots=2, capacity=96, part=32, adapters=ADAPTERS)
   found, requests = {}, list(_requests())
   for request, new in zip(requests, together.run(requests)):
     found.setdefault(request.adapter, []).append(new)

@@ -32,6 +32,7 @@ def _model(format=None):
 
 
 @pytest.mark.parametrize('format', [None, 'int8'])
+@pytest.mark.quick(format=('int8',))
 def test_prefill_and_decode_run_the_model(format):
   model = _model(format)
   own = bench.prepare(model, batch=BATCH, prompt_length=PROMPT, steps=STEPS, seed=4)

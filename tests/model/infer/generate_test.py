@@ -102,6 +102,7 @@ def test_a_ragged_batch_gives_what_each_row_gives_alone(kind, prompts):
 
 
 @pytest.mark.parametrize('format', ['int8', 'int4'])
+@pytest.mark.quick(format=('int4',))
 def test_quantized_caches_give_the_tokens_that_evaluation_sees(format, prompts):
   model, count = MODELS['windowed'](), 40  # over the edge of a page
   together = generate(model, prompts, max_new_tokens=count, cache_format=format)
@@ -220,7 +221,8 @@ SETTINGS = {
 
 @pytest.mark.parametrize('format', ['float', 'int8'])
 @pytest.mark.parametrize('name', SETTINGS)
-@pytest.mark.quick(name=('cut',))
+@pytest.mark.quick(name=('cut',), format=('int8',))
+@pytest.mark.slow
 def test_company_does_not_change_a_row(plain, rng, name, format):
   run = functools.partial(generate, plain, max_new_tokens=12, cache_format=format)
   prompts = [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in (3, 1, 40, 17, 8)]
@@ -242,6 +244,7 @@ def test_each_row_has_settings_and_a_seed_of_its_own(plain, prompts):
   assert run(prompts[:1] * 2, sampling_config=DRAW, seed=1) == [one, one]
 
 
+@pytest.mark.slow
 def test_samples_follow_the_models_distribution():
   # A vocabulary of 5 and 400 continuations of one prompt: frequencies against probabilities.
   model, tokens = _model(vocab_size=5), []

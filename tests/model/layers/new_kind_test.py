@@ -195,6 +195,7 @@ def test_a_recipe_compresses_each_expert_by_what_it_saw(tokens_BT):
 
 
 @pytest.mark.parametrize('step', [{'awq': {'grid': 3, 'quantize': False}}, {'rotate': {}}])
+@pytest.mark.quick(step=({'rotate': {}},))
 def test_techniques_on_whole_blocks_follow_its_wiring(tokens_BT, step):
   """Scales and rotations that cancel out, with an edge through relu and a norm without a router."""
   model, parsed = _model(), recipe.parse({'name': 'x', 'steps': [step]})

@@ -35,10 +35,10 @@ def test_decoding_in_pieces_equals_one_pass(texts):
   shape = _sparse(*texts)
   model = _model(shape)
   tokens = jnp.asarray(np.random.default_rng(0).integers(0, shape.vocab_size, (2, LENGTH)))
-  whole = model.logits(model.hidden(tokens)[0])
   caches = kv_cache.init(shape, 2, CAPACITY)
   assert {type(cache) for cache in caches} <= {RollingCache, SlotCache}
   graphdef, state = nnx.split(model)
+  whole = jax.jit(lambda state: nnx.merge(graphdef, state)(tokens))(state)
 
   @jax.jit
   def step(state, tokens, positions, caches):

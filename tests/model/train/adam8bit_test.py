@@ -131,6 +131,7 @@ def test_no_float32_copy_of_all_moments_is_held():
   assert memory.temp_size_in_bytes < 8 * one
 
 
+@pytest.mark.slow
 def test_sharded_state_is_that_of_one_device(rng):
   gradients = _gradients(rng, 3)
   mesh = jax.make_mesh((2, 4), ('x', 'y'), axis_types=(jax.sharding.AxisType.Auto,) * 2)

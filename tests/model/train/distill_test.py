@@ -121,6 +121,7 @@ def test_chunks_give_the_value_and_the_gradient_of_all_logits_at_once(rng, tempe
   _assert_relative(got, want, GRADIENT)
 
 
+@pytest.mark.slow
 def test_another_size_of_chunk_gives_the_same_of_every_part(rng):
   student, teacher, batch = _model(1), _model(2), _batch(rng)
   run = functools.partial(_value_and_gradient, student, teacher, ALL, batch)

@@ -209,9 +209,10 @@ def test_held_out_text_is_measured_along_the_way_and_changes_nothing(whole, tmp_
 
 def test_mean_nll_is_the_mean_over_labels():
   model, dataset = _model(), _dataset(batch_size=5)
+  run = jax.jit(lambda tokens_BT, **context: model(tokens_BT, **context))
   total, count = 0.0, 0
   for batch in dataset.sequential():
-    logits = model(batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
+    logits = run(batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
     log_p = np.asarray(jax.nn.log_softmax(logits))
     for row, column in np.argwhere(batch.labels_BT >= 0):
       total -= log_p[row, column, batch.labels_BT[row, column]]

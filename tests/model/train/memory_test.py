@@ -100,6 +100,7 @@ def test_eight_bit_moments_are_in_the_plan():
   assert memory.nbytes(state.opt_state) == want + 2 * 4
 
 
+@pytest.mark.slow
 def test_sharded_arrays_count_the_share_of_a_device():
   mesh = sharding.make_mesh(data=1, fsdp=2, model=4)
   model = _model()

@@ -108,9 +108,10 @@ def test_a_chat_is_a_prompt_up_to_the_assistants_words():
 def test_the_labels_are_what_the_student_says_and_follow_seed_and_step(rng):
   student, batch = _model(3), _dataset().batch(0)
   greedy = _on_policy(_writer(0.0))(batch, 0, student)
-  logits = student(
-    greedy.tokens_BT, positions_BT=greedy.positions_BT, segments_BT=greedy.segments_BT
-  )
+  context = {'positions_BT': greedy.positions_BT, 'segments_BT': greedy.segments_BT}
+  graphdef, state = nnx.split(student)
+  run = jax.jit(lambda state, *tokens, **own: nnx.merge(graphdef, state)(*tokens, **own))
+  logits = run(state, greedy.tokens_BT, **context)
   written = greedy.labels_BT >= 0
   assert written.sum() >= 9
   np.testing.assert_array_equal(np.argmax(logits, -1)[written], greedy.labels_BT[written])

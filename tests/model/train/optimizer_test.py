@@ -131,11 +131,9 @@ def test_adafactor_is_that_of_optax(rng):
   gradients = [{k: rng.normal(size=v.shape) for k, v in start.items()} for _ in range(4)]
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), start)
   tx = optax.adafactor(0.01)
-  state = tx.init(params)
+  state, update = tx.init(params), jax.jit(tx.update)
   for g in gradients:
-    updates, state = tx.update(
-      jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), g), state, params
-    )
+    updates, state = update(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), g), state, params)
     params = optax.apply_updates(params, updates)
   _assert_equal(_run_ours(_plain('adafactor'), start, gradients), params)
 

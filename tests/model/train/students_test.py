@@ -41,6 +41,7 @@ def test_the_rule_is_the_nearest_layer_to_even_steps(depth):
 
 
 @pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.quick(tied=(True,))
 def test_a_student_predicts_as_the_teacher_without_the_other_layers(rng, tied):
   teacher = _teacher(tied=tied)
   tokens_BT = rng.integers(0, 32, (2, 7))

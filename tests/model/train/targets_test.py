@@ -179,8 +179,15 @@ def _bytes(folder: pathlib.Path):
   return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+_run = jax.jit(
+  lambda graphdef, state, tokens_BT, **context: nnx.merge(graphdef, state)(tokens_BT, **context),
+  static_argnums=0,
+)
+
+
 def _dense(model, batch, temperature):
-  logits = model(batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
+  context = {'positions_BT': batch.positions_BT, 'segments_BT': batch.segments_BT}
+  logits = _run(*nnx.split(model), batch.tokens_BT, **context)
   return np.float64(logits)[..., :V] / temperature
 
 

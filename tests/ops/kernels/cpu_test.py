@@ -412,6 +412,7 @@ def test_products_of_one_input_are_those_of_each_alone(name):
   [*((f, jnp.bfloat16) for f in FORMATS), *((f, d) for f in TILES for d in ('float16', 'float32'))],
 )
 @pytest.mark.quick(format=(*TILES, 'int3', 'fp8', 'mxfp4', 'nvfp4'))
+@pytest.mark.quick(format=(*TILES, 'fp8', 'nvfp4'))
 def test_a_widened_weight_multiplies_as_it_is_multiplied_without_the_library(format, dtype):
   w = _weight(format, dtype=dtype)
   wide = layout.pack_widened(w)

@@ -197,6 +197,7 @@ def _check(w_IO, covariance_II, solver=solve, block=128, **options):
   ids=str,
 )
 @pytest.mark.quick(grid=(*GPTQ[:4], GPTQ[5], GPTQ[7], MX[0]))
+@pytest.mark.quick(grid=(GPTQ[0], GPTQ[3], GPTQ[7], MX[0]))
 def test_quantization_is_exact_surgery(grid, act_order):
   w_IO, covariance_II = _example(64 if grid in MX else 48, 5)
   solution = _check(w_IO, covariance_II, grid=grid, act_order=act_order)
@@ -213,6 +214,7 @@ def test_pruning_is_exact_surgery(pruning):
 
 @pytest.mark.parametrize('i, group', [(0, 16), (1, 48), (2, 16), (2, 48), (3, 16)])
 @pytest.mark.quick(i=(0, 2, 3))
+@pytest.mark.quick(group=(16,))
 def test_both_in_one_pass_is_exact_surgery(i, group):
   grid = obs.Grid(format='int4', group=group, clip='mse')
   _check(*_example(48, 5), pruning=PRUNINGS[i], grid=grid)
@@ -253,6 +255,9 @@ def test_blocks_that_do_not_divide_change_nothing(small_blocks, options):
     {'pruning': obs.Pruning(n=2, m=4), 'grid': obs.Grid(format='int4', group=64)},
   ],
   ids=str,
+)
+@pytest.mark.quick(
+  options=({'grid': obs.Grid(format='int4', group=32)}, {'pruning': obs.Pruning(sparsity=0.5)})
 )
 def test_float32_is_as_good_as_float64(options):
   w_IO, covariance_II = _example(256, 64)
