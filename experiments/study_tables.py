@@ -92,7 +92,9 @@ def _arms(names: Sequence[str], seeds: Sequence[Runs]) -> list[str]:
   """The arms at their best rates, with the metrics that any of them has."""
   values = {name: [arms.at_best(runs, name) for runs in seeds if name in runs] for name in names}
   values = {name: found for name, found in values.items() if found}
+  trained = any(one['learning_rate'] for found in values.values() for one in found)
   used = [m for m in COLUMNS if any(m in found[0] for found in values.values())]
+  used = used if trained else [metric for metric in used if metric != 'learning_rate']
   lines = [
     f'| arm | {" | ".join(COLUMNS[metric][0] for metric in used)} |',
     f'| --- |{" ---: |" * len(used)}',
@@ -252,7 +254,5 @@ def _about(rows: Sequence[Record]) -> str:
   )
   command = rows[0].command
   others = ' and with the other arms' if len({row.command for row in rows}) > 1 else ''
-  return (
-    f'{seeds} seed{"s" if seeds > 1 else ""}, means ± half the range; `{command}`{others} on '
-    f'{" and ".join(where)}.'
-  )
+  over = '1 seed' if seeds == 1 else f'{seeds} seeds, means ± half the range'
+  return f'{over}; `{command}`{others} on {" and ".join(where)}.'
