@@ -41,9 +41,6 @@ from model.infer.prepare import prepare as prepared
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
-MODEL = flags.DEFINE_string('model', None, 'A folder, a hub id or a .gguf file.')
-TEXT = flags.DEFINE_string('text', None, 'A file or folder, or python-docs.')
-
 CONTEXT, KEPT = 512, 128  # tokens
 SMOKE_CONTEXT = 160
 FAR, NEAR = (0.1, 0.25, 0.4, 0.55), (0.8, 0.9)  # depths of needles
@@ -133,14 +130,15 @@ def _alike(tokens: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def prepare(options: Options) -> Setting:
-  if options.smoke and MODEL.value is None:
+  if options.smoke:
     trained = embedded.load_or_train(common.cache_folder(), smoke=True)
     model, tokenizer, texts = trained.model, trained.tokenizer, trained.texts
-  elif MODEL.value is None or TEXT.value is None:
-    raise ValueError('study_caches needs --model and --text (or --smoke)')
   else:
-    model, tokenizer = common.load_model(MODEL.value)
-    texts = corpus.load(TEXT.value)
+    path, text = flags.FLAGS.model, flags.FLAGS.text
+    if path is None or text is None:
+      raise ValueError('study_caches needs --model and --text (or --smoke)')
+    model, tokenizer = common.load_model(path)
+    texts = corpus.load(text)
   context = SMOKE_CONTEXT if options.smoke else CONTEXT
   tokens_T, ends_T = tokenizer.encode_with_bytes('\n'.join(texts.held_out))
   seeds = options.first_seed + (1 if options.smoke else options.seeds)
@@ -200,5 +198,13 @@ STUDY = arms.Study(
   train=train,
 )
 
-if __name__ == '__main__':
+
+def main() -> None:
+  # Defined here, because the tables of all studies are made in one process.
+  flags.DEFINE_string('model', None, 'A folder, a hub id or a .gguf file.')
+  flags.DEFINE_string('text', None, 'A file or folder, or python-docs.')
   arms.main(STUDY)
+
+
+if __name__ == '__main__':
+  main()

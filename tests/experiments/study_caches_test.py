@@ -4,7 +4,6 @@ import types
 
 import numpy as np
 import pytest
-from absl import flags
 
 from experiments import arms, study_caches
 from experiments.arms import Options
@@ -39,9 +38,7 @@ def test_each_context_holds_its_answer_at_its_depth():
 @pytest.mark.slow
 def test_a_smoke_run_measures_caches(base, tmp_path):
   out = tmp_path / 'caches.jsonl'
-  flags.FLAGS.mark_as_parsed()
   arms.run(study_caches.STUDY, Options(smoke=True, output=str(out)))
-  flags.FLAGS.unparse_flags()
   rows = {row.recipe: row for row in records.read(out)}
   assert set(rows) == {'float', 'streaming128', 'snapkv128'}
   assert rows['snapkv128'].value('cache_bytes') < rows['float'].value('cache_bytes')

@@ -253,7 +253,7 @@ def test_drops_are_reported_and_only_training_has_any():
   metrics = _updated(config, updates=1)[1][0]
   model = Transformer(_model_config(ROUTED), rngs=nnx.Rngs(0))
   context = Context.of(model.config, _batch().tokens_BT)
-  _, z_BTD = context.run_and_read(model.layers[0], model.embed(_batch().tokens_BT))
+  _, _, z_BTD = context.run_and_read(model.layers[0], model.embed(_batch().tokens_BT))
   experts_TX = np.asarray(model.layers[0].ffn.route(z_BTD.reshape(TOKENS, WIDTH)).experts_TX)
   kept_TX = _kept_by_hand(experts_TX, math.ceil(0.5 * TOKENS * CHOICES / EXPERTS), 'token')
   mask_T = _batch().labels_BT.reshape(-1) >= 0

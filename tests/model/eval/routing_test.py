@@ -49,8 +49,8 @@ def test_the_experts_are_those_of_the_largest_logits(base):
   @jax.jit
   def read(tokens_BT):
     context, x_BTD = Context.of(CONFIG, tokens_BT), model.embed(tokens_BT)
-    x_BTD, _ = context.run_and_read(model.layers[0], x_BTD)
-    return context.run_and_read(model.layers[1], x_BTD)[1]
+    x_BTD, _, _ = context.run_and_read(model.layers[0], x_BTD)
+    return context.run_and_read(model.layers[1], x_BTD)[2]
 
   z_BTD = read(text.tokens_BT)
   weight = np.float64(model.layers[1].ffn.router.weight.get_value())

@@ -76,7 +76,7 @@ def _read(model, tokens_BT):
   """What each feed-forward network reads."""
   context, x_BTD, found = Context.of(model.config, tokens_BT), model.embed(tokens_BT), []
   for block in model.layers:
-    x_BTD, z_BTD = context.run_and_read(block, x_BTD)
+    x_BTD, _, z_BTD = context.run_and_read(block, x_BTD)
     found.append(z_BTD)
   return found
 
