@@ -198,7 +198,7 @@ def http():
 def until():
   """A function (condition) that waits until it holds."""
 
-  def wait(condition, seconds=10):
+  def wait(condition, seconds=30):
     end = time.monotonic() + seconds
     while not condition():
       assert time.monotonic() < end, 'it does not happen'
