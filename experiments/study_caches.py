@@ -42,7 +42,7 @@ from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
 CONTEXT, KEPT = 512, 128  # tokens
-SMOKE_CONTEXT = 160
+SMOKE_CONTEXT = 256
 FAR, NEAR = (0.1, 0.25, 0.4, 0.55), (0.8, 0.9)  # depths of needles
 ROWS_A_DEPTH = 2
 WINDOWS = 4
@@ -201,7 +201,7 @@ STUDY = arms.Study(
 
 def main() -> None:
   # Defined here, because the tables of all studies are made in one process.
-  flags.DEFINE_string('model', None, 'A folder, a hub id or a .gguf file.')
+  flags.DEFINE_string('model', None, 'A folder, a hub id or a .gguf file; --smoke has its own.')
   flags.DEFINE_string('text', None, 'A file or folder, or python-docs.')
   arms.main(STUDY)
 
