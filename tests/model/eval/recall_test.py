@@ -117,3 +117,11 @@ def test_bad_input_is_refused():
   with pytest.raises(ValueError, match='201 positions are needed, but the model has learned 140'):
     case = recall.query_agnostic(np.zeros((1, 200), int), rows[:, :1], rows[:, :1])
     recall.measure(_model(), case, cache_spec.of('float'))
+
+
+def test_an_answer_is_right_if_all_of_its_tokens_are():
+  found = recall.Recall(
+    right_BT=np.array([[True, False], [True, True]]), cache_bytes=0, peak_bytes=0
+  )
+  assert found.answers_B.tolist() == [False, True]
+  assert (found.answers, found.tokens) == (0.5, 0.75)
