@@ -60,9 +60,9 @@ def check(spec: str, *arrays) -> dict[str, int]:
 
 
 def take(array: jax.Array, letters: str, letter: str, index: jax.Array) -> jax.Array:
-  """Takes the elements with these numbers along one axis; all, if the array lacks that axis.
+  """Takes the elements with these numbers along one axis; all of them if there is no such axis.
 
-  `letters` are those of the last axes of the array.
+  `letters` name the last axes of the array.
   """
   if letter not in letters:
     return array
@@ -72,7 +72,7 @@ def take(array: jax.Array, letters: str, letter: str, index: jax.Array) -> jax.A
 def is_array(value: Any) -> bool:
   """Whether a leaf of a pytree is an array: a real one, a traced one or a `ShapeDtypeStruct`.
 
-  The gradient of an integer (float0) is none, for it has the shape of an array but no values.
+  The gradient of an integer (float0) is no array, because it has a shape but no values.
   """
   kinds = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
   return isinstance(value, kinds) and value.dtype != jax.dtypes.float0
