@@ -15,7 +15,7 @@ embedding; this is not done here, because it is meant for layer norms and would 
 RMS norms.
 
 Where a norm or a gate comes after the heads (recurrent mixers, Qwen3-Next), a rotation of a head
-does not pass, and all inputs of the output projection are rotated while the model runs.
+does not commute with it, and all inputs of the output projection are rotated while the model runs.
 """
 
 import dataclasses
@@ -109,14 +109,14 @@ def _rotate_block(block, signs_D, online):
     for name, linear in zip(edge.consumers, consumers):
       if name in writers:
         _write(linear, signs_D)
-  # Afterwards, for a matrix that reads a latent may also be one whose outputs are rotated.
+  # Afterwards, because a matrix that reads a latent may also have outputs that are rotated.
   for edge in wiring.edges if online else ():
     if not isinstance(edge.through, Normed):
       _rotate_inputs([layers[name] for name in edge.consumers], edge.through)
 
 
 def _turns(through) -> bool:
-  """Whether a rotation of each head passes from the producer to the consumers."""
+  """Whether a rotation of each head can be moved from the producer to the consumers."""
   return isinstance(through, Attended) and not through.gated
 
 
