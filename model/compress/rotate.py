@@ -142,10 +142,7 @@ def _read(norm, consumers, signs_D):
   """Merges a norm's scale into the matrices after it, and makes them read the rotated stream."""
   scale_D = np.asarray(norm.scale.get_value(), np.float64) + norm.offset
   for linear in consumers:
-    _edit(
-      linear.weight,
-      lambda w_IO: _turn((scale_D[:, None] * w_IO).swapaxes(-1, -2), signs_D).swapaxes(-1, -2),
-    )
+    _edit(linear.weight, lambda w_DO: _turn_inputs(scale_D[:, None] * w_DO, signs_D))
   _edit(norm.scale, lambda scale_D: np.full_like(scale_D, 1 - norm.offset))
 
 
