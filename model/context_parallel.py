@@ -190,19 +190,19 @@ def _first_tokens(count: int, reach: int, own: Part) -> Part:
   is_first_BT = positions_BT < count
   if segments_BT is not None:
     is_first_BT &= segments_BT == segments_BT[:, -1:]
-  place_BP = jnp.argmax(is_first_BT, 1)[:, None] + jnp.arange(count)[None]
-  there_BP = jnp.minimum(place_BP, length - 1)
+  place_BS = jnp.argmax(is_first_BT, 1)[:, None] + jnp.arange(count)[None]
+  there_BS = jnp.minimum(place_BS, length - 1)
 
   def take(x):
-    return jnp.take_along_axis(x, there_BP.reshape(*there_BP.shape, *(1,) * (x.ndim - 2)), 1)
+    return jnp.take_along_axis(x, there_BS.reshape(*there_BS.shape, *(1,) * (x.ndim - 2)), 1)
 
-  is_one_BP = (place_BP < length) & take(is_first_BT)
+  is_one_BS = (place_BS < length) & take(is_first_BT)
   gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, axis=1, tiled=True)
-  found, place_BP = jax.tree.map(lambda x: gather(take(x)), own), gather(place_BP)
+  found, place_BS = jax.tree.map(lambda x: gather(take(x)), own), gather(place_BS)
   here = jax.lax.axis_index(AXIS)
-  source_P = jnp.arange(place_BP.shape[1])[None] // count
-  in_halo_BP = (source_P == here - 1) & (place_BP >= length - reach)
-  return _only_where(found, gather(is_one_BP) & (source_P < here) & ~in_halo_BP)
+  source_S = jnp.arange(place_BS.shape[1])[None] // count
+  in_halo_BS = (source_S == here - 1) & (place_BS >= length - reach)
+  return _only_where(found, gather(is_one_BS) & (source_S < here) & ~in_halo_BS)
 
 
 def _only_where(part: Part, seen) -> Part:

@@ -58,9 +58,9 @@ class Tokens:
   def joined(self, others: Self) -> Self:
     return jax.tree.map(lambda *both: jnp.concatenate(both, 1), self, others)
 
-  def taken(self, slots_BC: jax.Array) -> Self:
+  def taken(self, slots_BS: jax.Array) -> Self:
     """The tokens in some slots."""
-    lifted = lambda a: slots_BC.reshape(*slots_BC.shape, *(1,) * (a.ndim - 2))
+    lifted = lambda a: slots_BS.reshape(*slots_BS.shape, *(1,) * (a.ndim - 2))
     return jax.tree.map(lambda a: jnp.take_along_axis(a, lifted(a), axis=1), self)
 
 
@@ -205,8 +205,8 @@ class EvictedCache(KVCache):
 
   def _chosen(self, tokens: Tokens, last_B1) -> Tokens:
     """The most important tokens, in their present order."""
-    _, slots_BC = jax.lax.top_k(self.policy.ranks(tokens, last_B1), self.policy.budget)
-    return tokens.taken(jnp.sort(slots_BC, 1))
+    _, slots_BS = jax.lax.top_k(self.policy.ranks(tokens, last_B1), self.policy.budget)
+    return tokens.taken(jnp.sort(slots_BS, 1))
 
 
 def _put(tokens: Tokens, one: Tokens, slots_B, heads: int) -> Tokens:
