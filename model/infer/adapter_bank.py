@@ -54,7 +54,7 @@ def _corrections(name: str, model: Transformer, other: Transformer) -> dict[str,
         'the model can be served beside others, so merge it and serve it alone'
       )
   if not found:
-    raise ValueError(f'{name!r} corrects no matrix')
+    raise ValueError(f'the adapter {name!r} corrects no matrix; leave it out')
   return found
 
 

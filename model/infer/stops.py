@@ -28,7 +28,7 @@ class StoppedText:
     special: bool = False,
   ):
     if '' in stops:
-      raise ValueError('a stop string has at least one character')
+      raise ValueError("a stop string has at least one character, and is not ''; leave it out")
     self._stream = TextStream(tokenizer, prompt[-CONTEXT:], special=special)
     self._stops, self._included = tuple(stops), included
     self._held = ''
