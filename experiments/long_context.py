@@ -15,8 +15,8 @@ The mixers:
 
   own               those of the model
   dense             every query sees all tokens before it
-  window1024        every query of every layer sees so many tokens, itself included, and the cache
-                    holds no more; so for all sparse patterns, joined by + (ops/patterns.py).
+  window1024        every query of every layer sees 1,024 tokens, itself included, and the cache
+                    holds no more; other sparse patterns, joined by +, are in ops/patterns.py.
                     With --full_every=4 the last of every four layers stays dense
 
 Costs: rounds are interleaved among the models, mixers and caches of a context. `prefill` reads a
