@@ -2,9 +2,9 @@
 
 Penalties, biases and masks change the logits first. The cuts apply in the order temperature, top-k,
 top-p, min-p, each to the tokens that the one before has left, as in Hugging Face transformers.
-Top-p (nucleus) after Holtzman et al. (2019), https://arxiv.org/abs/1904.09751; min-p after Nguyen et al. (2024),
-https://arxiv.org/abs/2407.01082; the repetition penalty after Keskar et al. (2019), "CTRL",
-https://arxiv.org/abs/1909.05858; those of presence and frequency as in OpenAI's API.
+Top-p (nucleus) after Holtzman et al. (2019), https://arxiv.org/abs/1904.09751; min-p after Nguyen
+et al. (2024), https://arxiv.org/abs/2407.01082; the repetition penalty after Keskar et al. (2019),
+"CTRL", https://arxiv.org/abs/1909.05858; those of presence and frequency as in OpenAI's API.
 
 Settings, histories and keys are arrays with an entry per row, so rows of different settings share a
 program, and the draw of a row depends on its own logits, settings, history and key alone. Settings
