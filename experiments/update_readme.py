@@ -20,7 +20,13 @@ from collections.abc import Callable, Iterator
 
 from absl import flags
 
-from experiments import common, pictures, quality_tables, serving_tables, study_tables
+from experiments import (
+  common,
+  pictures,
+  quality_tables,
+  serving_tables,
+  study_tables,
+)
 from experiments import lessons as lessons  # its techniques
 from experiments.speed_tables import decoding, grouped, long_texts, retrofit
 from model.compress import registry
