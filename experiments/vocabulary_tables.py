@@ -15,7 +15,7 @@ def vocabularies(path: pathlib.Path) -> str:
   """One change of a vocabulary a line."""
   rows = records.read(path)
   lines = [
-    '| | tokens | parameters saved | bits per byte before | after | bytes per token before | after |',
+    '| | tokens | parameters saved | bits/byte before | after | bytes/token before | after |',
     f'| --- |{" ---: |" * 6}',
     *(_vocabulary_line(row) for row in rows),
   ]
@@ -31,16 +31,13 @@ def vocabularies(path: pathlib.Path) -> str:
 def _vocabulary_line(row: Record) -> str:
   words = shlex.split(row.command)[3:]
   own = [word for word in words if word.split('=')[0] not in ELSEWHERE]
-  pair = lambda name, text: [
-    f'{row.value(f"{name}_{when}"):{text}}' for when in ('before', 'after')
-  ]
-  before, after = (row.value(f'parameters_{when}') for when in ('before', 'after'))
+  both = lambda name: [row.value(f'{name}_{when}') for when in ('before', 'after')]
+  before, after = both('parameters')
   cells = [
     f'`{" ".join(own)}`',
     f'{row.value("vocab_size_after"):,.0f}',
     f'{1 - after / before:.1%}',
-    *pair('bits_per_byte', '.3f'),
-    *pair('bytes_per_token', '.3f'),
+    *(f'{value:.3f}' for value in both('bits_per_byte') + both('bytes_per_token')),
   ]
   return f'| {" | ".join(cells)} |'
 
