@@ -28,7 +28,7 @@ from experiments import (
   study_tables,
 )
 from experiments import lessons as lessons  # its techniques
-from experiments.speed_tables import decoding, grouped, long_texts, retrofit
+from experiments.speed_tables import beside_peers, decoding, grouped, long_texts, retrofit
 from model.compress import registry
 
 CHECK = flags.DEFINE_bool('check', False, 'Only say whether the files are up to date.')
@@ -216,6 +216,12 @@ PARTS = (
     )
   ),
   Part(file=MEASURING, name='long', generate=long_texts, results=('long_context_cpu.jsonl',)),
+  Part(
+    file=MEASURING,
+    name='long_peers',
+    generate=functools.partial(beside_peers, page=MEASURING),
+    results=('long_peers_smollm2_cpu.jsonl',),
+  ),
   Part(
     file=COMPRESSING,
     name='retrofit',

@@ -1,4 +1,6 @@
-"""Tables of tasks and vocabularies say what their records say."""
+"""Tables of tasks, of vocabularies, and of long contexts beside peers say what records say."""
+
+import dataclasses
 
 import pytest
 
@@ -73,3 +75,16 @@ def test_the_speeds_of_vocabularies(write):
   row = _record('out/trimmed', **values, text_bytes_per_s=98.0, token_speedup=1.17)
   lines = vocabulary_tables.fertility(write(row)).splitlines()
   assert lines[2] == '| `out/trimmed` | 13,376 | 3.900 | 25.0 ± 0.1 | 98 ± 0 | 1.17 ± 0.10 |'
+
+
+def test_long_contexts_stand_beside_peers(write):
+  own = _record('int8', config={'context': 2048}, prefill_tokens_per_s=376.0)
+  config = {'context': 512, 'kv_cache': 'q8_0'}
+  other = dataclasses.replace(
+    _record('other q8_0', config=config, decode_tokens_per_s=6.0), experiment='long_context peer'
+  )
+  lines = speed_tables.beside_peers(write(own, other), 'docs/measuring.md').splitlines()
+  assert lines[2:4] == [
+    '| 512 | other q8_0, q8_0 |  | 6.0 ± 0.1 |',
+    '| 2,048 | int8 | 376.0 ± 0.1 |  |',
+  ]
