@@ -1,4 +1,4 @@
-"""Tables of docs/compressing.md on vocabularies, from records of `vocabulary` and `fertility`."""
+"""Tables of docs/ on vocabularies, from records of `vocabulary` and `fertility`."""
 
 import pathlib
 import shlex
@@ -11,7 +11,7 @@ PAGE = 'docs/compressing.md'
 ELSEWHERE = ('--model', '--text', '--out', '--output')  # flags that do not tell rows apart
 
 
-def vocabularies(path: pathlib.Path) -> str:
+def vocabularies(path: pathlib.Path, page: str = PAGE) -> str:
   """One change of a vocabulary a line."""
   rows = records.read(path)
   lines = [
@@ -23,7 +23,7 @@ def vocabularies(path: pathlib.Path) -> str:
   lines.append(
     f'\n`python -m experiments.vocabulary --model={about.config["model"]} --text=python-docs` with '
     f'the flags of a line, {about.config["max_windows"]} windows of {about.config["seq_len"]} '
-    f'tokens; records: {link(path, PAGE)}.'
+    f'tokens; records: {link(path, page)}.'
   )
   return '\n'.join(lines)
 
