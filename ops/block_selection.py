@@ -72,7 +72,7 @@ def choose(
     q_BTNH, own_BT, segments_BT = part
     q_BTKGH = rearrange(q_BTNH, 'B T (K G) H -> B T K G H', K=sizes['K']).astype(jnp.float32)
     scores_BTKGP = jnp.einsum('BTKGH,BPKH->BTKGP', q_BTKGH, means_BPKH)
-    open_BTP = jnp.arange(sizes['P'], dtype=jnp.int32) < own_BT[..., None]
+    open_BTP = jnp.arange(sizes['P'], dtype=jnp.int32)[None, None] < own_BT[..., None]
     if segments is not None:
       ends_BP = segments[1][:, block - 1 :: block]
       open_BTP &= ends_BP[:, None] == segments_BT[..., None]
@@ -160,7 +160,7 @@ def _cut(x_BS: jax.Array, blocks: int) -> jax.Array:
 
 
 def _by_parts(fn, arrays, size: int):
-  """fn of arrays [B, T, ...], for at most `size` of T at a time."""
+  """Calls fn on arrays [B, T, ...], for at most `size` of T at a time."""
   length, size = jax.tree.leaves(arrays)[0].shape[1], max(size, 1)
   if length <= size:
     return fn(arrays)
@@ -201,7 +201,7 @@ class _Tiles:
     head_N1 = (jnp.arange(heads, dtype=jnp.int32) // (heads // kv_heads))[:, None]
     groups = kv_heads * blocks
     # The pairs without a block come last, after all groups, and into no tile.
-    group_TNX = jnp.where(choices_TNX == NONE, groups, head_N1 * blocks + choices_TNX)
+    group_TNX = jnp.where(choices_TNX == NONE, groups, head_N1[None] * blocks + choices_TNX)
     plan = moe.dispatch(group_TNX.reshape(tokens * heads, choices), groups)
     size = min(1 << (-(-pairs // groups) - 1).bit_length(), MOST_ROWS)
     found = grouped.blocks(plan.sizes_E, pairs, size)
@@ -214,7 +214,7 @@ class _Tiles:
       fill(found.end, pairs),
       fill(found.expert, 0),
     )
-    row = start[:, None] + jnp.arange(size, dtype=jnp.int32)
+    row = start[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
     real = row < end[:, None]
     pair = plan.pair_M[jnp.minimum(row, pairs - 1)]
     place = jnp.arange(row.size, dtype=jnp.int32)
@@ -307,7 +307,7 @@ def _scored(scores: _Scores, q_TNH, k_PSKH, choices_TNX, marks, tile):
   if scores.softcap is not None:
     found = scores.softcap * jnp.tanh(found / scores.softcap)
   token, size = query // q_TNH.shape[1], k_PSKH.shape[1]
-  key_places = block[:, None] * size + jnp.arange(size, dtype=jnp.int32)
+  key_places = block[:, None] * size + jnp.arange(size, dtype=jnp.int32)[None]
   seen = real[..., None] & (key_places[:, None] <= places_T[token][..., None])
   if of_keys_PS is not None:
     seen &= of_keys_PS[block][:, None] == of_queries_T[token][..., None]
