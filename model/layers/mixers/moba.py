@@ -2,7 +2,7 @@
 
 Mixture of block attention (see ops/block_selection.py): a query sees its own block of tokens and
 the `top_k` blocks before it that suit it best, query head by query head. There are no parameters
-beyond those of attention, so a trained model can be made into one (`model.compress.moba`).
+beyond those of attention, so a trained model can be made into one: the step `block_selection`.
 
 The cache holds all tokens and the mean key of each block. A step of decoding reads the means, the
 query's own block and those that are chosen. Key/value heads that several query heads read are held
@@ -47,6 +47,16 @@ class MobaConfig(AttentionConfig):
       )
     if self.lends:
       raise ValueError('a layer that chooses blocks lends no keys and values to later layers')
+
+  @classmethod
+  def of(cls, attention: AttentionConfig, block: int, top_k: int) -> 'MobaConfig':
+    """With the heads of a layer that sees all keys. Raises ValueError for another layer."""
+    if type(attention) is not AttentionConfig:
+      raise ValueError(
+        f'a {type(attention).__name__} cannot choose blocks; give it attention first'
+      )
+    fields = {field.name: getattr(attention, field.name) for field in dataclasses.fields(attention)}
+    return cls(**fields, block=block, top_k=top_k)
 
   def build(self, stream, *, rngs, dtype):
     return Moba(self, stream, rngs=rngs, dtype=dtype)
