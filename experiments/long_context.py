@@ -18,8 +18,9 @@ The mixers:
   window1024        every query of every layer sees so many tokens, itself included, and the cache
                     holds no more; so for all sparse patterns, joined by + (ops/patterns.py).
                     With --full_every=4 the last of every four layers stays dense
-  moba64x4          every query chooses 4 blocks of 64 tokens besides its own; the cache holds all
-                    tokens, in a float format. Likewise with --full_every
+  moba64x4          every query chooses 4 blocks of 64 tokens besides its own; with moba64x4+first
+                    one of them is the first. The cache holds all tokens, in a float format.
+                    Likewise with --full_every
 
 Costs: rounds are interleaved among the models, mixers and caches of a context. `prefill` reads a
 prompt that is as long as the context, `decode` writes --tokens tokens after it. Memory is the

@@ -1,7 +1,8 @@
 """Puts other mixers in the place of attention, in all layers of a model or in most of them.
 
 A mixer has a name, such as gated_delta or linformer, or is a sparse pattern (ops/patterns.py), such
-as window128+first4. With moba64x4 each query chooses 4 blocks of 64 tokens, besides its own.
+as window128+first4. With moba64x4 each query chooses 4 blocks of 64 tokens, besides its own; with
+moba64x4+first the first block of the text is one of them.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ HELP = (
   f'{ATTENTION}, {", ".join(NAMED)}, blocks that are chosen such as moba64x4, or a sparse pattern '
   'such as window128+first4'
 )
-_MOBA = re.compile(r'moba([0-9]+)x([0-9]+)')
+_MOBA = re.compile(r'moba([0-9]+)x([0-9]+)(\+first)?')
 
 
 def sees(name: str, attention: AttentionConfig) -> AttentionConfig:
@@ -52,7 +53,8 @@ def sees(name: str, attention: AttentionConfig) -> AttentionConfig:
   found = _MOBA.fullmatch(name)
   if found is not None:
     dense = dataclasses.replace(attention, window=None, sparse=None)
-    return MobaConfig.of(dense, *map(int, found.groups()))
+    block, top_k, first = found.groups()
+    return MobaConfig.of(dense, block=int(block), top_k=int(top_k), first=bool(first))
   return dataclasses.replace(attention, window=None, sparse=patterns.parse(name))
 
 

@@ -7,7 +7,7 @@ no mean tells of tokens to come. No gradient goes through the choice.
 
 Every query head chooses by itself. The paper defines the choice for one head, and its code repeats
 key/value heads for their query heads before it; here grouped heads are read where they are.
-Differs from the paper in words only: its k counts the query's own block, `top_k` does not.
+Differs from the paper: its k counts the query's own block, `top_k` does not, and `Blocks.first`.
 
 The pairs of a query and a block are sorted by block, as in the paper, and each block is multiplied
 with tiles of its queries, so T queries cost T (top_k + 1) S products and as much memory as there
@@ -35,6 +35,24 @@ AT_ONCE = 2**19  # scores that are held at a time, of one row of the batch
 NONE = -1  # the choice of a query that has fewer blocks before it than it may choose
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+  """How long blocks are, and how many of those before its own a query chooses.
+
+  first: one of the chosen is the first block of the text, whatever its mean. The paper does not
+    have it; models that were trained without chosen blocks rest on their first tokens.
+  """
+
+  size: int
+  top_k: int
+  first: bool = False
+
+  def __post_init__(self):
+    for name, value in (('block', self.size), ('top_k', self.top_k)):
+      if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f'{name} must be an integer of at least 1, not {value!r}')
+
+
 def means(k_BSKH: jax.Array, blocks: int, segments_BS: jax.Array | None = None) -> jax.Array:
   """The mean key of each block in float32: [B, P, K, H].
 
@@ -52,8 +70,7 @@ def choose(
   q_BTNH: jax.Array,
   means_BPKH: jax.Array,
   places_BT: jax.Array,
-  block: int,
-  top_k: int,
+  blocks: Blocks,
   segments: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
   """The blocks that each query sees, its own one last: int32 [B, T, N, X], with NONE for no block.
@@ -61,8 +78,8 @@ def choose(
   `places_BT` are the slots of the queries' own keys. `segments` are (q_BT, k_BS).
   """
   sizes = axes.check('BTNH,BPKH,BT', q_BTNH, means_BPKH, places_BT)
-  most = min(top_k, sizes['P'] - 1)
-  own_BT = (places_BT // block).astype(jnp.int32)
+  most = min(blocks.top_k, sizes['P'] - 1)
+  own_BT = (places_BT // blocks.size).astype(jnp.int32)
   own_BTN1 = jnp.broadcast_to(own_BT[..., None, None], (*q_BTNH.shape[:3], 1))
   if not most:
     return own_BTN1
@@ -74,9 +91,12 @@ def choose(
     scores_BTKGP = jnp.einsum('BTKGH,BPKH->BTKGP', q_BTKGH, means_BPKH)
     open_BTP = jnp.arange(sizes['P'], dtype=jnp.int32)[None, None] < own_BT[..., None]
     if segments is not None:
-      ends_BP = segments[1][:, block - 1 :: block]
+      ends_BP = segments[1][:, blocks.size - 1 :: blocks.size]
       open_BTP &= ends_BP[:, None] == segments_BT[..., None]
     scores_BTKGP = jnp.where(open_BTP[:, :, None, None], scores_BTKGP, -jnp.inf)
+    if blocks.first:
+      first_BTP = open_BTP & ~jnp.pad(open_BTP[..., :-1], ((0, 0), (0, 0), (1, 0)))
+      scores_BTKGP = jnp.where(first_BTP[:, :, None, None], jnp.inf, scores_BTKGP)
     # XLA:CPU has a program for the largest numbers of a matrix, and sorts arrays of other ranks.
     best, at = jax.lax.top_k(scores_BTKGP.reshape(-1, sizes['P']), most)
     return jnp.where(best > -jnp.inf, at, NONE).reshape(*q_BTNH.shape[:3], most)
@@ -92,7 +112,7 @@ def attend(
   v_BSKH: jax.Array,
   means_BPKH: jax.Array,
   places_BT: jax.Array,
-  top_k: int,
+  blocks: Blocks,
   segments: tuple[jax.Array, jax.Array] | None = None,
   *,
   scale: float,
@@ -100,34 +120,32 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
   """Attends to the blocks that each query chooses: (y_BTNH, logs_BTN).
 
-  S is P blocks long, slot s of a row has the key of place s, and query t stands at places_BT[b, t],
+  S is P blocks, slot s of a row has the key of place s, and query t stands at places_BT[b, t],
   whose key is there. `logs_BTN` are the logarithms of the sums that normalise the softmax, for
   `ops.blocked.merged`.
 
   Raises:
-    ValueError: the shapes disagree, or the keys are no whole blocks.
+    ValueError: the shapes disagree, or the keys are not P whole blocks.
   """
   spec = 'BTNH,BSKH,BSKH,BPKH,BT'
   sizes = axes.check(spec, q_BTNH, k_BSKH, v_BSKH, means_BPKH, places_BT)
-  blocks, block = sizes['P'], sizes['S'] // sizes['P']
-  if sizes['S'] % blocks:
-    raise ValueError(f'{sizes["S"]} keys do not divide into {blocks} blocks of equal size')
-  check(block, top_k)
-  choices_BTNX = choose(q_BTNH, means_BPKH, places_BT, block, top_k, segments)
+  count = sizes['P']
+  if sizes['S'] != count * blocks.size:
+    raise ValueError(f'{sizes["S"]} keys are not {count} blocks of {blocks.size}')
+  choices_BTNX = choose(q_BTNH, means_BPKH, places_BT, blocks, segments)
   of_queries, of_keys = (None, None) if segments is None else segments
   if of_keys is not None:
-    of_keys = _cut(of_keys, blocks)
+    of_keys = _cut(of_keys, count)
   marks = places_BT, of_queries, of_keys
   row = functools.partial(_attend, _Scores(scale=scale, softcap=softcap))
-  return jax.vmap(row)(q_BTNH, _cut(k_BSKH, blocks), _cut(v_BSKH, blocks), choices_BTNX, marks)
+  return jax.vmap(row)(q_BTNH, _cut(k_BSKH, count), _cut(v_BSKH, count), choices_BTNX, marks)
 
 
 def whole(
   q_BTNH: jax.Array,
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
-  block: int,
-  top_k: int,
+  blocks: Blocks,
   segments_BT: jax.Array | None = None,
   *,
   scale: float,
@@ -137,22 +155,14 @@ def whole(
   sizes = axes.check('BTNH,BSKH,BSKH,BT', q_BTNH, k_BSKH, v_BSKH, segments_BT)
   if sizes['T'] != sizes['S']:
     raise ValueError(f'a whole row has as many queries as keys, not {sizes["T"]} and {sizes["S"]}')
-  check(block, top_k)
-  fill = lambda x: jnp.pad(x, [(0, 0), (0, -sizes['T'] % block), *[(0, 0)] * (x.ndim - 2)])
+  fill = lambda x: jnp.pad(x, [(0, 0), (0, -sizes['T'] % blocks.size), *[(0, 0)] * (x.ndim - 2)])
   k_BSKH, v_BSKH = fill(k_BSKH), fill(v_BSKH)
   segments = None if segments_BT is None else (segments_BT, fill(segments_BT))
-  means_BPKH = means(k_BSKH, k_BSKH.shape[1] // block, segments and segments[1])
+  means_BPKH = means(k_BSKH, k_BSKH.shape[1] // blocks.size, segments and segments[1])
   places = jnp.arange(sizes['T'], dtype=jnp.int32)
   places_BT = jnp.broadcast_to(places[None], q_BTNH.shape[:2])
   scores = {'scale': scale, 'softcap': softcap}
-  return attend(q_BTNH, k_BSKH, v_BSKH, means_BPKH, places_BT, top_k, segments, **scores)
-
-
-def check(block: int, top_k: int) -> None:
-  """Raises ValueError unless both are integers of at least 1."""
-  for name, value in (('block', block), ('top_k', top_k)):
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-      raise ValueError(f'{name} must be an integer of at least 1, not {value!r}')
+  return attend(q_BTNH, k_BSKH, v_BSKH, means_BPKH, places_BT, blocks, segments, **scores)
 
 
 def _cut(x_BS: jax.Array, blocks: int) -> jax.Array:

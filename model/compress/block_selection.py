@@ -3,8 +3,9 @@
 After Lu et al. (2025), mixture of block attention (MoBA), https://arxiv.org/abs/2502.13189, who
 train with it and let some layers stay dense. A query sees its own block and the `top_k` blocks
 before it that suit it best (`model.layers.mixers.moba`). Caches hold all tokens; less of them is
-read. A model that was trained without it rests on its first tokens, whose block is not always
-chosen, so steps that train should follow. With blocks enough the model computes what it did.
+read. A model that was trained without it rests on its first tokens, so with `first` their block is
+always one of the chosen, which the paper does not have. With blocks enough the model computes what
+it did.
 """
 
 import dataclasses
@@ -15,24 +16,26 @@ from model.config import ModelConfig
 from model.layers.mixers.attention import AttentionConfig
 from model.layers.mixers.moba import MobaConfig
 from model.transformer import Transformer, parameters
-from ops import block_selection
+from ops.block_selection import Blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockSelectionSpec:
   """How long blocks are, how many a query chooses besides its own, and which layers stay dense.
 
+  first: the first block is always one of the chosen.
   full_every: of so many consecutive layers, the last stays as it is; None: no layer does.
   full_layers: the layers that stay, by number from 0 on, in place of `full_every`.
   """
 
   block: int = 64
   top_k: int = 4
+  first: bool = True
   full_every: int | None = 4
   full_layers: tuple[int, ...] | None = None
 
   def __post_init__(self):
-    block_selection.check(self.block, self.top_k)
+    Blocks(size=self.block, top_k=self.top_k)  # checks them
     full_layers.check_every(self.full_every)
 
 
@@ -60,7 +63,7 @@ def check(config: ModelConfig, spec: BlockSelectionSpec) -> None:
 def _reshapes(model: Transformer, spec: BlockSelectionSpec) -> ModelConfig:
   layers = list(model.config.layers)
   for l in full_layers.others(model.config, spec.full_every, spec.full_layers):
-    mixer = MobaConfig.of(layers[l].mixer, spec.block, spec.top_k)
+    mixer = MobaConfig.of(layers[l].mixer, block=spec.block, top_k=spec.top_k, first=spec.first)
     layers[l] = dataclasses.replace(layers[l], mixer=mixer)
   return model.config.replace(layers=tuple(layers))
 

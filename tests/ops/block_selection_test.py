@@ -7,10 +7,12 @@ import pytest
 
 from ops import block_selection, masks
 from ops.attention import attention
+from ops.block_selection import Blocks
 
 B, T, N, K, H, BLOCK = 2, 23, 4, 2, 8, 4
 SCALE = 0.4
 FLOAT32 = 1e-5  # of values and gradients of order 1
+CHOOSE_ONE = Blocks(size=BLOCK, top_k=1)
 ALL = T  # more blocks than there are
 # Two documents, of which the first ends within a block, and padding.
 SEGMENTS_BT = np.array([[1] * 10 + [2] * 13, [1] * 3 + [2] * 15 + [0] * 5], np.int32)
@@ -21,14 +23,15 @@ def _arrays(seed=0, length=T):
   return [rng.standard_normal((B, length, n, H)).astype(np.float32) for n in (N, K, K, N)]
 
 
-def _whole(q, k, v, top_k, segments=None, softcap=None):
-  return block_selection.whole(q, k, v, BLOCK, top_k, segments, scale=SCALE, softcap=softcap)[0]
+def _whole(q, k, v, top_k, segments=None, softcap=None, first=False):
+  blocks = Blocks(size=BLOCK, top_k=top_k, first=first)
+  return block_selection.whole(q, k, v, blocks, segments, scale=SCALE, softcap=softcap)[0]
 
 
-_run = jax.jit(_whole, static_argnums=(3, 5))
+_run = jax.jit(_whole, static_argnums=(3, 5, 6))
 
 
-def _seen_by_hand(q, k, top_k, segments=None):
+def _seen_by_hand(q, k, top_k, segments=None, first=False):
   """[B, N, T, T] by the definition: sorted means of the blocks before the query's own."""
   if segments is None:
     segments = np.ones((B, T), int)
@@ -39,6 +42,8 @@ def _seen_by_hand(q, k, top_k, segments=None):
     own = blocks.pop(t // BLOCK)
     keys = k[b, :, n // (N // K)].astype(np.float64)
     fits = {j: float(q[b, t, n] @ keys[at].mean(0)) for j, at in blocks.items() if at}
+    if fits and first:
+      fits[min(fits)] = np.inf
     for j in sorted(fits, key=fits.get, reverse=True)[:top_k]:
       own = own + blocks[j]
     seen[b, n, t, own] = True
@@ -58,12 +63,18 @@ def _by_hand(q, k, v, seen, softcap=None):
 
 
 @pytest.mark.parametrize(
-  'top_k, segments, softcap', [(1, None, None), (2, None, 3.0), (2, SEGMENTS_BT, None)]
+  'top_k, segments, softcap, first',
+  [
+    (1, None, None, False),
+    (2, None, 3.0, True),
+    (2, SEGMENTS_BT, None, False),
+    (1, SEGMENTS_BT, None, True),
+  ],
 )
-def test_values_are_those_of_the_definition(top_k, segments, softcap):
+def test_values_are_those_of_the_definition(top_k, segments, softcap, first):
   q, k, v, _ = _arrays()
-  found = _run(q, k, v, top_k, segments, softcap)
-  seen = _seen_by_hand(q, k, top_k, segments)
+  found = _run(q, k, v, top_k, segments, softcap, first)
+  seen = _seen_by_hand(q, k, top_k, segments, first)
   np.testing.assert_allclose(found, _by_hand(q, k, v, seen, softcap), atol=FLOAT32)
 
 
@@ -75,7 +86,7 @@ def test_a_query_sees_what_the_picture_says():
   q[0, :, 0, 0] = 1e-6  # scores are equal, as far as float32 tells, and their order is not
   q[0, -1, 0, 0] = -1e-6
   v = np.eye(12, 16, dtype=np.float32)[None, :, None]
-  run = jax.jit(lambda *a: block_selection.whole(*a, 4, 1, scale=1.0, softcap=None)[0])
+  run = jax.jit(lambda *a: block_selection.whole(*a, CHOOSE_ONE, scale=1.0, softcap=None)[0])
   found = run(q, k, v)[0, :, 0, :12]
   pictures = ['#...........', '##..........', '###.........', '####........']
   pictures += ['#####.......', '######......', '#######.....', '########....']
@@ -125,7 +136,7 @@ def test_gradients_are_those_of_attention_under_the_same_mask():
     return y + logs.swapaxes(1, 2)[..., None]
 
   def ours(q, k, v):
-    y, logs = block_selection.whole(q, k, v, BLOCK, 2, scale=SCALE, softcap=None)
+    y, logs = block_selection.whole(q, k, v, Blocks(size=BLOCK, top_k=2), scale=SCALE, softcap=None)
     return y + logs[..., None]
 
   _check_equal(ours, masked, q, k, v, weigh)
@@ -178,7 +189,8 @@ def _products(jaxpr, times=1) -> float:
 def test_the_cost_grows_with_the_text_and_the_means_alone_with_its_square():
   block, top_k, lengths = 64, 2, (1024, 4096)
   shapes = lambda t: [jax.ShapeDtypeStruct((1, t, n, 16), jnp.float32) for n in (4, 2, 2)]
-  fn = lambda q, k, v: block_selection.whole(q, k, v, block, top_k, scale=1.0, softcap=None)[0]
+  blocks = Blocks(size=block, top_k=top_k)
+  fn = lambda q, k, v: block_selection.whole(q, k, v, blocks, scale=1.0, softcap=None)[0]
   slope = jax.grad(lambda *a: fn(*a).sum(), argnums=(0, 1, 2))
   for program, products in ((fn, 2), (slope, 7)):  # the backward pass has five, one of them anew
     counts = []
@@ -198,7 +210,8 @@ def test_a_token_multiplies_chosen_blocks_and_means():
   shapes = [(1, 1, 4, 16), (1, slots, 2, 16), (1, slots, 2, 16), (1, slots // block, 2, 16)]
   arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
   places = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  step = lambda *a: block_selection.attend(*a, top_k, scale=1.0, softcap=None)[0]
+  blocks = Blocks(size=block, top_k=top_k)
+  step = lambda *a: block_selection.attend(*a, blocks, scale=1.0, softcap=None)[0]
   found = _products(jax.make_jaxpr(step)(*arrays, places).jaxpr)
   assert found == 4 * 16 * (2 * (top_k + 1) * block + slots // block) + 4 * 16 * (top_k + 1)
   held = jax.jit(step).lower(*arrays, places).compile().memory_analysis().temp_size_in_bytes
@@ -210,15 +223,14 @@ def test_a_token_multiplies_chosen_blocks_and_means():
   [(0, 1, 'block must be an integer of at least 1, not 0'), (4, 0, 'top_k must be .* not 0')],
 )
 def test_bad_counts_are_refused(block, top_k, message):
-  q, k, v, _ = _arrays()
   with pytest.raises(ValueError, match=message):
-    block_selection.whole(q, k, v, block, top_k, scale=1.0, softcap=None)
+    Blocks(size=block, top_k=top_k)
 
 
 def test_bad_shapes_are_refused():
   q, k, v, _ = _arrays()
-  with pytest.raises(ValueError, match='23 keys do not divide into 5 blocks'):
+  with pytest.raises(ValueError, match='23 keys are not 5 blocks of 4'):
     means, places = jnp.zeros((B, 5, K, H)), jnp.zeros((B, T), jnp.int32)
-    block_selection.attend(q, k, v, means, places, 1, scale=1.0, softcap=None)
+    block_selection.attend(q, k, v, means, places, CHOOSE_ONE, scale=1.0, softcap=None)
   with pytest.raises(ValueError, match='as many queries as keys, not 3 and 23'):
-    block_selection.whole(q[:, :3], k, v, 4, 1, scale=1.0, softcap=None)
+    block_selection.whole(q[:, :3], k, v, CHOOSE_ONE, scale=1.0, softcap=None)

@@ -21,6 +21,7 @@ from model.layers.cache import Cache
 from model.layers.mixers.attention import Attention, AttentionConfig
 from model.layers.mixers.sides import Floats
 from ops import axes, block_selection, blocked, rows
+from ops.block_selection import Blocks
 from ops.masks import AttentionMask
 
 
@@ -29,17 +30,19 @@ class MobaConfig(AttentionConfig):
   """The heads of a layer, and the blocks that they choose.
 
   block: tokens of one.  top_k: how many each query chooses, besides its own.
+  first: one of these is the first block of the text; see `ops.block_selection.Blocks`.
   """
 
   block: int
   top_k: int
+  first: bool = False
   # Blocks are cut by the row: a document after another one is computed, but not as it would be
   # alone, so whoever wants its exact losses gives it a row of its own.
   packs = False
 
   def __post_init__(self):
     super().__post_init__()
-    block_selection.check(self.block, self.top_k)
+    Blocks(size=self.block, top_k=self.top_k)  # checks them
     if self.pattern is not None:
       raise ValueError(
         f'a layer chooses the blocks that it sees, or sees {self.pattern}, not both; set window '
@@ -49,14 +52,18 @@ class MobaConfig(AttentionConfig):
       raise ValueError('a layer that chooses blocks lends no keys and values to later layers')
 
   @classmethod
-  def of(cls, attention: AttentionConfig, block: int, top_k: int) -> 'MobaConfig':
+  def of(cls, attention: AttentionConfig, **blocks) -> 'MobaConfig':
     """With the heads of a layer that sees all keys. Raises ValueError for another layer."""
     if type(attention) is not AttentionConfig:
       raise ValueError(
         f'a {type(attention).__name__} cannot choose blocks; give it attention first'
       )
     fields = {field.name: getattr(attention, field.name) for field in dataclasses.fields(attention)}
-    return cls(**fields, block=block, top_k=top_k)
+    return cls(**fields, **blocks)
+
+  @property
+  def blocks(self) -> Blocks:
+    return Blocks(size=self.block, top_k=self.top_k, first=self.first)
 
   def build(self, stream, *, rngs, dtype):
     return Moba(self, stream, rngs=rngs, dtype=dtype)
@@ -141,14 +148,14 @@ class Moba(Attention):
 
   def attend(self, x_BTD, q_BTNH, k_BTKH, v_BTKH, mask: AttentionMask, cache, **scores):
     del x_BTD
-    sinks_N, top_k = scores.pop('sinks_N'), self.config.top_k
+    sinks_N, blocks = scores.pop('sinks_N'), self.config.blocks
     if cache is None:
-      arrays = q_BTNH, k_BTKH, v_BTKH, self.config.block, top_k, mask.q_segments_BT
-      found = block_selection.whole(*arrays, **scores)
+      whole = q_BTNH, k_BTKH, v_BTKH, blocks, mask.q_segments_BT
+      found = block_selection.whole(*whole, **scores)
     else:
       cache = cache.written(k_BTKH, v_BTKH, mask.q_positions_BT)
       held = cache.keys.x_BSKH, cache.values.x_BSKH, cache.means_BPKH
-      found = block_selection.attend(q_BTNH, *held, mask.q_positions_BT, top_k, **scores)
+      found = block_selection.attend(q_BTNH, *held, mask.q_positions_BT, blocks, **scores)
     if sinks_N is not None:
       y_BTNH, logs_BTN = found
       sinks_BTN = jnp.broadcast_to(sinks_N.astype(jnp.float32), logs_BTN.shape)

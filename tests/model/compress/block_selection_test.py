@@ -48,7 +48,7 @@ def _compress(model, **options):
 
 def test_chosen_layers_choose_and_what_is_saved_is_the_same(model, tmp_path):
   found, ledger = _compress(model, block=2, top_k=1, full_layers=[1])
-  moba = MobaConfig(**dataclasses.asdict(HEADS), block=2, top_k=1)
+  moba = MobaConfig(**dataclasses.asdict(HEADS), block=2, top_k=1, first=True)
   assert [layer.mixer for layer in found.config.layers] == [moba, HEADS, moba]
   assert [(row['layer'], row['event'], row['detail']) for row in ledger.to_rows()] == [
     (f'layers.{l}.attention', 'keys that a query reads at most, of 64', '4') for l in (0, 2)
@@ -77,7 +77,7 @@ REFUSED = {
   'are all 64 positions of the model; choose fewer': ((), {'block': 16, 'top_k': 3}),
   'layer 0 has window8 already; name the layers that stay': ((WINDOWED,), {}),
   'layer 0 has a MobaConfig, which is no attention to all keys': (
-    (MobaConfig.of(HEADS, 4, 1),),
+    (MobaConfig.of(HEADS, block=4, top_k=1),),
     {},
   ),
   'layer 0 lends its keys': ((dataclasses.replace(HEADS, lends=True),), {}),
