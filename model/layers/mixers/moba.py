@@ -100,8 +100,8 @@ class MobaConfig(AttentionConfig):
 class BlockCache(Cache):
   """The keys and values of whole blocks, and the mean key of each; slot s holds position s.
 
-  A mean is made anew with each token of its block, and read after the last one. So a row can be set
-  back to any length, and a block that grew before is none the worse for it.
+  A mean is made of the stored keys when the last token of its block comes, and is read from then
+  on. So a row can be set back to any length.
   """
 
   spare = sys.maxsize
@@ -130,16 +130,17 @@ class BlockCache(Cache):
     return self.capacity // self.means_BPKH.shape[1]
 
   def written(self, k_BTKH, v_BTKH, positions_BT) -> 'BlockCache':
-    """Stores new tokens, and the means of the blocks that they are in."""
+    """Stores new tokens, and the means of the blocks that they complete."""
     rows.check(k_BTKH, self.capacity)
     first_B, blocks = positions_BT[:, 0], self.means_BPKH.shape[1]
     write = lambda side, x_BTKH: Floats(rows.write(side.x_BSKH, x_BTKH, first_B))
     keys, values = write(self.keys, k_BTKH), write(self.values, v_BTKH)
-    touched = min((k_BTKH.shape[1] + self.block - 2) // self.block + 1, blocks)
-    # Blocks before the first of them get the means that they have.
-    from_B = jnp.minimum(first_B // self.block, blocks - touched)
-    k_BSKH = rows.read(keys.x_BSKH, from_B * self.block, touched * self.block)
-    new_BPKH = block_selection.means(k_BSKH, touched)
+    most = min((k_BTKH.shape[1] + self.block - 1) // self.block, blocks)
+    # Blocks before the first of them get the means that they have; one that is not complete gets a
+    # mean that nobody reads.
+    from_B = jnp.minimum(first_B // self.block, blocks - most)
+    k_BSKH = rows.read(keys.x_BSKH, from_B * self.block, most * self.block)
+    new_BPKH = block_selection.means(k_BSKH, most)
     return BlockCache(keys, values, rows.write(self.means_BPKH, new_BPKH, from_B))
 
 
