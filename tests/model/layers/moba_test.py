@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from model import checkpoint, config, hf_names, kv_cache, presets, sharding
+from model import config, hf_names, kv_cache, presets, sharding
 from model.layers.mixers.moba import MobaConfig
 from model.transformer import Transformer
 from ops import masks
@@ -140,12 +140,9 @@ def test_bytes_and_cost_are_those_of_blocks_and_means():
   assert heads.prefill_flops(100) == pytest.approx(exact)
 
 
-def test_configs_and_folders_keep_the_kind(model, tmp_path):
+def test_configs_keep_the_kind_and_other_formats_have_no_name_for_it(model):
   shape = model.config
   assert config.from_json(config.to_json(shape)) == shape
-  checkpoint.save(tmp_path / 'out', model)
-  again = checkpoint.load(tmp_path / 'out')
-  np.testing.assert_array_equal(_whole(again, _tokens()), _whole(model, _tokens()))
   with pytest.raises(ValueError, match='MobaConfig'):
     hf_names.config_to_hf(shape)
 
