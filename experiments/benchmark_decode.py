@@ -28,10 +28,8 @@ Device: any. Minutes: 4 on two cores. Found there, with an AVX-512 processor: bf
 
 import collections
 import dataclasses
-import json
 import pathlib
 import shlex
-import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +39,7 @@ from flax import nnx
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments import common, shapes, study
+from experiments import common, peer_command, shapes, study
 from model import hf, presets, rounds
 from model.compress import pipeline
 from model.compress import recipe as recipe_module
@@ -54,7 +52,6 @@ from model.infer.prepare import prepare
 from model.transformer import Transformer, parameters
 
 PHASES = {'prefill': 'prompt', 'forward': 'prompt', 'decode': 'tokens', 'stream': 'tokens'}
-PEER_KEYS = ('peer', 'weights', 'prefill_tokens_per_s', 'decode_tokens_per_s')
 
 SHAPE = shapes.define()
 MODEL = flags.DEFINE_string('model', None, 'A folder, hub id or .gguf file, instead of a preset.')
@@ -207,28 +204,11 @@ def _rounds(subjects, setting) -> dict[tuple[str, int, str], list[float]]:
         rate = subject.batch * getattr(setting, amount) / seconds
         samples[subject.recipe, subject.batch, phase].append(rate)
     for command in PEERS.value:
-      for line in _run_peer(command):
+      for line in peer_command.run(command):
         name = f'{line["peer"]} {line["weights"]}'
         samples[name, 1, 'prefill'].append(line['prefill_tokens_per_s'])
         samples[name, 1, 'decode'].append(line['decode_tokens_per_s'])
   return samples
-
-
-def _run_peer(command: str) -> list[dict]:
-  try:
-    done = subprocess.run(shlex.split(command), capture_output=True, text=True)
-  except OSError as error:
-    raise ValueError(f'the peer {command!r} cannot be started: {error}') from None
-  if done.returncode:
-    raise ValueError(f'the peer {command!r} failed: {done.stderr.strip()[-500:]}')
-  lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
-  for line in lines:
-    missing = [key for key in PEER_KEYS if key not in line]
-    if missing:
-      raise ValueError(f'the peer {command!r} prints lines without {", ".join(missing)}')
-  if not lines:
-    raise ValueError(f'the peer {command!r} prints no JSON line')
-  return lines
 
 
 def _record(subject: Subject, samples, setting, bandwidth: Metric, outside_s) -> Record:

@@ -10,12 +10,12 @@ On a checkpoint of yours (a Hugging Face folder or a GGUF file) and a text of yo
 
   python -m experiments.compress --model=DIR --text=FILE --recipes=int8,nf4,wanda50 --out=DIR
 
-With a budget, it searches for each layer the treatment with which all fits into some megabytes:
+With a budget, it searches a treatment for each layer so that all parameters fit into it:
 
   python -m experiments.compress --model=DIR --text=FILE --recipes=int4 --budget_megabytes=70
 
-With --tasks, small tasks that need no download stand beside the perplexity, as accuracies with
-standard errors:
+With --tasks, it also measures accuracies on small tasks that need no download, with standard
+errors:
 
   python -m experiments.compress --tasks=python_words,python_summaries,python_lines
 

@@ -81,6 +81,8 @@ ONLY = {
 
 def main() -> None:
   common.load_plugins(PLUGINS.value)
+  if not (MODEL.value or SMOKE.value) or not OUT.value:
+    raise ValueError('export needs --model and --out (--smoke needs --out alone)')
   path = common.out(OUT.value)
   for format, own in ONLY.items():
     for flag in own if format != FORMAT.value else ():
@@ -140,8 +142,6 @@ def _inputs():
   if SMOKE.value and MODEL.value is None:
     trained = embedded.load_or_train(common.cache_folder(), smoke=True)
     return trained.model, trained.tokenizer, trained.texts
-  if MODEL.value is None:
-    raise ValueError('export needs --model (or --smoke)')
   model, tokenizer = common.load_model(MODEL.value)
   return model, tokenizer, None if TEXT.value is None else corpus.load(TEXT.value)
 

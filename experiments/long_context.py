@@ -15,8 +15,8 @@ The mixers:
 
   own               those of the model
   dense             every query sees all tokens before it
-  window1024        every query of every layer sees so many tokens, itself included, and the cache
-                    holds no more; so for all sparse patterns, joined by + (ops/patterns.py).
+  window1024        every query of every layer sees 1,024 tokens, itself included, and the cache
+                    holds no more; other sparse patterns, joined by +, are in ops/patterns.py.
                     With --full_every=4 the last of every four layers stays dense
   moba64x4          every query chooses 4 blocks of 64 tokens besides its own; with moba64x4+first
                     one of them is the first. The cache holds all tokens, in a float format.
@@ -24,7 +24,12 @@ The mixers:
 
 Costs: rounds are interleaved among the models, mixers and caches of a context. `prefill` reads a
 prompt that is as long as the context, `decode` writes --tokens tokens after it. Memory is the
-compiled programs' own account, with the weights.
+compiled programs' own account, with the weights. A peer (experiments/peer_command.py) is timed in
+each round, too, in a process of its own:
+
+  python -m experiments.long_context --model=DIR --contexts=16384 --phase=decode --kv_caches=int8 \
+    --peer='python -m experiments.peers.llama_cpp_speed --model=FILE.gguf --formats=q8_0 \
+    --kv_cache=q8_0 --read=1024'
 
 Quality (experiments/long_quality.py), on the held-out part of the text: the perplexity of the
 tokens from the context before to this one, and how likely the right words of needles are.
@@ -32,6 +37,7 @@ tokens from the context before to this one, and how likely the right words of ne
 Device: any. Minutes: 6 on two CPU cores with the defaults, some 40 with a model of 135 M.
 """
 
+import collections
 import dataclasses
 import itertools
 import pathlib
@@ -42,7 +48,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from experiments import common, long_quality, mixers, shapes
+from experiments import common, long_quality, mixers, peer_command, shapes
 from experiments.long_quality import Probe
 from model import cache_spec, presets, rounds, units
 from model.config import ModelConfig
@@ -83,6 +89,9 @@ COSTS = flags.DEFINE_bool('costs', True, 'Measure time and memory.')
 PHASES = flags.DEFINE_multi_enum('phase', ['prefill', 'decode'], PHASE_NAMES, 'What is timed.')
 CACHES = flags.DEFINE_list('kv_caches', ['float', 'int8'], f'Of {cache_spec.FORMS}.')
 DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Type of the model.')
+PEERS = flags.DEFINE_multi_string(
+  'peer', [], 'A command to time in every round with --prompt=CONTEXT; may be repeated.'
+)
 TOKENS = flags.DEFINE_integer('tokens', 32, 'Tokens to decode per round.', lower_bound=1)
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Interleaved rounds.', lower_bound=timing.MIN_ROUNDS)
 OUTPUT = flags.DEFINE_string('output', None, 'A .jsonl file to append records to.')
@@ -262,21 +271,48 @@ def _measure(sources, cases: list[Case], quality, about: dict) -> list[Record]:
   for call in calls.values():
     for _ in range(rounds.MIN_WARMUP if cases[0].context < 4096 else 1):
       jax.block_until_ready(call())
-  samples = {key: [] for key in calls}
+  samples, lines = {key: [] for key in calls}, []
   for _ in common.progress(range(ROUNDS.value if calls else 0), f'{cases[0].context} tokens'):
     for key, call in calls.items():
       samples[key].append(rounds.seconds(call))
+    for command in PEERS.value:
+      lines += peer_command.run(f'{command} --prompt={cases[0].context}')
   found = []
   for case in cases:
     metrics = _costs(case, benches[case], samples, cases[0]) if benches else {}
     if case.kv_cache == 'float':  # quality is that of the model without a cache
       metrics |= quality.get((case.model, case.mixer), {}).get(case.context, {})
     record = _record(case, metrics, sources[case.model].config, cases[0], about)
+    found.append(record)
+  found += _peer_records(lines, cases[0].context)
+  for record in found:
     print(_words(record), flush=True)
     if OUTPUT.value:
       records.append(OUTPUT.value, record)
-    found.append(record)
   return found
+
+
+def _peer_records(lines: list[dict], context: int) -> list[Record]:
+  """One for each configuration of the peers, over the rounds; the phases of PHASES alone."""
+  found = collections.defaultdict(list)
+  for line in lines:
+    found[f'{line["peer"]} {line["weights"]}'].append(line)
+  rates = [f'{phase}_tokens_per_s' for phase in PHASES.value]
+  return [
+    Record(
+      experiment='long_context peer',
+      recipe=name,
+      command=common.command(),
+      config={key: value for key, value in of_one[0].items() if not key.endswith('_per_s')}
+      | {'context': context, 'peers': list(PEERS.value)},
+      environment=records.environment(),
+      seed=None,
+      metrics={
+        rate: timing.summarize(np.array([one[rate] for one in of_one]), 'token/s') for rate in rates
+      },
+    )
+    for name, of_one in found.items()
+  ]
 
 
 def _bench(model: Transformer, case: Case) -> Bench:
@@ -327,6 +363,9 @@ def _record(case: Case, metrics, config: ModelConfig, base: Case, about: dict) -
 
 def _words(record: Record) -> str:
   value, words = record.value, [f'{record.config["context"]:>6} tokens, {record.recipe:<18}']
+  if record.experiment.endswith('peer'):
+    speeds = [f'{name.split("_")[0]} {m.value:.1f} tokens/s' for name, m in record.metrics.items()]
+    return ', '.join([*words, *speeds])
   if 'prefill_s' in record.metrics:
     words.append(f'prefill {value("prefill_s"):8.3f} s ({value("prefill_speedup"):.2f} x)')
   if 'decode_s' in record.metrics:

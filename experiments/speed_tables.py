@@ -85,6 +85,30 @@ def long_texts(path: pathlib.Path) -> str:
   return '\n'.join(lines)
 
 
+def beside_peers(path: pathlib.Path, page: str) -> str:
+  """Speeds at long contexts, ours and the peers', from runs of `long_context`."""
+  rows = records.read(path)
+  lines = [
+    '| context | weights, cache | prefill, tokens/s | decode, tokens/s |',
+    '| ---: | --- | ---: | ---: |',
+  ]
+  for row in sorted(rows, key=lambda row: row.config['context']):
+    peer = row.experiment.endswith('peer')
+    rates = [f'{phase}_tokens_per_s' for phase in ('prefill', 'decode')]
+    cells = [
+      f'{row.config["context"]:,}',
+      f'{row.recipe}, {row.config["kv_cache"]}' if peer else row.recipe,
+      *(spread(row, rate, '.1f') if rate in row.metrics else '' for rate in rates),
+    ]
+    lines.append(f'| {" | ".join(cells)} |')
+  commands = ', '.join(f'`{command}`' for command in dict.fromkeys(row.command for row in rows))
+  lines.append(
+    f'\nAt batch 1, medians of interleaved rounds ± half an interquartile range; {commands} on '
+    f'{machine(rows[0])}; records: {link(path, page)}.'
+  )
+  return '\n'.join(lines)
+
+
 def retrofit(path: pathlib.Path, page: str) -> str:
   """The records of runs of `long_context` on one model with several mixers as a table."""
   rows = records.read(path)

@@ -17,6 +17,7 @@ from experiments import (
   study_distillation,
   study_experts,
   study_int8,
+  study_linearised,
   study_pruning,
   study_qat,
   study_upcycling,
@@ -35,12 +36,13 @@ STUDIES = {
     study_distillation,
     study_experts,
     study_int8,
+    study_linearised,
     study_pruning,
     study_qat,
     study_upcycling,
   )
 }
-OF_COMPRESSING = ('study_caches',)  # the page that has its table; all others are of training
+OF_COMPRESSING = ('study_caches', 'study_linearised')  # all others are of training
 COLUMNS = {  # metric -> its heading and format
   'cross_entropy': ('loss, nats per token', '.4f'),
   'recall': ('recall', '.1%'),

@@ -29,7 +29,7 @@ from absl import flags
 
 from experiments import base as embedded
 from experiments import common
-from model import corpus, hf
+from model import corpus, fingerprint, hf
 from model.eval import perplexity, records
 from model.eval.records import Metric
 from model.infer.prepare import prepare
@@ -93,6 +93,7 @@ def main() -> None:
   model, tokenizer, texts = _inputs()
   corpus_texts = [*texts.train, *texts.calibration, *(texts.held_out if WHOLE.value else ())]
   changes = {TRIM: _trim, FACTORISE: _factorise}
+  base = fingerprint.of_model(model)
   changed = changes.get(METHOD.value, _transplant)(model, tokenizer, corpus_texts)
   hf.save_pretrained(changed.model, changed.tokenizer, out)
   print('\n'.join(changed.lines))
@@ -105,7 +106,7 @@ def main() -> None:
     )
     metrics |= {f'{name}_{when}': metric for name, metric in found.items()}
   if OUTPUT.value:
-    records.append(pathlib.Path(OUTPUT.value), _record(texts, metrics))
+    records.append(pathlib.Path(OUTPUT.value), _record(base, texts, metrics))
   print(f'{out}: {changed.model.config.vocab_size:,} tokens')
 
 
@@ -226,19 +227,23 @@ def _measured(model, tokenizer, texts) -> dict[str, Metric]:
   return {**found, 'stored_bytes': Metric(size, 'bytes')}
 
 
-def _record(texts, metrics) -> records.Record:
+def _record(base: str, texts, metrics) -> records.Record:
+  options = {
+    TRIM: (WHOLE, MIN_COUNT, MULTIPLE),
+    FACTORISE: (WHOLE, RANK, POWER),
+  }.get(METHOD.value, (WHOLE, VOCAB_SIZE, TOKENIZER, DONOR, ATOMS))
   return records.Record(
     experiment='vocabulary',
     recipe=METHOD.value,
     command=common.command(),
     config={
       'model': MODEL.value,
+      'model_fingerprint': base,
       'text': texts.source,
       'text_fingerprint': texts.fingerprint,
-      'whole': WHOLE.value,
       'seq_len': SEQ_LEN.value,
-      'donor': DONOR.value,
-      'tokenizer': TOKENIZER.value,
+      'max_windows': MAX_WINDOWS.value,
+      **{holder.name: holder.value for holder in options},
     },
     environment=records.environment(),
     seed=SEED.value,

@@ -62,7 +62,7 @@ class AdapterConfig:
     return _last_match(self.ranks, layer, self.rank)
 
   def scale_of(self, layer: str) -> float:
-    """What the product of the two sides is multiplied by in a layer."""
+    """The factor of the product of the two sides in a layer."""
     rank, alpha = self.rank_of(layer), _last_match(self.alphas, layer, self.alpha)
     return alpha / (math.sqrt(rank) if self.rslora else rank)
 
@@ -117,7 +117,7 @@ def _merged(w: Matrix, into: lora.Into) -> Matrix:
 
 
 def shapes(model: Transformer, config: AdapterConfig, into: lora.Into | None) -> Transformer:
-  """What `attach` and then `merge` make of a model that has shapes in the place of arrays.
+  """The result of `attach` and then `merge` on a model that has shapes in the place of arrays.
 
   `into` None leaves the adapters where they are. Raises ValueError as both do.
   """
@@ -139,7 +139,7 @@ def shapes(model: Transformer, config: AdapterConfig, into: lora.Into | None) ->
 
 
 def narrowed(model: Transformer) -> Transformer:
-  """Returns a copy of a model whose adapters have the dtype of what the weights stand for."""
+  """Returns a copy of a model whose adapters have the dtype of the weights' dense form."""
   model = nnx.clone(model)
   for layer, w in adapted(model).items():
     arrays, structure = jax.tree.flatten(w)

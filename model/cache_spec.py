@@ -1,12 +1,12 @@
-"""What the caches of a model are: how numbers are stored, and which tokens stay if not all do.
+"""Describes the caches of a model: the format of numbers, and which tokens stay if not all do.
 
   int8                 all tokens, in int8
   h2o512               512 tokens for each layer and key/value head, in the dtype of the model
   int8+snapkv1024      both
 
 Formats are float, bf16, int8 and int4; policies are in `model.layers.mixers.policies`, and the
-number after one is the tokens that stay, of which the new one is one. Pages of int4 have no
-eviction: codes of 32 tokens share their scales.
+number after one is how many tokens stay, the new one included. Pages of int4 have no eviction,
+because codes of 32 tokens share their scales.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class Eviction:
       raise ValueError(f'{self.method} keeps at least {least} tokens, not {self.budget}')
 
   def budgets(self, layers: int) -> Sequence[int]:
-    """How many tokens each of so many layers keeps."""
+    """How many tokens each layer keeps, for this number of layers."""
     return METHODS[self.method].budgets(self.budget, layers)
 
   def __str__(self):
@@ -69,7 +69,7 @@ class CacheSpec:
 
 
 def of(spec: CacheSpec | str) -> CacheSpec:
-  """What a text says, such as 'int8+snapkv1024'. Raises ValueError if it says nothing valid."""
+  """Parses a text such as 'int8+snapkv1024'. Raises ValueError if it is not valid."""
   if isinstance(spec, CacheSpec):
     return spec
   found = _FORM.fullmatch(spec)

@@ -1,10 +1,10 @@
-"""What a compiled program says of itself."""
+"""The memory that a compiled program reports."""
 
 import jax
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
-  """Its own account of the memory it holds: arguments, outputs and temporaries."""
+  """Bytes that the program holds by its own account: arguments, outputs and temporaries."""
   memory = compiled.memory_analysis()
   return (
     memory.argument_size_in_bytes

@@ -6,8 +6,8 @@ Its forms, and how many numbers per element of a key or value a device gets:
 
   gather  Each device gets all keys and values. Any pattern. 2 S (P - 1) / P numbers, and as many
           for the gradients. All keys and values are held at once.
-  ring    The keys and values of a device go around in P - 1 steps, and what each step finds is
-          merged by the logarithms of its sums. Any pattern. As many numbers as `gather`; the
+  ring    The keys and values of a device go around in P - 1 steps, and the results of the steps
+          are merged by the logarithms of their sums. Any pattern. As many numbers as `gather`; the
           backward pass sends the keys and values around again, and their gradients in float32 with
           them: three times as many in all. Two parts of the keys are held at a time.
   halo    A window of W keys: a device gets the last W - 1 of the device before it, and W - 1 is at
@@ -118,7 +118,7 @@ class Divided:
     return divided(q_BTNH, k_BTKH, v_BTKH, (mask.q_positions_BT, mask.q_segments_BT), sinks_N)
 
   def _dividing(self, names: Sequence[str], size: int) -> tuple[str, ...]:
-    """These axes if they divide so many rows or heads, and else none."""
+    """These axes if they divide this number of rows or heads, else none."""
     names = tuple(name for name in names if name in self.mesh.shape)
     return () if size % math.prod(self.mesh.shape[name] for name in names) else names
 
@@ -140,7 +140,7 @@ Part = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 @dataclasses.dataclass(frozen=True)
 class _Scores:
-  """What is the same for all keys, and among how many devices they are divided."""
+  """The settings that all keys share, and the number of devices that divide them."""
 
   devices: int
   pattern: Pattern | None
@@ -190,23 +190,23 @@ def _first_tokens(count: int, reach: int, own: Part) -> Part:
   is_first_BT = positions_BT < count
   if segments_BT is not None:
     is_first_BT &= segments_BT == segments_BT[:, -1:]
-  place_BP = jnp.argmax(is_first_BT, 1)[:, None] + jnp.arange(count)[None]
-  there_BP = jnp.minimum(place_BP, length - 1)
+  place_BS = jnp.argmax(is_first_BT, 1)[:, None] + jnp.arange(count)[None]
+  there_BS = jnp.minimum(place_BS, length - 1)
 
   def take(x):
-    return jnp.take_along_axis(x, there_BP.reshape(*there_BP.shape, *(1,) * (x.ndim - 2)), 1)
+    return jnp.take_along_axis(x, there_BS.reshape(*there_BS.shape, *(1,) * (x.ndim - 2)), 1)
 
-  is_one_BP = (place_BP < length) & take(is_first_BT)
+  is_one_BS = (place_BS < length) & take(is_first_BT)
   gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, axis=1, tiled=True)
-  found, place_BP = jax.tree.map(lambda x: gather(take(x)), own), gather(place_BP)
+  found, place_BS = jax.tree.map(lambda x: gather(take(x)), own), gather(place_BS)
   here = jax.lax.axis_index(AXIS)
-  source_P = jnp.arange(place_BP.shape[1])[None] // count
-  in_halo_BP = (source_P == here - 1) & (place_BP >= length - reach)
-  return _only_where(found, gather(is_one_BP) & (source_P < here) & ~in_halo_BP)
+  source_S = jnp.arange(place_BS.shape[1])[None] // count
+  in_halo_BS = (source_S == here - 1) & (place_BS >= length - reach)
+  return _only_where(found, gather(is_one_BS) & (source_S < here) & ~in_halo_BS)
 
 
 def _only_where(part: Part, seen) -> Part:
-  """The part, of which no query sees the other keys."""
+  """The part with the keys outside `seen` hidden from all queries."""
   k, v, positions, segments = part
   return k, v, jnp.where(seen, positions, blocked.AFTER_ALL), segments
 
@@ -240,7 +240,7 @@ def _ring_backward(scores: _Scores, saved, y_bar_BTNH):
   q_BTNH, own, sinks_N, y_BTNH, logs_BTN = saved
 
   def add(bars, part):
-    """Adds what comes of one part to the gradients of q, and of the part's k and v."""
+    """Adds the gradients from one part to those of q, and of the part's k and v."""
     found, mask = (y_BTNH, logs_BTN), scores.mask(own, part)
     new = blocked.gradients(q_BTNH, *part[:2], mask, found, y_bar_BTNH, **scores.score)
     return tuple(map(jnp.add, bars, new))

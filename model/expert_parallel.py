@@ -1,4 +1,4 @@
-"""Experts on several devices: ways of the rows of tokens to the devices of their experts and back.
+"""Divides experts among devices, and brings the rows of tokens to their experts and back.
 
 The experts are divided among the devices of the mesh axis 'expert', E / N on each of N. Both ways
 run under `jax.shard_map`, and so does the choice of the experts, because XLA would gather the
@@ -43,11 +43,11 @@ BATCH = (*sharding.RULES['B'], AXIS)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DispatchConfig:
-  """How the rows of tokens get to their experts in training. Otherwise no choice is dropped.
+  """How the rows of tokens get to their experts in training. In inference no choice is dropped.
 
   strategy: on several devices; see the module.
-  capacity_factor: an expert takes so many times an even share of the choices of a device's tokens.
-    None drops nothing. On several devices, only `all_to_all` has a capacity.
+  capacity_factor: an expert takes at most this multiple of an even share of the choices of a
+    device's tokens. None drops nothing. On several devices, only `all_to_all` has a capacity.
   drop_order: which choices find room; see `moe.within_capacity`.
   """
 
@@ -83,7 +83,7 @@ class Buffered(Dispatcher):
 
 @dataclasses.dataclass(frozen=True)
 class OnMesh(Dispatcher):
-  """What the ways on several devices have in common; `axes` divide the tokens."""
+  """The common part of both strategies on several devices; `axes` divide the tokens."""
 
   mesh: Mesh
   axes: ClassVar[tuple[str, ...]]
@@ -127,7 +127,7 @@ class OnMesh(Dispatcher):
 
 @dataclasses.dataclass(frozen=True)
 class Psum(OnMesh):
-  """Devices multiply the rows of their own experts, and add up what comes of them."""
+  """Devices multiply the rows of their own experts, and add up the outputs."""
 
   axes = sharding.RULES['B']
 
@@ -194,7 +194,7 @@ def make(config: DispatchConfig, model: ModelConfig, mesh: Mesh | None) -> Dispa
 
 
 def check_experts(model: ModelConfig, mesh: Mesh) -> None:
-  """Raises ValueError unless each device of the axis 'expert' gets as many experts of a layer."""
+  """Raises ValueError unless the axis 'expert' divides the experts of each layer equally."""
   devices = mesh.shape[AXIS]
   for l, layer in enumerate(model.layers):
     if isinstance(layer.ffn, RoutedConfig) and layer.ffn.experts % devices:

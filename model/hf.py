@@ -134,7 +134,9 @@ def load_config(folder: str | Path) -> ModelConfig:
   if native.is_native(folder):
     return native.read_config(folder)
   if not (folder / CONFIG).is_file():
-    raise ValueError(f'{folder} has no {CONFIG}, so it is no checkpoint of Hugging Face')
+    raise ValueError(
+      f'{folder} has no {CONFIG}; name a folder with {CONFIG} and safetensors, or a .gguf file'
+    )
   hf = read_json(folder / CONFIG)
   hf[hf_quantized.KEY] = hf_quantized.settings(folder, hf)
   generation = _read_generation(folder / GENERATION)

@@ -1,4 +1,4 @@
-"""Has the matrices of a model learn to be quantized, and turns them into what they learned.
+"""Makes the matrices of a model learn to be quantized, and stores the result in codes.
 
   model = learned.attach(model, QatConfig(format='int4', group_size=64))
   ...                                       # train with Selection(), or Selection(scale=('*',))
@@ -25,10 +25,10 @@ from ops.linear import Matrix, Weight, map_values, stored
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QatConfig:
-  """What the weights learn to be.
+  """The format that weights learn, and how.
 
   targets: patterns of the paths of linear layers; by default all of the blocks.
-  held: scales are those of the start, which may be trained; otherwise they follow the values.
+  held: scales stay those of the start unless they are trained; otherwise they follow the values.
   activation_bits: the inputs are rounded too, a scale each token; None leaves them as they are.
   """
 
@@ -97,7 +97,7 @@ def with_int8_products(
 
 
 def finish(model: Transformer) -> Transformer:
-  """Returns a copy of a model whose weights are stored as what they learned."""
+  """Returns a copy of a model whose weights are stored in the format that they learned."""
   model = nnx.clone(model)
   for param in parameters(model).values():
     param.set_value(_finished(param.get_value()))

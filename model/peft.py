@@ -184,7 +184,7 @@ def _load_whole(model, stored, config, used) -> list[str]:
 
 def _check_forms(found: Mapping[str, Matrix]) -> None:
   if not found:
-    raise ValueError('this model has no adapters')
+    raise ValueError('this model has no adapters; attach some by model.adapters.attach')
   for layer, w in found.items():
     if isinstance(w, MaskedTensor):
       raise ValueError(

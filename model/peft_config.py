@@ -1,7 +1,7 @@
 """The keys of adapter_config.json: those that are honoured, and those that are refused.
 
-A key that changes what the tensors mean and that is not honoured is an error, because the adapter
-would otherwise be another one without a word.
+A key that changes the meaning of the tensors and is not honoured is an error, because the adapter
+would otherwise silently be another one.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ _PLAIN_STARTS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'loftq')
 class PeftConfig:
   """The part of adapter_config.json that says what the tensors mean.
 
-  rank, alpha: of every module without an own one in `ranks` and `alphas`, whose keys are regular
-    expressions on the ends of module names.
+  rank, alpha: the defaults of modules that no key of `ranks` or `alphas` matches; these keys are
+    regular expressions on the ends of module names.
   saved: modules that are stored whole.
   """
 
@@ -52,7 +52,7 @@ class PeftConfig:
     return _first_match(self.ranks, module, self.rank)
 
   def scale_of(self, module: str) -> float:
-    """What the product of the two sides is multiplied by."""
+    """The factor of the product of the two sides."""
     rank, alpha = self.rank_of(module), _first_match(self.alphas, module, self.alpha)
     return alpha / (math.sqrt(rank) if self.rslora else rank)
 

@@ -4,7 +4,7 @@ Models never name mesh axes. A matrix names its axes by letters (`Linear.axes`),
 type names the axes of its arrays in terms of the I and O of the matrix. The table gives the mesh
 axes of the parameters, and GSPMD propagates them through the program, so the same jitted functions
 run on one device or on many. An axis whose size is not a multiple of its mesh axes is replicated;
-experts must be a multiple, because whoever divides them counts on it.
+the number of experts must be a multiple, because `model.expert_parallel` relies on it.
 
 Mesh axes: `data` splits the batch; `fsdp` the batch and the parameters; `model` heads, feed-forward
 and vocabulary; `expert` the experts; `context` the tokens of a row (`model.context_parallel`).
@@ -115,7 +115,7 @@ def shardings_of(model: nnx.Module, mesh: Mesh) -> Iterator[tuple[nnx.Param, Any
 
 
 def make_caches(make: Callable[[], Any], mesh: Mesh):
-  """Calls what makes empty caches, so that each device makes its own part of them."""
+  """Calls a function that makes empty caches, so that each device makes its own part."""
   shapes = jax.eval_shape(make)
   place = lambda letters, one: sharding(mesh, letters, one.shape)
   places = tuple(jax.tree.map(place, cache.letters(), cache) for cache in shapes)

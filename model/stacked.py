@@ -1,4 +1,4 @@
-"""Runs alike blocks of a model in loops over their stacked parameters.
+"""Runs blocks of one kind in loops over their stacked parameters.
 
 `hidden` computes what `Transformer.hidden` computes without a cache. Blocks are alike if they have
 the same layer config and the same arrays (weight types, shapes, dtypes). Where a block, or a period

@@ -8,7 +8,7 @@ import tokenizers
 
 
 class Codec:
-  """Encodes and decodes with a `tokenizers.Tokenizer`, which it takes over.
+  """Encodes and decodes with a `tokenizers.Tokenizer`, which belongs to the codec from then on.
 
   Nothing is added to a text: what the tokenizer's post-processor would put around it is kept as
   `prefix` and `suffix`. Special tokens that are spelled out in the text become their ids.

@@ -136,11 +136,11 @@ class Context:
     return cls(config, mask)
 
   def run(self, block: Block, x_BTD, cache: Cache | None = None):
-    """Applies one block and returns (x_BTD, cache); `Lenders` says what it is of some blocks."""
+    """Applies one block: (x_BTD, cache); see `lending.Lenders` for layers that share caches."""
     return block(x_BTD, *self._own(block), cache)
 
   def run_and_read(self, block: Block, x_BTD, cache: Cache | None = None):
-    """As `run`, with what the block's feed-forward network has read: (x_BTD, cache, z_BTD)."""
+    """Does what `run` does, and returns the input of the feed-forward network as z_BTD too."""
     return block.run(x_BTD, *self._own(block), cache)
 
   def _own(self, block):

@@ -36,7 +36,7 @@ NAMES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kept:
-  """The units that stay, as increasing indices; what is not named stays whole.
+  """The units that stay, as increasing indices; everything that is not named stays whole.
 
   layers: of the model.  width: dimensions of the residual stream.  channels and heads: feed-forward
   channels and key/value heads by the number of the layer in the model that is cut.
@@ -142,7 +142,7 @@ def keep(unit: Unit, indices: Sequence[np.ndarray]) -> Kept:
 
 
 def resized(config: ModelConfig, kept: Kept) -> ModelConfig:
-  """Returns the config of the model that is left."""
+  """Returns the config of the smaller model."""
   numbers = range(len(config.layers)) if kept.layers is None else kept.layers
   lending.check_kept(config.layers, numbers)
   layers = tuple(_resized_layer(config.layers[l], kept, l) for l in numbers)
@@ -158,7 +158,7 @@ def _resized_layer(layer: LayerConfig, kept: Kept, l: int) -> LayerConfig:
 
 
 def cut(model: Transformer, kept: Kept) -> tuple[ModelConfig, dict[str, jax.Array]]:
-  """Returns the config and the parameters, by their paths in it, of the model that is left.
+  """Returns the config of the smaller model, and its parameters by path.
 
   Raises ValueError if a parameter that has to be cut is no plain array.
   """

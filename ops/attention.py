@@ -9,10 +9,10 @@ The implementations differ in memory and in scope:
 
   reference  stores all scores, [B, N, T, S] in float32, for the forward and the backward pass; a
              sparse pattern saves neither work nor memory
-  blocked    stores none, and computes those of blocks that some query sees (ops/blocked.py, and
-             ops/layouts.py for sparse patterns); from `LONG` queries on, where a loop over blocks
-             pays on the platform. As the pick of 'auto', the parts of a sparse pattern that have a
-             native kernel are computed by it
+  blocked    stores no scores, and computes only blocks that some query sees (ops/blocked.py, and
+             ops/layouts.py for sparse patterns); 'auto' picks it from `LONG` queries on, where a
+             loop over blocks pays on the platform, and then has the native kernel compute the
+             parts of a sparse pattern that it supports
   cudnn      stores no scores; NVIDIA GPUs, causal or windowed self-attention in bfloat16 or float16
   native     stores no scores; CPUs, in float32 or bfloat16, and over caches in int8. Its gradients
              are those of the reference below `LONG` queries, and those of blocks from there on
@@ -57,8 +57,8 @@ def attention(
   capped. A query that sees no key gives zeros and zero gradients. If queries and keys have
   different dtypes (a cache may have its own), the products use the wider one.
 
-  `q_first_BTNH` are the queries for the first tokens of the pattern, which is a window with them,
-  in another rotation than for the others; it has one implementation.
+  `q_first_BTNH` are the queries as rotated for the first tokens, where the pattern is a window with
+  first tokens. This case has one implementation, so `impl` has no effect.
 
   `impl` is 'reference', 'blocked', 'cudnn' or 'native' to require one of these; 'auto' uses the one
   that `pick` names for the platform that the program is lowered for. Returns [B, T, N, H] in the
@@ -111,9 +111,10 @@ def attention_over_codes(
   sinks_N: jax.Array | None = None,
   q_first_BTNH: jax.Array | None = None,
 ) -> jax.Array:
-  """`attention` to keys and values (a pair of each) in int8, each token and head with its scale.
+  """Computes `attention` over int8 keys and values with a scale for each token and head.
 
-  On CPUs the codes are read as they are; otherwise both are widened first.
+  Codes and scales are pairs: those of the keys and those of the values. On CPUs the codes are read
+  as they are stored; elsewhere they are widened first.
   """
   arguments = (q_BTNH, codes_BSKH, scales_BSK, mask, sinks_N)
   widened = functools.partial(_widened, scale=scale, softcap=softcap)

@@ -28,13 +28,13 @@ ALPHABET = {
   'L': 'layers',
   'E': 'experts',
   'C': 'expert capacity',
-  'X': 'experts that a token chooses',
-  'M': 'rows that experts multiply, one for each choice of each token',
+  'X': 'experts that a token chooses, or blocks of keys that a query does',
+  'M': 'rows that experts or blocks multiply, one for each choice of each token',
   'R': 'rank of an adapter, of a gate or of a latent',
   'I': 'matrix input',
   'O': 'matrix output',
   'J': 'groups along the matrix input',
-  'P': 'cache pages',
+  'P': 'cache pages, or blocks of keys',
   'A': 'candidates of a search',
   'W': 'rotated width of a head',
 }
@@ -60,9 +60,9 @@ def check(spec: str, *arrays) -> dict[str, int]:
 
 
 def take(array: jax.Array, letters: str, letter: str, index: jax.Array) -> jax.Array:
-  """Takes the elements with these numbers along one axis; all, if the array lacks that axis.
+  """Takes the elements with these numbers along one axis; all of them if there is no such axis.
 
-  `letters` are those of the last axes of the array.
+  `letters` name the last axes of the array.
   """
   if letter not in letters:
     return array
@@ -72,7 +72,7 @@ def take(array: jax.Array, letters: str, letter: str, index: jax.Array) -> jax.A
 def is_array(value: Any) -> bool:
   """Whether a leaf of a pytree is an array: a real one, a traced one or a `ShapeDtypeStruct`.
 
-  The gradient of an integer (float0) is none, for it has the shape of an array but no values.
+  The gradient of an integer (float0) is no array, because it has a shape but no values.
   """
   kinds = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
   return isinstance(value, kinds) and value.dtype != jax.dtypes.float0

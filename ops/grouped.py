@@ -60,7 +60,7 @@ def product(
 def at_once(
   multiply: Multiply, x_MI: jax.Array, w: Any, group_sizes_E: jax.Array, size: int | None = None
 ) -> jax.Array:
-  """What `product` returns, with all blocks in one batch.
+  """Computes `product` with all blocks in one batch.
 
   It holds the weights of at most `most_blocks` blocks: less than twice those of all experts, where
   each has its share of the rows.
@@ -68,15 +68,16 @@ def at_once(
   rows = len(x_MI)
   size = size or block_rows(rows, len(group_sizes_E), MOST_ROWS_AT_ONCE)
   found = blocks(group_sizes_E.astype(jnp.int32), rows, size)
-  row_BS = found.start[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
+  # The two axes without a letter are the blocks and the rows of a block.
+  row___ = found.start[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
   # Rows of no group get a place of their own past the end, so that no two places are the same.
-  outside_BS = rows + jnp.arange(row_BS.size, dtype=jnp.int32).reshape(row_BS.shape)
-  row_BS = jnp.where(row_BS < found.end[:, None], row_BS, outside_BS)
-  x_BSI = x_MI.at[row_BS].get(mode='fill', fill_value=0, unique_indices=True)
+  outside___ = rows + jnp.arange(row___.size, dtype=jnp.int32).reshape(row___.shape)
+  row___ = jnp.where(row___ < found.end[:, None], row___, outside___)
+  x___I = x_MI.at[row___].get(mode='fill', fill_value=0, unique_indices=True)
   of_block = lambda a: a.at[found.expert].get(indices_are_sorted=True, mode='promise_in_bounds')
-  y_BSO = jax.vmap(multiply)(x_BSI, jax.tree.map(of_block, w))
-  nothing = jnp.zeros((rows, y_BSO.shape[-1]), y_BSO.dtype)
-  return nothing.at[row_BS].set(y_BSO, mode='drop', unique_indices=True)
+  y___O = jax.vmap(multiply)(x___I, jax.tree.map(of_block, w))
+  nothing = jnp.zeros((rows, y___O.shape[-1]), y___O.dtype)
+  return nothing.at[row___].set(y___O, mode='drop', unique_indices=True)
 
 
 @jax.tree_util.register_dataclass

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from ops import axes, grouped
 
-ROWS = 8  # the least that XLA gives to a matrix unit as one product
+ROWS = 8  # the fewest rows that XLA multiplies on a matrix unit
 WEIGHT_TYPES: dict[str, type['Weight']] = {}
 
 # What an array is to a weight:
@@ -40,18 +40,18 @@ Role = Literal['value', 'adapter', 'scale', 'code', 'mask', 'buffer']
 class Weight(abc.ABC):
   """A matrix of logical shape (..., I, O), stored as some arrays.
 
-  A leading axis of experts is one of all arrays in the pytree: `jax.vmap(quantize)(w_EIO)`, or
+  Experts add a leading axis to every array in the pytree: `jax.vmap(quantize)(w_EIO)`, or
   `ops.experts.stack`.
   """
 
   dtype: jnp.dtype  # of `dense()`; a field or a property
 
   # True for a type that changes the inputs, or the order of the axes, around its field `weight`.
-  # What is calibrated and compressed is that inner weight, on the inputs that it meets; see `core`.
+  # That inner weight is then calibrated and compressed, on the inputs that reach it; see `core`.
   transforms_input = False
 
-  # The field with the weight that takes the product over, for a type that adds to it: it changes or
-  # rounds the inputs, or corrects the result. What packs weights for a platform packs that one.
+  # Name of the field whose weight performs the product, for a type that changes or rounds the
+  # inputs of that product, or corrects its result. Packing for a platform descends into it.
   passes_to: ClassVar[str | None] = None
 
   def __post_init__(self):
@@ -91,20 +91,20 @@ class Weight(abc.ABC):
 
   @abc.abstractmethod
   def dense(self) -> jax.Array:
-    """What it stands for, as one array; the oracle of every test."""
+    """The matrix as one array; the oracle of every test."""
 
   @abc.abstractmethod
   def map_values(self, fn: Callable[[jax.Array], 'Matrix']) -> 'Weight':
     """The same type with `fn` applied to the matrix of values inside it.
 
-    This is how compressions nest: quantizing the values of an N:M-sparse matrix, for one.
-    Raises ValueError where the values are codes that no function of numbers can be applied to.
+    This is how compressions nest: quantizing the values of an N:M-sparse matrix, for example.
+    Raises ValueError if the values are codes, to which functions of numbers do not apply.
     """
 
   def refit(self, w_IO: jax.Array) -> 'Weight':
     """Stores another matrix as this one is stored: in its format, with its options and places.
 
-    Raises ValueError for a type that is made in another way.
+    Raises ValueError for a type that cannot be made from a matrix alone.
     """
     raise ValueError(f'a {type(self).__name__} cannot store another matrix')
 
@@ -120,8 +120,8 @@ class Weight(abc.ABC):
   def grouped_matmul(self, x_TI: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """Multiplies consecutive groups of rows, each by its own expert, as `linear.grouped_matmul`.
 
-    Blocks of rows take turns, each with the expert that they belong to (ops/grouped.py). Only one
-    expert at a time is decoded; on a GPU, all that have rows are.
+    Each block of rows is multiplied by the expert that it belongs to (ops/grouped.py). One expert
+    at a time is decoded; on a GPU, all experts that have rows are decoded at once.
     """
     return _in_groups(x_TI, self, group_sizes_E)
 
@@ -134,7 +134,7 @@ class Weight(abc.ABC):
     return self.dense()[index]
 
   def columns(self, index: jax.Array) -> 'Matrix':
-    """The weight that stands for some columns, by their numbers, stored as this one is."""
+    """Selects columns by their numbers: a weight that is stored as this one is."""
     some = {f.name: columns(v, index, f.metadata['axes']) for f, v in _arrays(self)}
     return dataclasses.replace(self, **some)
 
@@ -246,13 +246,13 @@ def rows(table: Matrix, index: jax.Array) -> jax.Array:
 
 
 def columns(w: Matrix, index: jax.Array, letters: str = 'IO') -> Matrix:
-  """Some columns of a weight by their numbers; of an array, along the axis O of its `letters`."""
+  """Selects columns of a weight by their numbers; of an array, along axis O of its `letters`."""
   return w.columns(index) if isinstance(w, Weight) else axes.take(w, letters, 'O', index)
 
 
 @jax.custom_vjp
 def _product(x: jax.Array, w_IO: jax.Array) -> jax.Array:
-  """x[..., I] @ w, whose gradient of w is computed as it lies.
+  """x[..., I] @ w, with the gradient of w computed in the layout of w.
 
   JAX computes it transposed, [O, I], from a transposed copy of the gradient of the result. On CPUs
   such copies took a third of the time of LoRA's update, and a sixth of that of all parameters.
@@ -340,7 +340,7 @@ def dense(w: Matrix) -> jax.Array:
 
 
 def core(w: Matrix) -> Matrix:
-  """The weight inside all types that `transforms_input` names; of others, the weight itself."""
+  """The weight inside all types with `transforms_input`; `w` itself if it has none of them."""
   while isinstance(w, Weight) and w.transforms_input:
     w = w.weight
   return w
@@ -354,7 +354,7 @@ def with_core(w: Matrix, new: Matrix) -> Matrix:
 
 
 def map_inner(fn: Callable[[Matrix], Matrix], w: Matrix) -> Matrix:
-  """Applies `fn` to the weight that takes the product over inside `w`: at last, `w` itself."""
+  """Applies `fn` to the weight inside `w` that performs the product, or to `w` if none does."""
   field = w.passes_to if isinstance(w, Weight) else None
   if field is None:
     return fn(w)
@@ -364,7 +364,7 @@ def map_inner(fn: Callable[[Matrix], Matrix], w: Matrix) -> Matrix:
 
 
 def innermost(w: Matrix) -> Matrix:
-  """The weight that takes the product over inside `w`: at last, `w` itself."""
+  """The weight inside `w` that performs the product; `w` itself if it has no such field."""
   while isinstance(w, Weight) and w.passes_to is not None:
     w = getattr(w, w.passes_to)
   return w

@@ -104,8 +104,8 @@ class DoraTensor(Weight):
   values: a `LoraTensor` [I, O].
   magnitude_O: the lengths of the columns.
 
-  Gradients do not pass through the lengths that are divided by (section 4.3 of the paper). Those
-  are those of the dense matrix, so every product makes it; merge before decoding.
+  Gradients do not pass through the lengths in the denominator (section 4.3 of the paper). They need
+  the dense matrix, so every product computes it; merge before decoding.
   """
 
   values: LoraTensor = array('IO')
@@ -125,7 +125,7 @@ class DoraTensor(Weight):
     return self.values.dtype
 
   def factor(self) -> jax.Array:
-    """What each column is multiplied by, float32 [O]."""
+    """The factor of each column, float32 [O]."""
     length_O = jnp.linalg.norm(self.values.sum(), axis=0)
     return self.magnitude_O / jax.lax.stop_gradient(length_O)
 
@@ -150,7 +150,7 @@ def column_lengths(w: Matrix) -> jax.Array:
 
 
 def keep_zeros(w: LoraTensor) -> Matrix:
-  """Masks an adapter over a pruned base, N:M or under a mask; of others, the adapter itself."""
+  """Masks an adapter over a pruned base (N:M or masked); returns any other as it is."""
   if not isinstance(w.base, MaskedTensor | SparseTensor):
     return w
   return MaskedTensor(w, packing.pack(w.base.kept(), 1))
@@ -159,9 +159,9 @@ def keep_zeros(w: LoraTensor) -> Matrix:
 def merge(w: Matrix, into: Into = 'dense') -> Matrix:
   """Folds the corrections inside a weight into it; computed in float32 and rounded once.
 
-  'dense' gives a plain matrix of the base's dtype: what the adapter was trained against, whatever
-  the base is. 'base' stores the result as the base is stored: a quantized base is quantized anew,
-  which loses what quantization loses. Masks keep their zeros in both. A weight without a correction
+  'dense' gives a plain matrix of the base's dtype, which equals the adapted weight as it was
+  trained. 'base' stores the result as the base is stored: a quantized base is quantized anew, which
+  rounds a second time. Masks keep their zeros in both. A weight without a correction
   stays as it is.
   """
   if isinstance(w, LoraTensor | DoraTensor):

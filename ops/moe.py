@@ -16,12 +16,13 @@ float32 whatever the logits are, because bfloat16 changes the chosen experts of 
 experts with equal scores the first is chosen. A token's experts depend on no other token.
 
 No token is dropped: the rows are sorted by expert, and `ops.linear.grouped_matmul` multiplies each
-group. Sorting and gathering cost no multiplications. `mix_in_buffers` gives each expert a buffer of
-so many rows instead, and drops what finds no room; `within_capacity` says which choices do.
+group. Sorting and gathering cost no multiplications. `mix_in_buffers` instead gives each expert a
+buffer of limited size and drops the choices that do not fit; `within_capacity` says which ones fit.
 
 `choose_tokens` and `mix_chosen` are expert choice (Zhou et al., 2022,
 https://arxiv.org/abs/2202.09368): each expert takes the tokens that score highest with it, so all
-have the same load. Whether a token is taken depends on later ones: it is not for language models.
+have the same load. Whether a token is taken depends on later tokens, so language models cannot use
+expert choice.
 """
 
 import dataclasses
@@ -53,7 +54,7 @@ class Router:
   group_score: a group is as good as its best expert, or as its two best together.
   renormalize: the weights of the chosen experts are divided by their sum. With one choice they
     would be 1, and the router would get no gradient.
-  scale: multiplies the weights at last.
+  scale: multiplies the final weights.
   """
 
   choices: int
@@ -111,8 +112,8 @@ def route(logits_TE: jax.Array, router: Router, bias_E: jax.Array | None = None)
   """Chooses the experts of each token.
 
   `bias_E` is added to the scores for the choice alone; the weights do not contain it, so it gets no
-  gradient. Raises ValueError if the router cannot choose among so many experts, or it has experts
-  choose.
+  gradient. Raises ValueError if the router cannot choose among that number of experts, or if it has
+  experts choose tokens.
   """
   _check_chooser(router, 'token')
   sizes = axes.check('TE,E', logits_TE, bias_E)
@@ -237,7 +238,7 @@ _permuted.defvjp(
 def within_capacity(
   experts_TX: jax.Array, count: int, capacity: int, order: DropOrder = 'token'
 ) -> jax.Array:
-  """Which choices find room where an expert takes at most `capacity` rows: bool [T, X].
+  """Which choices fit if an expert takes at most `capacity` rows: bool [T, X].
 
   'token': earlier tokens first, with all their choices. That is causal, but late tokens lose even
   their first choices. 'choice': the first choices of all tokens, then their second ones (Switch,
@@ -264,18 +265,19 @@ def mix_in_buffers(
 ) -> jax.Array:
   """Runs `network(x_ECD) -> y_ECD` on buffers of the shape (E, C), one for each expert: [T, D].
 
-  The choices that find room are those of `within_capacity`. Empty rows are zero, and what comes of
-  them is not read.
+  Only the choices of `within_capacity` have an output. Empty rows of a buffer are zero, and their
+  outputs are ignored.
   """
   count, size = shape
   slot_M = _slots(routing.experts_TX, count, size, order).reshape(-1)
   pairs = len(slot_M)
-  pair_S = jnp.full(count * size, pairs, jnp.int32)
-  pair_S = pair_S.at[slot_M].set(jnp.arange(pairs, dtype=jnp.int32), mode='drop')
+  pair_of_slot = jnp.full(count * size, pairs, jnp.int32)
+  pair_of_slot = pair_of_slot.at[slot_M].set(jnp.arange(pairs, dtype=jnp.int32), mode='drop')
   x_TXD = jnp.broadcast_to(x_TD[:, None], (*routing.experts_TX.shape, x_TD.shape[-1]))
-  x_SD = _placed(x_TXD.reshape(pairs, -1), pair_S, slot_M)
-  y_SD = network(x_SD.reshape(count, size, -1)).reshape(count * size, -1)
-  return _weighted(_placed(y_SD, slot_M, pair_S), routing.weights_TX)
+  x_ECD = _placed(x_TXD.reshape(pairs, -1), pair_of_slot, slot_M).reshape(count, size, -1)
+  y_ECD = network(x_ECD)
+  y_MD = _placed(y_ECD.reshape(count * size, -1), slot_M, pair_of_slot)
+  return _weighted(y_MD, routing.weights_TX)
 
 
 def _slots(experts_TX, count, size, order: DropOrder):
@@ -315,12 +317,15 @@ class TokenChoice:
 def choose_tokens(logits_TE: jax.Array, router: Router) -> TokenChoice:
   """Has each expert choose as many tokens as an even share is, rounded up.
 
-  Raises ValueError if the router has tokens choose, or asks for what experts that choose lack:
-  groups, or weights that depend on the other experts of a token.
+  Raises ValueError if the router has tokens choose, or if it has groups or weights that depend on
+  the other experts of a token, which experts that choose cannot have.
   """
   _check_chooser(router, 'expert')
   if router.groups > 1 or router.renormalize or router.score == 'softmax_of_chosen':
-    raise ValueError('experts that choose have no groups, and weights that are their own scores')
+    raise ValueError(
+      "chooser 'expert' has no groups and weighs a token by its own score; set groups=1, "
+      "renormalize=False and score 'softmax' or 'sigmoid'"
+    )
   sizes = axes.check('TE', logits_TE)
   scores_TE = _scores(logits_TE.astype(jnp.float32), router.score)
   rows = capacity(sizes['T'], router.choices, sizes['E'], 1.0)

@@ -13,24 +13,24 @@ asymmetric one a zero point:  w = (code - zero) * scale, or w = codebook[code] *
   nvfp4         4-bit floats (e2m1) in blocks of 16 with e4m3 scales, and one float32 scale for the
                 matrix (NVIDIA 2025, https://arxiv.org/abs/2509.25149)
 
-Codes of fewer than 8 bits are packed without gaps (ops/packing.py). Rounding is half to even.
-Symmetric scales are amax / (2**bits - 1) * 2, so the grid reaches from -2**(bits-1) to
-2**(bits-1) - 1 and the largest value of a group is half a step away, as in compressed-tensors; with
-the clip 'signed' they are the largest value / -2**(bits-1), so that it is on the grid, and some are
-negative. Zero is exactly representable wherever zero points are integers, so pruned weights stay
-pruned.
+Codes of fewer than 8 bits are packed without gaps (ops/packing.py). Rounding is half to even. A
+symmetric scale is amax / (2**bits - 1) * 2, as in compressed-tensors: the codes reach from
+-2**(bits-1) to 2**(bits-1) - 1, and the largest value of a group is half a step off the grid. With
+the clip 'signed', the scale is the value of largest magnitude / -2**(bits-1); that value is then on
+the grid, and the scale may be negative. Zero is exactly representable wherever zero points are
+integers, so pruned weights stay pruned.
 
 Codes are computed from the scale as it is stored. It is float32 for 8-bit codes and for whole
-columns, and float16 for groups of smaller codes, whose scales are a large part of the bytes and
+columns. It is float16 for groups of smaller codes, where scales are a large part of the bytes and
 need no more than 11 bits. A float16 scale lies between 2**-24 and 65504: groups whose weights are
 all below 2e-7 become zero in int4, and weights beyond 5e5 are clipped. Scales that are quantized
 themselves start as float32. Those of mxfp4, mxfp8 and nvfp4 are stored as their definitions say:
 float8_e8m0fnu, or `E4m3Scales` with a scale of amax / (6 * 448).
 
-A product needs no widened copy of the codes where they are numbers of XLA's own and the scale comes
+A product needs no widened copy of the codes if XLA has a type for them and the scale is applied
 after the product: y_O = sum over J of scale_JO * (x_Jg @ codes_JgO - zero_JO * sum(x_Jg)). XLA then
-converts the codes inside the product. `native` lays packed integers out so. XLA:CPU has no such
-product; there the weight is widened (ops/kernels/cpu has the products for that).
+converts the codes inside the product. `native` gives packed integers such a type. XLA:CPU has no
+such product; there the weight is widened, unless a native kernel multiplies it (ops/kernels/cpu).
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ from ops.scales import QuantizedScales, e4m3_scales, quantize_scales
 
 SCALE_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
 SMALLEST_GROUP = 16  # a smaller one would spend more bits on scales than it saves
-UNMEASURED = 'compiled, not yet timed'  # what is said of products on devices not at hand
+UNMEASURED = 'compiled, not yet timed'  # of products on devices that were not at hand
 
 
 @weight_type
@@ -65,7 +65,7 @@ class QuantizedTensor(Weight):
   """A matrix (I, O) of codes with one scale (and zero point) for `group_size` inputs.
 
   values: int8, uint8 or float8_e4m3fn [I, O], or uint8 [ceil(I * bits / 8), O] of packed codes;
-    int4 or uint4 [I, O] where `native` has laid them out.
+    int4 or uint4 [I, O] after `native`.
   scales: [J, O] with J = I / group_size, or a weight of that shape from ops/scales.py.
   zeros: uint8 [J, O] for an asymmetric format, or floating (see ops/solvers/hqq.py); else None.
   """
@@ -103,12 +103,12 @@ class QuantizedTensor(Weight):
 
   @property
   def packed(self) -> bool:
-    """Whether codes share bytes, so that they have to be taken apart before they are multiplied."""
+    """Whether codes share bytes, so that they must be unpacked before they are multiplied."""
     return FORMATS[self.format].bits < 8 and self.values.dtype == jnp.uint8
 
   @property
   def holds_zero(self) -> bool:
-    """Whether zero is exactly representable: not where zero points are no integers."""
+    """Whether zero is exactly representable; fractional zero points do not ensure it."""
     return self.zeros is None or self.zeros.dtype == jnp.uint8
 
   def codes(self) -> jax.Array:
@@ -140,7 +140,7 @@ class QuantizedTensor(Weight):
 
   @property
   def widened(self) -> bool:
-    """Whether the codes are none that XLA can convert inside a product."""
+    """Whether the codes must be widened first, as XLA cannot convert them inside a product."""
     return self.packed or FORMATS[self.format].codebook is not None
 
   def map_values(self, fn):
@@ -160,7 +160,7 @@ class QuantizedTensor(Weight):
 
 
 def _check_codes(w: QuantizedTensor) -> None:
-  """Raises ValueError where the codes have not the dtype or the rows of their format."""
+  """Raises ValueError if the codes do not have the dtype or the rows of their format."""
   spec, dtype = FORMATS[w.format], w.values.dtype
   symmetric = w.zeros is None
   require(symmetric or spec.integer, f'{w.format} has no zero points')
@@ -179,7 +179,7 @@ def _check_codes(w: QuantizedTensor) -> None:
 
 
 def _check_scales(w: QuantizedTensor) -> None:
-  """Raises ValueError where the scales have not the dtype or the groups of their format."""
+  """Raises ValueError if the scales do not have the dtype or the groups of their format."""
   spec, dtype = FORMATS[w.format], w.scales.dtype
   dtypes = (*SCALE_DTYPES, jnp.float8_e8m0fnu) if spec.scales == 'e8m0' else SCALE_DTYPES
   require(dtype in dtypes, f'scales of {w.format} are floating, not {dtype}')
@@ -193,9 +193,9 @@ def through_dense(x: jax.Array, w: QuantizedTensor) -> jax.Array:
 
 
 def scaled_after(x: jax.Array, w: QuantizedTensor) -> jax.Array:
-  """The product with the codes of each group, scaled and summed afterwards: nothing is widened.
+  """Multiplies the codes of each group, then scales and adds up the groups, with no widened copy.
 
-  XLA:TPU adds the groups up inside the product; elsewhere all their sums are held.
+  XLA:TPU adds the groups up inside the product; elsewhere the sums of all groups are in memory.
   """
   groups, outputs = w.scales.shape
   x_TJg = x.reshape(-1, groups, w.group_size)
@@ -241,15 +241,15 @@ _product.defvjp(lambda x, w: (_product(x, w), (x, w)), _backward)
 
 
 def wide_scales(w: QuantizedTensor) -> jax.Array:
-  """The scales [J, O] as numbers that kernels read: powers of two as bfloat16, which holds all."""
+  """The scales [J, O] in a dtype that kernels read; bfloat16 holds every power of two (e8m0)."""
   scales_JO = dense(w.scales)
   return scales_JO.astype(jnp.bfloat16) if scales_JO.dtype == jnp.float8_e8m0fnu else scales_JO
 
 
 def native(w: QuantizedTensor) -> QuantizedTensor:
-  """Lays codes of up to 4 bits out as 4-bit numbers of XLA's own, [I, O]; others stay as they are.
+  """Stores codes of up to 4 bits in XLA's 4-bit types, [I, O]; others stay as they are.
 
-  A TPU stores them two a byte; 2 and 3 bits take 4 then. On a CPU each takes a byte.
+  A TPU stores two of them per byte, so codes of 2 and 3 bits take 4. On a CPU each takes a byte.
   """
   if not w.packed or FORMATS[w.format].bits > 4:
     return w
@@ -320,7 +320,7 @@ def fit_groups(
 
 
 def scale_dtype(format: FormatName, groups: int) -> jnp.dtype:
-  """What the scales of a matrix are stored in, or rounded from, with so many groups a column."""
+  """The dtype in which scales are stored, or from which they are quantized in their turn."""
   spec = FORMATS[format]
   if spec.scales == 'e8m0':
     return jnp.dtype(jnp.float8_e8m0fnu)
@@ -356,8 +356,8 @@ def _grouped(w_IO, scale_JO):
 def resolve_group(format: FormatName, inputs: int, group_size: int | None) -> int:
   """The number of inputs that share a scale.
 
-  -1 is the whole column. None is the format's usual group, or what `fitting_group` finds; the
-  block of a format that has no other.
+  -1 is the whole column. None is the block of a format that has a fixed one, and otherwise what
+  `fitting_group` makes of the format's usual group.
   """
   if group_size is None and FORMATS[format].block:
     return FORMATS[format].block
@@ -368,9 +368,9 @@ def resolve_group(format: FormatName, inputs: int, group_size: int | None) -> in
 
 
 def fitting_group(inputs: int, usual: int) -> int:
-  """The usual group, or the largest of its halves that divides the inputs, or the whole column.
+  """The usual group, halved until it divides the inputs, or else the whole column.
 
-  No half is smaller than `SMALLEST_GROUP`.
+  No group is smaller than `SMALLEST_GROUP`.
   """
   size = usual
   while inputs % size and size > SMALLEST_GROUP:
@@ -381,7 +381,7 @@ def fitting_group(inputs: int, usual: int) -> int:
 def check_options(
   format: str, inputs: int, group_size: int | None, symmetric: bool, clip: str = 'none'
 ) -> None:
-  """Raises ValueError if a matrix with this many inputs cannot be stored so."""
+  """Raises ValueError if a matrix with this many inputs cannot be stored with these options."""
   formats.check_form(format, symmetric=symmetric, clip=clip, group_size=group_size)
   size = resolve_group(format, inputs, group_size)
   if FORMATS[format].block and inputs % size:

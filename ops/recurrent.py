@@ -196,7 +196,7 @@ def _over_chunks(body: Callable, tokens, state_BNHZ, starts_BT, chunk: int):
   chunk = min(chunk, 1 << (length - 1).bit_length())
   # Zeros are tokens that leave the state as it is.
   pad = lambda x: jnp.pad(x, ((0, 0), (0, -length % chunk)) + ((0, 0),) * (x.ndim - 2))
-  split = lambda x: rearrange(pad(x), 'B (chunk T) N I -> chunk B N T I', T=chunk)
+  split = lambda x: rearrange(pad(x), 'B (chunk T) N i -> chunk B N T i', T=chunk)
   starts = rearrange(pad(starts_BT), 'B (chunk T) -> chunk B T', T=chunk)
 
   @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -221,11 +221,11 @@ def _head_decay(chunk: _Chunk, state_BNHZ, q_BNTH, k_BNTH, v_BNTZ, log_decay):
 
 
 def _channel_decay(chunk: _Chunk, state_BNHZ, q_BNTH, k_BNTH, v_BNTZ, log_decay):
-  """With decays of channels, the scores are no product of queries and keys times a decay.
+  """Runs a chunk with a decay per key channel, which no single factor of the scores can express.
 
-  For tokens T in the second half of a range and S in the first, the decay is that from S to the end
-  of the first half, a factor of the key, and that from there to T, a factor of the query. The
-  halves themselves are divided likewise.
+  For a token T in the second half of a range and S in the first, the decay is a product: from S to
+  the end of the first half, which multiplies the key, and from there to T, which multiplies the
+  query. Each half is divided in the same way.
   """
   del log_decay
   y_BNTZ = jnp.einsum('BNTH,BNHZ->BNTZ', q_BNTH * chunk.from_before_BNT_, state_BNHZ)
@@ -238,22 +238,28 @@ def _channel_decay(chunk: _Chunk, state_BNHZ, q_BNTH, k_BNTH, v_BNTZ, log_decay)
 
 
 def _of_first_halves(chunk: _Chunk, half: int, q_BNTH, k_BNTH, v_BNTZ):
-  """What the second half of each range of 2 * half tokens finds in the first: [B, N, T, Z]."""
-  halves = lambda x: rearrange(x, 'B N (P two T) I -> two B N P T I', two=2, T=half)
+  """The values that the second half of each range of 2 * half tokens reads from the first half.
+
+  Returns [B, N, T, Z].
+  """
+  halves = lambda x: rearrange(x, 'B N (p two T) i -> two B N p T i', two=2, T=half)
   (_, q), (k, _), (v, _) = map(halves, (q_BNTH, k_BNTH, v_BNTZ))
   early, late = halves(chunk.sums_BNT_)
   middle = early[..., -1:, :]
-  scores = jnp.einsum('BNPTH,BNPSH->BNPTS', q * jnp.exp(late - middle), k * jnp.exp(middle - early))
-  early, late = rearrange(chunk.documents_BT, 'B (P two T) -> two B P T', two=2, T=half)
-  same_BPTS = late[..., :, None] == early[..., None, :]
-  found = jnp.einsum('BNPTS,BNPSZ->BNPTZ', jnp.where(same_BPTS[:, None], scores, 0), v)
+  scores = jnp.einsum('BNpTH,BNpSH->BNpTS', q * jnp.exp(late - middle), k * jnp.exp(middle - early))
+  early, late = rearrange(chunk.documents_BT, 'B (p two T) -> two B p T', two=2, T=half)
+  same_BpTS = late[..., :, None] == early[..., None, :]
+  found = jnp.einsum('BNpTS,BNpSZ->BNpTZ', jnp.where(same_BpTS[:, None], scores, 0), v)
   found = jnp.stack([jnp.zeros_like(found), found])
-  return rearrange(found, 'two B N P T Z -> B N (P two T) Z')
+  return rearrange(found, 'two B N p T Z -> B N (p two T) Z')
 
 
 def _delta(chunk: _Chunk, state_BNHZ, q_BNTH, k_BNTH, v_BNTZ, log_decay, strength_BNT_):
-  """What token t writes is u_t = b_t (v_t - what the state before t holds for k_t), where the state
-  is that before the chunk and the u_s k_s^T of earlier tokens, decayed: a triangular system.
+  """Runs a chunk of the gated delta rule.
+
+  Token t writes u_t = b_t (v_t - h_t), where h_t is the value that the state holds for k_t. That
+  state is the one before the chunk plus u_s k_s^T of earlier tokens s, all decayed up to t, so the
+  u_t solve a triangular system.
   """
   del log_decay
   decay_BNTS = chunk.between_BNTS
@@ -288,7 +294,7 @@ _solve.defvjp(_solve_forward, _solve_backward)
 
 
 def _inverse(lower_BNTS: jax.Array) -> jax.Array:
-  """The inverse of I + the part below the diagonal, from those of blocks of twice the size.
+  """The inverse of I + the part below the diagonal, from inverses of diagonal blocks that double.
 
   [[A, 0], [C, B]] has the inverse [[A', 0], [-B' C A', B']]. These are products that every platform
   is fast at; a triangular solver runs row by row, on CPUs in another library with its own threads.
@@ -297,11 +303,11 @@ def _inverse(lower_BNTS: jax.Array) -> jax.Array:
   inverse = jnp.ones((batch, heads, length, 1, 1), lower_BNTS.dtype)
   half = 1
   while half < length:
-    split = 'B N (P row T) (O column S) -> row column B N P T O S'
+    split = 'B N (p row T) (q column S) -> row column B N p T q S'
     blocks = rearrange(lower_BNTS, split, row=2, T=half, column=2, S=half)
-    below = jnp.einsum('BNPTPS->BNPTS', blocks[1, 0])
+    below = jnp.einsum('BNpTpS->BNpTS', blocks[1, 0])
     first, second = inverse[:, :, ::2], inverse[:, :, 1::2]
-    below = -_exact('BNPTI,BNPIO,BNPOS->BNPTS', second, below, first)
+    below = -_exact('BNpTi,BNpio,BNpoS->BNpTS', second, below, first)
     upper = jnp.concatenate([first, jnp.zeros_like(first)], -1)
     inverse = jnp.concatenate([upper, jnp.concatenate([below, second], -1)], -2)
     half *= 2

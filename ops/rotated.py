@@ -125,7 +125,7 @@ class RotatedTensor(Weight):
 
 
 def rotated(w_IO: jax.Array, inner: int = 1) -> RotatedTensor:
-  """The weight that multiplies like w_IO, but stores what meets rotated inputs; so with experts."""
+  """A weight that multiplies like w_IO but stores the matrix for rotated inputs; experts too."""
   w_OI = np.swapaxes(np.asarray(w_IO, np.float64), -1, -2)
   turned_IO = np.swapaxes(rotate(w_OI, inner=inner), -1, -2)
   return RotatedTensor(jnp.asarray(turned_IO.astype(w_IO.dtype)), inner)

@@ -1,14 +1,14 @@
 """Choosing the next token of each row: greedy, or drawn from a distribution cut to its likely part.
 
 Penalties, biases and masks change the logits first. The cuts apply in the order temperature, top-k,
-top-p, min-p, each to what the one before has left, as in Hugging Face transformers. Top-p (nucleus)
-after Holtzman et al. (2019), https://arxiv.org/abs/1904.09751; min-p after Nguyen et al. (2024),
-https://arxiv.org/abs/2407.01082; the repetition penalty after Keskar et al. (2019), "CTRL",
-https://arxiv.org/abs/1909.05858; those of presence and frequency as in OpenAI's API.
+top-p, min-p, each to the tokens that the one before has left, as in Hugging Face transformers.
+Top-p (nucleus) after Holtzman et al. (2019), https://arxiv.org/abs/1904.09751; min-p after Nguyen
+et al. (2024), https://arxiv.org/abs/2407.01082; the repetition penalty after Keskar et al. (2019),
+"CTRL", https://arxiv.org/abs/1909.05858; those of presence and frequency as in OpenAI's API.
 
 Settings, histories and keys are arrays with an entry per row, so rows of different settings share a
-program, and what a row draws depends on its own logits, settings, history and key alone. What no
-row of a batch asks for is skipped while the program runs. Nothing sorts the vocabulary: the least
+program, and the draw of a row depends on its own logits, settings, history and key alone. Settings
+that no row of a batch uses are skipped at run time. Nothing sorts the vocabulary: the smallest
 logit that stays is found bit by bit, in 32 passes.
 """
 
@@ -39,7 +39,7 @@ class SamplingConfig:
     1.0  # divides positive logits of tokens seen, multiplies negative ones
   )
   presence_penalty: float = 0.0  # subtracted from the logits of tokens that were generated
-  frequency_penalty: float = 0.0  # likewise, once for each time
+  frequency_penalty: float = 0.0  # the same, once for each time
   logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
 
   def __post_init__(self):
@@ -77,7 +77,7 @@ class SamplingConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-  """The settings of a batch, an entry per row. `GREEDY`, of which all are None: no row draws.
+  """The settings of a batch, an entry per row. In `GREEDY` all are None, and no row draws.
 
   A row of temperature 0 is greedy. The neutral entries are the largest int32 for top-k, 1 for top-p
   and the repetition penalty, 0 for the others.
@@ -118,7 +118,7 @@ def settings(configs: Sequence[SamplingConfig], array: Any = jnp.asarray) -> Sam
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class History:
-  """What penalties and biases need to know of each row."""
+  """The data of each row that penalties and biases read."""
 
   prompt_BV: jax.Array  # bool: whether the prompt has the token
   counts_BV: jax.Array  # int16: how often it was generated
@@ -143,7 +143,7 @@ class History:
     return cls(prompt_BV=prompt_V[None], counts_BV=counts_V[None], bias_BV=bias_V[None])
 
   def counted(self, tokens_B: jax.Array, real_B: jax.Array | None = None) -> 'History':
-    """With one more token of each row, or of these rows alone."""
+    """Adds one more token to each row, or to these rows alone."""
     one_B = jnp.ones(len(tokens_B), jnp.int16) if real_B is None else real_B.astype(jnp.int16)
     at = jnp.arange(len(tokens_B)), tokens_B
     counts_BV = self.counts_BV.at[at].add(one_B, mode='promise_in_bounds')
@@ -171,7 +171,7 @@ def adjust(logits_BV: jax.Array, sampling: Sampling, history: History) -> jax.Ar
 
 
 def allow(logits_BV: jax.Array, words_B_: jax.Array) -> jax.Array:
-  """Only tokens whose bit is set: bit v % 32 of word v // 32, uint32 [B, ceil(V / 32)]."""
+  """Allows only tokens whose bit is set: bit v % 32 of word v // 32, uint32 [B, ceil(V / 32)]."""
   at_V = np.arange(logits_BV.shape[-1])
   bits_BV = jnp.take(words_B_, at_V // 32, axis=1) >> (at_V % 32).astype(np.uint32)[None]
   return _keep(logits_BV, (bits_BV & 1) == 1)

@@ -1,7 +1,7 @@
 """Pruning: scores to masks, and a matrix that stores only the N of every M weights that are kept.
 
-A score says how much a weight matters; a mask keeps the highest. Masks are exact: ties go to the
-earlier input, and the number kept never depends on the values.
+A score says how much a weight matters; a mask keeps the weights with the highest scores. Of equal
+scores the earlier input is kept, so the number of kept weights never depends on the values.
 
 Unstructured sparsity compares the inputs of one output (Sun et al. 2023, Wanda,
 https://arxiv.org/abs/2306.11695, finds this better than a whole matrix) or the whole matrix. N:M
@@ -52,7 +52,7 @@ def unstructured_mask(score_IO: jax.Array, sparsity: float, *, per_output: bool)
 
 
 def keep_highest(score_IO: jax.Array, dropped: int | jax.Array) -> jax.Array:
-  """Drops so many inputs of each output, those with the lowest scores: bool [I, O]."""
+  """Drops the `dropped` lowest scores of each output: bool [I, O], False where dropped."""
   return selection.lowest_dropped(score_IO, _all(score_IO), dropped, per_output=True)
 
 
@@ -75,9 +75,9 @@ PRUNED = 0.2  # share of exact zeros above which a matrix counts as pruned
 
 @jax.jit
 def looks_pruned(w_IO: jax.Array) -> jax.Array:
-  """Whether a matrix has so many exact zeros that they must be a mask: bool [].
+  """Whether a matrix has so many exact zeros that it must have been pruned: bool [].
 
-  That is more than `PRUNED` of its entries, but not all: a matrix of zeros is an initial value.
+  That is more than a share of `PRUNED`, but not all: a matrix of zeros is an initial value.
   """
   share = (w_IO == 0).mean(dtype=jnp.float32)
   return (share > PRUNED) & (share < 1)
@@ -154,7 +154,8 @@ class SparseTensor(Weight):
 def compress(w_IO: jax.Array, mask_IO: jax.Array, n: int, m: int) -> SparseTensor:
   """Stores the kept weights of an N:M mask, in order.
 
-  Keeping fewer than N in a group is fine; of more, the first N are stored.
+  A group with fewer than N kept weights is filled up with zeros; of more than N, the first N are
+  stored.
   """
   axes.check('IO,IO', w_IO, mask_IO)
   check_n_of_m(w_IO.shape[0], n, m)

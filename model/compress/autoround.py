@@ -93,7 +93,7 @@ class Learned:
 class Rounding:
   """A candidate for `Site.errors` and `Site.descend`: matrices as they will be stored.
 
-  The arrays are what was learned, and the grids of rounding to nearest, both by path.
+  The arrays are the learned ones and the grids of rounding to nearest, both by path.
   """
 
   format: quantized.FormatName
@@ -112,12 +112,12 @@ class Rounding:
 
 
 def _each(fn, own: tuple):
-  """fn(own) of a matrix and what belongs to it; of experts, of each by itself."""
+  """Applies fn(own) to a matrix with its arrays, or to each expert by itself."""
   return fn(own) if experts.count(own[0]) is None else experts.each(fn, own)
 
 
 def becomes(w: Matrix, spec: AutoRoundSpec) -> Matrix:
-  """What a matrix will be. Raises ValueError where it cannot."""
+  """The weight that a matrix becomes. Raises ValueError if it cannot."""
   if isinstance(core(w), Weight):
     raise ValueError(f'autoround rounds plain matrices, not a {type(core(w)).__name__}')
   return with_core(w, round_to_nearest(core(w), {}, spec.rounding).weight)
@@ -165,7 +165,7 @@ def _start(w_IO, grid) -> Learned:
 
 
 def follow(learned: Mapping[str, Learned], slopes: Mapping[str, Learned], rate: jax.Array):
-  """Goes a step against the signs of the slopes, within bounds: a `Descent.update`."""
+  """Takes a step against the signs of the gradients, within bounds: a `Descent.update`."""
   return {path: _follow(one, slopes[path], rate) for path, one in learned.items()}
 
 
@@ -183,7 +183,7 @@ def rounded(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """The values on the learned grid, float32 [I, O], and its scales and zero points.
 
-  Differentiable in what is learned. Without offsets, on whole ranges, it is rounding to nearest.
+  Differentiable in the learned arrays. Without offsets and on whole ranges it rounds to nearest.
   """
   scales_JO, zeros_JO = _learned_grid(learned, grid, FORMATS[format].bits)
   shape_JgO = scales_JO.shape[0], -1, scales_JO.shape[1]
@@ -212,18 +212,18 @@ def _learned_grid(learned, grid, bits):
 
 
 def _as_stored(scales_JO, dtype):
-  """Rounds scales to how they are stored; gradients pass."""
+  """Rounds scales to their stored precision; gradients pass straight through."""
   stored_JO = formats.stored(scales_JO, dtype).astype(jnp.float32)
   return scales_JO + jax.lax.stop_gradient(stored_JO - scales_JO)
 
 
 def _whole(x):
-  """Rounds half to even; gradients pass."""
+  """Rounds half to even; gradients pass straight through."""
   return x + jax.lax.stop_gradient(jnp.round(x) - x)
 
 
 def _limited(codes, low, high):
-  """Clips, with whole gradients at the ends, which many codes of few bits are at."""
+  """Clips, with whole gradients at the ends, where many codes of few bits lie."""
   return jnp.where(codes < low, low, jnp.where(codes > high, high, codes))
 
 

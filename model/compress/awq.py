@@ -18,7 +18,7 @@ heads that share values. An input that is zero in all calibration tokens is not 
 weighs errors by the covariance of a group's inputs, which gives the exact mean squared error over
 all calibration tokens, where the paper takes a sample of them; and it takes 20 steps, not 10.
 
-Experts share the alpha of a group, and between their own matrices each has scales by what it sees.
+Experts share the alpha of a group. Between its own matrices each expert has scales from its inputs.
 
 `duo` divides by the weights' own mean magnitude, s = x**alpha / w**(1 - alpha), as llm-compressor
 does, where w is relative to the largest weight in its quantization group.
@@ -46,8 +46,8 @@ class AwqSpec:
   """A storage format as in `round_to_nearest`, and how it is searched for.
 
   `grid` alphas from 0 up to 1 are compared on `rows` rows of calibration text, on all for null.
-  With `quantize` false the weights are only scaled, as is best for `format`, and a later step, such
-  as gptq, rounds them.
+  With `quantize` false the weights are only scaled, for the best result in `format`, and a later
+  step, such as gptq, rounds them.
   """
 
   format: quantized.FormatName = 'int4'
@@ -77,7 +77,7 @@ class AwqSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Rounded:
-  """Gives a matrix the values that rounding to nearest would store, whatever its inputs are."""
+  """Gives a matrix the values of rounding to nearest; statistics of inputs play no part."""
 
   spec: QuantizeSpec
 
@@ -87,7 +87,7 @@ class Rounded:
 
 
 def becomes(w: Matrix, spec: AwqSpec) -> Matrix:
-  """What a matrix will be. Raises ValueError where it cannot."""
+  """The weight that a matrix becomes. Raises ValueError if it cannot."""
   if isinstance(w, Weight):
     raise ValueError(f'awq scales plain matrices, not a {type(w).__name__}')
   stored = round_to_nearest(w, {}, spec.rounding).weight
@@ -118,7 +118,7 @@ def awq(site, spec):
 
 
 def _scaled(site, spec):
-  """What scales change, by path; the scales of each layer's inputs; and why a layer has none."""
+  """Parameters that scales change, by path; scales per layer; and why a layer has none."""
   trials, failed = [], {}
   for group in folding.groups(site.config, site.layer):
     targets = tuple(layer for layer in group.consumers if layer in site.targets)
@@ -138,8 +138,8 @@ def _scaled(site, spec):
 
 
 def _to_round(site, values, rows, spec):
-  """What is rounded, the scales of its inputs, and the covariance of those that are clipped."""
-  # What meets in a softmax is not clipped, for the layers' own output errors mislead there.
+  """The matrices to round, the scales of their inputs, and covariances for clipping."""
+  # Layers whose outputs meet in a softmax are not clipped: their own output errors mislead there.
   unclipped = site.layer.wiring.scores
   clipped = [one for one in site.targets if spec.clip_search and one not in unclipped]
   return (
@@ -150,7 +150,7 @@ def _to_round(site, values, rows, spec):
 
 
 def _best(site, trials, spec):
-  """The scales of the least block error of each group, and whether they are better than none."""
+  """The scales with the least block error per group, and whether they are better than none."""
   means = [trial.group.read(site.statistics, 'input_absmean', jnp.mean) for trial in trials]
   weights = [[site.parameters[f'{one}.weight'] for one in trial.targets] for trial in trials]
   groups = tuple(trial.group for trial in trials)
@@ -174,7 +174,7 @@ def _all_candidates(means, weights, groups, spec):
 
 @functools.partial(jax.jit, static_argnums=2)
 def _folded(parameters, scales, groups):
-  """What folding the scales into all groups changes, and those of each layer's inputs."""
+  """The parameters that folding the scales changes, and the scales of each layer's inputs."""
   values, rows = {}, {}
   for group, scales_O in zip(groups, scales, strict=True):
     changed, rows_I = folding.apply({**parameters, **values}, group, scales_O)
@@ -184,7 +184,7 @@ def _folded(parameters, scales, groups):
 
 
 def _candidates(mean_I, weights, group, spec) -> jax.Array:
-  """The scales of each alpha, of which the first is none: [A, O] or [A, E, O], around 1."""
+  """The scales of each alpha, the first of them all 1: [A, O] or [A, E, O]."""
   x_O = group.tie(mean_I, jnp.mean)
   alphas_A = jnp.arange(spec.grid, dtype=jnp.float32) / spec.grid
   alphas_A1 = alphas_A.reshape(-1, *[1] * x_O.ndim)
@@ -233,7 +233,7 @@ def _rounded(weights, rows, covariances, rounding) -> dict[str, Outcome]:
 
 
 def _nearest(w_IO, spec) -> jax.Array:
-  """What `round_to_nearest` stores, float32 [I, O], without packing it."""
+  """The values that `round_to_nearest` stores, float32 [I, O], without packing."""
   options = {key: getattr(spec, key) for key in ('group_size', 'symmetric', 'clip')}
   return quantized.project(w_IO, *quantized.fit(w_IO, spec.format, **options), spec.format)
 

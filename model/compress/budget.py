@@ -51,7 +51,7 @@ class Treatment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Option:
-  """What a treatment of a layer costs. `kl` is in nats a token, of the model from the base."""
+  """The cost of a treatment of a layer. `kl` is that of the model from the base, nats per token."""
 
   layer: str
   treatment: str
@@ -60,7 +60,7 @@ class Option:
 
 
 def treatments(recipes: Iterable[Recipe]) -> list[Treatment]:
-  """The matrix steps of some recipes, casts left out, and leaving a matrix as it is."""
+  """The matrix steps of some recipes without casts, and no step, which leaves a matrix as it is."""
   found = [Treatment(name='as it is', steps=())]
   for one in recipes:
     steps = tuple(step for step in one.steps if step.row.scope != 'parameters')
@@ -144,9 +144,9 @@ def _through(model, batches, start: int) -> list[np.ndarray]:
 
 @jax.jit
 def _widened(w: Matrix) -> Matrix:
-  """A weight that multiplies alike, its codes widened: it rounds or rotates inputs as before.
+  """Widens the codes of a weight; it still rounds or rotates its inputs.
 
-  Blocks with treatments that differ in their codes alone then run in one program.
+  Blocks whose treatments differ only in their codes then run in one program.
   """
   return map_inner(dense, w)
 
@@ -160,7 +160,7 @@ def _divergence(model, p_BTD, q_BTD) -> jax.Array:
 def _summed_kl(graphdef, state, p_BTD, q_BTD):
   model = nnx.merge(graphdef, state)
   logits = lambda x_TD: model.logits(model.final_norm(x_TD))
-  # A row at a time, for the logits are far larger than the hidden states.
+  # A row at a time, because the logits are far larger than the hidden states.
   rows = lambda pq: losses.kl_divergence(logits(pq[0]), logits(pq[1])).sum()
   return jax.lax.map(rows, (p_BTD, q_BTD)).sum()
 
@@ -221,7 +221,7 @@ def _description(allocation: Mapping[str, str]) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
-  """A recipe within a budget. `kl` is measured with the whole model treated, `predicted` a sum."""
+  """A recipe within a budget. `kl` is measured on the whole model, `predicted` is the sum."""
 
   recipe: Recipe
   nbytes: int  # of all parameters
@@ -241,9 +241,9 @@ def search(
 ) -> tuple[Found, list[Option]]:
   """Finds the best recipe whose stored parameters fit into a budget, and the costs it comes from.
 
-  `first` are steps that every candidate begins with, such as a cast; they decide the bytes of what
-  is no matrix. `options` are the costs if they are known, from an earlier search with the same
-  model, text, treatments and `first`. Raises ValueError if nothing fits.
+  `first` are steps that every candidate begins with, such as a cast; they decide the bytes of all
+  parameters that are not matrices. `options` are the costs if they are known, from an earlier
+  search with the same model, text, treatments and `first`. Raises ValueError if nothing fits.
   """
   start, _ = pipeline.compress(model, Recipe(name='first', steps=tuple(first)), calibration_BT)
   if options is None:

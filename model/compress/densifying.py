@@ -4,14 +4,14 @@
                (see `expert_merging`), averaged by how many tokens chose each
   concatenate  one network of the `experts` most used ones side by side
 
-A dense network has no router. So what its weights say on average over the calibration text goes
-into the output matrices: the output of an expert is multiplied by the mean, over all tokens, of the
-weight that it got. That is exact where the weights do not depend on the token, as in a model that
-was upcycled and not trained. Shared experts, times the mean of their gate, come beside the others.
+A dense network has no router, so the mean routing weights go into the output matrices: the output
+of an expert is multiplied by the mean of its weight over all calibration tokens. That is exact
+where the weights do not depend on the token, as in a model that was upcycled and not trained.
+Shared experts, times the mean of their gate, stand beside the others.
 
-Such a model is a start for steps that train, as distilling from the model with experts; after
-Fedus et al. (2021), section 4.2, https://arxiv.org/abs/2101.03961, who start from the layers that
-are not routed.
+Such a model is a start for steps that train, such as distillation from the model with experts;
+after Fedus et al. (2021), section 4.2, https://arxiv.org/abs/2101.03961, who start from the layers
+that are not routed.
 """
 
 import dataclasses

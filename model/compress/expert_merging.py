@@ -1,4 +1,4 @@
-"""Merges similar experts into one, which does the work of both on average.
+"""Merges similar experts into one with their average weights.
 
 After Li et al. (2023), MC-SMoE, https://arxiv.org/abs/2310.01334. The experts that most tokens
 choose stay, and every other one joins the most similar of them. Experts are similar if the router
@@ -10,7 +10,7 @@ another order. Then all weights are averaged, by how many tokens chose each expe
 
 Differs from the paper: it keeps the router, so that merged experts still get two logits of their
 own; here the columns of the router are averaged like all other weights, and what is left is a plain
-model with fewer experts. In a layer as large a share goes as in every other. There is no further
+model with fewer experts. Every layer loses the same share of its experts. There is no further
 decomposition of the merged experts. The assignment takes time cubic in the width of an expert.
 """
 
@@ -36,7 +36,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeSpec(ExpertSpec):
-  """How many experts go into others, and by what they are compared."""
+  """How many experts are merged into others, and how they are compared."""
 
   similarity: Similarity = 'logits'
 

@@ -1,4 +1,4 @@
-"""Removes the experts that matter least, in each routed layer as large a share.
+"""Removes the experts that matter least, the same share in each routed layer.
 
 An expert goes with its column of the router, its bias and the bias of its choice. Scores, all over
 the tokens that chose the expert:
@@ -8,7 +8,7 @@ the tokens that chose the expert:
   norm       the mean of |y|, without the router
   gate_norm  the sum of g |y|: 'reap' times 'frequency'
   frequency  how many tokens chose it
-  random     drawn by `seed`: what the others have to beat
+  random     drawn by `seed`: the baseline of the others
 
 Where groups of experts limit the choice, every group loses equally many, so that they stay equal.
 A router whose weights are not renormalized divides by fewer scores afterwards, so the weights of
@@ -38,7 +38,7 @@ Score = Literal['reap', 'norm', 'gate_norm', 'frequency', 'random']
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertSpec:
-  """The share of the experts of each layer that goes, at least."""
+  """The least share of the experts of each layer that is removed."""
 
   ratio: float = 0.25
 
@@ -49,7 +49,7 @@ class ExpertSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PruneExpertsSpec(ExpertSpec):
-  """Which experts go; `seed` is that of the score 'random'."""
+  """Which experts are removed; `seed` is that of the score 'random'."""
 
   score: Score = 'reap'
   seed: int = 0
@@ -69,13 +69,13 @@ def routed(config: ModelConfig) -> dict[int, RoutedConfig]:
 
 
 def remaining(ffn: RoutedConfig, ratio: float) -> int:
-  """How many experts stay: equally many of each group, if groups limit the choice."""
+  """How many experts stay; the same number of each group if groups limit the choice."""
   size = ffn.experts // ffn.router.groups
   return ffn.router.groups * (size - math.ceil(ratio * size - 1e-6))
 
 
 def with_experts(config: ModelConfig, counts: Mapping[int, int]) -> ModelConfig:
-  """The config with other numbers of experts. Raises ValueError if a router cannot choose so."""
+  """The config with other numbers of experts. Raises ValueError if a router cannot choose."""
   layers = list(config.layers)
   for l, count in counts.items():
     if count < 1:

@@ -30,12 +30,12 @@ from ops import moe
 class ExpertUse:
   """Sums over the tokens of one layer.
 
-  rows_E: 1 for each token that chose the expert.  weights_E: what its outputs were multiplied by.
+  rows_E: 1 for each token that chose the expert.  weights_E: the weights of its outputs.
   norms_E: the L2 norms of its outputs.  shares_E: these norms times the expert's share of the
     weights of the token's chosen experts.
   logits_EE: products of the router's logits of two experts, each minus the token's mean logit.
   outputs_EE: scalar products of the outputs of two experts; None if they were not compared.
-  opened: what the shared experts were multiplied by; 1 for each token without a gate.
+  opened: the gate of the shared experts; 1 for each token without a gate.
   """
 
   rows_E: np.ndarray

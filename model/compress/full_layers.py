@@ -1,6 +1,6 @@
-"""Which layers stay as they are where the attention of the others is replaced.
+"""Which layers keep full attention when that of the others is replaced.
 
-full_every: of so many consecutive layers the last one stays; None: no layer does.
+full_every: of this number of consecutive layers the last one stays; None: no layer stays.
 full_layers: the layers that stay, by number from 0 on, in place of `full_every`.
 """
 

@@ -1,6 +1,6 @@
-"""Differentiates the loss by a gate on each unit: what it costs, to first order, to remove it.
+"""Differentiates the loss by a gate on each unit: the first-order cost of removing the unit.
 
-A gate multiplies what a unit hands on, and is 1. The loss changes by about -d loss / d gate if the
+A gate is a factor of 1 on the output of a unit. The loss changes by about -d loss / d gate if the
 unit is removed. This is the first-order Taylor importance with gates of Molchanov et al. (2019),
 Importance Estimation for Neural Network Pruning, https://arxiv.org/abs/1906.10771. The gate of a
 feed-forward channel multiplies its row of the down projection, that of a key/value head the rows of

@@ -3,11 +3,11 @@
 After Ainslie et al. (2023), GQA, https://arxiv.org/abs/2305.13245. Consecutive key/value heads are
 merged into one, so the query heads keep their order, and those that shared a head share one still.
 A merged head is the mean of its heads, the first of them, or drawn at random with the spread of the
-matrix. All heads rotate alike, so the mean of keys is their mean after rotation too. A norm of keys
-follows the merging; its scales are merged likewise.
+matrix. All heads have the same rotation, so merging by the mean commutes with it. A norm of keys
+comes after the merged heads; its scales are merged in the same way.
 
 The paper trains for 5 % of the tokens of pretraining afterwards; a recipe can go on with steps that
-train. Where all heads of a group are equal, the model computes what it did.
+train. Where all heads of a group are equal, the outputs of the model do not change.
 """
 
 import dataclasses

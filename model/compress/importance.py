@@ -1,8 +1,8 @@
-"""Scores the units of a model: what is lost without them.
+"""Scores the units of a model by the loss from removing them.
 
   weights      the L2 norm of all weights of the unit (Li et al. 2016,
                https://arxiv.org/abs/1608.08710)
-  activations  the L2 norm over all tokens of what the unit hands on: the inputs of the down
+  activations  the L2 norm over all tokens of the output of the unit: the inputs of the down
                projection, of the output projection, or the outputs of the norms (Muralidharan et
                al. 2024, Minitron, https://arxiv.org/abs/2407.14679, who take the mean magnitude
                within a sequence and the L2 norm over sequences)

@@ -1,18 +1,18 @@
 """Makes the attention of some layers linear: a state of constant size in place of all past tokens.
 
 After Kasai et al. (2021), T2R, https://arxiv.org/abs/2103.13076: the matrices of queries, keys,
-values and outputs stay, and the softmax of their scores gives way to features elu(x) + 1 whose
-products are divided by their sum (`model.layers.mixers.linear`). Heads that read the same keys and
-values get copies of them. The square root of the scale of scores goes into queries and keys each.
+values and outputs stay, and features elu(x) + 1, whose products are divided by their sum, replace
+the softmax of scores (`model.layers.mixers.linear`). Heads that read the same keys and values get
+copies of them. Queries and keys are each multiplied by the square root of the scale of scores.
 
   linear    nothing is added; all past tokens count
   decaying  as in GLA (Yang et al., 2023, https://arxiv.org/abs/2312.06635) what the state holds
             decays by key channel and token; the decays begin as one constant, exp(-1 / memory),
             and the matrices that make them depend on the token learn from there
 
-The features are positive, so they are not rotated: these layers know of no order but by decays. The
-result is a start for training, and no use without it. Some layers stay as they are, which keeps
-what no state of constant size can: single words far back.
+The features are positive, so they are not rotated, and only decays tell these layers the order of
+tokens. The result is a start for training and useless without it. Some layers keep full attention,
+because a state of constant size cannot keep single words far back.
 
 Differs from the papers: features are not learned maps of their own (Hedgehog, LoLCATs), and there
 is no window beside the state. The baseline of any such model is a window with first tokens of as
@@ -41,7 +41,7 @@ READERS = ('query', 'key', 'value')
 class LinearizeSpec:
   """What the layers become, and which of them stay as they are (`compress.full_layers`).
 
-  memory: of decays at first, in tokens.  seed: of the matrices that decays come from.
+  memory: that of the initial decays, in tokens.  seed: of the matrices that decays come from.
   """
 
   mixer: Literal['linear', 'decaying'] = 'linear'
@@ -69,7 +69,7 @@ def check(config: ModelConfig, spec: LinearizeSpec) -> None:
 
 
 def _obstacle(mixer: AttentionConfig) -> str | None:
-  """What linear attention does not have, if the layer has it."""
+  """The trait of a layer that linear attention does not have, or None."""
   traits = {
     'norms of queries and keys': mixer.qk_norm,
     'a cap of scores': mixer.softcap is not None,
@@ -131,7 +131,7 @@ def linearize(model, measurements, spec):
 
 
 def _carried(part: str, value, heads: AttentionConfig) -> jnp.ndarray:
-  """A matrix or a bias of attention for as many heads as there are queries."""
+  """Repeats a matrix or a bias of key/value heads for all query heads."""
   array = np.asarray(value, np.float64)
   if part != 'query':
     array = array.reshape(*array.shape[:-1], heads.kv_heads, heads.head_width)
@@ -142,7 +142,7 @@ def _carried(part: str, value, heads: AttentionConfig) -> jnp.ndarray:
 
 
 def _decays(width: int, mixer: LinearConfig, memory: int, rng) -> dict[str, np.ndarray]:
-  """What decays come from: at first no token changes them, and every one could."""
+  """The matrices of decays: at first the same for all tokens, with gradients that change that."""
   keys = mixer.heads * mixer.key_width
   # sigmoid(bias) ** (1 / temperature) = exp(-1 / memory)
   bias = -math.log(math.expm1(mixer.decay_temperature / memory))

@@ -160,7 +160,7 @@ def _grid(inputs: int, n: int, m: int, spec) -> tuple[obs.Grid, dict]:
 
 
 def _stored(solution: obs.Solution, grid: obs.Grid | None, n: int, m: int, dtype) -> Matrix:
-  """The weight of the solution; codes are computed from float32, for a narrower type moves them."""
+  """The weight of the solution, with codes from float32, because a narrower type moves them."""
 
   def encode(values_IO):
     if grid is None:

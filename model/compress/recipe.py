@@ -23,7 +23,7 @@ true-sequential order), all blocks before its own ('blocks', as in SparseGPT and
 ('none').
 
 Every key and the type of every value are checked against the technique's dataclass; unknown keys
-are errors. The name also names the output folder, so it consists of letters, digits and .-_+
+are errors. The name is also that of the output folder, so it consists of letters, digits and .-_+
 """
 
 import dataclasses

@@ -77,7 +77,7 @@ class Reshaped:
   """The result of a technique of scope 'shape'.
 
   config and parameters: of the new model, the parameters by their paths in it.
-  events: counts by layer of the model that the technique was given.
+  events: counts by layer of the original model.
   """
 
   config: ModelConfig
@@ -87,7 +87,7 @@ class Reshaped:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Learned:
-  """The result of a technique of scope 'learn': the trained model, and counts of what it took."""
+  """The result of a technique of scope 'learn': the trained model, and counts such as tokens."""
 
   model: Transformer
   events: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -113,8 +113,8 @@ class Technique:
                 None without calibration
     learn       (model, school, spec, folder) -> Learned; trains the model, after any other steps
                 (see model/compress/phases.py); matrices pruned without a pattern come as
-                `MaskedTensor`; `school` is what the caller of `pipeline.compress` teaches with, and
-                `folder` keeps the run, so that it can be killed; None if nothing is to be kept
+                `MaskedTensor`; `school` is the argument of `pipeline.compress` that holds text and
+                teacher; `folder` keeps checkpoints, so that a killed run can resume, or is None
 
   Functions of linears and parameters are traced: `spec` is static, and Python branches may depend
   on shapes only.
@@ -153,8 +153,8 @@ class Technique:
   def __call__(self, w: Matrix, statistics: Statistics, spec: Any) -> Outcome:
     """Compresses one weight; only for the scopes linears and parameters.
 
-    Of a weight with experts each is compressed by itself, by the statistics of its own inputs; the
-    events are the sums over all experts.
+    Each expert of a weight is compressed by itself, with the statistics of its own inputs; the
+    events are sums over all experts.
     """
     if experts.count(w) is not None:
       return self._each(w, statistics, spec)
@@ -169,7 +169,7 @@ class Technique:
   def _each(self, w: Matrix, statistics: Statistics, spec: Any) -> Outcome:
     shared = {name: value for name, value in statistics.items() if name == PLAN}
     own = {name: value for name, value in statistics.items() if name != PLAN}
-    fixed = {}  # what does not depend on values, such as a group size, is the same for all experts
+    fixed = {}  # counts that depend on no value, such as a group size, are the same for all experts
 
     def one(arrays):
       w, statistics = arrays
@@ -258,7 +258,7 @@ class PruneSpec:
 
 
 def pruning_score(name: str, *, paper: str, statistics=(), spec: type = PruneSpec):
-  """Registers a score (w_IO, statistics) -> score_IO as a pruning technique; low scores go."""
+  """Registers a score (w_IO, statistics) -> score_IO as a technique that prunes low scores."""
 
   def register(score):
     @functools.wraps(score)

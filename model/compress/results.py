@@ -1,4 +1,4 @@
-"""Compares the matrices of a part of a model with what they were, for the ledger."""
+"""Compares the matrices of a part of a model with the original ones, for the ledger."""
 
 import dataclasses
 from collections.abc import Iterable

@@ -15,7 +15,7 @@ embedding; this is not done here, because it is meant for layer norms and would 
 RMS norms.
 
 Where a norm or a gate comes after the heads (recurrent mixers, Qwen3-Next), a rotation of a head
-does not pass, and all inputs of the output projection are rotated while the model runs.
+does not commute with it, and all inputs of the output projection are rotated while the model runs.
 """
 
 import dataclasses
@@ -109,14 +109,14 @@ def _rotate_block(block, signs_D, online):
     for name, linear in zip(edge.consumers, consumers):
       if name in writers:
         _write(linear, signs_D)
-  # Afterwards, for a matrix that reads a latent may also be one whose outputs are rotated.
+  # Afterwards, because a matrix that reads a latent may also have outputs that are rotated.
   for edge in wiring.edges if online else ():
     if not isinstance(edge.through, Normed):
       _rotate_inputs([layers[name] for name in edge.consumers], edge.through)
 
 
 def _turns(through) -> bool:
-  """Whether a rotation of each head passes from the producer to the consumers."""
+  """Whether a rotation of each head can be moved from the producer to the consumers."""
   return isinstance(through, Attended) and not through.gated
 
 
@@ -142,10 +142,7 @@ def _read(norm, consumers, signs_D):
   """Merges a norm's scale into the matrices after it, and makes them read the rotated stream."""
   scale_D = np.asarray(norm.scale.get_value(), np.float64) + norm.offset
   for linear in consumers:
-    _edit(
-      linear.weight,
-      lambda w_IO: _turn((scale_D[:, None] * w_IO).swapaxes(-1, -2), signs_D).swapaxes(-1, -2),
-    )
+    _edit(linear.weight, lambda w_DO: _turn_inputs(scale_D[:, None] * w_DO, signs_D))
   _edit(norm.scale, lambda scale_D: np.full_like(scale_D, 1 - norm.offset))
 
 

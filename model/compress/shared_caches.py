@@ -4,12 +4,12 @@ After Brandon et al. (2024), cross-layer attention, https://arxiv.org/abs/2405.1
 models from scratch; here it is a retrofit. The layers are divided into groups of `every` (CLA2,
 CLA3, ...), the last of which may be smaller. The first layer of a group keeps its matrices for keys
 and values, or gets the mean of those of its group, as merged heads do in `grouped_heads`. The
-others keep their queries and outputs, and read what the first one has.
+others keep their queries and outputs, and read the keys and values of the first one.
 
 Keys and values of the other layers came from another hidden state, so the model is damaged more
 than by merged heads, and steps that train should follow. Where the first layers of all groups write
-nothing to the residual stream, and the matrices of a group are equal, the model computes what it
-did. With `every: 1` nothing changes.
+nothing to the residual stream, and the matrices of a group are equal, the outputs do not change.
+With `every: 1` nothing changes.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ KEYS = ('key', 'value', 'key_norm')  # what makes keys and values
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedCachesSpec:
-  """How many consecutive layers have one cache, and how their keys and values become those of one.
+  """How many consecutive layers share a cache, and how their matrices are merged.
 
   mode: the mean of their matrices, or the first one's as it is.
   """

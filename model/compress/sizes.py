@@ -35,7 +35,7 @@ DEFAULT_RATIO = 0.25
 class SizeSpec:
   """How much is removed; exactly one of the first four, by default a ratio of 0.25.
 
-  ratio: share of the units that go, at least.  parameters: share of the model's parameters that may
+  ratio: least share of the units to remove.  parameters: share of the model's parameters that may
   stay, at most.  megabytes: of all parameters as they are stored, at most (10^6 bytes).  latency:
   time of a layer as a share of its time now, at most, measured here.
   multiple: the number of units that stay is a multiple of it.

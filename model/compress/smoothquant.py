@@ -9,8 +9,8 @@ one scale per token or one for all tokens.
 
 Differs from the paper: alpha can be searched per group, by the error of the block's output with the
 quantized group; one candidate is no smoothing. Channels that are zero in all calibration tokens or
-in all weights are not scaled. Experts
-share the scales of a norm; between their own matrices each has scales by what it sees.
+in all weights are not scaled. Experts share the scales of a norm. Between its own matrices each
+expert has scales from its own inputs.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
-"""What is done for experts that too few rows of the calibration text reach.
+"""Gives neutral statistics to experts that too few rows of the calibration text reach.
 
 A statistic of few rows says more about these rows than about the expert. An expert that saw fewer
-than the statistic needs gets one that prefers no input to another, so that every technique does
-what it does without data: GPTQ and AWQ round to nearest, Wanda prunes by magnitude. A fixed scale
-of activations, which nothing but data gives, is the largest of all experts. The ledger has a row
+rows than the statistic needs gets one that prefers no input, so that every technique works as
+without data: GPTQ and AWQ round to nearest, Wanda prunes by magnitude. A fixed scale of
+activations, which only data can give, is the largest of all experts. The ledger has a row
 for each such expert, with its name and the number of its rows.
 """
 

@@ -5,7 +5,7 @@ and layers. After Muralidharan et al. (2024), Minitron, https://arxiv.org/abs/24
 al. (2024), ShortGPT, https://arxiv.org/abs/2403.03853. All units are scored once, on the model as
 it is, and those of the lowest scores go; `importance` has the scores and `sizes` the targets.
 
-Embedding scales, query scales and head widths stay, so that what is left computes what it did. If
+Embedding scales, query scales and head widths stay, so that the kept units compute the same. If
 config.json derives one of them from a width that changed, the model is saved in the format of
 `model.native`.
 """
@@ -42,8 +42,8 @@ class WidthSpec(SizeSpec):
 class UnitSpec(WidthSpec):
   """How many units of each layer go, and by which importance.
 
-  uneven: as many units go in all, but the lowest scores of all layers together; scores other than
-    'taylor' are first divided by their root mean square in the layer.
+  uneven: the same number of units goes in total, but those with the lowest scores of all layers;
+    scores other than 'taylor' are first divided by their root mean square in the layer.
   refit: adjust the output weights of the kept units to take over what the removed ones did, by
     least squares on the calibration text.
   """
@@ -178,7 +178,7 @@ def _refitted(model, measurements, unit, kept) -> dict:
 
 @compiled
 def _refit(covariance, w, rows, damping):
-  """The rows of a matrix or, by what each sees, of experts."""
+  """The adjusted rows of a matrix, or of each expert by its own inputs."""
   if experts.count(w) is None:
     return structure.refit(covariance, w, rows, damping)
   return experts.each(lambda own: structure.refit(*own, rows, damping), (covariance, w))

@@ -2,7 +2,7 @@
 
 Embedding and head were tied by Press & Wolf (2017), https://arxiv.org/abs/1608.05859. Apart, the
 lookup can be stored in fewer bits than the product, which loses more by rounding; it costs the
-bytes of a second matrix. The model computes what it did.
+bytes of a second matrix. The outputs of the model do not change.
 """
 
 import dataclasses

@@ -26,13 +26,13 @@ def pack_words(codes_OI: np.ndarray, bits: int) -> np.ndarray:
   return np.ascontiguousarray(filled).view('<i4').astype(np.int32, copy=False)
 
 
-def unpack_words(words_OW: np.ndarray, bits: int, count: int) -> np.ndarray:
+def unpack_words(words_O_: np.ndarray, bits: int, count: int) -> np.ndarray:
   """Unpacks the first `count` codes of each row of int32 words: uint8 [O, count].
 
   Raises ValueError where the words are not as many as either form of packing takes.
   """
-  rows, found = words_OW.shape
-  data = np.ascontiguousarray(words_OW.astype('<i4', copy=False)).view(np.uint8)
+  rows, found = words_O_.shape
+  data = np.ascontiguousarray(words_O_.astype('<i4', copy=False)).view(np.uint8)
   data = data.reshape(rows, -1)
   if found == words(count, bits):
     return _stream(data, bits)[:, :count]

@@ -1,9 +1,9 @@
-"""What became worse from a baseline run to others, beyond the noise that the records tell.
+"""Finds what became worse from a baseline run to others, beyond the noise in the records.
 
 Quality is worse if it lost more than `STANDARD_ERRORS` of both records together. A time, a rate,
 energy and a price are worse if the medians differ by more than the larger interquartile range,
-which is about as strict at 5 to 7 rounds. Bytes are exact. What has no noise in the records, or was
-measured by another protocol, is not judged, and said to be so.
+which is about as strict at 5 to 7 rounds. Bytes are exact. Metrics without noise in the records, or
+measured by another protocol, are not judged, and the report lists them.
 """
 
 import collections

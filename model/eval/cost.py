@@ -1,12 +1,12 @@
 """The analytic cost of a model: parameters, FLOPs per token, bytes stored and bytes read.
 
 A product of x[I] with w[I, O] counts 2 I O FLOPs in every weight format, multiplied zeros included.
-Of experts those count that a token chooses.
-Attention counts its two products over the keys that a query may see: (T + 1) / 2 keys per query in
-a causal prefill of T tokens, about half of the dense square, and only the keys inside a window.
-Norms, rotations, softmax and activations are left out; they are below 1 % in a model of any size.
-After Kaplan et al., "Scaling Laws for Neural Language Models" (2020,
-https://arxiv.org/abs/2001.08361), section 2.1, which leaves out the embedding lookup too.
+Of the experts, only those that a token chooses count. Attention counts its two products over the
+keys that a query may see: (T + 1) / 2 keys per query in a causal prefill of T tokens, about half of
+the dense square, and only the keys inside a window. Norms, rotations, softmax and activations are
+left out; they are below 1 % in a model of any size. After Kaplan et al., "Scaling Laws for Neural
+Language Models" (2020, https://arxiv.org/abs/2001.08361), section 2.1, which leaves out the
+embedding lookup too.
 """
 
 import dataclasses
@@ -154,10 +154,10 @@ def _cache_bytes(config, context, dtype, cache_format) -> list[int]:
 
 
 def touched(config: ModelConfig, path: str, rows: int) -> float:
-  """The part of a parameter that a step of so many rows reads.
+  """The part of a parameter that a decode step of `rows` rows reads.
 
-  Of experts it is what rows that choose at random read on average, 1 - (1 - share) ** rows: two
-  rows seldom choose the same ones, so decoding a batch soon reads all experts.
+  For experts it is the mean over random choices, 1 - (1 - share) ** rows: two rows seldom choose
+  the same experts, so decoding a batch soon reads all of them.
   """
   _positive('the number of rows', rows)
   return 1 - (1 - share(config, path)) ** rows

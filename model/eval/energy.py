@@ -3,7 +3,7 @@
 A counter counts all that its chip does, the idle power and other processes included. NVML's
 (`nvmlDeviceGetTotalEnergyConsumption`, from Volta on) moves only every 20 to 100 ms, RAPL's about
 every millisecond, so a callable is repeated for many of these periods within each round, and
-programs take turns as in `model.eval.timing`. What no counter measures is not measured:
+programs take turns as in `model.eval.timing`. Without a counter nothing is measured, and
 `Meters.missing` says why. RAPL is read from Linux's powercap files
 (https://www.kernel.org/doc/html/latest/power/powercap/powercap.html); most kernels let root alone
 read them (CVE-2020-8694).
@@ -185,7 +185,7 @@ def measure(
 
 @contextlib.contextmanager
 def polling(found: Meters, seconds: float = POLL_S) -> Iterator[None]:
-  """Reads the counters every so many seconds, so that none wraps around twice unnoticed.
+  """Reads the counters at intervals, so that none wraps around twice unnoticed.
 
   Nothing else may read them within the block.
   """

@@ -17,7 +17,6 @@ import numbers
 import os
 import pathlib
 import platform
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -177,12 +176,6 @@ def environment(device: jax.Device | None = None) -> dict[str, Any]:
     'cpu_cores': len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count(),
     'date_utc': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
   }
-
-
-def peak_rss_bytes() -> int:
-  """The largest resident memory of this process so far, in bytes."""
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return peak if sys.platform == 'darwin' else peak * 1024  # Linux counts in KiB
 
 
 def _git(root: pathlib.Path) -> tuple[str | None, bool | None]:

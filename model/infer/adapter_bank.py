@@ -1,4 +1,4 @@
-"""Puts several adapters over one model, so that each row of a batch can take its own."""
+"""Puts several adapters over one model, so that each row of a batch can use its own."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,10 +14,10 @@ from ops.lora import LoraTensor
 
 
 def attach(model: Transformer, adapters: Mapping[str, Transformer]) -> Transformer:
-  """Returns the model with a bank of the corrections of others, in their order.
+  """Returns the model with banks of the corrections of several adapted models, in their order.
 
-  The others are this model with adapters, as `model.peft.load` returns them. All banks share one
-  array of choices.
+  The adapted models are this model with adapters, as `model.peft.load` returns them. All banks
+  share one array of choices.
 
   Raises:
     ValueError: an adapter that is more than a low-rank correction of this model's matrices.
@@ -54,12 +54,12 @@ def _corrections(name: str, model: Transformer, other: Transformer) -> dict[str,
         'the model can be served beside others, so merge it and serve it alone'
       )
   if not found:
-    raise ValueError(f'{name!r} corrects no matrix')
+    raise ValueError(f'the adapter {name!r} corrects no matrix; leave it out')
   return found
 
 
 def _same(a: Matrix, b: Matrix) -> bool:
-  """Whether two weights are the same numbers, stored in the same way."""
+  """Whether two weights have the same numbers, stored in the same way."""
   if jax.tree.structure(a) != jax.tree.structure(b):
     return False
   pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b))

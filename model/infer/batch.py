@@ -1,7 +1,7 @@
 """The running rows of an engine: which request has which, and their next tokens.
 
-The batch is as wide as the power of two that the running rows need. A row that is free decodes
-along, for nothing; nobody sees what it holds.
+The width of the batch is the smallest power of two that holds the running rows. Free rows are
+decoded too, and their results are ignored.
 """
 
 import operator
@@ -63,7 +63,7 @@ class Batch:
     return self.lanes if job.drafted else self.lanes[:1]
 
   def admit(self, job: Job, history: History) -> None:
-    """Gives a row to the request whose prompt the lanes have read last."""
+    """Gives a row to the request whose prompt the lanes read last."""
     if None not in self._jobs:
       self._rearrange(self.widths[self.widths.index(self.width) + 1])
     job.row = self._jobs.index(None)
@@ -74,14 +74,14 @@ class Batch:
     self._tell()
 
   def leave(self, job: Job) -> None:
-    """Takes the row of a request."""
+    """Takes its row from a request."""
     self._jobs[job.row], job.row = None, None
     self._tell()
 
   def narrow(self) -> None:
-    """Takes the next width, if what runs has fitted into it for some steps.
+    """Takes the next smaller width if it has fitted the running rows for some steps.
 
-    Moving the rows takes less time than one step of rows that are free.
+    Moving the rows takes less time than one step with the free rows.
     """
     at = self.widths.index(self.width)
     fits = at and len(self.running) <= self.widths[at - 1]
@@ -90,9 +90,9 @@ class Batch:
       self._rearrange(self.widths[at - 1])
 
   def decode(self, *, one: bool) -> list[tuple[Job, Sequence[Chosen]]]:
-    """The next tokens of every request, those of a step after those of another.
+    """Decodes the next tokens of every request, step by step.
 
-    `one` token alone if somebody waits for the end of this call.
+    With `one` only one token each, because a request waits for the end of this call.
     """
     jobs, told, start = self.running, self._told, time.perf_counter()
     for job in jobs:
@@ -124,7 +124,7 @@ class Batch:
     return self._draft is not None and self._would_speculate(width)
 
   def warm(self) -> None:
-    """Compiles what an empty batch of any width may need."""
+    """Compiles the programs for all widths, with an empty batch."""
     history = History.of(programs.NOBODY.sampling, (), (), self._vocabulary)
     for width in self.widths:
       if width != self.width:
@@ -139,7 +139,7 @@ class Batch:
       self._rearrange(width)
 
   def _rearrange(self, width: int) -> None:
-    """Makes the batch as wide as that; the running rows come first."""
+    """Changes the width of the batch; the running rows come first."""
     running = self.running
     order_B = np.zeros(width, np.int32)
     order_B[: len(running)] = [job.row for job in running]
@@ -153,7 +153,7 @@ class Batch:
     self._tell()
 
   def _tell(self) -> None:
-    """Says anew which requests have the rows."""
+    """Builds the settings that the device gets anew, after rows have changed hands."""
     self._told = settings(self._jobs, self._vocabulary)
     self._adapters_B = np.asarray([job.adapter if job else 0 for job in self._jobs], np.int32)
 
@@ -161,7 +161,7 @@ class Batch:
     return lane.program(self._adapters_B)
 
   def _run(self, count: int) -> list[Chosen]:
-    """Decodes so many tokens of all rows."""
+    """Decodes `count` tokens of all rows."""
     batch = self._lane.rows, self._history
     batch, chosen = programs.decode(*self._program(self._lane), batch, self._told, np.int32(count))
     self._lane.rows, self._history = batch
@@ -176,7 +176,7 @@ class Batch:
     )
 
   def _proposals(self, jobs: Sequence[Job]):
-    """Tokens to verify, int32 [B, T]; None: all rows take their next token. For no jobs, any."""
+    """Tokens to verify, int32 [B, T]; None: all rows decode their next token without a draft."""
     spec = self._speculation
     if spec is None or (jobs and not self._would_speculate(self.width)):
       return None
@@ -200,7 +200,7 @@ class Batch:
     return None if jobs and not found else proposed_BT
 
   def _verify(self, proposed_BT) -> tuple[list[Chosen], np.ndarray]:
-    """Runs the proposals: what is chosen at each step, and how many steps count in each row."""
+    """Runs the proposals: the tokens chosen at each step, and how many steps count per row."""
     batch = self._lane.rows, self._history
     batch, chosen, counts_B = programs.verify(
       *self._program(self._lane), batch, self._told, proposed_BT
@@ -227,7 +227,7 @@ class Batch:
 
 
 def settings(jobs: Sequence[Job | None], vocabulary: int) -> Rows:
-  """What the device is told of rows; tokens, positions and masks change at each step."""
+  """The settings that the device gets for rows; tokens, positions and masks change each step."""
   told = programs.told_of([job and job.request for job in jobs], vocabulary)
   for row, job in enumerate(jobs):
     if job is not None and job.mask is not None:

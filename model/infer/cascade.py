@@ -1,8 +1,8 @@
-"""A cascade: a small model answers, and a large one where the small one doubts.
+"""A cascade: a small model answers, and a large one where the small one is unsure.
 
-After Chen et al. (2023), "FrugalGPT", https://arxiv.org/abs/2305.05176. How sure the small model is
-of an answer is the mean over its tokens of the logarithm of their probability, or of the margin to
-the next likely token; Gupta et al. (2024), https://arxiv.org/abs/2404.10136, compare such scores. A
+After Chen et al. (2023), "FrugalGPT", https://arxiv.org/abs/2305.05176. The confidence of the small
+model in an answer is the mean over its tokens of their log-probability, or of the margin to the
+next likely token; Gupta et al. (2024), https://arxiv.org/abs/2404.10136, compare such scores. A
 threshold is chosen on data: `curve` has the quality and the cost of each, `threshold` takes the
 cheapest that keeps a share of the large model's quality.
 """
@@ -36,7 +36,7 @@ SCORES: dict[str, Callable[[Sequence[TokenLogprobs]], float]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """What a threshold gives: the share of requests that the large model answers, and the rest."""
+  """The results of a threshold: the share that the large model answers, quality and cost."""
 
   threshold: float
   deferred: float
@@ -52,10 +52,10 @@ def curve(
   small_cost: float = 1.0,
   large_cost: float = 1.0,
 ) -> list[Point]:
-  """Every threshold that differs, the lowest first: from the small model alone to the large one.
+  """Every distinct threshold in increasing order, from the small model alone to the large one.
 
-  For each example, how sure the small model was and the quality of both answers; the costs are
-  those of one answer. The small model answers everything first.
+  The arguments are the confidence of the small model and the quality of both answers for each
+  example, and the costs of one answer. The small model answers every request first.
   """
   sure, small, large = (np.asarray(values, float) for values in (sure, small, large))
   if not len(sure) == len(small) == len(large) > 0:
@@ -78,9 +78,9 @@ def threshold(points: Sequence[Point], share: float = 0.99) -> Point:
 class Cascade:
   """Two engines that answer as one; it has what a worker and a server need of an `Engine`.
 
-  An answer of the small model is told when it is known to be the answer, all at once. Requests that
-  ask for the scores of their prompt, or that a guide leads, go to the large model. With a `name`,
-  so do all but those whose adapter has this name, so that a server offers both.
+  An answer of the small model is given out as a whole, once it is accepted. Requests that ask for
+  the scores of their prompt, or that have a guide, go to the large model. With a `name`, so do all
+  requests whose adapter does not have this name, so that a server offers both.
   """
 
   def __init__(
@@ -108,7 +108,7 @@ class Cascade:
 
   @property
   def metrics(self) -> Metrics:
-    """The counts of both engines; a request that the small one left counts in both."""
+    """The counts of both engines; a request that the small one passed on counts in both."""
     return self.small.metrics.with_those_of(self.large.metrics)
 
   @property

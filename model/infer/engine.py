@@ -1,12 +1,13 @@
 """Serves many requests at once with one model: continuous batching over one cache.
 
-Each running request has a row of a batch, and gives it up when it ends. One step reads a part of
-the prompt of the next request into a cache of one row, if a row is free, and then decodes every
-running row. Prompts are read in parts, so those that run wait for one part at a time, or for a few
-where more wait than run. The batch is as wide as a power of two has to be for the running rows.
+Each running request has a row of a batch until it ends. One step reads a part of the prompt of the
+next request into a cache of one row, if a row is free, and then decodes every running row. Prompts
+are read in parts, so running requests wait for one part at a time, or for a few parts if more
+requests wait than run. The width of the batch is the smallest power of two that holds the running
+rows.
 
-What a request gets does not depend on the others: a row draws with a key of its own seed and
-position, and no query sees another row. What remains is rounding, as in `model.infer.generate`.
+The answer to a request does not depend on the others: a row draws with a key of its own seed and
+position, and no query sees another row. Only rounding may differ, as in `model.infer.generate`.
 
 Beginnings that prompts share are read once (`model.infer.prefixes`): the keys and values of whole
 blocks of prompts, and of the answers that ended, are kept. This needs caches in which slot s holds
@@ -14,8 +15,8 @@ position s; windows, states and evicting caches have no such beginnings, and the
 anew.
 
 An engine is synchronous and belongs to one thread; `model.infer.worker` gives it one. Its
-bookkeeping is in numpy. The order of its work depends on the calls alone, never on the time, but
-for whether it speculates, which changes no token.
+bookkeeping is in numpy. The order of its work depends on the calls alone and not on the time. Only
+the decision to speculate depends on measured times, and it changes no token.
 """
 
 import heapq
@@ -44,15 +45,15 @@ MOST_PARTS = 4  # parts of prompts between two steps of the running rows
 
 
 class Engine:
-  """Takes requests, and answers a little of each at every step.
+  """Takes requests, and continues the answer to each at every step.
 
   slots: how many rows run at once at most.
   capacity: tokens that a row can hold, prompt and answer together.
   cache_format: how keys and values are kept, as in `model.kv_cache`.
   part: the longest part of a prompt that a step reads, a power of two.
   prefix_bytes: bytes for beginnings that prompts share; None: those of two rows; 0: none are kept.
-  burst: how many tokens one row alone takes in a step; rows of a wider batch take fewer, so that
-    who comes does not wait longer, and half as many where all rows are taken.
+  burst: how many tokens a step decodes of a single running row; a wider batch decodes fewer, so
+    that new requests do not wait longer, and half as many where all rows are taken.
   speculation: how tokens are proposed, if they are.
   adapters: by their names, this model with adapters as `model.peft.load` gives them; a request may
     name one.
@@ -107,10 +108,10 @@ class Engine:
     return bool(self._jobs)
 
   def add(self, request: Request) -> int:
-    """Takes a request and returns the number by which `step` speaks of it.
+    """Takes a request and returns the number that `step` uses for it.
 
     Raises:
-      ValueError: it can never run: it is too long, or names what the model does not have.
+      ValueError: the request can never run: it is too long, or names an unknown adapter.
     """
     vocabulary = self.model.config.vocab_size
     for token in (*request.prompt, *(token for token, _ in request.sampling.logit_bias)):
@@ -134,7 +135,7 @@ class Engine:
     return job.id
 
   def cancel(self, request: int) -> None:
-    """Ends a request at once; nothing more is told of it. One that has ended is no error."""
+    """Ends a request at once, without further progress; does nothing if it has ended."""
     job = self._jobs.get(request)
     if job is not None:
       job.cancelled = True
@@ -142,7 +143,7 @@ class Engine:
       self._count()
 
   def step(self) -> list[Progress]:
-    """Reads a part of a prompt and decodes the running rows: what is new, by request."""
+    """Reads a part of a prompt and decodes the running rows; returns new progress by request."""
     progress = []
     for _ in range(MOST_PARTS):
       if self._reading is None:
@@ -168,7 +169,7 @@ class Engine:
     return list(new.values())
 
   def warm(self) -> None:
-    """Compiles every program that requests may need, so that none waits for it."""
+    """Compiles every program that requests may need, so that no request waits for compilation."""
     if self.busy:
       raise ValueError('an engine is warmed before it is used')
     lengths = [*powers(self._part, LEAST_PART), self._part]
@@ -200,18 +201,18 @@ class Engine:
       self._fetch(job)
 
   def _preempt(self, job: Job) -> None:
-    """Takes the row of a request, which waits and then continues where it was."""
+    """Takes its row from a request, which waits and later continues from the same token."""
     self._keep(job)
     self._batch.leave(job)
     heapq.heappush(self._waiting, (job.rank, job))
     self.metrics.preemptions += 1
 
   def _kind(self, job: Job) -> tuple[str | None, bool]:
-    """Blocks that the draft has not read are no use to a request that it drafts for."""
+    """The kind of prefix blocks that serve a request: those that its draft model has read too."""
     return job.request.adapter, job.drafted
 
   def _fetch(self, job: Job) -> None:
-    """Begins with what was kept of the beginning of a prompt."""
+    """Starts a prompt from the blocks that are kept of its beginning."""
     tokens = job.tokens
     # The last token is always read, for its logits.
     places = self._prefixes.match(tokens[:-1], self._kind(job))
@@ -223,7 +224,7 @@ class Engine:
         lane.fetch(places)
 
   def _keep(self, job: Job) -> None:
-    """Keeps the whole blocks of what was read of a request."""
+    """Keeps the whole blocks of the tokens that were read for a request."""
     if self._prefixes is None:
       return
     new = self._prefixes.add(job.tokens[: job.read], self._kind(job))
@@ -252,7 +253,7 @@ class Engine:
     return [self._admit(job, logits_BV)] if job.read == len(tokens) else []
 
   def _admit(self, job: Job, logits_BV) -> Progress:
-    """Gives a request whose prompt was read its first token, and a row if it goes on."""
+    """Gives a request its first token when its prompt is read, and a row unless it ends."""
     request, vocabulary = job.request, self.model.config.vocab_size
     self._reading = None
     self.metrics.prompt_tokens += job.read
@@ -291,7 +292,7 @@ class Engine:
     return finish
 
   def _end(self, job: Job, finish: Finish = 'cancelled') -> Progress:
-    """Forgets a request, whose row is free again."""
+    """Removes a request and frees its row."""
     del self._jobs[job.id]
     if job is self._reading:
       self._reading = None

@@ -2,13 +2,13 @@
 
 A row gives the same tokens in any batch as alone. Prompts are padded on the right; slot s of the
 cache holds position s of its row, and a query sees no slot past its own position. The random key of
-a draw follows from the row's own seed and the position of the token. What remains is rounding: a
-product over more rows may add in another order, which decides only between tokens that are equally
-good. Lengths are rounded up to buckets, so few shapes are ever compiled.
+a draw follows from the row's own seed and the position of the token. Only rounding may differ: a
+product over more rows may add in another order, which decides only between tokens with nearly equal
+logits. Lengths are rounded up to buckets, so few shapes are ever compiled.
 
-The parameters travel as a flat tuple of leaves, because walking a module in Python takes longer
-than the computation of a token in many models. Several tokens are taken in one call, because
-passing a few hundred arrays takes a tenth of that time. The cache is donated and written in place.
+The parameters are passed as a flat tuple of leaves, because walking a module in Python takes longer
+than the computation of a token in many models. One call decodes several tokens, because passing a
+few hundred arrays takes a tenth of that time. The cache is donated and written in place.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ BURST_S = 0.05  # streamed tokens come together if they take no longer than this
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Structure:
-  """A model without its leaves; one object per structure, because jit hashes it at each step."""
+  """A model without its leaves; one object per structure, because jit hashes it at each call."""
 
   graphdef: nnx.GraphDef
   treedef: jax.tree_util.PyTreeDef
@@ -105,7 +105,7 @@ def _decode(static, leaves, tokens_B, positions_B, cache, count, sampled, keys_B
 
 @jax.jit
 def _choose(logits_BV, positions_B, sampled, keys_B):
-  """The tokens that stand at these positions."""
+  """Chooses the tokens at these positions."""
   if keys_B is not None:
     keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
   return sampling.sample(logits_BV, sampled, keys_B)
@@ -125,12 +125,12 @@ def forward(program: Program, tokens_BT, cache):
 
 
 def lower_prefill(program: Program, tokens_BT, lengths_B, cache) -> jax.stages.Lowered:
-  """The prefill, lowered; compiled, it is called without the program's static part."""
+  """Lowers the prefill; once compiled, it is called without the program's static part."""
   return _prefill.lower(program.static, program.leaves, tokens_BT, lengths_B, cache)
 
 
 def lower_decode(program: Program, tokens_B, positions_B, cache) -> jax.stages.Lowered:
-  """The greedy decode loop, lowered; compiled, it is called without the program's static part.
+  """Lowers the greedy decode loop; once compiled, it is called without the program's static part.
 
   The compiled program's arguments are those of `_decode` from the leaves to the number of tokens,
   an int32 up to `TOKENS_PER_CALL`, and then `GREEDY, None`.
@@ -154,9 +154,9 @@ def generate(
   `sampling_config` and `seed` are for all rows, or one for each. One seed for all rows draws the
   same continuation for equal prompts; seeds for each row draw different ones. `on_tokens` receives
   each step's tokens, int32 [B], to stream them; some steps come together where they are short.
-  Returns the new tokens of each prompt, the end token left out. `cache_format` is how keys and
-  values are kept. The weights are packed for the platform first; where the same model continues
-  many prompts, pass what `prepare` returns, which is not packed again.
+  Returns the new tokens of each prompt without the end token. `cache_format` is how keys and values
+  are kept. The weights are packed for the platform first; to continue many prompts with one model,
+  pass the result of `prepare`, which is not packed again.
 
   Raises:
     ValueError: no such cache format, an empty prompt, a token outside the vocabulary, more
@@ -197,7 +197,7 @@ def generate(
 
 
 class _Output:
-  """The tokens so far, and whether they are all."""
+  """The tokens so far, and whether all rows have ended."""
 
   def __init__(self, max_new_tokens, eos_ids, on_tokens):
     self.left, self.eos_ids, self.on_tokens = max_new_tokens, eos_ids, on_tokens

@@ -1,4 +1,4 @@
-"""A request while an engine works on it: what it has got, and what was told of it."""
+"""A request while an engine works on it: its tokens so far, and how many were reported."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from model.infer.request import Finish, Progress, Request, TokenLogprobs
 
 @dataclasses.dataclass(eq=False)
 class Job:
-  """A request by its number, and what has become of it."""
+  """A request by its number, with its state."""
 
   id: int
   request: Request
@@ -33,7 +33,7 @@ class Job:
 
   @property
   def tokens(self) -> list[int]:
-    """Of the prompt, and the new ones."""
+    """The tokens of the prompt and the new ones."""
     return [*self.request.prompt, *self.new]
 
   @property
@@ -43,7 +43,7 @@ class Job:
 
   @property
   def rank(self) -> tuple[int, int]:
-    """Lower comes first."""
+    """Sort key of the queue; lower comes first."""
     return -self.request.priority, self.id
 
   @property
@@ -52,12 +52,12 @@ class Job:
     return self._mask
 
   def score(self, chosen: Chosen, count: int) -> None:
-    """Takes the log-probabilities of `count` tokens of the prompt."""
+    """Adds the log-probabilities of `count` tokens of the prompt."""
     asked = self.request.prompt_logprobs
     self._scores += [_logprobs(chosen, i, asked) for i in range(count)]
 
   def take(self, chosen: Chosen, row: int) -> Finish | None:
-    """Takes the token that was chosen in a row; returns how that ends the request, if it does."""
+    """Adds the token that was chosen in a row; returns why the request ends, or None."""
     token = int(chosen.tokens_B[row])
     if token in self.ends or (self._mask is not None and not self._mask.any()):
       return 'stop'
@@ -70,7 +70,7 @@ class Job:
     return None if self.left else 'length'
 
   def progress(self, finish: Finish | None) -> Progress:
-    """What was not told yet."""
+    """The progress that was not reported yet."""
     told, logprobs, scores = self._told, self._logprobs, self._scores
     self._told, self._logprobs, self._scores = len(self.new), [], []
     return Progress(

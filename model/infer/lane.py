@@ -1,4 +1,4 @@
-"""A model with its caches: those of the batch, of the prompt that is read, and of what is kept.
+"""A model with its caches: of the batch, of the prompt that is being read, and of kept blocks.
 
 An engine has a lane for its model, and one for the model that drafts for it if there is one. Both
 hold the same tokens in the same rows, so they do the same at every change of the rows.
@@ -31,7 +31,7 @@ class Lane:
     self._blocks: Caches | None = None
 
   def program(self, adapters_B: np.ndarray) -> tuple:
-    """The first arguments of `model.infer.programs`: what is static, and the leaves.
+    """The first arguments of `model.infer.programs`: the static structure, and the leaves.
 
     `adapters_B` are the adapters of the rows, int32; a model without any does not look at them.
     """
@@ -47,16 +47,16 @@ class Lane:
 
   @property
   def by_position(self) -> bool:
-    """Whether beginnings of a row can be kept."""
+    """Whether beginnings of a row can be kept for other requests."""
     alone = self._mesh is None or self._mesh.size == 1
     return alone and all(cache.by_position for cache in self.rows)
 
   def can_return(self, tokens: int) -> bool:
-    """Whether rows can be set back by as many tokens."""
+    """Whether rows can be set back by this number of tokens."""
     return all(cache.by_position or cache.spare >= tokens for cache in self.rows)
 
   def places_in(self, room: int) -> int:
-    """How many blocks take as many bytes."""
+    """How many blocks fit into this number of bytes."""
     return room * self._stored // (BLOCK * self.row_bytes)
 
   def keep_blocks(self, places: int) -> None:
@@ -83,7 +83,7 @@ class Lane:
     self.rows = programs.admit(self.rows, np.int32(row), self._alone)
 
   def rearrange(self, order_B: np.ndarray) -> None:
-    """Makes a batch of these rows."""
+    """Makes these rows the rows of the batch."""
     self.rows, self._width = programs.rearrange(self.rows, order_B), len(order_B)
 
   def keep(self, places: dict[int, int], row: int | None) -> None:
@@ -94,13 +94,13 @@ class Lane:
     self._blocks = programs.keep(self._blocks, caches, np.int32(own), places_P)
 
   def fetch(self, places: list[int]) -> None:
-    """Begins a prompt with the blocks in these places."""
+    """Starts a prompt from the blocks in these places."""
     # What comes after them in the last place's stead is never seen.
     places_P = self._places(dict(enumerate(places)), 0)
     self._alone = programs.fetch(self._blocks, self._alone, places_P)
 
   def warm_parts(self, lengths: list[int]):
-    """Compiles what reads a prompt in parts of these lengths; returns some logits."""
+    """Compiles the programs that read parts of these lengths; returns some logits."""
     for length in lengths:
       logits_BV = self.read(np.zeros((1, length), np.int32), 0, 1, 0)
     if self._blocks is not None:
@@ -109,12 +109,12 @@ class Lane:
     return logits_BV
 
   def warm_scores(self, lengths: list[int]) -> None:
-    """Compiles what scores a prompt in parts of these lengths."""
+    """Compiles the programs that score parts of these lengths."""
     for length in lengths:
       self.score(np.zeros((1, length), np.int32), 0, 1, 0, np.zeros(length, np.int32))
 
   def warm_rows(self) -> None:
-    """Compiles what moves the rows of a batch of this width."""
+    """Compiles the programs that move the rows of a batch of this width."""
     self.admit(0)
     if self._blocks is not None:
       self.keep({}, 0)

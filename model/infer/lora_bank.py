@@ -1,8 +1,8 @@
-"""Several low-rank adapters over one base, of which each row of a batch takes its own.
+"""Several low-rank adapters over one base, one of them for each row of a batch.
 
-The product with the base is one for all rows, and the corrections are two small products for each
-row, after Chen et al. (2023), "Punica", https://arxiv.org/abs/2310.18547. Which adapter a row takes
-is an array like the others, so requests for other adapters need no other program.
+All rows share one product with the base, and the corrections are two small products for each row,
+after Chen et al. (2023), "Punica", https://arxiv.org/abs/2310.18547. The adapter of a row is an
+entry of an array, so requests for other adapters need no other program.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class LoraBank(Weight):
 
   @classmethod
   def of(cls, base: Matrix, adapters: Sequence[LoraTensor | None], choice: jax.Array) -> 'LoraBank':
-    """A bank of adapters; None is one that leaves this matrix as it is."""
+    """Makes a bank of adapters; None stands for an adapter that does not change this matrix."""
     inputs, outputs = base.shape
     rank = max((one.a_IR.shape[-1] for one in adapters if one is not None), default=1)
     a = jnp.zeros((len(adapters) + 1, inputs, rank))

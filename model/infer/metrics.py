@@ -1,11 +1,11 @@
-"""What an engine counts: plain numbers, to be read between its steps."""
+"""The counts of an engine: plain numbers, to be read between its steps."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(kw_only=True)
 class Metrics:
-  """Counts since the engine was made; `running`, `waiting` and `cache_usage` are of now."""
+  """Counts since the engine was made; `running`, `waiting` and `cache_usage` are current."""
 
   running: int = 0
   waiting: int = 0
@@ -19,7 +19,7 @@ class Metrics:
   accepted: int = 0  # of these, the ones that were taken
 
   def with_those_of(self, other: 'Metrics') -> 'Metrics':
-    """The counts of two engines together; of the cache, the fuller one."""
+    """The counts of two engines together, with the cache usage of the fuller one."""
     total = {
       f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)
     }

@@ -1,9 +1,9 @@
 """Beginnings of texts whose keys and values are kept: a radix tree over blocks of tokens.
 
 Every node is a block of a fixed number of tokens after those of its ancestors, and has a place in
-the arrays that hold its keys and values. Where all places are taken, the block that was used least
-recently gives way; a block is used whenever one after it is, so that none is left without those
-before it.
+the arrays that hold its keys and values. When all places are taken, the least recently used block
+is evicted. Using a block counts as using all blocks before it, so no block outlives those that it
+follows.
 """
 
 import collections
@@ -41,7 +41,7 @@ class Prefixes:
     return [node.place for node in path]
 
   def add(self, tokens: Sequence[int], kind: Hashable = None) -> dict[int, int]:
-    """Makes places for the whole blocks that have none: {block of these tokens: place}.
+    """Makes places for the whole blocks that have none yet: {block of these tokens: place}.
 
     The caller fills them before the next `match`.
     """

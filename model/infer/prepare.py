@@ -14,14 +14,14 @@ EMBEDDING = 'embedding.table'
 def prepare(model: Transformer, *, activations: packed.Activations = 'int16') -> Transformer:
   """Returns the model with its matrices, the head's included, in the form the platform multiplies.
 
-  An embedding that is the head too is looked up in that form; one that is not stays as it is.
+  An embedding that is also the head is looked up in that form; any other stays as it is.
 
-  On a CPU they are packed for native products, on a TPU or GPU for those that do not widen them. A
-  matrix for which there is none, or that is packed already, stays as it is, and so does everything
-  on a CPU without the native library. The model itself is not changed; only what is packed is
-  copied. `activations` is for those that meet low-bit integers on a CPU: 'int16' rounds them, which
-  perplexity does not show, and 'float' keeps them and is slower.
-  Call it once where a model is used often: packing reads every weight.
+  On a CPU matrices are packed for native products, on a TPU or GPU for products that do not widen
+  them. A matrix without such a product, or one that is packed already, stays as it is, and so does
+  everything on a CPU without the native library. The model itself is not changed; only packed
+  matrices are copied. `activations` says how a CPU multiplies them by low-bit integers: 'int16'
+  rounds them, which perplexity does not show, and 'float' keeps them and is slower. Packing reads
+  every weight, so call this once for a model that is used often.
   """
   held = {f'{path}.weight': linear.weight.get_value() for path, linear in linears(model).items()}
   fast = {path: _pack(w, activations) for path, w in held.items()}
@@ -39,7 +39,7 @@ def prepare(model: Transformer, *, activations: packed.Activations = 'int16') ->
 
 
 def _pack_table(w: Matrix, activations: packed.Activations) -> Matrix:
-  """The embedding of a tied model: an array stays one where XLA multiplies it well."""
+  """Packs the embedding of a tied model; an array stays an array where XLA multiplies it well."""
   if not isinstance(w, Weight) and kernel(w, jax.default_backend()) is not None:
     return w
   fast = _pack(as_transposed(w), activations)
@@ -50,7 +50,7 @@ def _pack(w: Matrix, activations: packed.Activations) -> Matrix:
   platform, alone = jax.default_backend(), on_one_device(w)
   if platform == 'cpu':
     return layout.pack(w, activations) if alone else w
-  # Imported here, for a CPU has no use for Pallas, and JAX means to remove a part of it.
+  # Imported here, because a CPU does not need Pallas, and JAX means to remove a part of it.
   from ops.kernels import fused
 
   return fused.pack(w, platform, one_device=alone) if platform in fused.KERNELS else w

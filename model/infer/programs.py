@@ -1,8 +1,8 @@
 """The compiled programs of an engine: parts of prompts, decode steps, and rows that move.
 
-Shapes are few: parts of prompts have lengths of powers of two, and batches widths of them. What a
-row needs is an entry in an array, so no program is compiled for another kind of request. The caches
-are donated and written in place.
+There are few shapes: the lengths of parts of prompts and the widths of batches are powers of two.
+The settings of a row are entries of arrays, so no kind of request needs a program of its own. The
+caches are donated and written in place.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ Kept = tuple[Caches, History]  # what the device keeps of the rows
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-  """What the host tells of each row at each call, in numpy.
+  """The settings of each row that the host passes at each call, in numpy.
 
-  `tokens_B` stand at `positions_B` and were not run yet. `words_B_` has the bits of the tokens that
-  may come, or zeros: all of them may.
+  `tokens_B` are the tokens at `positions_B`, which were not run yet. `words_B_` has the bits of the
+  tokens that are allowed next; zeros allow all.
   """
 
   tokens_B: np.ndarray
@@ -44,7 +44,7 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chosen:
-  """Tokens, and the logarithms of their probabilities and of the likeliest ones, if asked for."""
+  """Tokens, and if asked for their log-probabilities and those of the likeliest tokens."""
 
   tokens_B: jax.Array
   logprobs_B: jax.Array
@@ -53,7 +53,7 @@ class Chosen:
 
 
 def told_of(requests: Sequence[Request | None], vocabulary: int) -> Rows:
-  """What the requests of some rows say; tokens, positions and words are zeros."""
+  """The settings of the requests of some rows; tokens, positions and words are zeros."""
   some = [request or NOBODY for request in requests]
   seeds = np.asarray([request.seed for request in some], np.uint64)
   # As jax.random.key has it for a seed of 32 bits.
@@ -86,7 +86,7 @@ def read(static: Structure, leaves, caches: Caches, tokens_BT, start, length):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def score(static: Structure, leaves, caches: Caches, tokens_BT, start, length, next_T):
-  """As `read`, with the `Chosen` form of the tokens that follow each of these."""
+  """Does what `read` does, and also returns the following tokens as `Chosen`."""
   x_BTD, caches, model = _run(static, leaves, caches, tokens_BT, start, length)
   logits_TV = model.logits(x_BTD)[0]
   last_BV = jax.lax.dynamic_slice_in_dim(logits_TV, length - 1, 1)
@@ -101,7 +101,7 @@ def _run(static, leaves, caches, tokens_BT, start, length):
 
 @jax.jit
 def choose(logits_BV, history: History, told: Rows) -> Chosen:
-  """The tokens that stand at the positions of the rows."""
+  """Chooses the tokens at the positions of the rows."""
   likeliest = lambda logits_BV: _blank(sampling.sample(logits_BV, sampling.GREEDY, None))
   by_settings = lambda logits_BV: _by_settings(logits_BV, history, told)
   return jax.lax.cond(told.plain, likeliest, by_settings, logits_BV)
@@ -150,7 +150,7 @@ def decode(static: Structure, leaves, batch: Kept, told: Rows, count) -> tuple[K
   """Runs `count` tokens of every row, each chosen after those before it.
 
   Returns the batch, and the tokens of each step, with an axis of `TOKENS_PER_CALL` steps before the
-  rows. What `told.words_B_` allows holds for all steps, so guided rows take one at a time.
+  rows. `told.words_B_` holds for all steps, so rows with a guide decode one token per call.
   """
 
   def step(i, carry):
@@ -229,26 +229,26 @@ def verify(static: Structure, leaves, batch: Kept, told: Rows, proposed_BT):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def admit(caches: Caches, row, one: Caches) -> Caches:
-  """Puts the only row of other caches in place of a row."""
+  """Replaces a row by the only row of other caches."""
   return kv_cache.insert(caches, row, one)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def remember(history: History, row, one: History) -> History:
-  """Puts the history of one row in place of a row."""
+  """Replaces the history of a row by that of one row."""
   put = lambda all_, one: jax.lax.dynamic_update_slice_in_dim(all_, one, row, 0)
   return jax.tree.map(put, history, one)
 
 
 @jax.jit
 def rearrange(tree, order_B):
-  """Caches or a history of these rows."""
+  """Selects these rows of caches or of a history."""
   return jax.tree.map(lambda all_: rows.take(all_, order_B), tree)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def keep(blocks: Caches, caches: Caches, row, places_P) -> Caches:
-  """Copies the blocks of a row to these places; to none where that is past the last place."""
+  """Copies the blocks of a row to these places; a place past the last one drops the block."""
 
   def put(all_, source):
     own = jax.lax.dynamic_index_in_dim(source, row, keepdims=False)
@@ -259,6 +259,6 @@ def keep(blocks: Caches, caches: Caches, row, places_P) -> Caches:
 
 @functools.partial(jax.jit, donate_argnums=1)
 def fetch(blocks: Caches, caches: Caches, places_P) -> Caches:
-  """The only row of some caches, made of the blocks in these places."""
+  """Builds the only row of some caches from the blocks in these places."""
   take = lambda all_, own: rows.take(all_, places_P).reshape(own.shape)
   return jax.tree.map(take, blocks, caches)

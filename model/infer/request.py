@@ -1,4 +1,4 @@
-"""What an engine is asked for, and what it answers."""
+"""Requests to an engine, and the progress that it reports."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ MOST_LOGPROBS = 20  # alternatives beside a token, as OpenAI's API has them
 
 
 class Guide(Protocol):
-  """Which tokens may come next, by what has come: the state of a grammar for one continuation."""
+  """Says which tokens may come next: the state of a grammar for one continuation."""
 
   def mask(self) -> np.ndarray:
     """Bit t % 32 of word t // 32 tells whether token t may come next: uint32 [ceil(V / 32)]."""
 
   def advance(self, token: int) -> None:
-    """Takes the token that has come."""
+    """Moves on by the token that was chosen."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,8 @@ class Request:
   seed: int = 0  # of what is drawn; what a row draws follows from it and the position alone
   stop_ids: frozenset[int] = frozenset()  # tokens that end it, beside those of the config
   ignore_eos: bool = False  # the end tokens of the config do not end it
-  logprobs: int | None = None  # of each new token, and of so many likeliest ones; None: of none
-  prompt_logprobs: int | None = None  # of each token of the prompt but the first, likewise
+  logprobs: int | None = None  # of each new token, and of this number of likeliest ones; None: none
+  prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
   priority: int = 0  # a higher one comes first, and takes the place of a lower one
   guide: Guide | None = None
   adapter: str | None = None  # the name of one that the engine holds
@@ -63,7 +63,7 @@ class TokenLogprobs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-  """What is new of one request."""
+  """The new progress of one request."""
 
   request: int  # as `Engine.add` returned it
   tokens: tuple[int, ...] = ()  # without the token that ended it

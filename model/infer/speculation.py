@@ -1,16 +1,15 @@
-"""Speculative decoding: a cheap draft proposes tokens, and the model looks at all of them at once.
+"""Speculative decoding: a cheap draft proposes tokens, and the model verifies them in one pass.
 
 The model chooses its own token at each position, as it does without a draft, and a proposal is
-taken if it is the same token. So the answer is the same, token by token, greedy or drawn: exact in
-distribution because it is exact. A draft model draws with the keys of the row, which are those of
-the positions, and so often draws the token that the model draws; after Daliri et al. (2024),
-"Coupling without Communication and Drafter-Invariant Speculative Decoding",
+taken if it is the same token. So the answer is the same, token by token, greedy or drawn. A draft
+model draws with the same key per position as the model, and so often draws the same token; after
+Daliri et al. (2024), "Coupling without Communication and Drafter-Invariant Speculative Decoding",
 https://arxiv.org/abs/2408.07978. Speculation itself after Leviathan et al. (2022),
 https://arxiv.org/abs/2211.17192; without a draft model, tokens are proposed that came after the
 last ones earlier in the text (prompt lookup decoding, Saxena 2023).
 
-Whether it pays depends on the text, the width of the batch and the machine, so `Governor` measures
-both ways while they run, and takes the one that is faster.
+Whether speculation pays depends on the text, the width of the batch and the machine, so `Governor`
+times both ways while they run, and takes the faster one.
 """
 
 import collections
@@ -20,7 +19,7 @@ from collections.abc import Sequence
 from model.transformer import Transformer
 
 LONGEST = 8  # proposals; a window can be set back by as many tokens
-ROUNDS = 4  # after so many, a way is known
+ROUNDS = 4  # that are timed before a way counts as known
 AGAIN = 64  # rounds of the faster way, before the other is tried again
 LONG_AGAIN = 512  # as AGAIN, where the other took more than twice as long
 FADING = 0.9  # the weight of what was measured before, at each new measurement
@@ -54,7 +53,7 @@ def propose(tokens: Sequence[int], count: int, longest: int = 3) -> list[int]:
 
 @dataclasses.dataclass
 class _Way:
-  """What one way took, newer measurements weighing more."""
+  """The time that one way takes; newer measurements weigh more."""
 
   rounds: int = 0
   seconds: float = 0.0
@@ -73,12 +72,12 @@ class _Way:
 
   @property
   def pace(self) -> float:
-    """Seconds a token."""
+    """Seconds per token."""
     return self.seconds / self.tokens
 
 
 class Governor:
-  """Decides, for each width of the batch, whether to speculate, by what both ways took."""
+  """Decides, for each width of the batch, whether to speculate, by the time of both ways."""
 
   def __init__(self):
     self._ways = collections.defaultdict(lambda: {True: _Way(), False: _Way()})
@@ -100,7 +99,7 @@ class Governor:
     return faster if slower.idle < patience else not faster
 
   def took(self, width: int, speculated: bool, seconds: float, tokens: int) -> None:
-    """Learns what a round took, and how many tokens it gave to all rows together."""
+    """Records the time of a round, and how many tokens all rows got from it."""
     ways = self._ways[width]
     ways[speculated].add(seconds, tokens)
     ways[not speculated].idle += 1

@@ -12,10 +12,10 @@ class StoppedText:
   """Decodes tokens one by one and ends at a stop string, whatever tokens it lies in.
 
   The stop string that is complete first ends the text before it, or after it if it is `included`;
-  of several that are complete with the same character, the longest. Text that may turn out to be
-  the beginning of one is held back. `known` counts the characters decoded so far, `given` those
-  that were given out, `stop` is the stop string that was met. With `special`, the names of special
-  tokens are text too.
+  of several that are complete at the same character, the longest counts. Text that may be the
+  beginning of a stop string is held back. `known` counts the characters decoded so far, `given`
+  those that were returned, `stop` is the stop string that was found. With `special`, the names of
+  special tokens are text too.
   """
 
   def __init__(
@@ -28,7 +28,7 @@ class StoppedText:
     special: bool = False,
   ):
     if '' in stops:
-      raise ValueError('a stop string has at least one character')
+      raise ValueError("a stop string has at least one character, and is not ''; leave it out")
     self._stream = TextStream(tokenizer, prompt[-CONTEXT:], special=special)
     self._stops, self._included = tuple(stops), included
     self._held = ''
@@ -39,7 +39,7 @@ class StoppedText:
     return self.given + len(self._held)
 
   def push(self, token: int) -> str:
-    """Takes a token and returns the text that is certain now."""
+    """Adds a token and returns the text that is certain now."""
     return self._take(self._stream.push(token))
 
   def end(self) -> str:
@@ -64,7 +64,7 @@ class StoppedText:
 
 
 def _first(text: str, stops: Sequence[str], searched: int) -> tuple[int, int, str] | None:
-  """Start, end and text of the stop string that ends first, of which some is after `searched`."""
+  """Start, end and text of the stop string that ends first and reaches beyond `searched`."""
   found = []
   for stop in stops:
     start = text.find(stop, max(searched - len(stop) + 1, 0))

@@ -1,8 +1,8 @@
-"""A thread that owns an engine, and what comes of its requests as asyncio streams.
+"""A thread that owns an engine, and the progress of its requests as asyncio streams.
 
 The engine computes in one thread, and the event loop parses, decodes and writes in another; XLA
 computes without Python's lock, so the two overlap. Requests and cancellations go to the thread
-through a queue; what a step brings goes back in one call, however many requests it concerns.
+through a queue; the progress of a step goes back in one call for all requests.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ LOG = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-  """What the thread needs of an engine."""
+  """The methods of an engine that the thread calls."""
 
   busy: bool
 
@@ -31,15 +31,15 @@ class Engine(Protocol):
 
 
 class EngineFailed(RuntimeError):
-  """The engine raised an error, and computes nothing any more."""
+  """The engine raised an error and has stopped."""
 
 
 class Full(RuntimeError):
-  """There are as many requests as the worker takes."""
+  """The worker has the largest number of requests that it accepts."""
 
 
 class Run:
-  """The requests that belong together, and their progress; the event loop's thread owns it."""
+  """Requests that belong together, and their progress; owned by the event loop's thread."""
 
   def __init__(self, worker: 'Worker', requests: Sequence[Request]):
     self._worker, self.requests = worker, tuple(requests)
@@ -86,8 +86,8 @@ class Run:
 class Worker:
   """Runs an engine in a thread of its own; all methods are for the event loop that starts it.
 
-  `open` counts the requests that have not ended, of which there are at most `most`. `error` is what
-  the engine failed with, or None.
+  `open` counts the requests that have not ended, of which there are at most `most`. `error` is the
+  exception of the engine, or None.
   """
 
   def __init__(self, engine: Engine, *, most: int):
@@ -104,7 +104,7 @@ class Worker:
     self._thread.start()
 
   def close(self) -> None:
-    """Ends the thread after the step that it is at."""
+    """Ends the thread after its current step."""
     self._commands.put(None)
     self._thread.join()
 
@@ -135,7 +135,7 @@ class Worker:
       self._call(self._fail, error)
 
   def _obey(self) -> bool:
-    """Does what was asked for meanwhile; waits for it if there is nothing else to do."""
+    """Handles new requests and cancellations; waits for one if there is nothing else to do."""
     while not (self._commands.empty() and self.engine.busy):
       command = self._commands.get()
       if command is None:

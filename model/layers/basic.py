@@ -1,9 +1,9 @@
 """Defines the modules that blocks are built of: linear layers, norms and tables.
 
 Every matrix is the `weight` of a `Linear`, has the shape (I, O), and is multiplied only by
-`ops.linear.matmul` or `matmuls`, so that any `Weight` can take its place; the table of a `Table`
-likewise, by `rows` and `matmul_transposed`. `axes` names the axes of
-a module's parameter by the letters of `ops.axes`: `model.sharding` maps those of matrices to mesh
+`ops.linear.matmul` or `matmuls`, so that any `Weight` can take its place. The table of a `Table` is
+read only by `rows` and `matmul_transposed`, for the same reason. `axes` names the axes of a
+module's parameter by the letters of `ops.axes`: `model.sharding` maps those of matrices to mesh
 axes, and `model.units` finds what is removed together with a channel or a head.
 """
 
@@ -64,17 +64,18 @@ class Linear(nnx.Module):
 
   @property
   def decides(self) -> bool:
-    """Whether its outputs are no channels but decisions: scores of experts, or gates of a token.
+    """Whether its outputs are decisions, not channels: scores of experts, or gates of a token.
 
-    It is small, and compression leaves it as it is, because an error changes which experts run, or
-    how long a head remembers.
+    Such a layer is small, and compression leaves it as it is, because an error changes which
+    experts run, or how long a head remembers.
     """
     return decides(self.axes)
 
   def grouped(self, x_TI: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """Multiplies consecutive groups of rows, each by its own expert, and adds its bias: [T, O].
 
-    The group sizes add up to at most the number of rows. What follows them is not to be read.
+    The group sizes add up to at most the number of rows. Output rows after the last group are not
+    defined.
     """
     y_TO = grouped_matmul(x_TI, self.weight.get_value(), group_sizes_E)
     if self.bias is None:

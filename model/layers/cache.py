@@ -2,8 +2,8 @@
 
 A cache is a frozen dataclass and a pytree, so that a jitted program can take and donate it. Each
 array begins with the rows of the batch and names its axes by letters, as weights do, so meshes
-divide caches by the same table. The config of a mixer makes an empty one (`MixerConfig.cache`), and
-its module alone calls `attend`, or what its kind has in place of it.
+divide caches by the same table. The config of a mixer makes an empty cache (`MixerConfig.cache`).
+Only the mixer's module calls `attend`, or the method that its kind has in place of it.
 """
 
 import abc
@@ -21,8 +21,8 @@ class Cache(abc.ABC):
 
   The rows may have different lengths. Row b takes T new tokens at the positions positions_BT[b],
   from its length or an earlier position on; the caller ensures that they fit. Padding comes after
-  the tokens of a row and repeats their last position. How far a row can be set back is a matter of
-  the kind: a cache of states (`model.layers.mixers.state`) only to its beginning.
+  the tokens of a row and repeats their last position. How far a row can be set back depends on the
+  kind: a cache of states (`model.layers.mixers.state`) can only begin anew.
   """
 
   # Whether every array is [B, S, ...] with position s of a row in slot s, and nothing else is kept.
@@ -48,7 +48,7 @@ class Cache(abc.ABC):
 
 
 def is_token(positions_BT: jax.Array) -> jax.Array:
-  """Whether a token is one, and no padding, which repeats the last position: bool [B, T]."""
+  """False for padding, which repeats the position before it: bool [B, T]."""
   later_BT = positions_BT[:, 1:] > positions_BT[:, :-1]
   return jnp.pad(later_BT, ((0, 0), (1, 0)), constant_values=True)
 

@@ -99,7 +99,8 @@ def inner(config, up: jax.Array, gate: jax.Array | None) -> jax.Array:
 class FeedForward(nnx.Module):
   """down(act(gate(x)) * up(x)), or down(act(up(x))) in families without a gate.
 
-  `letter` is that of its channels; those of shared experts are not removed with those of experts.
+  `letter` is the axis letter of its channels. Shared experts have a letter of their own, so that
+  their channels are not removed together with those of the experts.
   """
 
   def __init__(

@@ -1,9 +1,9 @@
 """Hands the keys and values of one layer to later layers of the same pass.
 
-A layer with `lends` returns a `Lent` in place of its cache, and a layer with `back` is given what
-the layer so many places before it has lent, in place of a cache of its own. Whoever runs the layers
-of a model one after another keeps a `Lenders` for the pass; what runs one layer alone refuses those
-that read from another.
+A layer with `lends` returns a `Lent` in place of its cache. A layer with `back` = n has no cache of
+its own; in its place it is given what the layer n places before it has lent. Code that runs the
+layers of a model one after another keeps a `Lenders` for the pass; code that runs one layer alone
+refuses layers that read from another.
 """
 
 import collections
@@ -22,11 +22,11 @@ class Lenders:
     self._lent = collections.deque(maxlen=max(layer.mixer.back for layer in layers))
 
   def given(self, mixer: MixerConfig, cache: Cache | None) -> Cache | Held | None:
-    """What the next layer, which has this mixer, is called with in place of a cache."""
+    """The argument that stands for the cache of the next layer, which has this mixer."""
     return self._lent[-mixer.back] if mixer.back else cache
 
   def taken(self, mixer: MixerConfig, found) -> Cache | None:
-    """The cache in what the layer returned; what it lends is kept for the next layers."""
+    """Keeps what the layer lends for the next layers, and returns the cache that it returned."""
     self._lent.append(found.held if mixer.lends else None)
     return found.cache if mixer.lends else found
 
@@ -66,7 +66,7 @@ def check_kept(layers: Sequence[LayerConfig], numbers: Sequence[int]) -> None:
 
 
 def pieces(layers: Sequence[LayerConfig]) -> list[int]:
-  """How many layers each of the shortest runs has that read from no layer outside."""
+  """Lengths of the shortest runs of layers that read from no layer outside their run."""
   starts = set(range(len(layers)))
   for l, layer in enumerate(layers):
     starts -= set(range(l - layer.mixer.back + 1, l + 1)) if layer.mixer.back else set()

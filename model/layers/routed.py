@@ -2,9 +2,9 @@
 
   y = sum over the chosen experts e of weight_e * expert_e(x), plus the shared experts of x
 
-`ops.moe` has the routing and its literature. Shared experts, which all tokens go through, are one
-dense network, as n networks of width w are one of width n w; after Dai et al. (2024), DeepSeekMoE,
-https://arxiv.org/abs/2401.06066. Qwen2-MoE multiplies them by the sigmoid of a gate.
+`ops.moe` has the routing and its literature. All tokens go through the shared experts (Dai et al.,
+2024, DeepSeekMoE, https://arxiv.org/abs/2401.06066). They are stored as one dense network, because
+n networks of width w equal one of width n w. Qwen2-MoE multiplies them by the sigmoid of a gate.
 
 `Routed.dispatcher` says how rows get to their experts and back. By default no choice is dropped;
 training on several devices sets another (`model.expert_parallel`).
@@ -108,7 +108,7 @@ class RoutedConfig(FfnConfig):
 
 
 class Dispatcher(abc.ABC):
-  """A way of the rows of tokens to their experts and back. Subclasses are frozen dataclasses."""
+  """Brings the rows of tokens to their experts and back. Subclasses are frozen dataclasses."""
 
   @abc.abstractmethod
   def __call__(self, ffn: 'Routed', x_TD: jax.Array, routing: Routing) -> jax.Array:
@@ -119,7 +119,7 @@ class Dispatcher(abc.ABC):
     return moe.route(logits_TE, router, bias_E)
 
   def kept(self, experts_TX: jax.Array, count: int) -> jax.Array:
-    """Which choices find room at their experts, of which there are `count`: bool [T, X]."""
+    """Which choices are not dropped, with `count` experts: bool [T, X]."""
     del count
     return jnp.ones(experts_TX.shape, bool)
 

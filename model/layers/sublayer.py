@@ -1,7 +1,7 @@
 """What the config of a sub-layer says of it: its module, its wiring, its units and its cost.
 
-The config is a frozen dataclass beside its module. All code that must know the inside of a block
-asks these questions, so it needs no change for a new kind of sub-layer.
+The config is a frozen dataclass beside its module. Code that must know the inside of a block calls
+these methods only, so it needs no change for a new kind of sub-layer.
 """
 
 import abc
@@ -101,7 +101,7 @@ class MixerConfig(SubLayerConfig):
   @property
   @abc.abstractmethod
   def cached(self) -> int:
-    """How many numbers a cache holds of a token."""
+    """How many numbers a cache holds per token."""
 
   @abc.abstractmethod
   def seen(self, context: int) -> int:
@@ -109,7 +109,7 @@ class MixerConfig(SubLayerConfig):
 
   @abc.abstractmethod
   def decode_flops(self, context: int) -> float:
-    """FLOPs of the last of `context` tokens, without those of linear layers."""
+    """FLOPs for the last of `context` tokens, without those of linear layers."""
 
   @abc.abstractmethod
   def prefill_flops(self, length: int) -> float:

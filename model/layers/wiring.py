@@ -24,7 +24,7 @@ class Normed:
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
-  """The consumers read the residual stream as it is, so there is no one producer."""
+  """The consumers read the residual stream without a norm, so there is no single producer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Attended:
   outputs are multiplied with each other, and in attention go through a softmax.
 
   gated: each channel is multiplied by a gate of its own afterwards, so that a rotation of a head
-    does not pass.
+    cannot be moved to the consumers.
   """
 
   head_width: int
@@ -82,7 +82,7 @@ class HeadNormed:
 class Gated:
   """Each channel is multiplied by the activation of the same channel of the layer `gate`.
 
-  `linear`: nothing else happens to it, as a limit or an offset would.
+  `linear`: nothing else happens to the channel, such as a limit or an offset.
   """
 
   gate: str
@@ -112,7 +112,7 @@ class Edge:
 
   @property
   def obstacle(self) -> str | None:
-    """Why a positive scale of the producer's channels does not reach the consumers, if so.
+    """Why a positive scale cannot move from the producer's channels to the consumers, or None.
 
     relu(x / s) = relu(x) / s, and no other activation commutes with scales.
     """
@@ -129,7 +129,7 @@ class Edge:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Write:
-  """A linear layer whose output is added to the residual stream, by a norm of its own if any."""
+  """A linear layer whose output is added to the residual stream, after a norm if it has one."""
 
   layer: str
   norm: str | None

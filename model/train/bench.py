@@ -17,7 +17,7 @@ from model.train.step import Frozen, Metrics, Setup, TrainState, make_step
 class Bench:
   """The compiled update of one run, on one batch that stays on the device.
 
-  run: makes so many updates, one after another, and returns the metrics of the last. Nothing is
+  run: makes a number of updates, one after another, and returns the metrics of the last. Nothing is
     read back to the host in between.
   """
 

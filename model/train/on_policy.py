@@ -36,8 +36,8 @@ class OnPolicy:
   settings: what `write` depends on besides its arguments, such as a temperature, as JSON values.
     They are part of a run's identity.
   fraction: of the batches; 1 for all.
-  prompt_length: a prompt is a piece of one document within so many first tokens of a row; in a
-    chat, the part before the assistant's first words.
+  prompt_length: a prompt is a piece of one document within the first `prompt_length` tokens of a
+    row; in a chat, the part before the assistant's first words.
   new_tokens: the largest number of tokens that the student writes for a row.
   """
 

@@ -93,7 +93,7 @@ def partition(model: Transformer, selection: Selection) -> tuple[Structure, Arra
   for leaf in found:
     (trained if selection.takes(leaf.path, leaf.role) else frozen)[leaf.name] = leaf.array
   if not trained:
-    raise ValueError(f'{selection} leaves nothing to train')
+    raise ValueError(f'{selection} leaves nothing to train; select a role and layers to train')
   return _structure(graphdef, state, found), trained, frozen
 
 

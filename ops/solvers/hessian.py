@@ -5,12 +5,12 @@ https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050-
 fixes one weight at a time and lets those that are still free make up for it, which takes the
 inverse of the Hessian over the free ones. In an order that all outputs share, one triangle holds
 every such inverse: GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) uses the upper U
-with H⁻¹ = UᵀU. Here that is R = U⁻¹ instead, the upper R with H = R Rᵀ, for it comes straight from
-H: one Cholesky factorization of H with both axes reversed, I³/6 multiplications, where inverting
-and factoring again takes four times that and loses digits twice. What the walk needs is in R:
+with H⁻¹ = UᵀU. Here R = U⁻¹ takes its place, the upper R with H = R Rᵀ, because it comes from H by
+one Cholesky factorization with both axes reversed, I³/6 multiplications. Inverting and factoring
+again takes four times that and loses digits twice. The walk needs two things from R:
 
   the best weight i, if those before it went from w to q:   w_i + sum_{l<i} (w_l - q_l) R_li / R_ii
-  what a change of weight i costs, once those after it have made up for it:   (change * R_ii)²
+  the cost of a change of weight i, once those after it have made up for it:   (change * R_ii)²
 
 (the form in which Chee et al. 2023, QuIP, https://arxiv.org/abs/2307.13304, write the same walk).
 

@@ -9,7 +9,7 @@ thresholds over all outputs).
 Cost: I³/6 multiplications for each of two factorizations, and I²O/2 for the walk, nearly all in
 matrix products: a block of inputs first takes in the errors of all blocks before it, and within it
 one input after the other takes in those of its block. Everything is float32; products are full
-float32 on accelerators too, for rounding errors are what this is about.
+float32 on accelerators too, because the solver works on rounding errors.
 
 Where it differs from the papers and their code:
 

@@ -15,9 +15,9 @@ All are loops of XLA: what is compiled does not grow with the matrix.
 Two forms of the same triangle serve. With H = R Rᵀ and T_il = R_li / R_ii below the diagonal, a
 weight that is reached is  w_i + sum T_il (w_l - q_l)  over all l before it. That holds for the next
 input only: those behind it have moved together, to  w_j - sum V_jk e_k,  where V = (1 + T)⁻¹ is
-GPTQ's Uᵀ without its scale, and e_k is what rounding input k changed at the time. Blocks use T on
-those before them, for T is at hand and the changes are exact; within a block it is V, the inverse
-of a triangle of 128 inputs.
+GPTQ's Uᵀ without its scale, and e_k is the change of input k when it was rounded. Blocks apply T to
+the blocks before them, because T is given and the changes are exact; within a block V serves, the
+inverse of a triangle of 128 inputs.
 """
 
 import dataclasses
@@ -115,7 +115,7 @@ class Sizes:
 
 
 class State(NamedTuple):
-  """Where the walk is. w_IO: final values up to here, the original ones from here on."""
+  """The state of the walk. w_IO: final values of visited inputs, original ones of the others."""
 
   w_IO: jax.Array
   kept_IO: jax.Array
@@ -124,7 +124,7 @@ class State(NamedTuple):
 
 
 class Within(NamedTuple):
-  """Where the walk is within a block: the rows of `State` that it is to write, and the errors."""
+  """The state of the walk within a block: the rows of `State` to write, and the errors."""
 
   w_IO: jax.Array
   kept_IO: jax.Array
@@ -143,15 +143,15 @@ class Block:
   stiffness_I: jax.Array
 
   def current(self, error_IO: jax.Array, start, size: int) -> jax.Array:
-    """Some inputs' weights as they stand when the walk has come to the first of them."""
+    """Some inputs' weights as they are when the walk reaches the first of them."""
     pull_IO = _product(_rows(self.inverse_II, start, size), error_IO)
     return _rows(self.moved_IO, start, size) - pull_IO
 
   def score(self, w_IO: jax.Array, start, size: int, rounded_IO=None) -> jax.Array:
-    """What dropping weights costs, the square root of it: high is kept.
+    """The square root of the cost of dropping weights: high scores are kept.
 
-    Where it is known what kept weights are rounded to, their own error is taken off, so that a
-    weight that would be rounded to zero is dropped for nothing.
+    If the grid of kept weights is known, their rounding error is subtracted, so that dropping a
+    weight that would be rounded to zero costs nothing.
     """
     size_IO = jnp.abs(w_IO)
     if rounded_IO is not None:
@@ -162,7 +162,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Walk:
-  """One matrix with its Hessian's factor, in the order of the walk, and what is asked of it.
+  """One matrix with its Hessian's factor, in the order of the walk, and the options.
 
   group_I: each input's group, where the scales are fixed beforehand.  dtype: what kept weights are
   rounded to if they are not quantized.
@@ -327,7 +327,7 @@ def _write(a, rows, start):
 
 
 def _inverse(feedback_II):
-  """Of one plus a strictly lower triangle, through the transpose, as LAPACK has columns."""
+  """The inverse of one plus a strictly lower triangle, via the transpose that LAPACK reads."""
   unit_II = jnp.eye(feedback_II.shape[0], dtype=feedback_II.dtype)
   solve = functools.partial(jax.lax.linalg.triangular_solve, lower=False, unit_diagonal=True)
   return solve(feedback_II.T, unit_II, left_side=True).T

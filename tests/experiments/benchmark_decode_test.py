@@ -125,6 +125,8 @@ def test_llama_cpp_gets_the_same_shape(make_script):
     peer('--preset=tiny-qwen3')
   with pytest.raises(ValueError, match='the vocabulary needs at least 260 tokens, not 256'):
     peer('--preset=tiny-llama')
+  with pytest.raises(ValueError, match='--prompt=64 is no multiple of --read=15'):
+    peer('--prompt=64', '--read=15')
   with pytest.raises(ValueError, match=r'there is no file none\.gguf'):
     peer('--model=none.gguf')
 
@@ -137,3 +139,12 @@ def test_llama_cpp_is_timed(make_script, capsys, preset):
   lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   assert [line['weights'] for line in lines] == ['f16', 'q8_0', 'q4_0']
   assert all(line['decode_tokens_per_s'] > 0 for line in lines)
+
+
+def test_copies_fill_the_cache_of_llama_cpp(make_script, capsys):
+  pytest.importorskip('llama_cpp')
+  pytest.importorskip('gguf')
+  peer = make_script('peers.llama_cpp_speed')
+  peer('--preset=smollm2-135m', '--layers=2', '--formats=q8_0', '--prompt=64', '--read=16')
+  line = json.loads(capsys.readouterr().out)
+  assert (line['prompt'], line['read']) == (64, 16) and line['decode_tokens_per_s'] > 0

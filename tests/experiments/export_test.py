@@ -82,8 +82,9 @@ def test_a_folder_for_transformers(script, int4, tmp_path, capsys):
 
 
 def test_bad_input_is_refused(script, base, tmp_path):
-  with pytest.raises(ValueError, match='export needs --model'):
-    script(f'--out={tmp_path / "m.gguf"}')
+  for given in (f'--out={tmp_path / "m.gguf"}', f'--model={base}'):
+    with pytest.raises(ValueError, match='export needs --model and --out'):
+      script(given)
   with pytest.raises(ValueError, match=r'does not end in \.gguf'):
     script(f'--model={base}', f'--out={tmp_path / "m.bin"}')
   with pytest.raises(ValueError, match='--type is for --format=gguf, not compressed-tensors'):

@@ -1,5 +1,8 @@
 """The script that measures long texts, run once on a tiny model, and its wrong flags."""
 
+import json
+import sys
+
 import numpy as np
 import pytest
 
@@ -13,8 +16,19 @@ from ops import patterns
 @pytest.mark.slow
 def test_a_smoke_run_measures_every_case(script, tmp_path):
   output, figure = tmp_path / 'long.jsonl', tmp_path / 'long.png'
-  script('--smoke', f'--output={output}', f'--figure={figure}')
-  rows = {(row.config['context'], row.recipe): row for row in records.read(output)}
+  line = {'peer': 'other', 'weights': 'f16', 'kv_cache': 'f16'}
+  line |= {'prefill_tokens_per_s': 1000, 'decode_tokens_per_s': 2}
+  peer = tmp_path / 'peer.py'
+  peer.write_text(f'import sys\nprint({json.dumps(line)!r} * (sys.argv[1] == "--prompt=64"))\n')
+  peer.write_text(peer.read_text() + f'print({json.dumps(line | {"weights": "q8_0"})!r})\n')
+  peers = (f'--peer={sys.executable} {peer}',)
+  script('--smoke', f'--output={output}', f'--figure={figure}', *peers)
+  every = records.read(output)
+  others = [row for row in every if row.experiment == 'long_context peer']
+  names = [(row.config['context'], row.recipe) for row in others]
+  assert names == [(32, 'other q8_0'), (64, 'other f16'), (64, 'other q8_0')]
+  assert others[0].metrics['prefill_tokens_per_s'].n == 5
+  rows = {(row.config['context'], row.recipe): row for row in every if row not in others}
   assert len(rows) == 8 and figure.stat().st_size > 1000
   held = lambda context, recipe: rows[context, recipe].value('cache_bytes')
   assert held(64, 'dense, float') > 1.5 * held(32, 'dense, float')

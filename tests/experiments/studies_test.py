@@ -18,6 +18,7 @@ from experiments import (
   study_distillation,
   study_experts,
   study_int8,
+  study_linearised,
   study_pruning,
   study_qat,
   study_upcycling,
@@ -36,6 +37,7 @@ STUDIES = (
   study_distillation,
   study_experts,
   study_int8,
+  study_linearised,
   study_pruning,
   study_qat,
   study_upcycling,
@@ -243,6 +245,35 @@ def test_attention_on_invented_runs():
   }
   runs['window'] = values(0.5, 1 / 16 + 0.019)
   assert _counts(study_attention, runs)['recall_far of window within three errors of 1 / 16'] == 0
+
+
+def test_linearised_on_invented_runs():
+  values = lambda near, far: {
+    4e-3: {
+      'cross_entropy': 1.0,
+      'recall_near': near,
+      'recall_far': far,
+      'recall_far_answers': 1600,
+    }
+  }
+  runs = {'windowed': values(0.95, 0.07), 'linear': values(0.5, 0.08), 'decaying': values(0.9, 0.5)}
+  assert _counts(study_linearised, runs) == {
+    'recall_near of windowed >= 0.9': 1,
+    'recall_far of windowed within three errors of 1 / 16': 1,
+    'recall_far, windowed < 0.8 x linear': 0,
+    'recall_far, windowed < 0.8 x decaying': 1,
+  }
+
+
+@pytest.mark.slow
+def test_a_dense_model_becomes_each_retrofit(smoke):
+  rows = smoke(study_linearised)
+  assert set(rows) == set(study_linearised.ARMS)
+  kept = {name: row.value('cached') for name, row in rows.items()}
+  assert kept['dense'] == 2 * 64 * 2 * 64
+  # 17 tokens of two bytes each are a state of four: 2 layers, 4 heads.
+  assert kept['linear'] == kept['decaying'] == 2 * 4 * 16 * 17
+  assert kept['windowed'] >= 2 * 17 * 2 * 64
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from experiments import speed_tables, update_readme
+from experiments import quality_tables, speed_tables, update_readme
 from experiments.update_readme import Part
 from model.eval import records
 from model.eval.records import Metric, Record
@@ -59,7 +59,7 @@ def write(tmp_path, monkeypatch):
 
 
 def test_the_table_of_the_real_model_has_two_texts(write):
-  lines = update_readme.real(write('e.jsonl', BOTH)).splitlines()
+  lines = quality_tables.real(write('e.jsonl', BOTH)).splitlines()
   assert {line.count('|') for line in lines[:4]} == {13}
   assert lines[2] == ('| `base` | 20.000 |  |  | 5.000 |  |  | 400.0 | 2.000 | 50 ± 4 |  |  |')
   assert lines[3] == (
@@ -70,7 +70,7 @@ def test_the_table_of_the_real_model_has_two_texts(write):
 
 
 def test_the_table_of_one_text_has_quality_and_size(write):
-  lines = update_readme.quality(write('e.jsonl', ENGLISH)).splitlines()
+  lines = quality_tables.quality(write('e.jsonl', ENGLISH)).splitlines()
   assert {line.count('|') for line in lines[:4]} == {7}
   assert lines[2] == '| `base` | 20.000 |  |  | 2.000 | 400.0 |'
   assert lines[3] == '| `int4` | 21.000 | +5.00% | 0.0210 | 0.500 | 100.0 |'
@@ -79,7 +79,7 @@ def test_the_table_of_one_text_has_quality_and_size(write):
 
 def test_rows_of_several_commands_name_them_all(write):
   other = dataclasses.replace(BOTH[1], recipe='more', command='python -m experiments.compress --x')
-  last = update_readme.real(write('e.jsonl', [*BOTH, other])).splitlines()[-1]
+  last = quality_tables.real(write('e.jsonl', [*BOTH, other])).splitlines()[-1]
   assert last.startswith(
     '`python -m experiments.compress`, `python -m experiments.compress --x` on'
   )
@@ -92,7 +92,7 @@ def test_the_table_beside_llm_compressor(write):
   old = dataclasses.replace(ENGLISH[0], recipe='gptq_w4_g64', metrics=metrics)
   error = {'ppl / peer, standard error': Metric(0.00212, '1', 40)}
   new = dataclasses.replace(old, metrics=metrics | error)
-  lines = update_readme.peer(write('e.jsonl', [old, new])).splitlines()
+  lines = quality_tables.peer(write('e.jsonl', [old, new])).splitlines()
   assert {line.count('|') for line in lines[:4]} == {8}
   assert lines[2] == '| `gptq_w4_g64` | 21.000 | 21.500 | 0.9767 | 30.0 | 60.0 | 0.50 |'
   assert '| 0.9767 ± 0.0021 |' in lines[3]

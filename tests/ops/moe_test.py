@@ -382,7 +382,7 @@ def test_the_two_choosers_have_functions_of_their_own():
     moe.route(logits_TE, CHOOSER)
   with pytest.raises(ValueError, match=r'call ops\.moe\.route'):
     moe.choose_tokens(logits_TE, Router(choices=2))
-  with pytest.raises(ValueError, match='experts that choose have no groups'):
+  with pytest.raises(ValueError, match="chooser 'expert' has no groups"):
     moe.choose_tokens(logits_TE, dataclasses.replace(CHOOSER, renormalize=True))
 
 

@@ -123,8 +123,8 @@ class AttentionConfig(MixerConfig):
 
     Elements within a head are no units: a rope rotates them in pairs at frequencies that depend on
     their place. Where one norm spans all heads, those that stay are normed without the others.
-    Where layers share key/value heads, none can be removed from one layer alone: these have query
-    heads, which nothing removes.
+    Where layers share key/value heads, none can be removed from one layer alone, and query heads
+    are not removed by themselves.
     """
     if self.lends or self.back:
       return Units(letter='Q', count=self.query_heads, axes=())
@@ -145,7 +145,7 @@ class AttentionConfig(MixerConfig):
     return Window(self.window) if self.window is not None else self.sparse
 
   def cache(self, batch, capacity, dtype, format):
-    """Of layers with a window, the formats that store token by token hold the window alone."""
+    """For a window, formats that store token by token hold the window alone."""
     shape = (batch, capacity, self.kv_heads, self.head_width)
     if format not in SIDES and self.first_reach is not None:
       raise ValueError(
@@ -187,7 +187,7 @@ class Sinks(nnx.Module):
 
 
 class Heads(nnx.Module):
-  """What attention has whosever keys and values it reads: queries, gates, and an output.
+  """The part of attention that does not depend on whose keys it reads: queries, gates, output.
 
   `compute` is called as `ops.attention.attention` is, for whole sequences. Training with the tokens
   of a row on several devices sets another function (`model.context_parallel`).
@@ -230,9 +230,9 @@ class Heads(nnx.Module):
     return rearrange(x_BTO, 'B T (heads H) -> B T heads H', H=self.config.head_width)
 
   def queries(self, q_BTN, angles) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Normed and rotated: q_BTNH, and these for the first tokens, if they are others.
+    """Normed and rotated queries: q_BTNH, and those for the first tokens if they differ, or None.
 
-    `angles` is (cos, sin) or None; with a `first_reach`, these for the first tokens stand after.
+    `angles` is (cos, sin) or None; with a `first_reach`, (cos, sin) for the first tokens follow.
     """
     if self.query_norm is not None:
       q_BTN = _normed(self.query_norm, q_BTN)
@@ -244,7 +244,7 @@ class Heads(nnx.Module):
     return rope.rotate(q_BTNH, cos, sin), own
 
   def written(self, y_BTN, gates) -> jax.Array:
-    """What the heads have found, through the gate and the output."""
+    """Applies the gate and the output projection to the outputs of the heads."""
     for gate_BTN in gates:
       y_BTN = y_BTN * jax.nn.sigmoid(gate_BTN)
     return self.output(y_BTN)
@@ -254,7 +254,7 @@ class Attention(Heads):
   """Multi-head attention with an optional key/value cache."""
 
   def make_keys(self, make, norm, width):
-    """Makes what gives keys and values; here, because random numbers are drawn in this order."""
+    """Makes the matrices of keys and values, a method because random numbers have this order."""
     config = self.config
     keys = config.kv_heads * config.head_width
     self.key = make((width, keys), ('D', 'K'), config.qkv_bias)
@@ -294,6 +294,6 @@ class Attention(Heads):
 
 
 def _normed(norm: Norm, x_BTO: jax.Array) -> jax.Array:
-  """Norms each run of elements that the norm spans: a head, or all of them."""
+  """Norms each run of elements that the norm spans: one head or all heads."""
   span = norm.scale.get_value().shape[-1]
   return norm(x_BTO.reshape(*x_BTO.shape[:-1], -1, span)).reshape(x_BTO.shape)

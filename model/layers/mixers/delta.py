@@ -2,8 +2,8 @@
 
 After Yang, Kautz and Hatamizadeh (2024), https://arxiv.org/abs/2412.06464, as Qwen3-Next has it. A
 short causal convolution and a silu follow the projections to queries, keys and values; queries and
-keys have length 1 in each head. The state S of a value head decays, and what it holds for the key
-is replaced, as far as the strength b goes, by the value:
+keys have length 1 in each head. The state S of a value head decays, and the value that it holds for
+the key moves towards the new value by the strength b:
 
   S_t = a_t (I - b_t k_t k_t^T) S_t-1 + b_t k_t v_t^T       y_t = S_t^T q_t / sqrt(H)
   a_t = exp(-exp(log_rate) softplus(x_t W))                 b_t = sigmoid(x_t W')
@@ -104,7 +104,7 @@ class GatedDeltaConfig(MixerConfig):
     return dataclasses.replace(self, bias=True)
 
   def cache(self, batch, capacity, dtype, format):
-    """States and last inputs of constant size; neither the capacity nor the format counts."""
+    """States and last inputs of constant size, whatever the capacity and the format."""
     del capacity, format
     before = lambda outputs: jnp.zeros((batch, self.conv_width - 1, outputs), dtype)
     return DeltaCache(

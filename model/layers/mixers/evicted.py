@@ -1,18 +1,18 @@
 """A cache of a fixed number of tokens per key/value head; a policy chooses those that stay.
 
 Each key/value head of a text chooses by itself, so here it is a row of its own: in `Tokens` and
-`Queries`, B is texts times key heads, K is 1, and N is the query heads of one key head. No text
-depends on its company in a batch.
+`Queries`, B is texts times key heads, K is 1, and N is the query heads of one key head. The result
+of a text does not depend on the other texts of the batch.
 
-A call with several tokens attends from them to the kept tokens and to all of its own up to each,
-exactly; then the policy chooses among both. So a prompt sees itself whole in any one call, and
-parts of a prompt that come in several calls see what was kept of the parts before. A call with one
-token first gives up the least important one, if all slots are taken, and writes the new token into
-its slot. Nothing is given up before a text is longer than the budget. Keys stay rotated by the
-positions of their tokens in the text.
+In a call with several tokens, each of them attends to the kept tokens and to all new ones up to
+itself, exactly; then the policy chooses among kept and new tokens. So a prompt that comes in one
+call is seen whole, and a prompt that comes in several calls sees what was kept of its earlier
+parts. A call with one token evicts the least important token if all slots are taken, and writes the
+new one into its slot. Nothing is evicted before a text is longer than the budget. Keys stay rotated
+by the positions of their tokens in the text.
 
-What is given up cannot return: a row can be set back, but not to what it was. A token takes 8 bytes
-for each key head beside its key and value: its position and its score.
+Evicted tokens cannot return: a row can be set back to an earlier length, but not to what it held
+then. Beside its key and value, a token takes 8 bytes for each key head: its position and its score.
 """
 
 import abc
@@ -51,16 +51,16 @@ class Tokens:
     return self.positions_BS != NOWHERE
 
   def before(self, starts_B1: jax.Array) -> Self:
-    """Without the tokens from a position on."""
+    """The tokens before a position."""
     earlier_BS = jnp.where(self.positions_BS < starts_B1, self.positions_BS, NOWHERE)
     return dataclasses.replace(self, positions_BS=earlier_BS)
 
   def joined(self, others: Self) -> Self:
     return jax.tree.map(lambda *both: jnp.concatenate(both, 1), self, others)
 
-  def taken(self, slots_BC: jax.Array) -> Self:
-    """Those in some slots."""
-    lifted = lambda a: slots_BC.reshape(*slots_BC.shape, *(1,) * (a.ndim - 2))
+  def taken(self, slots_BS: jax.Array) -> Self:
+    """The tokens in some slots."""
+    lifted = lambda a: slots_BS.reshape(*slots_BS.shape, *(1,) * (a.ndim - 2))
     return jax.tree.map(lambda a: jnp.take_along_axis(a, lifted(a), axis=1), self)
 
 
@@ -77,7 +77,7 @@ class Queries:
   softcap: float | None
 
   def last(self, count: int) -> Self:
-    """The last `count` that are no padding; where there are fewer, the others do not count."""
+    """The last `count` that are not padding; if there are fewer, the others are masked out."""
     total_B1 = self.counted_BT.sum(1, keepdims=True)
     at_BT = total_B1 - count + jnp.arange(count)[None]
     take = lambda a: jnp.take_along_axis(a, jnp.maximum(at_BT, 0), 1)
@@ -104,7 +104,7 @@ class Queries:
     return found_BKS[:, 0]
 
   def attended(self, tokens: Tokens) -> jax.Array:
-    """What the queries find: y_BTNH."""
+    """Attends to tokens: y_BTNH."""
 
     def attend(q_BTNH, tokens, mask, sinks_N):
       scores = {'scale': self.scale, 'softcap': self.softcap, 'sinks_N': sinks_N}
@@ -146,9 +146,9 @@ class Policy(abc.ABC):
 @cache.register
 @dataclasses.dataclass(frozen=True)
 class EvictedCache(KVCache):
-  """As many tokens of each key/value head as the policy's budget.
+  """Holds as many tokens of each key/value head as the policy's budget.
 
-  All arrays of `tokens` are [B, K, S, ...] here, and B is texts; keys and values have no other K.
+  All arrays of `tokens` are [B, K, S, ...] here, where B is texts; keys have no second K.
   """
 
   tokens: Tokens = cache.rows('BK')
@@ -156,7 +156,7 @@ class EvictedCache(KVCache):
 
   @classmethod
   def of(cls, slots: SlotCache, policy: Policy) -> 'EvictedCache':
-    """An empty cache in the form of another one, of which the shapes and types count."""
+    """An empty cache with the shapes and types of another one."""
 
     def empty(a):  # [B, S, K, ...]
       return jnp.zeros((a.shape[0], a.shape[2], policy.budget, *a.shape[3:]), a.dtype)
@@ -204,13 +204,13 @@ class EvictedCache(KVCache):
     return dataclasses.replace(tokens, scores_BS=self.policy.scores(queries, tokens))
 
   def _chosen(self, tokens: Tokens, last_B1) -> Tokens:
-    """The most important ones, in the order in which they are."""
-    _, slots_BC = jax.lax.top_k(self.policy.ranks(tokens, last_B1), self.policy.budget)
-    return tokens.taken(jnp.sort(slots_BC, 1))
+    """The most important tokens, in their present order."""
+    _, slots_BS = jax.lax.top_k(self.policy.ranks(tokens, last_B1), self.policy.budget)
+    return tokens.taken(jnp.sort(slots_BS, 1))
 
 
 def _put(tokens: Tokens, one: Tokens, slots_B, heads: int) -> Tokens:
-  """One token into a slot of each row."""
+  """Writes one token into a slot of each row."""
   # Unfolded: a native write into a folded view would copy all of it.
   slots_BK = slots_B.reshape(-1, heads)
   put = lambda all_, new: rows.put(all_, new[:, :, 0], slots_BK)
@@ -218,13 +218,13 @@ def _put(tokens: Tokens, one: Tokens, slots_B, heads: int) -> Tokens:
 
 
 def _folded(tokens: Tokens) -> Tokens:
-  """The form in which each key head of a text is a row, and the K of keys and values is 1."""
+  """Turns each key head of a text into a row; the K of keys and values is then 1."""
   side = lambda a: rearrange(a, 'B K S ... -> (B K) S 1 ...')
   return _each(tokens, side, lambda a: rearrange(a, 'B K S -> (B K) S'))
 
 
 def _unfolded(tokens: Tokens, heads: int) -> Tokens:
-  """The form in which tokens are stored."""
+  """Turns rows back into the key heads of a text, as tokens are stored."""
   side = lambda a: rearrange(a, '(B K) S 1 ... -> B K S ...', K=heads)
   return _each(tokens, side, lambda a: rearrange(a, '(B K) S -> B K S', K=heads))
 

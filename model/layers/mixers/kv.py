@@ -1,8 +1,8 @@
-"""What a cache of keys and values does for attention, and what of it one layer lends to others.
+"""Caches of keys and values as attention uses them, and what a layer lends of them to others.
 
-A `KVCache` attends for the layer that it belongs to. A `LendingCache` hands out what the tokens of
-a pass see, as a `Held`, which queries of later layers can read too. A `Pass` is the same without a
-cache.
+A `KVCache` attends for the layer that it belongs to. A `LendingCache` returns the keys and values
+that the tokens of a pass see as a `Held`, which queries of later layers can read too. A `Pass` does
+so without a cache.
 """
 
 import abc
@@ -34,8 +34,8 @@ class KVCache(Cache):
   ) -> tuple[Self, jax.Array]:
     """Adds T new tokens to each row, and attends from them to all tokens of their row so far.
 
-    Of the mask, the positions of the queries and the pattern count. Returns the cache and what
-    `ops.attention.attention` returns for these queries, y_BTNH.
+    Only the positions of the queries and the pattern are read from the mask. Returns the cache and
+    what `ops.attention.attention` returns for these queries, y_BTNH.
     """
 
 

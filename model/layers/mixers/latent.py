@@ -12,13 +12,13 @@ rotated keys alone (`latent_cache`). Two forms compute the same:
   expanded  makes the keys and values of all heads, and attends as other attention does. Training,
             and prompts that are long enough (`LatentConfig.absorbs`).
   absorbed  q . (key_up c) = (key_up^T q) . c, and the sum of p (value_up c) is value_up of the sum
-            of p c. So queries go into the space of the latents, attend to the cache as to a single
-            head of keys that are the values too, and what they find is brought back. Decoding.
+            of p c. So queries are mapped into the space of the latents, attend to the cache as to
+            one head whose keys are its values too, and the results are mapped back. Decoding.
 
 The absorbed form takes 2 R / (head width + value width) times the products per token of the cache,
 and reads it once for all heads. It needs `key_up` and `value_up` as arrays: weights of other types
-are decoded to them in every step, R (keys + values) numbers a layer, and what would round their
-inputs does not.
+are decoded in every step, R (keys + values) numbers per layer, and types that round their inputs do
+not round them here.
 
 Attention has one width for keys and values. In the expanded form the shorter of the two is filled
 with zeros (DeepSeek: values, 128 to 192, a fifth more multiplications); in the absorbed form the
@@ -52,9 +52,9 @@ from ops.rope import RopeConfig
 class LatentConfig(MixerConfig):
   """The heads and latents of a layer.
 
-  Widths and counts are at least 1, but a head may have no elements of one of the two kinds, those
-  that rotate (`rotary_width`) and those that do not (`still_width`). The query heads are a multiple
-  of the key/value heads.
+  Widths and counts are at least 1, except that either `rotary_width`, the elements of a head that
+  rotate, or `still_width`, those that do not, may be 0. The query heads are a multiple of the
+  key/value heads.
   """
 
   query_heads: int
@@ -176,10 +176,10 @@ class LatentConfig(MixerConfig):
     return context
 
   def absorbs(self, queries: int) -> bool:
-    """Whether so many new tokens a row take fewer multiplications in the absorbed form.
+    """Whether this number of new tokens per row is cheaper in the absorbed form.
 
-    It needs wider products with each cached token, and the expanded form first has to make the keys
-    and values of each. DeepSeek-V2-Lite absorbs up to 170 tokens.
+    That form has wider products with each cached token, while the expanded form first has to make
+    the keys and values of each. DeepSeek-V2-Lite absorbs up to 170 tokens.
     """
     wider = 2 * self.query_heads * (self.cached - self._width)
     return queries * wider <= self.rank * self.kv_heads * (self.still_width + self.value_width)
@@ -190,12 +190,12 @@ class LatentConfig(MixerConfig):
     return max(self.head_width, self.value_width)
 
   def decode_flops(self, context):
-    """The absorbed form; of key_up and value_up, those of further query heads of a kv head."""
+    """FLOPs of the absorbed form, beyond those that key_up and value_up count as linear layers."""
     again = (self.query_heads - self.kv_heads) * self.rank * (self.still_width + self.value_width)
     return 4 * self.query_heads * self.cached * context + 2 * again
 
   def prefill_flops(self, length):
-    """The expanded form, zeros included."""
+    """FLOPs of the expanded form, zeros included."""
     return 4 * self.query_heads * self._width * (length + 1) / 2
 
 
@@ -298,7 +298,7 @@ class Latent(nnx.Module):
     return rearrange(y_BTKGH, 'B T K G H -> B T (K G) H')
 
   def _into_latents(self, q_BTNH: jax.Array) -> jax.Array:
-    """Queries whose products with the vectors of a cache are those with the keys of their heads."""
+    """Maps queries so that products with cached vectors equal those with their heads' keys."""
     c = self.config
     q_BTKGH = rearrange(q_BTNH, 'B T (K G) H -> B T K G H', K=c.kv_heads)
     still, turned = jnp.split(q_BTKGH, [c.still_width], axis=-1)

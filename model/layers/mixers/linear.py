@@ -110,7 +110,7 @@ class LinearConfig(MixerConfig):
     return self.key_width if self.rotates else None
 
   def cache(self, batch, capacity, dtype, format):
-    """A state of constant size; neither the capacity nor the format counts."""
+    """A state of constant size, whatever the capacity and the format."""
     del capacity, dtype, format
     # The sum of the weights is one more value.
     values = self.value_width + self.normalized
@@ -201,7 +201,7 @@ class LinearAttention(nnx.Module):
     return y_BTD, None if cache is None else StateCache(state_BNHZ)
 
   def _features(self, q_BTNH, k_BTNH, v_BTNZ):
-    """What the recurrence takes, in float32; a value of 1 beside the others adds up the weights."""
+    """The inputs of the recurrence in float32; an added value of 1 sums up the weights."""
     q_BTNH, k_BTNH, v_BTNZ = (x.astype(jnp.float32) for x in (q_BTNH, k_BTNH, v_BTNZ))
     if not self.config.normalized:
       return q_BTNH * self.config.key_width**-0.5, k_BTNH, v_BTNZ

@@ -69,7 +69,7 @@ class LinformerConfig(AttentionConfig):
     return (dataclasses.replace(first, consumers=readers), *others)
 
   def cache(self, batch, capacity, dtype, format):
-    """In the float formats alone: sums grow with each token, and codes would round each step."""
+    """Float formats only: sums grow with each token, and codes would round them at each step."""
     if format not in ('float', 'bf16'):
       raise ValueError(
         f"summaries of a Linformer are added up in the cache, so it has no {format!r}; use 'float' "
@@ -79,7 +79,7 @@ class LinformerConfig(AttentionConfig):
 
   @property
   def cached(self):
-    """Of a token beyond the window."""
+    """Numbers per token beyond the window."""
     return -(-2 * self.kv_heads * self.head_width * self.summaries // self.chunk)
 
   def seen(self, context):
@@ -93,7 +93,7 @@ class LinformerConfig(AttentionConfig):
 @caches.register
 @dataclasses.dataclass(frozen=True)
 class SummaryCache(Cache):
-  """The tokens of the window, and the sums of all chunks, of the last one as far as it has come.
+  """The tokens of the window, and the sums of all chunks, the last of which may be incomplete.
 
   A row goes on from its length or begins anew at position 0. It cannot be set back, because sums
   are not kept token by token.
@@ -124,7 +124,7 @@ class SummaryCache(Cache):
     return Sums(self.k_BPRKH, self.v_BPRKH, self.peak_BPR, self.total_BPR)
 
   def added(self, new: Sums, positions_BT: jax.Array) -> 'SummaryCache':
-    """With the sums over new tokens, from the chunk of the first of them on."""
+    """Adds the sums over new tokens, from the chunk of the first of them on."""
     begin_B1 = positions_BT[:, :1]
     place_BP = jnp.arange(self.peak_BPR.shape[1], dtype=jnp.int32)[None] - begin_B1 // self.chunk
     here_BP = (place_BP >= 0) & (place_BP < new.peak_BPR.shape[1])
@@ -195,7 +195,7 @@ class Linformer(Attention):
 
 
 def _from_start(new: jax.Array, size: int, first_B: jax.Array) -> jax.Array:
-  """In chunks [B, P, S, ...], the first of which begins with the first token."""
+  """Cuts tokens into chunks [B, P, S, ...], the first of which begins with the first token."""
   del first_B
   rest = [(0, 0)] * (new.ndim - 2)
   filled = jnp.pad(new, [(0, 0), (0, -new.shape[1] % size), *rest])
@@ -203,7 +203,7 @@ def _from_start(new: jax.Array, size: int, first_B: jax.Array) -> jax.Array:
 
 
 def _from_anywhere(new: jax.Array, size: int, first_B: jax.Array) -> jax.Array:
-  """In chunks, with zeros in the places of the first one that come before the first token."""
+  """Cuts tokens into chunks, with zeros in the first one for places before the first token."""
   chunks = (new.shape[1] + size - 2) // size + 1
   all_ = jnp.zeros((len(new), chunks * size, *new.shape[2:]), new.dtype)
   return rows.write(all_, new, first_B).reshape(len(new), chunks, size, *new.shape[2:])

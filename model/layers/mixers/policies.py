@@ -1,8 +1,8 @@
-"""Which tokens stay in a cache that has room for some: a policy is a class or function, and a row.
+"""Policies: which tokens stay in a cache of limited size. Each is a class or function and a row.
 
   streaming   the first 4 and the last tokens (Xiao et al., 2023, StreamingLLM,
               https://arxiv.org/abs/2309.17453)
-  h2o         those that have received most attention, of all queries so far, and the recent half
+  h2o         those that all queries so far gave most attention, and the recent half
               (Zhang et al., 2023, https://arxiv.org/abs/2306.14048)
   snapkv      those that the last 32 queries of a prompt attend to, with their neighbours
               (Li et al., 2024, https://arxiv.org/abs/2404.14469)
@@ -14,7 +14,7 @@
 All of them keep the first 4 tokens, without which attention is disturbed (StreamingLLM), also where
 the papers leave that to the scores. Differs from the papers: streaming keeps the rotations of the
 tokens' places in the text, so it does not carry a model beyond the positions it was trained for; in
-decoding, the new token is one of the budget. SnapKV and PyramidKV let the cache grow in decoding;
+decoding, the new token is part of the budget. SnapKV and PyramidKV let the cache grow in decoding;
 here tokens after the prompt take the slots of the prompt's least important ones, up to a quarter
 of those that are not protected, and then the slots of the oldest of themselves.
 """
@@ -54,7 +54,7 @@ class HeavyHitters(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class KeyNorms(Policy):
-  """Small keys stay."""
+  """Keeps the smallest keys."""
 
   budget: int
   first: int = FIRST
@@ -71,7 +71,7 @@ class KeyNorms(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class SnapKV(Policy):
-  """The last queries of each call with several tokens choose; they stay themselves."""
+  """The last queries of a call with several tokens choose, and their own tokens stay."""
 
   budget: int
   window: int = WINDOW
@@ -141,8 +141,7 @@ def pyramid(budget: int, layers: int) -> list[int]:
 class Method:
   """A row of the table.
 
-  `make` makes an empty cache of so many tokens in the form of another one, of which the shapes and
-  types count.
+  `make` makes an empty cache for a number of tokens, with the shapes and types of another one.
   """
 
   make: Callable[[SlotCache, int], KVCache]

@@ -4,10 +4,11 @@ After Brandon et al. (2024), cross-layer attention, https://arxiv.org/abs/2405.1
 queries, an output and, where its kind has them, norms of queries, gates and sinks, but neither
 matrices for keys and values nor a cache. It reads those of the layer `back` places before it, which
 has `lends`, rotated and stored as that layer has them. With two layers for each cache (CLA2) the
-caches of a model take half of the bytes. Reading takes what it took: each layer reads all keys and
-values that its queries see, and a little arithmetic goes with the matrices.
+caches of a model take half of the bytes. Decoding reads as many bytes of caches as before, because
+each layer reads all keys and values that its queries see; only the arithmetic of the missing
+matrices is saved.
 
-Whoever runs one layer alone, as calibration does, cannot run such a layer; see
+Code that runs one layer alone, as calibration does, cannot run such a layer; see
 `model.layers.lending`.
 """
 
@@ -44,7 +45,7 @@ class SharedConfig(AttentionConfig):
       raise ValueError('a layer without keys and values of its own lends none; set lends=False')
 
   def obstacle(self, lender: AttentionConfig) -> str | None:
-    """Why the keys and values of another layer cannot be read, if so."""
+    """Why the keys and values of another layer cannot be read, or None."""
     for name in SAME:
       ours, theirs = getattr(self, name), getattr(lender, name)
       if ours != theirs:
@@ -78,7 +79,7 @@ class SharedConfig(AttentionConfig):
 @caches.register
 @dataclasses.dataclass(frozen=True)
 class Elsewhere(Cache):
-  """Nothing: what the layer reads is in the cache of an earlier one."""
+  """The empty cache of a layer whose keys and values are in the cache of an earlier one."""
 
   by_position = True  # nothing needs to be set back or copied
 

@@ -34,16 +34,16 @@ class Side(Protocol):
     """New tokens in the form in which this side stores them."""
 
   def floats(self, dtype) -> jax.Array:
-    """What is stored, as floating-point numbers [B, S, K, H]."""
+    """The stored keys or values as floating-point numbers [B, S, K, H]."""
 
   def attended(self, values: Self, q_BTNH: jax.Array, mask: AttentionMask, **scores) -> jax.Array:
-    """What queries find in `values`, of which these are the keys, as `ops.attention` has it."""
+    """Attends to these keys and to `values`, as `ops.attention.attention` does."""
 
 
 @cache.register
 @dataclasses.dataclass(frozen=True)
 class Floats:
-  """In a floating-point type, in which they are read: attention widens what it reads."""
+  """In a floating-point type; attention widens what it reads."""
 
   x_BSKH: jax.Array = cache.array('BSKH')
 

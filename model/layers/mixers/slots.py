@@ -1,8 +1,8 @@
 """Caches of keys and values in slots, of which each holds one token.
 
   SlotCache      slot s of a row holds position s
-  RollingCache   holds the last positions alone, and the first ones for good, for layers that see
-                 no others: a window, with sinks or without
+  RollingCache   holds the last positions and, permanently, the first ones, for layers that see
+                 no others: a window, with or without sinks
 
 In both, slots past the end of a row come after every query, so causality hides them, and slots
 with padding are overwritten when the row reaches them.
@@ -97,7 +97,7 @@ class RollingCache(LendingCache, Held):
     return new, new if one else self._before_and(k_BTKH, v_BTKH, positions_BT)
 
   def _before_and(self, k_BTKH, v_BTKH, positions_BT) -> 'RollingCache':
-    """The tokens before the new ones, and after them the new ones in slots of their own."""
+    """The tokens before the new ones, followed by the new ones in slots of their own."""
     earlier_BS = jnp.where(self.positions_BS < positions_BT[:, :1], self.positions_BS, NOWHERE)
     new_BT = jnp.where(cache.is_token(positions_BT), positions_BT, NOWHERE)
     before = dataclasses.replace(self, positions_BS=earlier_BS)

@@ -16,11 +16,11 @@ from ops.masks import AttentionMask
 @cache.register
 @dataclasses.dataclass(frozen=True)
 class StateCache(Cache):
-  """The state of each head, in float32 whatever the format: its size is that of no token.
+  """The state of each head, in float32 whatever the format; it does not grow with the text.
 
-  A row continues from its length, and a call whose first position is 0 begins it anew. It can be
-  set back to no position between, because the state before a token is not kept: whoever has to
-  return to a position keeps the cache of then.
+  A row continues from its length, and a call whose first position is 0 begins it anew. It cannot be
+  set back to a position in between, because the state before a token is not kept: to return to a
+  position, keep the cache of that moment.
   """
 
   state_BNHZ: jax.Array = cache.array('BNHZ')
@@ -34,7 +34,7 @@ class StateCache(Cache):
 class Tokens:
   """Where documents begin among the tokens of a call, and which tokens are no padding.
 
-  None: no document begins, or all of them are tokens.
+  None stands for no document, or for no padding.
   """
 
   starts_BT: jax.Array | None
@@ -42,9 +42,9 @@ class Tokens:
 
   @classmethod
   def of(cls, mask: AttentionMask, cached: bool) -> 'Tokens':
-    """Of a mask; tokens of one segment stand together.
+    """Reads both from a mask, in which the tokens of a segment stand together.
 
-    Without a cache, padding needs no care: it comes after all tokens of its row.
+    Without a cache, padding changes nothing, because it comes after all tokens of its row.
     """
     if cached:
       positions_BT = mask.q_positions_BT
@@ -57,7 +57,7 @@ class Tokens:
     return cls(jnp.pad(changes_BT, ((0, 0), (1, 0))), None)
 
   def only(self, x: jax.Array) -> jax.Array:
-    """The numbers [B, T, ...] of tokens, with zeros for padding."""
+    """The array [B, T, ...] with zeros in the places of padding."""
     if self.real_BT is None:
       return x
     return jnp.where(self.real_BT.reshape(*self.real_BT.shape, *(1,) * (x.ndim - 2)), x, 0)

@@ -83,7 +83,7 @@ def products(
     jnp.moveaxis(x_TI.reshape(rows, -1, 2), -1, 0),  # even inputs, odd inputs
     *(array for w in weights for array in w if array is not None),
   )
-  return tuple(y_STO.sum(0).astype(x_TI.dtype) for y_STO in sums)
+  return tuple(y__TO.sum(0).astype(x_TI.dtype) for y__TO in sums)
 
 
 def _each(block, columns, x_ref, *refs):
