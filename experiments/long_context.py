@@ -18,6 +18,9 @@ The mixers:
   window1024        every query of every layer sees 1,024 tokens, itself included, and the cache
                     holds no more; other sparse patterns, joined by +, are in ops/patterns.py.
                     With --full_every=4 the last of every four layers stays dense
+  moba64x4          every query chooses 4 blocks of 64 tokens besides its own; with moba64x4+first
+                    one of them is the first. The cache holds all tokens, in a float format.
+                    Likewise with --full_every
 
 Costs: rounds are interleaved among the models, mixers and caches of a context. `prefill` reads a
 prompt that is as long as the context, `decode` writes --tokens tokens after it. Memory is the
@@ -45,7 +48,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from experiments import common, long_quality, peer_command, shapes
+from experiments import common, long_quality, mixers, peer_command, shapes
 from experiments.long_quality import Probe
 from model import cache_spec, presets, rounds, units
 from model.config import ModelConfig
@@ -54,10 +57,9 @@ from model.eval.records import Metric, Record
 from model.infer import bench
 from model.infer.bench import Bench
 from model.layers.mixers.attention import AttentionConfig
+from model.layers.mixers.shared import SharedConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer, parameters
-from ops import patterns
-from ops.patterns import Pattern
 
 PHASE_NAMES = ('prefill', 'decode')
 SHAPE = shapes.define()
@@ -68,10 +70,10 @@ MODEL = flags.DEFINE_list(
 MIXERS = flags.DEFINE_list(
   'mixers',
   None,
-  'own, dense, or sparse patterns. Default: own with --model, else dense and window1024.',
+  'own, dense, sparse patterns or moba64x4. Default: own with --model, else dense and window1024.',
 )
 FULL_EVERY = flags.DEFINE_integer(
-  'full_every', None, 'With a sparse pattern, one of so many layers stays dense.', lower_bound=2
+  'full_every', None, 'With another mixer, one of so many layers stays dense.', lower_bound=2
 )
 TEXT = flags.DEFINE_string(
   'text', None, 'Text file or folder, python-source or python-docs: measures quality on it.'
@@ -170,11 +172,11 @@ def _sources() -> dict[str, Source]:
 def _cases() -> list[Case]:
   contexts = ['32', '64'] if SMOKE.value and not MODEL.value else CONTEXTS.value
   usual = [OWN] if MODEL.value else [DENSE, 'window8' if SMOKE.value else 'window1024']
-  mixers = MIXERS.value or usual
+  mixed = MIXERS.value or usual
   lengths = _lengths('contexts', contexts)
-  for name in mixers:
+  for name in mixed:
     if name not in (OWN, DENSE):
-      _parsed(name)
+      _check_name(name)
   for name in CACHES.value:
     cache_spec.of(name)
   if TEXT.value and not MODEL.value:
@@ -183,7 +185,7 @@ def _cases() -> list[Case]:
     raise ValueError('--nocosts without --text measures nothing')
   names = MODEL.value or ['tiny-llama' if SMOKE.value else SHAPE['preset'].value]
   caches = CACHES.value if COSTS.value else CACHES.value[:1]
-  product = itertools.product(lengths, names, mixers, caches)
+  product = itertools.product(lengths, names, mixed, caches)
   return [Case(context=n, model=one, mixer=m, kv_cache=name) for n, one, m, name in product]
 
 
@@ -203,10 +205,12 @@ def _mixed(config: ModelConfig, mixer: str) -> ModelConfig:
     return config
   layers = list(config.layers)
   for l, layer in enumerate(layers):
-    if not isinstance(layer.mixer, AttentionConfig):
-      raise ValueError(f'layer {l} is no attention, so --mixers can only be own')
+    if type(layer.mixer) not in (AttentionConfig, SharedConfig):
+      kind = type(layer.mixer).__name__
+      raise ValueError(f'the mixer of layer {l} is a {kind}, so --mixers can only be own')
     full = mixer == DENSE or (FULL_EVERY.value and l % FULL_EVERY.value == FULL_EVERY.value - 1)
-    layers[l] = layer.with_mixer(window=None, sparse=None if full else patterns.parse(mixer))
+    dense = dataclasses.replace(layer.mixer, window=None, sparse=None)
+    layers[l] = dataclasses.replace(layer, mixer=dense if full else mixers.sees(mixer, dense))
   return config.replace(layers=tuple(layers))
 
 
@@ -246,9 +250,9 @@ def _qualities(sources, cases: list[Case], probe: Probe | None) -> dict:
   return found
 
 
-def _parsed(name: str) -> Pattern:
+def _check_name(name: str) -> None:
   try:
-    return patterns.parse(name)
+    mixers.sees(name, AttentionConfig(query_heads=1, kv_heads=1, head_width=1))
   except ValueError as error:
     raise ValueError(f'--mixers: {error}; or own or dense') from None
 

@@ -1,10 +1,12 @@
 """Puts other mixers in the place of attention, in all layers of a model or in most of them.
 
 A mixer has a name, such as gated_delta or linformer, or is a sparse pattern (ops/patterns.py), such
-as window128+first4.
+as window128+first4. With moba64x4 each query chooses 4 blocks of 64 tokens, besides its own; with
+moba64x4+first the first block of the text is one of them.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 from model.config import ModelConfig
@@ -12,6 +14,7 @@ from model.layers.mixers import linear
 from model.layers.mixers.attention import AttentionConfig
 from model.layers.mixers.delta import GatedDeltaConfig
 from model.layers.mixers.linformer import LinformerConfig
+from model.layers.mixers.moba import MobaConfig
 from model.layers.sublayer import MixerConfig
 from ops import patterns
 
@@ -35,7 +38,24 @@ LINFORMERS: dict[str, Callable[[AttentionConfig], MixerConfig]] = {
   'linformer_dynamic': lambda a: LinformerConfig(**{**vars(a), **SUMS, 'weights': 'dynamic'}),
 }
 NAMED = RECURRENT | LINFORMERS
-HELP = f'{ATTENTION}, {", ".join(NAMED)}, or a sparse pattern such as window128+first4'
+HELP = (
+  f'{ATTENTION}, {", ".join(NAMED)}, blocks that are chosen such as moba64x4, or a sparse pattern '
+  'such as window128+first4'
+)
+_MOBA = re.compile(r'moba([0-9]+)x([0-9]+)(\+first)?')
+
+
+def sees(name: str, attention: AttentionConfig) -> AttentionConfig:
+  """Attention with the same parameters that sees some keys: a sparse pattern, or chosen blocks.
+
+  Raises ValueError if it is neither.
+  """
+  found = _MOBA.fullmatch(name)
+  if found is not None:
+    dense = dataclasses.replace(attention, window=None, sparse=None)
+    block, top_k, first = found.groups()
+    return MobaConfig.of(dense, block=int(block), top_k=int(top_k), first=bool(first))
+  return dataclasses.replace(attention, window=None, sparse=patterns.parse(name))
 
 
 def make(name: str, attention: AttentionConfig) -> MixerConfig:
@@ -46,7 +66,7 @@ def make(name: str, attention: AttentionConfig) -> MixerConfig:
   if name in NAMED:
     return NAMED[name](attention)
   try:
-    return dataclasses.replace(attention, window=None, sparse=patterns.parse(name))
+    return sees(name, attention)
   except ValueError as error:
     raise ValueError(
       f'there is no mixer {name!r}: it is none of {", ".join(NAMED)}; {error}'

@@ -11,6 +11,7 @@ scratch with each seed. The arms, by the tokens that their layers see:
   dilated       the last 12, then 12 of every fourth
   global        the last 12 and every eighth token, which itself sees all
   random        the last 12 and two blocks of 8
+  moba          two blocks of 4 that each query chooses, and its own: at most 12
   linformer_*   the last 12, and 4 summaries of each 8 tokens before, static or dynamic
   linear, retnet, gla, gated_delta   recurrent, with states of about equal size
   hybrid        gated_delta, then dense
@@ -22,7 +23,7 @@ counted over the seeds:
 
   A1  dense recalls far; a window is at chance beyond its reach, whatever it recalls near
   A2  one dense layer after a window recalls as two do, and one after a gated_delta
-  A3  dilated, global, random and linformer see beyond the window: they recall more than it
+  A3  dilated, global, random, moba and linformer see beyond the window: they recall more than it
   A4  softmax > gated_delta > gla > linear attention, where texts have more than a state holds
 
 Device: any. Minutes: 40 on two CPU cores.
@@ -48,6 +49,7 @@ from model.layers.block import LayerConfig
 from model.layers.feed_forward import FeedForwardConfig
 from model.layers.mixers.attention import AttentionConfig
 from model.layers.mixers.linformer import LinformerConfig
+from model.layers.mixers.moba import MobaConfig
 from model.layers.sublayer import MixerConfig
 from model.train import loop
 from model.transformer import Transformer
@@ -91,6 +93,7 @@ ARMS = {
   'dilated': Arm(layers=(LOCAL, _sees(f'window{WINDOW}x4'))),
   'global': Arm(layers=(_sees(f'window{WINDOW}+global8'),) * 2),
   'random': Arm(layers=tuple(_sees(f'window{WINDOW}+random8x2@{seed}') for seed in (1, 2))),
+  'moba': Arm(layers=(MobaConfig.of(FULL, block=4, top_k=2),) * 2),
   'linformer_static': Arm(layers=(_sums('static'),) * 2),
   'linformer_dynamic': Arm(layers=(_sums('dynamic'),) * 2),
   **{name: Arm(layers=(mixer, mixer)) for name, mixer in RECURRENT.items()},
@@ -114,7 +117,7 @@ def _as_good(name: str, arm: str, other: str) -> Claim:
   return Claim(name, f'recall_far of {arm} >= 0.95 x that of {other}', (arm, other), holds)
 
 
-SEEING_MORE = ('dilated', 'global', 'random', 'linformer_static', 'linformer_dynamic')
+SEEING_MORE = ('dilated', 'global', 'random', 'moba', 'linformer_static', 'linformer_dynamic')
 CLAIMS = (
   rises('A1', 'recall_far', ('window', 'dense'), slack=0.5),
   at_chance('A1', 'recall_far', 'window'),

@@ -23,8 +23,9 @@ among those of a mesh axis:
       --expert_dispatch=all_to_all --capacity_factor=1.25
 
 With a gated DeltaNet in three of four layers and attention in the fourth; other mixers are linear,
-retnet, gla, linformer and linformer_dynamic, and sparse patterns such as window128+first4. Without
---attention_every all layers have them:
+retnet, gla, linformer and linformer_dynamic, sparse patterns such as window128+first4, and
+moba64x4, with which each query chooses 4 blocks of 64 tokens. Without --attention_every all layers
+have them:
 
   python -m experiments.train_lm --layers=4 --mixer=gated_delta --attention_every=4
 

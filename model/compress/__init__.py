@@ -2,6 +2,7 @@
 
 from model.compress import autoround as autoround
 from model.compress import awq as awq
+from model.compress import block_selection as block_selection
 from model.compress import densifying as densifying
 from model.compress import expert_merging as expert_merging
 from model.compress import expert_pruning as expert_pruning

@@ -11,6 +11,7 @@ from model.layers.mixers.delta import GatedDeltaConfig
 from model.layers.mixers.latent import LatentConfig
 from model.layers.mixers.linear import LinearConfig
 from model.layers.mixers.linformer import LinformerConfig
+from model.layers.mixers.moba import MobaConfig
 from model.layers.mixers.shared import SharedConfig
 from model.layers.routed import RoutedConfig
 from model.layers.sublayer import FfnConfig, MixerConfig, SubLayerConfig
@@ -22,6 +23,7 @@ MIXERS: dict[str, type[MixerConfig]] = {
   'shared': SharedConfig,
   'latent': LatentConfig,
   'linformer': LinformerConfig,
+  'moba': MobaConfig,
   'linear': LinearConfig,
   'gated_delta': GatedDeltaConfig,
 }
