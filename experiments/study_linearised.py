@@ -6,15 +6,16 @@ A dense model learns to recall what a text told earlier, as in `study_attention`
 are then changed, and it goes on learning for as many updates as it had:
 
   dense     the model that the others start from, with no more updates
-  windowed  the last 12 tokens and the first 5 (step `sparse_attention`)
+  windowed  the last 16 tokens and the first (step `sparse_attention`)
   linear    a state of constant size (step `linearize`)
   decaying  such a state, whose channels decay by the token (`linearize: {mixer: decaying}`)
 
 17 tokens in bfloat16 have the bytes of a state in float32: 4 heads of 16 x 17 numbers. `cached` is
-how many numbers there are. The claims, counted over the seeds:
+how many numbers there are, `recall_far` counts what was told beyond the reach of both windows, from
+31 tokens on. The claims, counted over the seeds:
 
-  L1  a window recalls near, and is at chance beyond its reach
-  L2  a state recalls more than that from there
+  L1  a window recalls near, and of what is beyond its reach less than a third of what dense does
+  L2  a state recalls more of that than a window
 
 Device: any. Minutes: 20 on two CPU cores.
 """
@@ -22,13 +23,15 @@ Device: any. Minutes: 20 on two CPU cores.
 import dataclasses
 from typing import Any
 
+from flax import nnx
+
 from experiments import arms, study_attention
 from experiments.arms import at_least, rises
-from experiments.study_attention import Setting, at_chance
+from experiments.study_attention import Setting
 from model.compress import pipeline, recipe
 from model.transformer import Transformer
 
-DENSE, PATTERN = 'dense', 'window12+first5'
+DENSE, PATTERN, FAR = 'dense', 'window16+first1', 2 * 15 + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ ARMS = {
 }
 CLAIMS = (
   at_least('L1', 'recall_near', 'windowed', 0.9),
-  at_chance('L1', 'recall_far', 'windowed'),
+  rises('L1', 'recall_far', ('windowed', DENSE), slack=0.33),
   rises('L2', 'recall_far', ('windowed', 'linear'), slack=0.8),
   rises('L2', 'recall_far', ('windowed', 'decaying'), slack=0.8),
 )
@@ -58,10 +61,12 @@ def train(
 ) -> tuple[Transformer, arms.Metrics]:
   """Trains the dense model from scratch, or another one from it, and measures it."""
   if arm.step is None:
-    return study_attention.train(setting, study_attention.ARMS[DENSE], seed, rate, before)
+    config = study_attention.config(study_attention.ARMS[DENSE], setting.task)
+    start = Transformer(config, rngs=nnx.Rngs(seed))
+    return study_attention.learn(setting, start, seed, rate, FAR)
   steps = recipe.parse({'name': 'retrofit', 'steps': [arm.step]})
   start, _ = pipeline.compress(before(DENSE), steps)
-  return study_attention.learn(setting, start, seed, rate)
+  return study_attention.learn(setting, start, seed, rate, FAR)
 
 
 STUDY = arms.Study(

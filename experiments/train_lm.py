@@ -24,8 +24,8 @@ among those of a mesh axis:
 
 With a gated DeltaNet in three of four layers and attention in the fourth; other mixers are linear,
 retnet, gla, linformer and linformer_dynamic, sparse patterns such as window128+first4, and
-moba64x4, with which each query chooses 4 blocks of 64 tokens. Without --attention_every all layers
-have them:
+moba64x4, with which each query chooses 4 blocks of 64 tokens. Documents that share a row see each
+other in linformer, whose chunks begin with the row. Without --attention_every all layers have them:
 
   python -m experiments.train_lm --layers=4 --mixer=gated_delta --attention_every=4
 
@@ -171,7 +171,8 @@ def main() -> None:
   run_folder.check_free(out / 'run')
   tokenizer = _tokenizer(plan, texts)
   model = Transformer(_model_config(plan, tokenizer), rngs=nnx.Rngs(SEED.value))
-  data = _data(plan, texts, tokenizer)
+  separates = all(layer.mixer.separates for layer in model.config.layers)
+  data = _data(plan, texts, tokenizer, joined=not separates)
   windows = _windows(plan, texts, tokenizer)
   start = time.perf_counter()
   task = Task(objective=_balanced()) if EXPERTS.value else Task()
@@ -278,14 +279,13 @@ def _with_experts(config):
   return config.replace(family='mixtral', layers=layers)
 
 
-def _data(plan, texts, tokenizer) -> PackedDataset:
+def _data(plan, texts, tokenizer, *, joined: bool) -> PackedDataset:
   row = plan.seq_len * training.CHARACTERS_A_TOKEN
   documents = excerpts(
     texts.train, plan.steps * plan.batch_size * row, seed=SEED.value, shortest=row
   )
-  return PackedDataset.from_texts(
-    documents, tokenizer, seq_len=plan.seq_len, batch_size=plan.batch_size, seed=SEED.value
-  )
+  settings = {'seq_len': plan.seq_len, 'batch_size': plan.batch_size, 'seed': SEED.value}
+  return PackedDataset.from_texts(documents, tokenizer, joined=joined, **settings)
 
 
 def _windows(plan, texts, tokenizer) -> perplexity.Windows:

@@ -74,8 +74,10 @@ class MixerConfig(SubLayerConfig):
   rope: RopeConfig | None  # of this layer; None: the model's
   # The last position from which the first tokens of a text are met; None: the query's own.
   first_reach: int | None = None
-  # Whether several documents can stand in one row, told apart by their segments.
+  # Whether a document that shares a row with others, told apart by segments, is computed as alone.
   packs = True
+  # Whether segments tell documents apart at all; else a row can only be read as one text.
+  separates = True
   # How many layers before this one the layer is whose keys and values it reads; 0: its own.
   back = 0
   # Whether later layers may read its keys and values.

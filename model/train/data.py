@@ -89,6 +89,9 @@ class PackedDataset:
   seed: int = 0
   # Whether each token of the stream is a label, bool; None: all of them are.
   trained: np.ndarray | None = dataclasses.field(default=None, repr=False)
+  # Whether each row is read as one text: batches have no segments and positions then, and the
+  # documents of a row see each other. For mixers that cannot tell them apart (`MixerConfig`).
+  joined: bool = False
   truncated: int = 0
   dropped: int = 0
 
@@ -191,6 +194,8 @@ class PackedDataset:
     digest.update(np.ascontiguousarray(self.starts, '<i8'))
     if self.trained is not None:
       digest.update(b'trained' + np.packbits(self.trained).tobytes())
+    if self.joined:
+      digest.update(b'joined')
     return digest.hexdigest()
 
   def batch(self, step: int) -> Batch:
@@ -205,7 +210,8 @@ class PackedDataset:
   def take(self, rows: Iterable[int]) -> Batch:
     """Returns these rows of the stream, in this order."""
     packed = [self._row(row * self.seq_len) for row in rows]
-    return Batch(*(np.stack(arrays) for arrays in zip(*packed)))
+    batch = Batch(*(np.stack(arrays) for arrays in zip(*packed)))
+    return dataclasses.replace(batch, segments_BT=None, positions_BT=None) if self.joined else batch
 
   def sequential(self) -> Iterator[Batch]:
     """Yields every row once, in order, for evaluation; rows that pad the last batch lack labels."""

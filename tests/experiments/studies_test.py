@@ -257,9 +257,10 @@ def test_linearised_on_invented_runs():
     }
   }
   runs = {'windowed': values(0.95, 0.07), 'linear': values(0.5, 0.08), 'decaying': values(0.9, 0.5)}
+  runs['dense'] = values(1.0, 0.25)
   assert _counts(study_linearised, runs) == {
     'recall_near of windowed >= 0.9': 1,
-    'recall_far of windowed within three errors of 1 / 16': 1,
+    'recall_far, windowed < 0.33 x dense': 1,
     'recall_far, windowed < 0.8 x linear': 0,
     'recall_far, windowed < 0.8 x decaying': 1,
   }

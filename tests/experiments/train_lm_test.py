@@ -68,7 +68,7 @@ def test_a_model_of_recurrent_layers_and_attention_is_trained_and_saved(script, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mixer', ['linear', 'gla', 'gated_delta', 'moba8x2'])
+@pytest.mark.parametrize('mixer', ['linear', 'gla', 'gated_delta', 'moba8x2', 'linformer'])
 def test_other_mixers_learn_too(script, tmp_path, mixer):
   script('--smoke', f'--out={tmp_path / "lm"}', '--steps=12', f'--mixer={mixer}')
   (record,) = records.read(tmp_path / 'lm' / 'records.jsonl')

@@ -38,7 +38,7 @@ class LinformerConfig(AttentionConfig):
   summaries: int  # of each chunk
   weights: Weights = 'static'  # of the sums: by the place in the chunk, or by the token
   causal: bool = True
-  packs = False  # chunks begin with the row
+  packs = separates = False  # chunks begin with the row
 
   def __post_init__(self):
     super().__post_init__()
@@ -168,7 +168,8 @@ class Linformer(Attention):
   def attend(self, x_BTD, q_BTNH, k_BTKH, v_BTKH, mask: AttentionMask, cache, **scores):
     if mask.q_segments_BT is not None:
       raise ValueError(
-        'chunks of a Linformer begin with the text, so documents cannot be packed into one row'
+        'chunks of a Linformer begin with the row, so documents in it cannot be told apart; give '
+        'it a row for each, or join them (PackedDataset.joined)'
       )
     chunk, sinks_N = self.config.chunk, scores.pop('sinks_N')
     if cache is None:

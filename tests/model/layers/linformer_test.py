@@ -150,5 +150,5 @@ def test_what_it_cannot_do_is_refused():
   with pytest.raises(ValueError, match="no 'int8'"):
     kv_cache.init(_shape(), 1, 8, format='int8')
   segments = jnp.zeros((2, LENGTH), jnp.int32)
-  with pytest.raises(ValueError, match='cannot be packed'):
+  with pytest.raises(ValueError, match='cannot be told apart'):
     _model(_shape())(_tokens(), segments_BT=segments)

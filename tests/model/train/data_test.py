@@ -34,6 +34,17 @@ def test_rows_match_a_packing_by_hand():
     assert getattr(batch, name).dtype == np.int32
 
 
+def test_joined_rows_are_one_text_each():
+  documents = [[1, 2, 3], [4], [5, 6, 7, 8]]
+  apart = _dataset(documents, seq_len=4, batch_size=3)
+  joined = _dataset(documents, seq_len=4, batch_size=3, joined=True)
+  one, other = apart.batch(0), joined.batch(0)
+  np.testing.assert_array_equal(one.tokens_BT, other.tokens_BT)
+  np.testing.assert_array_equal(one.labels_BT, other.labels_BT)
+  assert other.segments_BT is other.positions_BT is None
+  assert apart.fingerprint != joined.fingerprint
+
+
 def test_every_token_except_the_first_of_a_document_is_a_label_once(rng):
   documents = [list(rng.integers(0, 9, rng.integers(1, 30))) for _ in range(40)]
   dataset = _dataset(documents, seq_len=7, batch_size=4)
