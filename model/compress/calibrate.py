@@ -117,8 +117,9 @@ class Stream:
 
     `layers` are paths within the block, None for all. Layers that share their inputs have the same
     dictionary. The head takes the place of a block once the final norm has advanced the stream; its
-    layer is its parameter, 'weight', or 'table' if it is tied. Raises ValueError if a statistic is
-    not finite, with the path of the layer, which begins with `where`, the path of the block.
+    layer is its parameter: 'weight', or 'table' if it is tied and stored as a `TransposedTensor`.
+    Raises ValueError if a statistic is not finite, with the path of the layer, which begins with
+    `where`, the path of the block.
     """
     function, values = split(self.config, block)
     layers = tuple(linears(block) if layers is None else layers)
