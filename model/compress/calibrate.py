@@ -1,8 +1,10 @@
 """Calibration that streams through the model block by block.
 
 The hidden states of all calibration tokens go through the model one block at a time. Each block is
-observed, then compressed, then run, so later blocks receive the outputs of compressed blocks.
-Memory holds the statistics of one block and one set of hidden states, whatever the depth.
+observed, then compressed, then run, so later blocks receive the outputs of compressed blocks. The
+final norm and the head follow the blocks in the same way; of the head only the inputs are computed,
+never the logits. Memory holds the statistics of one block and one set of hidden states, whatever
+the depth.
 """
 
 import dataclasses
@@ -18,6 +20,7 @@ from flax import nnx
 from model.compress import statistics
 from model.compress.programs import compiled
 from model.config import ModelConfig
+from model.layers.basic import Table
 from model.layers.block import Block
 from model.transformer import Context, Transformer, linears, parameters
 from ops.kernels.cpu import layout
@@ -45,14 +48,33 @@ class BlockFunction:
 
   def merge(self, values: Mapping[str, Matrix]) -> Block:
     """The block with these parameters, by their dotted paths."""
-    flat = [(tuple(path.split('.')), nnx.Param(value)) for path, value in values.items()]
-    return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
+    return nnx.merge(self.graphdef, _flat_state(values))
 
 
-def split(config: ModelConfig, block: Block) -> tuple[BlockFunction, dict[str, Matrix]]:
-  """A block as a pure function and its parameters."""
-  values = {path: param.get_value() for path, param in parameters(block).items()}
-  return BlockFunction(config, nnx.split(block)[0]), values
+@dataclasses.dataclass(frozen=True)
+class EndFunction:
+  """The final norm, or the head, as a `BlockFunction`; a table is the head that is tied to it."""
+
+  graphdef: nnx.GraphDef
+
+  def __call__(self, values: Mapping[str, Matrix], tokens_BT, x_BTD) -> jax.Array:
+    module = nnx.merge(self.graphdef, _flat_state(values))
+    return module.project(x_BTD) if isinstance(module, Table) else module(x_BTD)
+
+
+def _flat_state(values: Mapping[str, Matrix]):
+  flat = [(tuple(path.split('.')), nnx.Param(value)) for path, value in values.items()]
+  return nnx.from_flat_state(flat)
+
+
+def split(
+  config: ModelConfig, module: nnx.Module
+) -> tuple[BlockFunction | EndFunction, dict[str, Matrix]]:
+  """A block, the final norm or the head as a pure function, and its parameters."""
+  values = {path: param.get_value() for path, param in parameters(module).items()}
+  graphdef = nnx.split(module)[0]
+  is_block = isinstance(module, Block)
+  return BlockFunction(config, graphdef) if is_block else EndFunction(graphdef), values
 
 
 # (parameters, arrays, k) -> the parameters that candidate k changes, by path. It is hashable.
@@ -86,7 +108,7 @@ class Stream:
 
   def observe(
     self,
-    block: Block,
+    block: nnx.Module,
     names: tuple[str, ...],
     where: str = '',
     layers: Sequence[str] | None = None,
@@ -94,8 +116,10 @@ class Stream:
     """Measures the inputs of linear layers of a block: {layer: {statistic: array}}.
 
     `layers` are paths within the block, None for all. Layers that share their inputs have the same
-    dictionary. Raises ValueError if a statistic is not finite, with the path of the layer, which
-    begins with `where`, the path of the block.
+    dictionary. The head takes the place of a block once the final norm has advanced the stream; its
+    layer is its parameter: 'weight', or 'table' if it is tied and stored as a `TransposedTensor`.
+    Raises ValueError if a statistic is not finite, with the path of the layer, which begins with
+    `where`, the path of the block.
     """
     function, values = split(self.config, block)
     layers = tuple(linears(block) if layers is None else layers)
@@ -171,8 +195,8 @@ class Stream:
     packed = {path: jax.eval_shape(layout.pack_widened, shapes[path]) for path in _matrices(block)}
     _run.ahead(function, {**shapes, **packed}, *self.batches[0])
 
-  def advance(self, block: Block) -> None:
-    """Runs a block over the hidden states."""
+  def advance(self, block: nnx.Module) -> None:
+    """Runs a block, or the final norm, over the hidden states."""
     for i, batch in enumerate(run(self.config, block, self.batches)):
       self.batches[i] = batch
 
@@ -184,7 +208,7 @@ def _picked(arrays: Sequence[tuple[np.ndarray, ...]], rows: np.ndarray) -> tuple
   return tuple(np.stack([arrays[i // size][field][i % size] for i in rows]) for field in fields)
 
 
-def _laid_out(block: Block, values: Mapping[str, Matrix]) -> dict[str, Matrix]:
+def _laid_out(block: nnx.Module, values: Mapping[str, Matrix]) -> dict[str, Matrix]:
   """The parameters of a block, matrices in the form that multiplies many rows fastest."""
   return dict(values) | {
     path: layout.pack_widened(values[path])
@@ -193,21 +217,24 @@ def _laid_out(block: Block, values: Mapping[str, Matrix]) -> dict[str, Matrix]:
   }
 
 
-def _matrices(block: Block) -> list[str]:
-  """The parameters that are laid out anew: none where there is no layout of this backend."""
-  if jax.default_backend() != 'cpu':
+def _matrices(block: nnx.Module) -> list[str]:
+  """The parameters that are laid out anew: none where there is no layout of this backend.
+
+  Of the head there are none either, because its product is never computed.
+  """
+  if jax.default_backend() != 'cpu' or not isinstance(block, Block):
     return []
   return [f'{layer}.weight' for layer in linears(block)]
 
 
-def run(config: ModelConfig, block: Block, rows: Iterable[Batch]) -> Iterator[Batch]:
+def run(config: ModelConfig, block: nnx.Module, rows: Iterable[Batch]) -> Iterator[Batch]:
   """Runs a block over batches of hidden states: (tokens_BT, x_BTD) -> (tokens_BT, y_BTD)."""
   apply = program(config, block)
   for tokens_BT, x_BTD in rows:
     yield tokens_BT, np.asarray(apply(tokens_BT, x_BTD))
 
 
-def program(config: ModelConfig, block: Block) -> Callable[[Any, Any], jax.Array]:
+def program(config: ModelConfig, block: nnx.Module) -> Callable[[Any, Any], jax.Array]:
   """The compiled block (tokens_BT, x_BTD) -> y_BTD, its matrices laid out for many rows."""
   function, values = split(config, block)
   return functools.partial(_run, function, _laid_out(block, values))
@@ -217,12 +244,14 @@ def _measure(function, layers, names, values, batch):
   """The raw statistics of a batch, by the first layer of those that share their inputs.
 
   Beside them, for each of these layers a dictionary with the layers that share its inputs as keys.
+  Nothing reads the output of the function, so the compiler drops what only leads there: the logits.
   """
   recorders, watched = {}, dict(values)
   for layer in layers:
-    w = values[f'{layer}.weight']
+    path = layer if layer in values else f'{layer}.weight'
+    w = values[path]
     recorders[layer] = statistics.Recorder(core(w), [])
-    watched[f'{layer}.weight'] = with_core(w, recorders[layer])
+    watched[path] = with_core(w, recorders[layer])
   function(watched, *batch)
   sharing = {}
   for layer, recorder in recorders.items():

@@ -27,10 +27,7 @@ from ops.transposed import as_table, as_transposed
 # Cloning a module sorts its attributes, so their own order says nothing.
 ORDER = ('embedding', 'positions', 'layers', 'final_norm', 'head')
 MATRICES = ('embedding', 'head')  # outside the blocks; learned positions stay as they are
-NO_INPUTS = (
-  'calibration does not measure what lies outside the blocks (embedding and head), so that only a '
-  'technique without calibration compresses it'
-)
+INSTEAD = ', so another compresses it, such as round_to_nearest; '
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,12 +35,14 @@ class Part:
   """A piece of the model that is compressed at once: a block, or what lies outside the blocks.
 
   names: of what lies outside the blocks; the embedding of a tied model is its 'head' too.
+  feeds: whether calibration runs through it, to the parts that follow.
   """
 
   prefix: str
   module: nnx.Module
   is_block: bool
   names: tuple[str, ...] = ()
+  feeds: bool = False
 
   def layer(self, path: str) -> str:
     """The layer that a parameter of this part belongs to, by its path in the model."""
@@ -66,12 +65,35 @@ def parts(model: Transformer) -> list[Part]:
     child = getattr(model, name)
     if isinstance(child, nnx.List):
       blocks = enumerate(child)
-      found += [Part(prefix=f'{name}.{i}', module=one, is_block=True) for i, one in blocks]
+      found += [
+        Part(prefix=f'{name}.{i}', module=one, is_block=True, feeds=True) for i, one in blocks
+      ]
     elif isinstance(child, nnx.Module):
       tied = name == 'embedding' and model.head is None
       names = (name, 'head') if tied else (name,)
       found.append(Part(prefix=name, module=child, is_block=False, names=names))
   return found
+
+
+def in_order(model: Transformer, recipe: Recipe) -> list[Part]:
+  """The parts in the order in which a recipe compresses them, which is that in which they run.
+
+  A tied table that is calibrated comes last, as the head that it is: its inputs are known when all
+  blocks are compressed. Where a head is calibrated, the final norm feeds it.
+  """
+  found = parts(model)
+  if not any(calibrated_head(part, recipe) for part in found):
+    return found
+  found = [dataclasses.replace(p, feeds=p.feeds or p.prefix == 'final_norm') for p in found]
+  return sorted(found, key=lambda part: calibrated_head(part, recipe) is not None)
+
+
+def calibrated_head(part: Part, recipe: Recipe) -> Step | None:
+  """The first calibrated step of a recipe on the head, if this part has it; else None."""
+  if part.is_block:
+    return None
+  steps = (step for step in recipe.steps if step.row.statistics)
+  return next((step for step in steps if targets(part, step, recipe)), None)
 
 
 def weights(part: Part) -> dict[str, Matrix]:
@@ -89,14 +111,20 @@ def targets(part: Part, step: Step, recipe: Recipe) -> list[str]:
     layers = linears(part.module).items()
     found = [f'{path}.weight'.strip('.') for path, linear in layers if not linear.decides]
     found += ['table'] if isinstance(part.module, Table) else []
-    if not part.asked_for(recipe) or not (part.is_block or _without_data(step)):
+    if not part.asked_for(recipe) or obstacle(part, step) is not None:
       found = []
   return [path for path in found if part.matches(step, path)]
 
 
-def _without_data(step: Step) -> bool:
-  """Whether a step compresses a matrix by itself, so that it suits what lies outside the blocks."""
-  return not step.row.statistics and step.row.scope != 'block'
+def obstacle(part: Part, step: Step) -> str | None:
+  """Why a step on matrices cannot compress those of a part; None if it can."""
+  if part.is_block:
+    return None
+  if step.row.scope == 'block' or step.row.plan is not None:
+    return 'the step works on blocks alone'
+  if step.row.statistics and 'head' not in part.names:
+    return 'an embedding that is only looked up has no inputs to calibrate on'
+  return None
 
 
 def tables(part: Part, recipe: Recipe) -> list[str]:
@@ -115,12 +143,14 @@ def turn(part: Part, recipe: Recipe, fn: Callable[[Matrix], Matrix]) -> None:
     params[path].set_value(fn(params[path].get_value()))
 
 
-def left_out(model: Transformer, recipe: Recipe, step: Step) -> list[str]:
-  """What lies outside the blocks, is asked for and matched, but cannot be calibrated for a step."""
-  if step.row.scope in (*WHOLE, 'parameters') or _without_data(step):
-    return []
+def left_out(model: Transformer, recipe: Recipe, step: Step) -> dict[str, str]:
+  """What lies outside the blocks, is asked for and matched, but not compressed: name -> why."""
+  if step.row.scope in (*WHOLE, 'parameters'):
+    return {}
   named = [(name, part) for part in parts(model) for name in part.names]
-  return [name for name, part in named if getattr(recipe, name, False) and step.matches(name)]
+  wanted = [(n, part) for n, part in named if getattr(recipe, n, False) and step.matches(n)]
+  found = {name: obstacle(part, step) for name, part in wanted}
+  return {name: why for name, why in found.items() if why is not None}
 
 
 def check(
@@ -211,13 +241,12 @@ def _check_patterns(model, recipe, step):
 
 def _outside(model, step, pattern: str) -> str:
   """Why a pattern that means the embedding or the head matches nothing; '' if it means neither."""
-  meant = {name for part in parts(model) for name in part.names if name in MATRICES}
+  meant = {name: part for part in parts(model) for name in part.names if name in MATRICES}
   names = sorted(fnmatch.filter(meant, pattern))
   if not names:
     return ''
-  if not _without_data(step):
-    return f'{NO_INPUTS}, such as round_to_nearest; '
-  return f'the recipe needs "{names[0]}: true" for that; '
+  why = obstacle(meant[names[0]], step)
+  return f'{why}{INSTEAD}' if why else f'the recipe needs "{names[0]}: true" for that; '
 
 
 def _check_asked(model, recipe):
@@ -225,8 +254,9 @@ def _check_asked(model, recipe):
   part = parts(model)[0]
   if recipe.embedding and not tables(part, recipe):
     raise ValueError(
-      f'recipe {recipe.name}: no step compresses the embedding; {NO_INPUTS}, such as '
-      'round_to_nearest with only: [embedding]'
+      f'recipe {recipe.name}: no step compresses the embedding; it takes one on single matrices, '
+      'without calibration unless the head is tied to it, such as round_to_nearest with '
+      'only: [embedding]'
     )
 
 
@@ -332,6 +362,7 @@ def _shapes_after(row, spec, structure, leaves):
 
 
 def _shapes_of_statistics(row, spec, w):
+  w = core(w)  # what meets the inputs; a table is not the matrix that it is as a head
   measured = statistics.abstract(w, row.statistics) if row.statistics else {}
   if row.prepare is not None:
     measured[PREPARED] = prepare.eval_shape(row, spec, has_experts(w), dict(measured))

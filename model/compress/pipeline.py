@@ -1,7 +1,9 @@
 """Applies a recipe to a model, block by block, with a ledger of everything that fell short.
 
-Calibration is sequential. The embedding is compressed first, then one block after the other.
-Within a block, layers are compressed in stages, in the order in which they run, and the inputs of a
+Calibration is sequential. The embedding is compressed first, then one block after the other, then
+the head, whose inputs are the outputs of the final norm. A tied table that is calibrated is
+compressed last, as a head; calibration has seen it as it was, which the ledger says. Within a
+block, layers are compressed in stages, in the order in which they run, and the inputs of a
 stage are measured after all earlier stages have been compressed by all steps. A recipe can ask for
 less (see `recipe`).
 
@@ -34,8 +36,10 @@ from model.compress.measurements import Measurements
 from model.compress.parts import (
   Part,
   calibrated,
+  calibrated_head,
   check,
   compile_ahead,
+  in_order,
   left_out,
   parts,
   pruned,
@@ -51,6 +55,7 @@ from model.compress.recipe import Recipe, Step
 from model.compress.registry import PLAN, Site
 from model.compress.results import Results, describe, relative_error
 from model.transformer import Transformer, matrices, parameters
+from ops.linear import core
 from ops.transposed import as_table, as_transposed
 
 __all__ = ['calibrated', 'check', 'compress', 'describe']
@@ -139,9 +144,10 @@ def _run_phase(model, phase: Phase, run: _Run, masked: set[str], given: _Given) 
   if any(calibrated(step) for step in recipe.steps):
     _note_repeats(calibration_BT, run)
     run.plans = _plans(model, recipe, calibration_BT)
-  for i, part in enumerate(given.progress(parts(model))):
+  for i, part in enumerate(given.progress(in_order(model, recipe))):
     if part.is_block and run.stream is None and calibration_BT is not None:
-      run.stream = _stream(model, recipe, calibration_BT)  # the embedding is compressed by now
+      # The embedding is compressed by now, unless it is calibrated itself.
+      run.stream = _stream(model, recipe, calibration_BT)
     if part.is_block and kept.has(i):
       run.ledger.extend(kept.restore(i, part.module, run.stream))
       continue
@@ -152,7 +158,7 @@ def _run_phase(model, phase: Phase, run: _Run, masked: set[str], given: _Given) 
     run.ledger.extend(ledger)
     if part.is_block:
       kept.save(i, part.module, run.stream, ledger)
-  _note_left_out(model, run)
+  _note_outside(model, run)
   return model
 
 
@@ -223,9 +229,9 @@ def _stream(model, recipe, calibration_BT):
 
 
 def _compress(part: Part, run: _Run) -> None:
-  original = nnx.clone(part.module) if run.recipe.sequential == 'none' else None
   groups, results = _together(run.recipe.steps), Results(part, tables(part, run.recipe))
   turn(part, run.recipe, as_transposed)
+  original = nnx.clone(part.module) if run.recipe.sequential == 'none' else None
   for g, steps in enumerate(groups):
     later = _paths(part, itertools.chain(*groups[g + 1 :]), run.recipe)
     if steps[0][1].row.scope == 'block':
@@ -235,7 +241,7 @@ def _compress(part: Part, run: _Run) -> None:
       for i, step in steps:
         _apply(part, step, stage, run, original or part.module, run.plans.get(i, {}))
       results.settle(path for path in stage if path not in later)
-  if run.stream is not None and part.is_block:
+  if run.stream is not None and part.feeds:
     run.stream.advance(original or part.module)
   run.ledger.layers.extend(results.all())
   turn(part, run.recipe, as_table)
@@ -301,7 +307,8 @@ def _observed(stream, part, module, step, layers=None):
   """The statistics of the inputs of layers, and ledger rows of experts that saw too little."""
   names = (*step.row.statistics, starvation.ROWS)
   found = stream.observe(module, names, part.prefix, layers)
-  own = {layer: w.shape[-2] for layer, w in matrices(part.module).items()}
+  own = {path.removesuffix('.weight'): w for path, w in weights(part).items()}
+  own = {layer: core(own[layer]).shape[-2] for layer in found}
   fed, events = starvation.feed(found, own, step.technique)
   return fed, [dataclasses.replace(e, layer=part.layer(e.layer)) for e in events]
 
@@ -355,10 +362,13 @@ def _note_repeats(calibration_BT, run):
   run.ledger.add('model', 'calibration', {what: rows - distinct})
 
 
-def _note_left_out(model, run):
+def _note_outside(model, run):
+  """Records what steps left as it was outside the blocks, and what calibration saw too early."""
   for step in run.recipe.steps:
-    for name in left_out(model, run.recipe, step):
-      what = 'left as it was, because calibration ends before it'
-      if name == 'embedding':
-        what = 'left as it was, because calibration begins after it'
-      run.ledger.add(name, step.technique, {what: 1})
+    for name, why in left_out(model, run.recipe, step).items():
+      run.ledger.add(name, step.technique, {f'left as it was, because {why}': 1})
+  table = parts(model)[0]
+  step = calibrated_head(table, run.recipe)
+  if step is not None and run.recipe.sequential != 'none':
+    what = 'compressed after the blocks, whose calibration saw it as it was'
+    run.ledger.add(table.prefix, step.technique, {what: 1})

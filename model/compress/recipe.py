@@ -17,6 +17,8 @@ name these too: GPTQ in 4 bits with a head in 8 is
     - round_to_nearest: {format: int8}
       only: [head]
 
+A calibrated step on single matrices reaches the head as well, by the outputs of the final norm.
+
 Calibrated steps measure the inputs of a layer in the partly compressed model. `sequential` says
 what is compressed before a layer is measured: all layers before it ('layers', as in GPTQ's
 true-sequential order), all blocks before its own ('blocks', as in SparseGPT and Wanda), or nothing
@@ -63,8 +65,9 @@ class Step:
 class Recipe:
   """Steps in order.
 
-  `head` and `embedding` also compress these, by the steps that need no calibration. Where both are
-  one matrix, because they are tied, either means that one.
+  `head` and `embedding` also compress these: the head by all steps on single matrices, an embedding
+  that is only looked up by those without calibration. Where both are one matrix, because they are
+  tied, either means that one.
   """
 
   name: str

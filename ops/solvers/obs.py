@@ -4,7 +4,8 @@ The solver under GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) an
 & Alistarh 2023, https://arxiv.org/abs/2301.00774), which are one: walk along the inputs; put each
 weight on its grid, or to zero, or both; spread the error over the inputs not yet visited by the
 Hessian of the output error. Outputs are independent, so matrices sharded over O stay so (but for
-thresholds over all outputs).
+thresholds over all outputs). For the same reason a matrix of many outputs, such as a head, is taken
+in chunks of them, one after the other; the walk holds about six copies of what it works on.
 
 Cost: I³/6 multiplications for each of two factorizations, and I²O/2 for the walk, nearly all in
 matrix products: a block of inputs first takes in the errors of all blocks before it, and within it
@@ -27,6 +28,7 @@ Where it differs from the papers and their code:
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +36,11 @@ import jax.numpy as jnp
 from ops import axes, quantized, selection
 from ops.linear import Matrix, dense
 from ops.solvers import hessian
-from ops.solvers.walk import Grid, Pruning, Sizes, Walk
+from ops.solvers.walk import Grid, Pruning, Sizes, State, Walk
 
 __all__ = ['Grid', 'Prepared', 'Pruning', 'Solution', 'prepare', 'solve', 'walk']
+
+OUTPUTS = 32768  # of a chunk at most; above what a layer of a block has, below a vocabulary
 
 
 @functools.partial(
@@ -126,39 +130,60 @@ def walk(
   if prepared.static and pruning is not None:
     raise ValueError('pruning walks along the inputs as they are stored; leave act_order out')
   sizes = Sizes.of(inputs, grid, pruning, static=prepared.static)
-  original_IO = w_IO.astype(jnp.float32)
-  if prepared.static:
-    original_IO = original_IO[order_I]
-  steps = Walk(
-    original_IO=original_IO,
-    factor=prepared.factor,
-    group_I=order_I // (grid.group if grid else 1),
-    grid=grid,
-    pruning=pruning,
-    sizes=sizes,
-    dtype=w_IO.dtype,
-  )
-  scales, zeros_JO = _fixed_grid(w_IO.astype(jnp.float32), steps)
-  end = steps.run(None if scales is None else dense(scales), zeros_JO)
+  scales, zeros_JO = _fixed_grid(w_IO.astype(jnp.float32), prepared, grid, pruning)
+
+  def some(w_IO, scales_JO, zeros_JO):
+    original_IO = w_IO.astype(jnp.float32)
+    steps = Walk(
+      original_IO=original_IO[order_I] if prepared.static else original_IO,
+      factor=prepared.factor,
+      group_I=order_I // (grid.group if grid else 1),
+      grid=grid,
+      pruning=pruning,
+      sizes=sizes,
+      dtype=w_IO.dtype,
+    )
+    end = steps.run(scales_JO, zeros_JO)
+    back = (lambda a: a[jnp.argsort(order_I)]) if prepared.static else (lambda a: a)
+    return end._replace(w_IO=back(end.w_IO), kept_IO=back(end.kept_IO))
+
+  pooled = pruning is not None and pruning.sparsity is not None and not pruning.per_output
+  arrays = w_IO, None if scales is None else dense(scales), zeros_JO
+  end = some(*arrays) if pooled else _in_chunks(some, arrays)
   if sizes.dynamic:
     scales, zeros_JO = end.scales_JO, end.zeros_JO
-  back = (lambda a: a[jnp.argsort(order_I)]) if prepared.static else (lambda a: a)
   return Solution(
-    w_IO=back(end.w_IO),
-    kept_IO=back(end.kept_IO),
-    scales=scales,
-    zeros_JO=zeros_JO,
-    factor=prepared.factor,
+    w_IO=end.w_IO, kept_IO=end.kept_IO, scales=scales, zeros_JO=zeros_JO, factor=prepared.factor
   )
 
 
-def _fixed_grid(w_IO, walk: Walk):
+def _in_chunks(fn: Callable[..., State], arrays: tuple[jax.Array | None, ...]) -> State:
+  """`fn` of all outputs, some at a time; the last chunk begins early, so that all are equal."""
+  outputs = arrays[0].shape[1]
+  count = -(-outputs // OUTPUTS)
+  if count == 1:
+    return fn(*arrays)
+  size = -(-outputs // count)
+  first = lambda k: jnp.minimum(k * size, outputs - size)
+  chunk = lambda a, k: jax.lax.dynamic_slice_in_dim(a, first(k), size, axis=1)
+  of_chunk = lambda k: fn(*jax.tree.map(lambda a: chunk(a, k), arrays))
+
+  def put(k, whole):
+    write = lambda a, part: jax.lax.dynamic_update_slice_in_dim(a, part, first(k), axis=1)
+    return jax.tree.map(write, whole, of_chunk(k))
+
+  # One, because e8m0 has no zero.
+  fresh = lambda part: jnp.ones((part.shape[0], outputs), part.dtype)
+  shapes = jax.eval_shape(of_chunk, jnp.int32(0))
+  return jax.lax.fori_loop(0, count, put, jax.tree.map(fresh, shapes))
+
+
+def _fixed_grid(w_IO, prepared: Prepared, grid: Grid | None, pruning: Pruning | None):
   """The scales and zeros that fit the original weights, or those of them that seem to stay."""
-  grid, pruning = walk.grid, walk.pruning
   if grid is None:
     return None, None
   if pruning is not None:
-    score_IO, live_IO = jnp.abs(w_IO) * walk.factor.stiffness_I[:, None], w_IO != 0
+    score_IO, live_IO = jnp.abs(w_IO) * prepared.factor.stiffness_I[:, None], w_IO != 0
     if pruning.n is not None:
       kept_IO = selection.best_of_each(score_IO, live_IO, pruning.n, pruning.m)
     else:

@@ -154,12 +154,11 @@ def test_untied_the_model_computes_what_it_did(tied):
   np.testing.assert_allclose(logits(found, TOKENS_BT), logits(tied, TOKENS_BT), atol=NEAR)
 
 
-def test_calibration_runs_through_the_compressed_embedding_and_is_not_for_it(tied):
+def test_calibration_runs_through_the_compressed_embedding(tied):
   wanda, rows_BT = {'wanda': {'n': 2, 'm': 4}}, np.tile(TOKENS_BT, (2, 1))
-  steps = wanda, _only(INT4, 'head')
-  found, ledger = pipeline.compress(tied, _recipe(*steps, head=True), rows_BT)
+  steps = _only(wanda, 'layers.*'), _only(INT4, 'head')
+  found, _ = pipeline.compress(tied, _recipe(*steps, head=True), rows_BT)
   assert isinstance(_table(found).weight, quantized.QuantizedTensor)
-  assert ('head', 'wanda') in [(row.layer, row.technique) for row in ledger.events]
   start = nnx.clone(tied)
   start.embedding.table.set_value(jnp.asarray(_rounded(_table(tied), 16), jnp.float32))
   expected, _ = pipeline.compress(start, _recipe(wanda), rows_BT)
@@ -210,13 +209,18 @@ def test_a_decode_step_reads_the_codes_of_a_tied_table_and_rows_of_another(tied,
 
 
 WRONG = {
-  'calibrated embedding': (
-    (_only({'wanda': {'n': 2, 'm': 4}}, 'embedding'),),
-    {'embedding': True},
-    'only a technique without calibration compresses it, such as round_to_nearest',
+  'a step on blocks': (
+    (_only({'awq': {}}, 'head'),),
+    {'head': True},
+    "'head' of awq; the step works on blocks alone, so another compresses it, such as round",
+  ),
+  'a step that divides among blocks': (
+    (_only({'owl': {}}, 'head'),),
+    {'head': True},
+    'blocks alone',
   ),
   'nothing for the embedding': (
-    ({'wanda': {'n': 2, 'm': 4}},),
+    ({'awq': {}},),
     {'embedding': True},
     'no step compresses the embedding.*round_to_nearest with only',
   ),
@@ -242,6 +246,9 @@ def test_other_wrong_recipes_are_refused(tied, with_int4, tiny):
     _recipe(INT8, embedding='yes')
   with pytest.raises(ValueError, match='the head is not tied'):
     pipeline.check(tiny(), _recipe({'untie': {}}))
+  wanda = _only({'wanda': {'n': 2, 'm': 4}}, 'embedding')
+  with pytest.raises(ValueError, match='only looked up has no inputs to calibrate on, so another'):
+    pipeline.check(tiny(), _recipe(wanda, embedding=True), TOKENS_BT)
   for technique in ('untie', 'prune_width'):
     with pytest.raises(ValueError, match=r'embedding\.table is a TransposedTensor'):
       pipeline.check(with_int4[0], _recipe({technique: {}}), TOKENS_BT)

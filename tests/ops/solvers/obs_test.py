@@ -222,9 +222,10 @@ def test_both_in_one_pass_is_exact_surgery(i, group):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-  """The solver with blocks of 8 inputs that reach back 16, compiled anew."""
+  """The solver with blocks of 8 inputs that reach back 16, by 3 outputs, compiled anew."""
   monkeypatch.setattr(walk, 'BLOCK', 8)
   monkeypatch.setattr(walk, 'REACH', 16)
+  monkeypatch.setattr(obs, 'OUTPUTS', 3)
   anew = lambda *arrays, **options: obs.solve(*arrays, **options)
   return jax.jit(anew, static_argnames=('grid', 'pruning', 'act_order', 'damping'))
 
@@ -241,7 +242,7 @@ def small_blocks(monkeypatch):
   ],
   ids=str,
 )
-def test_blocks_that_do_not_divide_change_nothing(small_blocks, options):
+def test_blocks_and_chunks_that_do_not_divide_change_nothing(small_blocks, options):
   w_IO, covariance_II = _example(65, 7)
   _check(w_IO, covariance_II, solver=small_blocks, block=8, **options)
 
