@@ -49,7 +49,8 @@ def quality(path: pathlib.Path) -> str:
     f'| --- |{" ---: |" * 5}',
     *(_quality_line(row) for row in rows),
   ]
-  lines.append(f'\n`{rows[0].command}`; records: {link(path, COMPRESSING)}.')
+  commands = ', '.join(f'`{command}`' for command in dict.fromkeys(row.command for row in rows))
+  lines.append(f'\n{commands}; records: {link(path, COMPRESSING)}.')
   return '\n'.join(lines)
 
 
