@@ -14,8 +14,8 @@ are then changed, and it goes on learning for as many updates as it had:
 how many numbers there are, `recall_far` counts what was told beyond the reach of both windows, from
 31 tokens on. The claims, counted over the seeds:
 
-  L1  a window recalls near, and of what is beyond its reach less than a third of what dense does
-  L2  a state recalls more of that than a window
+  T1  a window recalls near, and of what is beyond its reach less than a third of what dense does
+  T2  a state recalls more of that than a window
 
 Device: any. Minutes: 20 on two CPU cores.
 """
@@ -49,10 +49,10 @@ ARMS = {
   'decaying': Arm(step={'linearize': {'full_every': None, 'mixer': 'decaying', 'memory': 64}}),
 }
 CLAIMS = (
-  at_least('L1', 'recall_near', 'windowed', 0.9),
-  rises('L1', 'recall_far', ('windowed', DENSE), slack=0.33),
-  rises('L2', 'recall_far', ('windowed', 'linear'), slack=0.8),
-  rises('L2', 'recall_far', ('windowed', 'decaying'), slack=0.8),
+  at_least('T1', 'recall_near', 'windowed', 0.9),
+  rises('T1', 'recall_far', ('windowed', DENSE), slack=0.33),
+  rises('T2', 'recall_far', ('windowed', 'linear'), slack=0.8),
+  rises('T2', 'recall_far', ('windowed', 'decaying'), slack=0.8),
 )
 
 

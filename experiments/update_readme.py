@@ -185,6 +185,12 @@ PARTS = (
   ),
   Part(
     file=TRAINING,
+    name='study_attention_1600',
+    generate=study_tables.study,
+    results=('study_attention_1600.jsonl',),
+  ),
+  Part(
+    file=TRAINING,
     name='essay',
     generate=study_tables.essay,
     results=('study_distillation.jsonl', 'study_speed.jsonl'),
