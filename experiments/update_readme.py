@@ -228,11 +228,14 @@ PARTS = (
     generate=functools.partial(beside_peers, page=MEASURING),
     results=('long_peers_smollm2_cpu.jsonl',),
   ),
-  Part(
-    file=COMPRESSING,
-    name='retrofit',
-    generate=functools.partial(retrofit, page=COMPRESSING),
-    results=('retrofit_smollm2_cpu.jsonl',),
+  *(
+    Part(
+      file=COMPRESSING,
+      name=name,
+      generate=functools.partial(retrofit, page=COMPRESSING),
+      results=(f'{name}_smollm2_cpu.jsonl',),
+    )
+    for name in ('retrofit', 'chosen')
   ),
   Part(file='docs/techniques.md', name='techniques', generate=techniques),
   Part(file='docs/tree.md', name='tree', generate=tree),
