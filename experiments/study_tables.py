@@ -42,7 +42,8 @@ STUDIES = {
     study_upcycling,
   )
 }
-OF_COMPRESSING = ('study_caches', 'study_linearised')  # all others are of training
+OF_COMPRESSING = ('study_caches', 'study_linearised')  # the studies in docs/compressing.md
+OF_TRAINING = tuple(name for name in STUDIES if name not in OF_COMPRESSING)
 COLUMNS = {  # metric -> its heading and format
   'cross_entropy': ('loss, nats per token', '.4f'),
   'recall': ('recall', '.1%'),

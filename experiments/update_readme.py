@@ -26,6 +26,8 @@ from experiments import (
   quality_tables,
   serving_tables,
   study_tables,
+  task_tables,
+  vocabulary_tables,
 )
 from experiments import lessons as lessons  # its techniques
 from experiments.speed_tables import beside_peers, decoding, grouped, long_texts, retrofit
@@ -122,45 +124,34 @@ class Part:
     return all(path.is_file() for path in self.paths())
 
 
+def _parts(file: str, generate: Callable[..., str], *names: str, suffix: str = '') -> list[Part]:
+  """A part for each name, with the records of the same name and suffix."""
+  return [
+    Part(file=file, name=name, generate=generate, results=(f'{name}{suffix}.jsonl',))
+    for name in names
+  ]
+
+
+SMOLLM2 = '_smollm2_cpu'
 PARTS = (
-  Part(file='README.md', name='real', generate=quality_tables.real, results=('smollm2_cpu.jsonl',)),
   Part(
-    file=EMBEDDED, name='results', generate=quality_tables.results, results=('compress_cpu.jsonl',)
-  ),
-  Part(
-    file=COMPRESSING,
-    name='formats',
-    generate=quality_tables.quality,
-    results=('formats_smollm2_cpu.jsonl',),
-  ),
-  Part(
-    file=COMPRESSING,
-    name='heads',
-    generate=quality_tables.quality,
-    results=('heads_smollm2_cpu.jsonl',),
+    file='README.md',
+    name='real',
+    generate=quality_tables.real,
+    results=('smollm2_cpu.jsonl',),
   ),
   Part(file='README.md', name='decoding', generate=decoding, results=('decode_cpu.jsonl',)),
+  Part(
+    file=EMBEDDED,
+    name='results',
+    generate=quality_tables.results,
+    results=('compress_cpu.jsonl',),
+  ),
   Part(
     file=COMPRESSING,
     name='experts',
     generate=functools.partial(decoding, page=COMPRESSING),
     results=('decode_olmoe_cpu.jsonl',),
-  ),
-  *(
-    Part(
-      file=COMPRESSING,
-      name=name,
-      generate=functools.partial(decoding, page=COMPRESSING),
-      results=(f'{name}.jsonl',),
-    )
-    for name in ('decode_tinyllama_gpu', 'decode_olmoe_gpu')
-  ),
-  Part(file=COMPRESSING, name='grouped_gpu', generate=grouped, results=('grouped_gpu.jsonl',)),
-  Part(
-    file='docs/compressing.md',
-    name='structured',
-    generate=quality_tables.structured,
-    results=('structured_smollm2_cpu.jsonl',),
   ),
   Part(
     file=COMPRESSING,
@@ -168,75 +159,45 @@ PARTS = (
     generate=quality_tables.peer,
     results=('llm_compressor_smollm2_cpu.jsonl',),
   ),
-  Part(
-    file=COMPRESSING,
-    name='llama_cpp',
-    generate=quality_tables.llama_cpp,
-    results=('llama_cpp_smollm2_cpu.jsonl',),
+  *_parts(
+    COMPRESSING,
+    functools.partial(decoding, page=COMPRESSING),
+    'decode_tinyllama_gpu',
+    'decode_olmoe_gpu',
   ),
-  *(
-    Part(
-      file=COMPRESSING if name in study_tables.OF_COMPRESSING else TRAINING,
-      name=name,
-      generate=study_tables.study,
-      results=(f'{name}.jsonl',),
-    )
-    for name in study_tables.STUDIES
+  *_parts(COMPRESSING, grouped, 'grouped_gpu'),
+  *_parts(COMPRESSING, quality_tables.quality, 'formats', 'heads', suffix=SMOLLM2),
+  *_parts(COMPRESSING, quality_tables.structured, 'structured', suffix=SMOLLM2),
+  *_parts(COMPRESSING, quality_tables.llama_cpp, 'llama_cpp', suffix=SMOLLM2),
+  *_parts(
+    COMPRESSING, functools.partial(retrofit, page=COMPRESSING), 'retrofit', 'chosen', suffix=SMOLLM2
   ),
-  Part(
-    file=TRAINING,
-    name='study_attention_1600',
-    generate=study_tables.study,
-    results=('study_attention_1600.jsonl',),
-  ),
+  *_parts(COMPRESSING, vocabulary_tables.vocabularies, 'vocabularies', suffix=SMOLLM2),
+  *_parts(COMPRESSING, vocabulary_tables.fertility, 'fertility', suffix=SMOLLM2),
+  *_parts(COMPRESSING, study_tables.study, *study_tables.OF_COMPRESSING),
+  *_parts(TRAINING, study_tables.study, *study_tables.OF_TRAINING, 'study_attention_1600'),
   Part(
     file=TRAINING,
     name='essay',
     generate=study_tables.essay,
     results=('study_distillation.jsonl', 'study_speed.jsonl'),
   ),
-  Part(
-    file=TRAINING,
-    name='training_gpu',
-    generate=study_tables.training,
-    results=('training_gpu.jsonl',),
+  *_parts(TRAINING, study_tables.training, 'training_gpu'),
+  *_parts(TRAINING, study_tables.fine_tuning, 'finetune_smollm2_gpu', 'finetune_smollm2_cpu'),
+  *_parts(TRAINING, study_tables.healing, 'healing_smollm2_gpu'),
+  *_parts(
+    TRAINING,
+    functools.partial(vocabulary_tables.vocabularies, page=TRAINING),
+    'transplants',
+    suffix=SMOLLM2,
   ),
-  *(
-    Part(file=TRAINING, name=name, generate=study_tables.fine_tuning, results=(f'{name}.jsonl',))
-    for name in ('finetune_smollm2_gpu', 'finetune_smollm2_cpu')
-  ),
-  Part(
-    file=TRAINING,
-    name='healing_smollm2_gpu',
-    generate=study_tables.healing,
-    results=('healing_smollm2_gpu.jsonl',),
-  ),
-  *(
-    Part(
-      file=serving_tables.PAGE, name=name, generate=table, results=(f'{name}_smollm2_cpu.jsonl',)
-    )
-    for name, table in (
-      ('serving', serving_tables.servers),
-      ('speculation', serving_tables.drafts),
-      ('cascade', serving_tables.cascades),
-    )
-  ),
+  *_parts(serving_tables.PAGE, serving_tables.servers, 'serving', suffix=SMOLLM2),
+  *_parts(serving_tables.PAGE, serving_tables.drafts, 'speculation', suffix=SMOLLM2),
+  *_parts(serving_tables.PAGE, serving_tables.cascades, 'cascade', suffix=SMOLLM2),
   Part(file=MEASURING, name='long', generate=long_texts, results=('long_context_cpu.jsonl',)),
-  Part(
-    file=MEASURING,
-    name='long_peers',
-    generate=functools.partial(beside_peers, page=MEASURING),
-    results=('long_peers_smollm2_cpu.jsonl',),
-  ),
-  *(
-    Part(
-      file=COMPRESSING,
-      name=name,
-      generate=functools.partial(retrofit, page=COMPRESSING),
-      results=(f'{name}_smollm2_cpu.jsonl',),
-    )
-    for name in ('retrofit', 'chosen')
-  ),
+  *_parts(MEASURING, functools.partial(beside_peers, page=MEASURING), 'long_peers', suffix=SMOLLM2),
+  *_parts(MEASURING, task_tables.tasks, 'tasks', suffix=SMOLLM2),
+  *_parts(MEASURING, task_tables.lm_eval, 'lm_eval', suffix=SMOLLM2),
   Part(file='docs/techniques.md', name='techniques', generate=techniques),
   Part(file='docs/tree.md', name='tree', generate=tree),
 )
