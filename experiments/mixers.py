@@ -69,7 +69,8 @@ def make(name: str, attention: AttentionConfig) -> MixerConfig:
     return sees(name, attention)
   except ValueError as error:
     raise ValueError(
-      f'there is no mixer {name!r}: it is none of {", ".join(NAMED)}; {error}'
+      f'there is no mixer {name!r}: it is none of {", ".join(NAMED)}, nor chosen blocks such as '
+      f'moba64x4 (blocks of 64, 4 besides the own one); {error}'
     ) from None
 
 
