@@ -232,7 +232,7 @@ def test_a_window_reads_on_where_full_attention_gets_worse(execute):
   caches = {name: [number(cell) for cell in row] for name, row in run.table(1).items()}
   grown = {name: (row[0], row[len(ends) - 1]) for name, row in caches.items()}
   short, long = grown['full attention, float']
-  assert long == pytest.approx(short * ends[-1] / ends[0])
+  assert long == pytest.approx(short * ends[-1] / ends[0], rel=1e-3)  # the table rounds
   assert grown['full attention, int8'][1] < long / 3
   for bounded in ('full attention, int8+snapkv64', 'window and first tokens, int8'):
     assert grown[bounded][1] < 1.1 * grown[bounded][0] < short
