@@ -28,6 +28,7 @@ from model.train import loop
 from model.train.data import PackedDataset, excerpts
 from model.train.loop import FitConfig
 from model.train.optimizer import OptimizerConfig
+from model.train.run_folder import AnotherRun
 from model.train.step import StepConfig
 from model.transformer import Transformer
 
@@ -168,7 +169,11 @@ def _train(plan, texts, seed, folder):
   settings = FitConfig(optimizer=optimizer, step=STEP, checkpoint_every=CHECKPOINT_EVERY)
   model = Transformer(config(plan, tokenizer), rngs=nnx.Rngs(seed))
   run = folder.with_suffix('.run')
-  result = loop.fit(model, data, settings, folder=run)
+  try:
+    result = loop.fit(model, data, settings, folder=run)
+  except AnotherRun:  # it was killed under another version, whose runs had other settings
+    shutil.rmtree(run)
+    result = loop.fit(model, data, settings, folder=run)
   about = {'plan': dataclasses.asdict(plan), 'train_loss': result.records[-1]['loss']}
   with files.atomic_file(folder.with_suffix('.json')) as path:
     path.write_text(json.dumps(about))

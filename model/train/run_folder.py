@@ -108,6 +108,10 @@ class RunFolder:
     return [json.loads(line) for line in kept]
 
 
+class AnotherRun(ValueError):
+  """A folder holds a run that cannot be resumed with these settings."""
+
+
 def check_free(folder: str | pathlib.Path) -> None:
   """Raises ValueError unless the folder is new, empty, or that of a training run."""
   folder = pathlib.Path(folder)
@@ -132,7 +136,7 @@ def _claim(folder: pathlib.Path, identity: dict[str, Any]) -> None:
     return
   changes = _differences(json.loads(path.read_text()), identity)
   if changes:
-    raise ValueError(
+    raise AnotherRun(
       f'{folder} holds a run that differs in {"; ".join(changes)}. Resume with the same settings, '
       'or choose another folder'
     )

@@ -1,4 +1,4 @@
-"""The embedded base model: two processes at once train it once."""
+"""The embedded base model: two processes at once train it once, whatever a killed run left."""
 
 import contextlib
 import os
@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from experiments import base as embedded
-from model import hf, lock, manifest
+from model import corpus, hf, lock, manifest
+from model.train import run_folder
 
 ROOT = pathlib.Path(__file__).parents[2]
 CODE = """
@@ -76,3 +77,22 @@ def test_a_model_that_another_process_finished_meanwhile_is_not_trained(
   monkeypatch.setattr(embedded, '_training', finish)
   monkeypatch.setattr(embedded, '_train', None)
   assert embedded.load_or_train(tmp_path, smoke=True).model.config == hf.load_config(base)
+
+
+def test_what_a_run_of_another_version_left_is_no_obstacle(tmp_path, monkeypatch):
+  run = tmp_path / 'base-1.run'
+  (run / 'checkpoints').mkdir(parents=True)
+  (run / 'run.json').write_text('{"model": "as it was described once"}')
+  tried = []
+
+  def fit(model, data, settings, folder):
+    tried.append(folder)
+    with run_folder.RunFolder(folder, {'model': 'as it is described'}):
+      assert not (folder / 'checkpoints' / 'old').exists()
+      raise KeyboardInterrupt
+
+  (run / 'checkpoints' / 'old').touch()
+  monkeypatch.setattr(embedded.loop, 'fit', fit)
+  with pytest.raises(KeyboardInterrupt):
+    embedded._train(embedded.SMOKE, corpus.standard_library(), 0, tmp_path / 'base-1')
+  assert tried == [run, run] and 'as it is described' in (run / 'run.json').read_text()
