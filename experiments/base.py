@@ -172,6 +172,7 @@ def _train(plan, texts, seed, folder):
   try:
     result = loop.fit(model, data, settings, folder=run)
   except AnotherRun:  # it was killed under another version, whose runs had other settings
+    _say('an earlier training of it cannot be resumed by this version; it begins anew')
     shutil.rmtree(run)
     result = loop.fit(model, data, settings, folder=run)
   about = {'plan': dataclasses.asdict(plan), 'train_loss': result.records[-1]['loss']}

@@ -171,8 +171,7 @@ def main() -> None:
   run_folder.check_free(out / 'run')
   tokenizer = _tokenizer(plan, texts)
   model = Transformer(_model_config(plan, tokenizer), rngs=nnx.Rngs(SEED.value))
-  separates = all(layer.mixer.separates for layer in model.config.layers)
-  data = _data(plan, texts, tokenizer, joined=not separates)
+  data = _data(plan, texts, tokenizer, joined=_joins(model.config))
   windows = _windows(plan, texts, tokenizer)
   start = time.perf_counter()
   task = Task(objective=_balanced()) if EXPERTS.value else Task()
@@ -279,6 +278,11 @@ def _with_experts(config):
   return config.replace(family='mixtral', layers=layers)
 
 
+def _joins(config) -> bool:
+  """Whether documents that share a row see each other, because a mixer cannot tell them apart."""
+  return not all(layer.mixer.separates for layer in config.layers)
+
+
 def _data(plan, texts, tokenizer, *, joined: bool) -> PackedDataset:
   row = plan.seq_len * training.CHARACTERS_A_TOKEN
   documents = excerpts(
@@ -312,6 +316,7 @@ def _record(plan, texts, result, quality, train_s) -> records.Record:
       'balancing': dataclasses.asdict(_balanced()) if EXPERTS.value else None,
       'dispatch': dataclasses.asdict(_dispatch()) if EXPERTS.value else None,
       'mixer': MIXER.value,
+      'documents_joined': _joins(result.model.config),
       'attention_every': ATTENTION_EVERY.value,
       'text': texts.source,
       'text_fingerprint': texts.fingerprint,

@@ -79,7 +79,7 @@ def test_a_model_that_another_process_finished_meanwhile_is_not_trained(
   assert embedded.load_or_train(tmp_path, smoke=True).model.config == hf.load_config(base)
 
 
-def test_what_a_run_of_another_version_left_is_no_obstacle(tmp_path, monkeypatch):
+def test_what_a_run_of_another_version_left_is_no_obstacle(tmp_path, monkeypatch, capsys):
   run = tmp_path / 'base-1.run'
   (run / 'checkpoints').mkdir(parents=True)
   (run / 'run.json').write_text('{"model": "as it was described once"}')
@@ -95,4 +95,5 @@ def test_what_a_run_of_another_version_left_is_no_obstacle(tmp_path, monkeypatch
   monkeypatch.setattr(embedded.loop, 'fit', fit)
   with pytest.raises(KeyboardInterrupt):
     embedded._train(embedded.SMOKE, corpus.standard_library(), 0, tmp_path / 'base-1')
+  assert 'cannot be resumed by this version; it begins anew' in capsys.readouterr().err
   assert tried == [run, run] and 'as it is described' in (run / 'run.json').read_text()

@@ -73,6 +73,7 @@ def test_other_mixers_learn_too(script, tmp_path, mixer):
   script('--smoke', f'--out={tmp_path / "lm"}', '--steps=12', f'--mixer={mixer}')
   (record,) = records.read(tmp_path / 'lm' / 'records.jsonl')
   assert record.value('ppl') < 500
+  assert record.config['documents_joined'] == (mixer == 'linformer')
 
 
 @pytest.mark.slow
